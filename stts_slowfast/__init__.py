@@ -1,0 +1,35 @@
+"""Spatial-temporal token selection (STTS, arXiv 2111.11591) for video transformers.
+
+The names below are all of the public surface; each is documented where it is defined. They are
+imported when first used, so that ``import stts_slowfast`` costs nothing: PyTorch loads this package
+at ``import torch`` (see ``pyslowfast/autoload.py``).
+"""
+
+import importlib
+
+_HOMES = {
+    "hard_topk": "topk",
+    "perturbed_topk": "topk",
+    "add_stts_config": "config",
+    "attach": "attach",
+    "detach": "attach",
+    "selections": "attach",
+    "set_progress": "schedule",
+    "param_groups": "schedule",
+    "load_weights": "checkpoints",
+    "load_config": "standalone.defaults",
+    "build_model": "standalone.model",
+}
+
+__all__ = sorted(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])
