@@ -1,0 +1,152 @@
+"""What gives a frame or a window its score: learned, uniform or random."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Every scorer below is called as
+#   frame scorer:  (grid (B, T, H, W, C), keep) -> (B, T), where keep is the number of frames kept;
+#   window scorer: (grid (B, T, H, W, C), window, stride) -> (B*T, rows * columns), one score per
+#                  window position, row by row; window and stride are (height, width) in tokens.
+# Scores are float32 and in any range: the selector normalises them.
+
+
+class ScoreNetwork(nn.Module):
+    """The paper's lightweight scorer of tokens (arXiv 2111.11591, section 3.2).
+
+    LayerNorm, Linear, GELU; half of the channels then gives way to its mean over the tokens, so
+    that each token is judged beside the others; three more linear layers give the score.
+
+    Args:
+        width: channels of a token, a multiple of 4.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        if width % 4:
+            raise ValueError(f"a score network halves its width twice: {width} is no multiple of 4")
+        self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.score = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 1),
+        )
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores ``(N, n)`` in float32 of tokens ``(N, n, width)``."""
+        x = self.embed(tokens.to(self.score[0].weight.dtype))
+        own, shared = x.chunk(2, dim=2)
+        x = torch.cat([own, shared.mean(dim=1, keepdim=True).expand_as(own)], dim=2)
+        return self.score(x).squeeze(2).float()
+
+
+class LearnedFrameScorer(nn.Module):
+    """A frame's descriptor is the mean and the maximum over its tokens; a network scores it.
+
+    Args:
+        channels: channels of a token.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.network = ScoreNetwork(2 * channels)
+
+    def forward(self, grid: Tensor, keep: int) -> Tensor:
+        tokens = grid.flatten(2, 3)  # (B, T, H*W, C)
+        descriptors = torch.cat([tokens.mean(dim=2), tokens.amax(dim=2)], dim=2)  # (B, T, 2C)
+        return self.network(descriptors)
+
+
+class UniformFrameScorer(nn.Module):
+    """Marks evenly spaced frames, each in the middle of its share of the clip."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, grid: Tensor, keep: int) -> Tensor:
+        batch, frames = grid.shape[:2]
+        marked = torch.arange(keep, device=grid.device) * 2 + 1
+        marked = (marked * frames).div(2 * keep, rounding_mode="floor")
+        scores = torch.zeros(frames, device=grid.device).index_fill(0, marked, 1.0)
+        return scores.expand(batch, frames)
+
+
+class RandomFrameScorer(nn.Module):
+    """Draws every frame's score, also in evaluation."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, grid: Tensor, keep: int) -> Tensor:
+        return torch.rand(grid.shape[:2], device=grid.device)
+
+
+class LearnedWindowScorer(nn.Module):
+    """A network scores every token of a frame; a window's score is the mean of its tokens'.
+
+    Args:
+        channels: channels of a token.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.network = ScoreNetwork(channels)
+
+    def forward(self, grid: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        batch, frames, height, width, channels = grid.shape
+        tokens = grid.reshape(batch * frames, height * width, channels)
+        scores = self.network(tokens).view(-1, 1, height, width)
+        return F.avg_pool2d(scores, window, stride).flatten(1)
+
+
+class UniformWindowScorer(nn.Module):
+    """Scores a window by how near it lies to the middle of the frame."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, grid: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        distances = []
+        for size, side, step in zip(grid.shape[2:4], window, stride):
+            first = torch.arange(0, size - side + 1, step, device=grid.device)
+            distances.append((first - (size - side) / 2).abs())
+        scores = -(distances[0][:, None] + distances[1]).flatten()
+        return scores.expand(grid.shape[0] * grid.shape[1], -1)
+
+
+class RandomWindowScorer(nn.Module):
+    """Draws every window's score, also in evaluation."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, grid: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        batch, frames, height, width = grid.shape[:4]
+        rows, columns = (
+            (size - side) // step + 1 for size, side, step in zip((height, width), window, stride)
+        )
+        return torch.rand(batch * frames, rows * columns, device=grid.device)
+
+
+FRAME_SCORERS = {
+    "learned": LearnedFrameScorer,
+    "uniform": UniformFrameScorer,
+    "random": RandomFrameScorer,
+}
+WINDOW_SCORERS = {
+    "learned": LearnedWindowScorer,
+    "uniform": UniformWindowScorer,
+    "random": RandomWindowScorer,
+}
+
+
+def normalize(scores: Tensor) -> Tensor:
+    """Min-max normalises each row of ``scores`` ``(N, d)``: ``(s - min) / (max - min + 1e-5)``."""
+    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    return (scores - low) / (high - low + 1e-5)

@@ -1,0 +1,192 @@
+"""Temporal and spatial selectors: a token grid in, a smaller token grid out."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from stts_slowfast.config import kept_frames, kept_window, nothing_left, window_stride
+from stts_slowfast.scorers import FRAME_SCORERS, WINDOW_SCORERS, normalize
+from stts_slowfast.topk import hard_topk, perturbed_topk
+
+
+class Selector(nn.Module):
+    """What both selectors share: a scorer, the perturbed maximum's settings, and the last choice.
+
+    A selector works in two steps, so that what rides along with a grid can be selected with it:
+    :meth:`choose` scores the grid, :meth:`take` applies the choice. In training a choice is soft
+    (float32 indicators over the candidates), in evaluation it is hard (indices).
+
+    Attributes:
+        kept: what the last forward kept (LongTensor), in training by the unperturbed scores.
+        sigma: 0-dim buffer, the present noise level; see ``schedule.set_progress``.
+    """
+
+    dimension: str
+
+    def __init__(self, scorer: nn.Module, block: int, keep: float, node):
+        super().__init__()
+        self.scorer = scorer
+        self.block = block
+        self.keep = keep
+        self.num_samples = node.NUM_SAMPLES
+        self.gradient = node.GRADIENT
+        self.initial_sigma = float(node.SIGMA)
+        self.sigma_decay = node.SIGMA_DECAY
+        self.register_buffer("sigma", torch.tensor(self.initial_sigma), persistent=False)
+        self.kept: Tensor | None = None
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return self.take(grid, self.choose(grid))
+
+    def indicators(self, scores: Tensor, k: int) -> Tensor:
+        """Soft choice ``(N, k, d)`` of the top ``k`` of normalised ``scores`` ``(N, d)``."""
+        return perturbed_topk(scores, k, self.num_samples, self.sigma, self.gradient)
+
+    def extra_repr(self) -> str:
+        return f"block={self.block}, keep={self.keep:g}"
+
+
+class TemporalSelector(Selector):
+    """Keeps the ``int(T * keep)`` best frames of a grid, in their order.
+
+    Args:
+        channels: channels of a token.
+        block: the block in front of which the selector sits.
+        keep: share of the arriving frames that goes on.
+        node: ``cfg.STTS``.
+
+    Shapes: grid ``(B, T, H, W, C)`` in, ``(B, int(T * keep), H, W, C)`` out; ``kept`` is
+    ``(B, int(T * keep))``, ascending indices into the frames that arrived.
+    """
+
+    dimension = "TIME"
+
+    def __init__(self, channels: int, block: int, keep: float, node):
+        super().__init__(FRAME_SCORERS[node.TIME.SCORER](channels), block, keep, node)
+
+    def choose(self, grid: Tensor) -> Tensor:
+        """Indicators ``(B, k, T)`` in training, indices ``(B, k)`` in evaluation."""
+        k = kept_frames(grid.shape[1], self.keep)
+        if k < 1:
+            raise ValueError(nothing_left("TIME", self.keep, self.block, grid.shape[1:4]))
+        with torch.autocast(grid.device.type, enabled=False):
+            scores = normalize(self.scorer(grid, k))
+            self.kept = hard_topk(scores.detach(), k)
+            return self.indicators(scores, k) if self.training else self.kept
+
+    def take(self, frames: Tensor, choice: Tensor) -> Tensor:
+        """Applies a choice to ``frames`` ``(B, T, ...)``."""
+        if choice.is_floating_point():
+            with torch.autocast(frames.device.type, enabled=False):
+                mixed = torch.bmm(choice.to(frames.dtype), frames.flatten(2))
+            return mixed.unflatten(2, frames.shape[2:])
+        clips = torch.arange(frames.shape[0], device=frames.device)[:, None]
+        return frames[clips, choice]
+
+
+class SpatialSelector(Selector):
+    """Crops every frame of a grid to its best window.
+
+    Args:
+        channels: channels of a token.
+        block: the block in front of which the selector sits.
+        keep: share of a frame's tokens that goes on; the window's sides are
+            ``config.kept_window``'s.
+        node: ``cfg.STTS``.
+
+    Shapes: grid ``(B, T, H, W, C)`` in, ``(B, T, h, w, C)`` out; ``kept`` is ``(B*T, 4)``: top,
+    left, height and width in tokens of the grid that arrived.
+    """
+
+    dimension = "SPACE"
+
+    def __init__(self, channels: int, block: int, keep: float, node):
+        super().__init__(WINDOW_SCORERS[node.SPACE.SCORER](channels), block, keep, node)
+        self.stride = node.SPACE.STRIDE
+        self.shared = node.SPACE.SHARED
+
+    def choose(self, grid: Tensor) -> Tensor:
+        """Indicators ``(B*T, windows)`` in training, windows ``(B*T, 4)`` in evaluation."""
+        batch, frames, height, width = grid.shape[:4]
+        window = kept_window(height, width, self.keep)
+        if min(window) < 1:
+            raise ValueError(nothing_left("SPACE", self.keep, self.block, grid.shape[1:4]))
+        steps = self._steps(grid)
+        with torch.autocast(grid.device.type, enabled=False):
+            scores = self.scorer(grid, window, steps)  # (B*T, rows * columns)
+            if self.shared:
+                scores = scores.unflatten(0, (batch, frames)).mean(dim=1)
+            scores = normalize(scores)
+            best = self._per_frame(hard_topk(scores.detach(), 1).squeeze(1), frames)  # (B*T,)
+            columns = (width - window[1]) // steps[1] + 1
+            top = best.div(columns, rounding_mode="floor") * steps[0]
+            left = best.remainder(columns) * steps[1]
+            sides = [torch.full_like(top, side) for side in window]
+            self.kept = torch.stack([top, left, *sides], dim=1)
+            if not self.training:
+                return self.kept
+            return self._per_frame(self.indicators(scores, 1).squeeze(1), frames)
+
+    def take(self, grid: Tensor, choice: Tensor) -> Tensor:
+        """Applies a choice to ``grid`` ``(B, T, H, W, C)``."""
+        window = kept_window(*grid.shape[2:4], self.keep)
+        if choice.is_floating_point():
+            weights = choice.to(grid.dtype).unflatten(0, grid.shape[:2])
+            return _MixWindows.apply(grid, weights, window, self._steps(grid))
+        batch, frames = grid.shape[:2]
+        device = grid.device
+        # Four index tensors that broadcast to (B, T, h, w): one copy, whatever the strides.
+        clips = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+        times = torch.arange(frames, device=device).view(-1, 1, 1)
+        top, left = choice[:, :2].view(batch, frames, 2).unbind(2)
+        rows = top[:, :, None] + torch.arange(window[0], device=device)  # (B, T, h)
+        columns = left[:, :, None] + torch.arange(window[1], device=device)  # (B, T, w)
+        return grid[clips, times, rows[..., None], columns[..., None, :]]
+
+    def _steps(self, grid: Tensor) -> tuple[int, int]:
+        window = kept_window(*grid.shape[2:4], self.keep)
+        rows, columns = (
+            window_stride(size, side, self.stride) for size, side in zip(grid.shape[2:4], window)
+        )
+        return rows, columns
+
+    def _per_frame(self, choice: Tensor, frames: int) -> Tensor:
+        return choice.repeat_interleave(frames, dim=0) if self.shared else choice
+
+
+class _MixWindows(torch.autograd.Function):
+    """``sum_i weights[..., i] * window_i(grid)``, one window after the other into one output.
+
+    Differentiating the plain sum would build a full-size gradient of the grid per window.
+    """
+
+    @staticmethod
+    def forward(ctx, grid, weights, window, steps):
+        # grid (B, T, H, W, C), weights (B, T, rows * columns)
+        ctx.save_for_backward(grid, weights)
+        ctx.window, ctx.steps = window, steps
+        batch, frames, _, _, channels = grid.shape
+        mixed = grid.new_zeros(batch, frames, *window, channels)
+        for i, (rows, columns) in enumerate(_windows(grid, window, steps)):
+            mixed.addcmul_(grid[:, :, rows, columns], weights[:, :, i, None, None, None])
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        grid, weights = ctx.saved_tensors
+        grad_grid = torch.zeros(grid.shape, dtype=grid.dtype, device=grid.device)
+        grad_weights = []
+        for i, (rows, columns) in enumerate(_windows(grid, ctx.window, ctx.steps)):
+            grad_grid[:, :, rows, columns].addcmul_(grad_output, weights[:, :, i, None, None, None])
+            overlap = grid[:, :, rows, columns] * grad_output
+            grad_weights.append(overlap.sum(dim=(2, 3, 4), dtype=torch.float32))
+        return grad_grid, torch.stack(grad_weights, dim=2).to(weights.dtype), None, None
+
+
+def _windows(grid: Tensor, window: tuple[int, int], steps: tuple[int, int]):
+    """The slices of rows and columns of every window, row by row."""
+    (height, width), (side_h, side_w) = grid.shape[2:4], window
+    for top in range(0, height - side_h + 1, steps[0]):
+        for left in range(0, width - side_w + 1, steps[1]):
+            yield slice(top, top + side_h), slice(left, left + side_w)
