@@ -1,0 +1,26 @@
+"""The standalone model: a backbone, and selectors where the config asks for them."""
+
+from torch import nn
+
+from stts_slowfast import backbones
+from stts_slowfast.attach import attach
+
+
+def build_model(cfg) -> nn.Module:
+    """Builds the model of a config, with random weights.
+
+    Args:
+        cfg: from :func:`load_config`.
+
+    Returns:
+        A model that maps float clips ``(B, 3, NUM_FRAMES, CROP, CROP)`` to logits
+        ``(B, NUM_CLASSES)`` in training and evaluation; with selectors in ``model.stts`` where
+        ``STTS.ENABLE``.
+
+    Raises:
+        ValueError: naming the key that the model cannot be built from.
+    """
+    model = backbones.build(cfg)
+    if cfg.STTS.ENABLE:
+        attach(model, cfg.STTS, backbones.block_grids(cfg))
+    return model
