@@ -88,9 +88,7 @@ def block_settings(cfg) -> list[MSBlockConfig]:
         heads = _scaled(heads, head_mul.get(block, 1.0), 1)
         # MViTv2 widens in the attention of a stage's first block, MViT in the MLP before it.
         at = block if mvit.DIM_MUL_IN_ATT else block + 1
-        width_out = _scaled(
-            width, dim_mul.get(at, 1.0), _scaled(heads, head_mul.get(at, 1.0), 1)
-        )
+        width_out = _scaled(width, dim_mul.get(at, 1.0), _scaled(heads, head_mul.get(at, 1.0), 1))
         settings.append(
             MSBlockConfig(
                 num_heads=heads,
