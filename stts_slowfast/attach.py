@@ -1,4 +1,4 @@
-"""Puts selectors in front of a model's blocks, and takes them off: the one file that knows hooks."""
+"""Puts selectors before a model's blocks, and takes them off: the one file that knows hooks."""
 
 import logging
 from collections.abc import Sequence

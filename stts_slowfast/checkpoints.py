@@ -1,7 +1,7 @@
-"""One place for every checkpoint format: recognises a file by its keys, loads it, writes SlowFast's.
+"""One place for every checkpoint format: recognises a file by its keys, loads and writes it.
 
-A format is a function that renames its parameters to the model's own names. Adding one is adding a
-row to ``FORMATS``.
+A format is a function that renames a file's parameters to the model's own names; adding one is
+adding a row to ``FORMATS``.
 """
 
 import logging
@@ -74,11 +74,10 @@ def load_weights(model: nn.Module, path_or_state_dict: str | os.PathLike | dict)
         source = os.fspath(checkpoint)
         checkpoint = read_checkpoint(source)
     state = state_dict_of(checkpoint)
-    for name, recognises, rename in FORMATS:
-        if recognises(state, model):
-            break
-    else:
+    known = next((row for row in FORMATS if row[1](state, model)), None)
+    if known is None:
         raise ValueError(f"{source} holds no parameters of a format known for {_name(model)}")
+    name, _, rename = known
     loaded = _copy_into(model, state, rename(state, model), name)
     _set_pool_norm_eps(model, checkpoint, loaded)
     logger.info("Loaded %s: %s", source, loaded)

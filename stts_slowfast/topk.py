@@ -6,8 +6,8 @@ from torch.autograd.function import once_differentiable
 
 GRADIENTS = ("exact", "diagonal")
 
-# Below this noise level the smoothed operator cannot be told from the hard one, and 1 / sigma in its
-# gradient would only blow up rounding errors.
+# Below this noise level the smoothed operator cannot be told from the hard one, and 1 / sigma in
+# its gradient would only blow up rounding errors.
 SMALLEST_SIGMA = 1e-4
 
 
