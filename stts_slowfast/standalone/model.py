@@ -3,7 +3,7 @@
 from torch import nn
 
 from stts_slowfast import backbones
-from stts_slowfast.attach import attach
+from stts_slowfast.hooks import attach
 
 
 def build_model(cfg) -> nn.Module:
