@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from stts_slowfast.config import kept_frames, kept_window, nothing_left, window_stride
 from stts_slowfast.scorers import FRAME_SCORERS, WINDOW_SCORERS, normalize
-from stts_slowfast.topk import hard_topk, perturbed_topk
+from stts_slowfast.topk import full_precision, hard_topk, perturbed_topk
 
 
 class Selector(nn.Module):
@@ -69,7 +69,7 @@ class TemporalSelector(Selector):
         k = kept_frames(grid.shape[1], self.keep)
         if k < 1:
             raise ValueError(nothing_left("TIME", self.keep, self.block, grid.shape[1:4]))
-        with torch.autocast(grid.device.type, enabled=False):
+        with full_precision(grid):
             scores = normalize(self.scorer(grid, k))
             self.kept = hard_topk(scores.detach(), k)
             return self.indicators(scores, k) if self.training else self.kept
@@ -77,7 +77,7 @@ class TemporalSelector(Selector):
     def take(self, frames: Tensor, choice: Tensor) -> Tensor:
         """Applies a choice to ``frames`` ``(B, T, ...)``."""
         if choice.is_floating_point():
-            with torch.autocast(frames.device.type, enabled=False):
+            with full_precision(frames):
                 mixed = torch.bmm(choice.to(frames.dtype), frames.flatten(2))
             return mixed.unflatten(2, frames.shape[2:])
         clips = torch.arange(frames.shape[0], device=frames.device)[:, None]
@@ -112,7 +112,7 @@ class SpatialSelector(Selector):
         if min(window) < 1:
             raise ValueError(nothing_left("SPACE", self.keep, self.block, grid.shape[1:4]))
         steps = self._steps(grid)
-        with torch.autocast(grid.device.type, enabled=False):
+        with full_precision(grid):
             scores = self.scorer(grid, window, steps)  # (B*T, rows * columns)
             if self.shared:
                 scores = scores.unflatten(0, (batch, frames)).mean(dim=1)

@@ -1,5 +1,7 @@
 """Top-K selection: hard, and as a perturbed maximum that gradients pass through."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -65,7 +67,7 @@ def perturbed_topk(
         raise ValueError(f"gradient is {gradient!r}: use one of {', '.join(GRADIENTS)}")
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: draw at least one")
-    with torch.autocast(scores.device.type, enabled=False):
+    with full_precision(scores):
         scores = scores.float()
         if noise is None:
             noise = scores.new_empty(scores.shape[0], num_samples, scores.shape[1]).normal_()
@@ -76,6 +78,13 @@ def perturbed_topk(
             )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=scores.device)
         return _PerturbedTopK.apply(scores, noise.float(), sigma, k, gradient)
+
+
+def full_precision(tensor: Tensor):
+    """A context that switches autocast off on the device of ``tensor``."""
+    if tensor.is_meta:  # has no autocast
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class _PerturbedTopK(torch.autograd.Function):

@@ -1,0 +1,114 @@
+import pytest
+from fvcore.common.config import CfgNode
+from yacs.config import CfgNode as YacsNode
+
+from stts_slowfast import config, scorers
+from stts_slowfast.config import add_stts_config, kept_frames, kept_window, plan, validate_stts
+
+MVIT_B = [(8, 56, 56), *[(8, 28, 28)] * 2, *[(8, 14, 14)] * 11, *[(8, 7, 7)] * 2]
+
+
+@pytest.fixture
+def node():
+    cfg = CfgNode()
+    add_stts_config(cfg)
+    return cfg.STTS
+
+
+@pytest.mark.parametrize("kind", [CfgNode, YacsNode])
+def test_adding_twice_keeps_what_was_set(kind):
+    cfg = kind()
+    add_stts_config(cfg)
+    assert isinstance(cfg.STTS.TIME, kind) and cfg.STTS.ENABLE is False
+    cfg.STTS.SIGMA = 0.3
+    add_stts_config(cfg)
+    assert cfg.STTS.SIGMA == 0.3
+    cfg.merge_from_list(["STTS.TIME.KEEP", "[0.5]", "STTS.ENABLE", "True"])
+    assert cfg.STTS.TIME.KEEP == [0.5] and cfg.STTS.ENABLE
+
+
+def test_defaults_are_the_papers_headline_point(node):
+    validate_stts(node, 16, MVIT_B)
+    assert plan(node, MVIT_B) == {
+        "time_0": ((8, 56, 56), (7, 56, 56)),
+        "space_4": ((7, 14, 14), (7, 13, 13)),
+    }
+
+
+@pytest.mark.parametrize("keep, frames", [(0.875, 7), (0.75, 6), (0.625, 5), (0.5, 4), (0.375, 3)])
+def test_frames_of_the_published_points(keep, frames):
+    assert kept_frames(8, keep) == frames
+
+
+@pytest.mark.parametrize("keep, side", [(0.863, 13), (0.7367, 12), (0.6174, 11), (1.0, 14)])
+def test_windows_of_the_published_points(keep, side):
+    assert kept_window(14, 14, keep) == (side, side)
+
+
+def test_rounding_errors_lose_no_frame():
+    assert 0.29 * 100 < 29 and kept_frames(100, 0.29) == 29
+
+
+def test_a_window_keeps_the_shape_of_its_grid():
+    assert kept_window(8, 16, 0.25) == (4, 8)
+
+
+def test_names_of_scorers_agree():
+    assert set(config.SCORERS) == set(scorers.FRAME_SCORERS) == set(scorers.WINDOW_SCORERS)
+
+
+def test_plan_follows_the_strides_behind_a_window(node):
+    node.SPACE.BLOCKS, node.SPACE.KEEP = [4, 14], [0.7367, 0.5]
+    assert plan(node, MVIT_B)["space_14"] == ((7, 6, 6), (7, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("TIME.KEEP", [0.5, 0.6], r"STTS.TIME.KEEP has 2 values but STTS.TIME.BLOCKS has 1"),
+        ("SPACE.BLOCKS", [4, 4], r"STTS.SPACE.(KEEP|BLOCKS)"),
+        ("TIME.BLOCKS", [16], r"STTS.TIME.BLOCKS names block 16: the model's blocks are 0 to 15"),
+        ("TIME.BLOCKS", [-1], r"names block -1"),
+        ("TIME.BLOCKS", ["0"], r"names block '0'"),
+        ("TIME.KEEP", [0.0], r"STTS.TIME.KEEP holds 0.0"),
+        ("SPACE.KEEP", [1.5], r"STTS.SPACE.KEEP holds 1.5"),
+        ("SPACE.KEEP", ["most"], r"STTS.SPACE.KEEP holds 'most'"),
+        ("TIME.SCORER", "learnt", r"STTS.TIME.SCORER is 'learnt': use one of learned, uniform"),
+        ("GRADIENT", "full", r"STTS.GRADIENT is 'full': use one of exact, diagonal"),
+        ("SIGMA_DECAY", "cosine", r"STTS.SIGMA_DECAY is 'cosine': use one of linear, constant"),
+        ("SIGMA", -0.1, r"STTS.SIGMA is -0.1"),
+        ("SIGMA", float("nan"), r"STTS.SIGMA is nan"),
+        ("NUM_SAMPLES", 0, r"STTS.NUM_SAMPLES is 0"),
+        ("BACKBONE_LR", -1.0, r"STTS.BACKBONE_LR is -1.0"),
+        ("FREEZE_BACKBONE_EPOCHS", -1.0, r"STTS.FREEZE_BACKBONE_EPOCHS is -1.0"),
+        ("SPACE.STRIDE", -1, r"STTS.SPACE.STRIDE is -1"),
+        ("SPACE.STRIDE", 0.5, r"STTS.SPACE.STRIDE is 0.5"),
+        ("TIME.KEEP", [0.1], r"STTS.TIME.KEEP 0.1 leaves no frame of the 8 frames .* block 0"),
+        ("SPACE.KEEP", [0.001], r"STTS.SPACE.KEEP 0.001 leaves no window of the 14x14 tokens"),
+    ],
+)
+def test_what_is_wrong_is_named(node, key, value, message):
+    target, _, name = key.rpartition(".")
+    (node[target] if target else node)[name] = value
+    with pytest.raises(ValueError, match=message):
+        validate_stts(node, 16, MVIT_B)
+
+
+def test_duplicate_blocks_are_named(node):
+    node.SPACE.BLOCKS, node.SPACE.KEEP = [4, 4], [0.9, 0.9]
+    with pytest.raises(ValueError, match=r"STTS.SPACE.BLOCKS is \[4, 4\]: name each block once"):
+        validate_stts(node, 16)
+
+
+def test_the_advised_share_is_enough(node):
+    node.SPACE.KEEP = [0.001]
+    with pytest.raises(ValueError, match="keep at least") as error:
+        validate_stts(node, 16, MVIT_B)
+    node.SPACE.KEEP = [float(str(error.value).split()[-1])]
+    validate_stts(node, 16, MVIT_B)
+
+
+def test_an_empty_list_switches_a_dimension_off(node):
+    node.TIME.BLOCKS, node.SPACE.BLOCKS = [], []
+    validate_stts(node, 16, MVIT_B)
+    assert plan(node, MVIT_B) == {}

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from stts_slowfast.hooks import attach
+from stts_slowfast.schedule import backbone_lr, param_groups, set_group_lrs, set_progress, sigma
+from stts_slowfast.standalone.model import build_model
+
+
+@pytest.fixture
+def model(tiny_cfg):
+    tiny_cfg.STTS.ENABLE = True
+    return build_model(tiny_cfg)
+
+
+def test_sigma_falls_to_zero_or_stays():
+    assert [sigma(0.1, "linear", f) for f in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.05, 0.0])
+    assert sigma(0.1, "constant", 1.0) == 0.1
+
+
+def test_progress_reaches_every_selector_and_needs_no_history(model):
+    set_progress(model, 0.75)
+    assert [float(s.sigma) for s in model.stts.values()] == pytest.approx([0.025, 0.025])
+    set_progress(model, 0.25)
+    assert [float(s.sigma) for s in model.stts.values()] == pytest.approx([0.075, 0.075])
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_progress_outside_of_training_is_refused(model, fraction):
+    with pytest.raises(ValueError, match="lies in 0 to 1"):
+        set_progress(model, fraction)
+
+
+def test_backbone_is_frozen_then_capped(tiny_cfg):
+    tiny_cfg.SOLVER.BASE_LR = 1e-3
+    rates = [
+        backbone_lr(lr, epoch, tiny_cfg) for lr, epoch in [(1e-3, 2.9), (1e-3, 3.0), (1e-5, 9.0)]
+    ]
+    assert rates == pytest.approx([0.0, 1e-4, 1e-5])
+
+
+def test_groups_split_into_backbone_and_scorers(tiny_cfg, model):
+    params = list(model.parameters())
+    decayed = [p for p in params if p.dim() > 1]
+    rest = [p for p in params if p.dim() <= 1]
+    groups = param_groups(
+        [
+            {"params": decayed, "weight_decay": 0.05, "layer_decay": 0.5},
+            {"params": rest, "weight_decay": 0.0},
+        ],
+        model,
+        tiny_cfg,
+    )
+    assert [(g["backbone"], g["weight_decay"]) for g in groups] == [
+        (True, 0.05), (False, 0.05), (True, 0.0), (False, 0.0)
+    ]  # fmt: skip
+    scorers = {id(p) for p in model.stts.parameters()}
+    assert all((id(p) in scorers) != g["backbone"] for g in groups for p in g["params"])
+    assert sum(len(g["params"]) for g in groups) == len(params)
+    set_group_lrs(groups, 1e-3, 0.0, tiny_cfg)
+    assert [g["lr"] for g in groups] == pytest.approx([0.0, 5e-4, 0.0, 1e-3])
+
+
+def test_frozen_backbone_does_not_move(tiny_cfg, model):
+    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=0.05)
+    set_group_lrs(optimizer.param_groups, 1e-2, 0.0, tiny_cfg)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(2, 3, 8, 32, 32)).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(name.startswith("stts.") for name in moved)
+
+
+def test_without_selection_groups_stay_as_they_are(tiny_cfg, model):
+    tiny_cfg.STTS.ENABLE = False
+    groups = [{"params": list(model.parameters())}]
+    assert param_groups(groups, model, tiny_cfg) is groups
+
+
+def test_a_learning_rate_that_is_no_number_is_refused(tiny_cfg):
+    with pytest.raises(ValueError, match=r"learning rate is nan at epoch 1.5"):
+        set_group_lrs([], float("nan"), 1.5, tiny_cfg)
+
+
+def test_a_model_without_selectors_has_no_progress(tiny_cfg):
+    model = build_model(tiny_cfg)
+    set_progress(model, 0.5)
+    attach(model, tiny_cfg.STTS)
+    assert float(model.stts["time_0"].sigma) == pytest.approx(tiny_cfg.STTS.SIGMA)

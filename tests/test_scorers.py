@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stts_slowfast.scorers import (
+    LearnedFrameScorer,
+    LearnedWindowScorer,
+    RandomFrameScorer,
+    RandomWindowScorer,
+    ScoreNetwork,
+    UniformFrameScorer,
+    UniformWindowScorer,
+    normalize,
+)
+
+
+def test_score_network_to_the_letter():
+    network, tokens = ScoreNetwork(8), torch.randn(2, 5, 8)
+    x = F.layer_norm(tokens, (8,), network.embed[0].weight, network.embed[0].bias, 1e-5)
+    x = F.gelu(x @ network.embed[1].weight.T + network.embed[1].bias)
+    x = torch.cat([x[..., :4], x[..., 4:].mean(1, keepdim=True).expand(-1, 5, -1)], 2)
+    for i in (0, 2):
+        x = F.gelu(x @ network.score[i].weight.T + network.score[i].bias)
+    x = x @ network.score[4].weight.T + network.score[4].bias
+    torch.testing.assert_close(network(tokens), x[..., 0])
+
+
+def test_a_width_that_cannot_be_halved_twice_is_named():
+    with pytest.raises(ValueError, match="6 is no multiple of 4"):
+        ScoreNetwork(6)
+
+
+def test_a_frame_is_described_by_mean_and_maximum():
+    scorer, grid = LearnedFrameScorer(4), torch.randn(2, 3, 2, 5, 4)
+    described = torch.cat([grid.mean(dim=(2, 3)), grid.amax(dim=(2, 3))], dim=2)
+    torch.testing.assert_close(scorer(grid, 1), scorer.network(described))
+
+
+def test_a_window_scores_the_mean_of_its_tokens():
+    scorer, grid = LearnedWindowScorer(4), torch.randn(2, 3, 5, 7, 4)
+    tokens = scorer.network(grid.flatten(0, 1).flatten(1, 2)).view(6, 5, 7)
+    scores = scorer(grid, (3, 4), (2, 3)).view(6, 2, 2)
+    torch.testing.assert_close(scores[:, 1, 1], tokens[:, 2:5, 3:7].mean(dim=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    "frames, keep, marked",
+    [(8, 2, [2, 6]), (8, 4, [1, 3, 5, 7]), (5, 5, [0, 1, 2, 3, 4]), (8, 1, [4])],
+)
+def test_uniform_frames_are_evenly_spaced(frames, keep, marked):
+    scores = UniformFrameScorer(4)(torch.zeros(2, frames, 1, 1, 4), keep)
+    assert scores.shape == (2, frames)
+    assert scores[1].nonzero().flatten().tolist() == marked
+
+
+def test_uniform_window_lies_in_the_middle():
+    scores = UniformWindowScorer(4)(torch.zeros(1, 1, 5, 9, 4), (3, 3), (1, 1)).view(3, 7)
+    assert scores.argmax() == 1 * 7 + 3
+
+
+def test_random_scores_differ_from_call_to_call_and_follow_the_seed():
+    grid = torch.zeros(4, 6, 5, 5, 4)
+    for draw in (
+        lambda: RandomFrameScorer(4)(grid, 2),
+        lambda: RandomWindowScorer(4)(grid, (3, 3), (1, 1)),
+    ):
+        torch.manual_seed(1)
+        first, second = draw(), draw()
+        torch.manual_seed(1)
+        assert torch.equal(first, draw()) and not torch.equal(first, second)
+
+
+def test_random_windows_have_one_score_each():
+    assert RandomWindowScorer(4)(torch.zeros(2, 3, 5, 7, 4), (3, 4), (2, 3)).shape == (6, 4)
+
+
+def test_normalized_rows_span_zero_to_one():
+    scores = normalize(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]))
+    torch.testing.assert_close(scores[0], torch.tensor([0.0, 1.0, 0.5]), atol=1e-4, rtol=0)
+    assert torch.equal(scores[1], torch.zeros(3))

@@ -1,0 +1,179 @@
+import pytest
+import torch
+
+from stts_slowfast.topk import SMALLEST_SIGMA, hard_topk, perturbed_topk
+
+
+def one_hot_topk(scores, k, noise, sigma):
+    """The operator as a formula: one-hot indicators of every sample, then their mean."""
+    perturbed = scores[:, None] + sigma * noise
+    indices = perturbed.topk(k, dim=2).indices.sort(dim=2).values
+    return torch.nn.functional.one_hot(indices, scores.shape[1]).to(scores).mean(dim=1)
+
+
+@pytest.mark.parametrize("case", ["topk_case_a", "topk_case_b"])
+@pytest.mark.parametrize(
+    "gradient, expected", [("exact", "grad_exact_baseline"), ("diagonal", "grad_diagonal")]
+)
+def test_golden_indicators_and_gradients(golden, case, gradient, expected):
+    case = golden(case)
+    scores = case["scores"].requires_grad_()
+    indicators = perturbed_topk(
+        scores, int(case["k"]), sigma=case["sigma"], gradient=gradient, noise=case["noise"]
+    )
+    torch.testing.assert_close(indicators, case["indicators"], atol=1e-6, rtol=0)
+    indicators.backward(case["grad_output"])
+    torch.testing.assert_close(scores.grad, case[expected].float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["topk_case_a", "topk_case_b"])
+def test_baseline_only_takes_the_mean_off(golden, case):
+    """Without baseline the golden estimate differs by mean(weight) * mean(noise) / sigma."""
+    case = golden(case)
+    scores = case["scores"].requires_grad_()
+    k, noise, grad_output = int(case["k"]), case["noise"], case["grad_output"]
+    perturbed_topk(scores, k, sigma=case["sigma"], noise=noise).backward(grad_output)
+    perturbed = scores[:, None] + case["sigma"].float() * noise
+    indices = perturbed.topk(k, dim=2).indices.sort(dim=2).values
+    weights = torch.stack(
+        [grad_output[:, i].gather(1, indices[:, :, i]) for i in range(k)], dim=2
+    ).sum(dim=2)
+    shift = weights.mean(dim=1, keepdim=True) * noise.mean(dim=1) / case["sigma"]
+    torch.testing.assert_close(
+        scores.grad + shift, case["grad_exact"], atol=1e-5, rtol=1e-5, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_matches_the_one_hot_formula(k):
+    scores, noise = torch.rand(4, 8), torch.randn(4, 60, 8)
+    indicators = perturbed_topk(scores, k, sigma=0.2, noise=noise)
+    torch.testing.assert_close(indicators, one_hot_topk(scores, k, noise, 0.2))
+    torch.testing.assert_close(indicators.sum(dim=2), torch.ones(4, k))
+
+
+def test_gradient_matches_finite_differences():
+    """Common noise makes the smoothed operator's differences cheap to estimate."""
+    scores, k, sigma = torch.tensor([[0.1, 0.5, 0.45, 0.9]]), 2, 0.2
+    noise = torch.randn(1, 400_000, 4)
+    grad_output = torch.randn(1, k, 4)
+    step = 0.02
+    differences = []
+    for j in range(4):
+        shift = torch.zeros(1, 4)
+        shift[0, j] = step
+        up = perturbed_topk(scores + shift, k, sigma=sigma, noise=noise)
+        down = perturbed_topk(scores - shift, k, sigma=sigma, noise=noise)
+        differences.append(((up - down) * grad_output).sum() / (2 * step))
+    scores.requires_grad_()
+    perturbed_topk(scores, k, sigma=sigma, noise=noise).backward(grad_output)
+    expected = torch.stack(differences)
+    assert (scores.grad[0] - expected).norm() < 0.03 * expected.norm()
+
+
+def test_diagonal_gradient_is_another_one():
+    scores, noise = torch.rand(2, 6), torch.randn(2, 5000, 6)
+    grads = {}
+    for gradient in ("exact", "diagonal"):
+        leaf = scores.clone().requires_grad_()
+        out = perturbed_topk(leaf, 2, sigma=0.1, gradient=gradient, noise=noise)
+        out.backward(torch.ones_like(out).cumsum(2))
+        grads[gradient] = leaf.grad
+    cosine = torch.cosine_similarity(grads["exact"].flatten(), grads["diagonal"].flatten(), dim=0)
+    assert cosine < 0.9
+
+
+@pytest.mark.parametrize("sigma", [0.0, SMALLEST_SIGMA, torch.tensor(0.0)])
+@pytest.mark.parametrize("gradient", ["exact", "diagonal"])
+def test_without_noise_selection_is_hard_and_gradient_zero(sigma, gradient):
+    scores = torch.rand(3, 7, requires_grad=True)
+    indicators = perturbed_topk(scores, 2, 20, sigma, gradient)
+    expected = torch.nn.functional.one_hot(hard_topk(scores.detach(), 2), 7).float()
+    assert torch.equal(indicators, expected)
+    indicators.backward(torch.randn_like(indicators))
+    assert torch.equal(scores.grad, torch.zeros(3, 7))
+
+
+def test_keeping_all_is_the_identity():
+    indicators = perturbed_topk(torch.rand(2, 5), 5, 500, 0.5)
+    assert torch.equal(indicators, torch.eye(5).expand(2, 5, 5))
+
+
+def test_kept_entries_stay_in_order():
+    indices = hard_topk(torch.tensor([[0.9, 0.1, 0.8, 0.7], [0.0, 3.0, 1.0, 2.0]]), 2)
+    assert indices.tolist() == [[0, 2], [1, 3]]
+
+
+def test_no_tensor_of_samples_by_k_by_d_exists():
+    """Peak memory of forward and backward, counted by the allocator's own events."""
+    batch, d, k, num_samples = 2, 64, 32, 200
+    one_hot_bytes = batch * num_samples * k * d * 4
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return out
+
+    scores = torch.rand(batch, d, requires_grad=True)
+    with Largest():
+        out = perturbed_topk(scores, k, num_samples, 0.1)
+        out.backward(torch.randn_like(out))
+    assert 0 < largest <= one_hot_bytes / 16
+
+
+def test_float32_inside_autocast():
+    scores = torch.rand(2, 6)
+    noise = torch.randn(2, 50, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = perturbed_topk(scores.bfloat16(), 2, sigma=0.1, noise=noise)
+    assert inside.dtype == torch.float32
+    outside = perturbed_topk(scores.bfloat16().float(), 2, sigma=0.1, noise=noise)
+    assert torch.equal(inside, outside)
+
+
+def test_compiles_without_graph_breaks():
+    scores, noise = torch.rand(2, 6), torch.randn(2, 50, 6)
+
+    def run(scores, sigma):
+        return perturbed_topk(scores, 2, sigma=sigma, noise=noise)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for sigma in (torch.tensor(0.1), torch.tensor(0.05)):
+        ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+        run(ours, sigma).square().sum().backward()
+        compiled(theirs, sigma).square().sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_equals_cpu():
+    scores, noise = torch.rand(3, 9), torch.randn(3, 100, 9)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        leaf = scores.to(device).requires_grad_()
+        out = perturbed_topk(leaf, 3, sigma=0.1, noise=noise.to(device))
+        out.square().sum().backward()
+        outputs.append((out.cpu(), leaf.grad.cpu()))
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.rand(6), 2), r"\(B, d\)"),
+        ((torch.rand(2, 6), 0), "k is 0"),
+        ((torch.rand(2, 6), 7), "k is 7"),
+        ((torch.full((2, 6), torch.nan), 2), "NaN"),
+        ((torch.rand(2, 6), 2, 0), "num_samples is 0"),
+        ((torch.rand(2, 6), 2, 5, 0.1, "straight"), "'straight'.*exact, diagonal"),
+        ((torch.rand(2, 6), 2, 5, 0.1, "exact", torch.randn(2, 5, 4)), "noise has shape"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        perturbed_topk(*arguments)
