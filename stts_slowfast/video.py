@@ -106,15 +106,15 @@ def clip_spans(
     is taken. Returns (len(sizes), 3): start, end, and the distance to the clip before (0 for the
     first).
     """
-    best, best_excess = None, math.inf
-    for _ in range(100 if clip_idx == -1 and len(sizes) > 1 else 1):
+    best, best_goodness = None, -math.inf
+    for _ in range(100):
         spans = _draw_spans(
             num_video_frames, sizes, clip_idx, num_clips, min_delta, max_delta, use_offset, rng
         )
-        excess = _delta_excess(spans, min_delta, max_delta)
-        if best is None or excess < best_excess:
-            best, best_excess = spans, excess
-        if excess == 0:
+        goodness = _goodness(spans, min_delta, max_delta)
+        if goodness > best_goodness:
+            best, best_goodness = spans, goodness
+        if clip_idx != -1 or goodness == math.inf:
             break
     deltas = best[1:, 0] - best[:-1, 1]
     return np.column_stack([best, np.concatenate([[0.0], deltas])])
@@ -130,18 +130,18 @@ def _draw_spans(
             span = clip_span(num_video_frames, size, clip_idx, num_clips, use_offset, rng)
             # Starts and ends are sorted each by themselves, as SlowFast does.
             grown = np.sort(np.vstack([spans, span]), axis=0)
-            if _delta_excess(grown, min_delta, max_delta) == 0:
+            if _goodness(grown, min_delta, max_delta) == math.inf:
                 break
         spans = grown
     return spans
 
 
-def _delta_excess(spans: np.ndarray, min_delta: float, max_delta: float) -> float:
-    """By how many frames the distances between clips miss their range, in total."""
+def _goodness(spans: np.ndarray, min_delta: float, max_delta: float) -> float:
+    """SlowFast's measure of distances that miss their range, the greater the better; inf where
+    none does."""
     deltas = spans[1:, 0] - spans[:-1, 1]
-    short = np.clip(min_delta - deltas, 0, None) if min_delta > -math.inf else 0.0 * deltas
-    long = np.clip(deltas - max_delta, 0, None) if max_delta < math.inf else 0.0 * deltas
-    return float(short.sum() + long.sum())
+    short, long = deltas[deltas < min_delta], deltas[deltas > max_delta]
+    return float(short.sum() - long.sum()) if short.size or long.size else math.inf
 
 
 def frame_indices(start: float, end: float, num_frames: int, num_video_frames: int) -> list[int]:
@@ -190,9 +190,13 @@ class Video:
         try:
             self._open()
             self._scan()
-        except BaseException as error:
+        except VideoError:
             self.close()
-            raise self._explain(error) from error
+            raise
+        except Exception as error:
+            explained = self._explain(error)
+            self.close()
+            raise explained from error
 
     def __enter__(self) -> "Video":
         return self
@@ -354,9 +358,7 @@ class Video:
                 break
         self._reopen()
 
-    def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, VideoError) or not isinstance(error, Exception):
-            return error
+    def _explain(self, error: Exception) -> VideoError:
         self._file.seek(0, os.SEEK_END)
         if self._file.tell() == 0:
             return VideoError(self.name, "the file is empty")
