@@ -13,10 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from iopath.common.file_io import g_pathmgr
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
 
 from stts_slowfast.standalone.transforms import (
     batch_mixer,
@@ -175,16 +176,15 @@ def read_ssv2(cfg, entry: Entry, split: str, view: int, short_side: int) -> torc
     SlowFast reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
     indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train")
     images = {index: _read_image(entry.frames[index]) for index in sorted(set(indices))}
-    return torch.stack([images[index] for index in indices]).permute(0, 2, 3, 1).flip(-1)
+    return torch.stack([images[index] for index in indices]).flip(-1)
 
 
 def _read_image(path: str) -> torch.Tensor:
     try:
         with g_pathmgr.open(path, "rb") as file:
-            data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-        return decode_image(data, ImageReadMode.RGB)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            return torch.from_numpy(np.array(Image.open(file).convert("RGB")))
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken images
+        reason = getattr(error, "strerror", None) or "it is no image, or a broken one"
         raise VideoError(path, reason) from error
 
 

@@ -19,7 +19,7 @@ _INTERPOLATIONS = {
     "bicubic": [F.InterpolationMode.BICUBIC],
     "random": [F.InterpolationMode.BILINEAR, F.InterpolationMode.BICUBIC],
 }
-_GREY = [128.0, 128.0, 128.0]
+_GREY = [128, 128, 128]
 
 
 class RandAugment:
@@ -117,16 +117,20 @@ def apply_operation(
 
 def _move(clip: torch.Tensor, name: str, amount: float, interpolation) -> torch.Tensor:
     """Rotates by 30 degrees, shears by 0.3, or moves by 0.45 of the side, times ``amount``."""
+    angle, translate, shear, center = 0.0, [0, 0], [0.0, 0.0], [0, 0]
+    axis = "XY".find(name[-1])
     if name == "Rotate":
-        return F.rotate(clip, 30 * amount, interpolation=interpolation, fill=_GREY)
-    translate, shear = [0, 0], [0.0, 0.0]
-    axis = "XY".index(name[-1])
-    if name.startswith("Translate"):
+        angle, center = 30 * amount, None
+    elif name.startswith("Translate"):
         translate[axis] = round(0.45 * amount * clip.shape[-1 - axis])
     else:
         shear[axis] = math.degrees(math.atan(0.3 * amount))
-    center = [0.0, 0.0]
-    return F.affine(clip, 0.0, translate, 1.0, shear, interpolation, fill=_GREY, center=center)
+    moved = []
+    for frame in clip:  # as PIL images: for tensors torchvision has no bicubic interpolation here
+        image = F.to_pil_image(frame)
+        image = F.affine(image, angle, translate, 1.0, shear, interpolation, _GREY, center)
+        moved.append(F.pil_to_tensor(image))
+    return torch.stack(moved)
 
 
 class RandomErasing:
