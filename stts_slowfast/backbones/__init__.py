@@ -6,10 +6,18 @@ from torch import nn
 
 # MODEL.MODEL_NAME -> the family's file. Each has build(cfg), the model that maps clips
 # (B, 3, T, H, W) to logits (B, MODEL.NUM_CLASSES), and block_grids(cfg), the token grid (T, H, W)
-# that arrives at each block.
+# that arrives at each block; a family that SlowFast's config does not know also has add_config(cfg).
 FAMILIES = {
     "MViT": "mvit",
+    "TimeSformer": "timesformer",
+    "VideoSwin": "video_swin",
 }
+
+
+def add_backbone_config(cfg) -> None:
+    """Adds the nodes ``TIMESFORMER`` and ``VIDEO_SWIN``; does nothing where they are there."""
+    for name in ("timesformer", "video_swin"):
+        importlib.import_module(f"{__name__}.{name}").add_config(cfg)
 
 
 def build(cfg) -> nn.Module:
@@ -34,4 +42,7 @@ def _family(cfg):
     name = cfg.MODEL.MODEL_NAME
     if name not in FAMILIES:
         raise ValueError(f"MODEL.MODEL_NAME is {name!r}: use one of {', '.join(FAMILIES)}")
-    return importlib.import_module(f"{__name__}.{FAMILIES[name]}")
+    file = FAMILIES[name]
+    if file == "mvit" and importlib.import_module(f"{__name__}.vit").is_plain_vit(cfg):
+        file = "vit"  # what torchvision's MViT cannot express
+    return importlib.import_module(f"{__name__}.{file}")

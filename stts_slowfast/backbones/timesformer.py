@@ -197,7 +197,7 @@ class TimeSformer(nn.Module):
         return self.head(self.head_drop(self.norm(cls)))
 
 
-def add_timesformer_config(cfg: CfgNode) -> None:
+def add_config(cfg: CfgNode) -> None:
     """Adds the node ``TIMESFORMER`` to a config; the defaults are TimeSformer-Base. Idempotent."""
     if "TIMESFORMER" in cfg:
         return
@@ -222,7 +222,7 @@ def add_timesformer_config(cfg: CfgNode) -> None:
     node.DROPPATH_RATE = 0.1
 
 
-def build_timesformer(cfg: CfgNode) -> TimeSformer:
+def build(cfg: CfgNode) -> TimeSformer:
     """The TimeSformer of a config's TIMESFORMER, DATA and MODEL nodes."""
     node = cfg.TIMESFORMER
     return TimeSformer(
@@ -241,7 +241,7 @@ def build_timesformer(cfg: CfgNode) -> TimeSformer:
     )
 
 
-def timesformer_block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:
+def block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:
     """The token grid (T, H, W) that arrives at each block without selection."""
     side = cfg.DATA.TRAIN_CROP_SIZE // cfg.TIMESFORMER.PATCH_SIZE
     return [(cfg.DATA.NUM_FRAMES, side, side)] * cfg.TIMESFORMER.DEPTH

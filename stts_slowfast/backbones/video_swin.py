@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 
-def add_video_swin_config(cfg: CfgNode) -> None:
+def add_config(cfg: CfgNode) -> None:
     """Adds the node ``VIDEO_SWIN`` to a config; the defaults are Swin-T. Idempotent."""
     if "VIDEO_SWIN" in cfg:
         return
@@ -28,7 +28,7 @@ def add_video_swin_config(cfg: CfgNode) -> None:
     node.DROPPATH_RATE = 0.1
 
 
-def build_video_swin(cfg: CfgNode) -> SwinTransformer3d:
+def build(cfg: CfgNode) -> SwinTransformer3d:
     """The Video Swin of a config's VIDEO_SWIN and MODEL nodes; clip (B, 3, T, H, W) to logits."""
     node = cfg.VIDEO_SWIN
     if len(node.DEPTHS) != len(node.NUM_HEADS):
@@ -50,7 +50,7 @@ def build_video_swin(cfg: CfgNode) -> SwinTransformer3d:
     return model
 
 
-def video_swin_block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:
+def block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:
     """The token grid (T, H, W) that arrives at each stage without selection."""
     size = (cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE, cfg.DATA.TRAIN_CROP_SIZE)
     t, h, w = (-(-s // patch) for s, patch in zip(size, cfg.VIDEO_SWIN.PATCH_SIZE))

@@ -271,7 +271,7 @@ def _positions(node: CfgNode) -> str:
     return "sincos" if node.USE_FIXED_SINCOS_POS else "joint"
 
 
-def build_vit(cfg: CfgNode) -> ViT:
+def build(cfg: CfgNode) -> ViT:
     """The plain ViT of an MVIT node, see :func:`is_plain_vit`."""
     node = cfg.MVIT
     return ViT(
@@ -293,6 +293,6 @@ def build_vit(cfg: CfgNode) -> ViT:
     )
 
 
-def vit_block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:
+def block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:
     """The token grid (T, H, W) that arrives at each block without selection."""
     return [vit_grid(cfg)] * cfg.MVIT.DEPTH

@@ -13,11 +13,11 @@ from stts_slowfast.attach import attach, selections
 from stts_slowfast.backbones.timesformer import (
     BLOCKS,
     TimeSformer,
-    add_timesformer_config,
-    build_timesformer,
+    add_config,
+    block_grids,
+    build,
     resize_positions,
     resize_times,
-    timesformer_block_grids,
 )
 from stts_slowfast.config import add_stts_config
 
@@ -174,23 +174,23 @@ def config():
     cfg = CfgNode()
     cfg.DATA = CfgNode({"NUM_FRAMES": 4, "TRAIN_CROP_SIZE": 32})
     cfg.MODEL = CfgNode({"NUM_CLASSES": 7, "DROPOUT_RATE": 0.0})
-    add_timesformer_config(cfg)
+    add_config(cfg)
     return cfg
 
 
 def test_config_builds_the_model_it_describes():
     cfg = config()
     cfg.TIMESFORMER.EMBED_DIM, cfg.TIMESFORMER.NUM_HEADS, cfg.TIMESFORMER.DEPTH = 32, 4, 3
-    model = build_timesformer(cfg)
+    model = build(cfg)
     assert model(torch.randn(1, 3, 4, 32, 32)).shape == (1, 7)
     assert [block.drop_path.p for block in model.blocks] == pytest.approx([0, 0.05, 0.1])
-    assert timesformer_block_grids(cfg) == [(4, 2, 2)] * 3
+    assert block_grids(cfg) == [(4, 2, 2)] * 3
 
 
 def test_config_node_is_added_once():
     cfg = config()
     cfg.TIMESFORMER.DEPTH = 5
-    add_timesformer_config(cfg)
+    add_config(cfg)
     assert cfg.TIMESFORMER.DEPTH == 5
 
 
@@ -198,4 +198,4 @@ def test_unknown_attention_is_named():
     cfg = config()
     cfg.TIMESFORMER.ATTENTION_TYPE = "axial"
     with pytest.raises(ValueError, match=r"ATTENTION_TYPE is 'axial'.*divided_space_time"):
-        build_timesformer(cfg)
+        build(cfg)
