@@ -6,7 +6,7 @@ from torch import nn
 
 # MODEL.MODEL_NAME -> the family's file. Each has build(cfg), the model that maps clips
 # (B, 3, T, H, W) to logits (B, MODEL.NUM_CLASSES), and block_grids(cfg), the token grid (T, H, W)
-# that arrives at each block; a family that SlowFast's config does not know also has add_config(cfg).
+# that arrives at each block; a family that SlowFast does not know also has add_config(cfg).
 FAMILIES = {
     "MViT": "mvit",
     "TimeSformer": "timesformer",
