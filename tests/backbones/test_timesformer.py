@@ -9,7 +9,6 @@ import torch
 from fvcore.common.config import CfgNode
 from fvcore.nn import FlopCountAnalysis
 
-from stts_slowfast.attach import attach, selections
 from stts_slowfast.backbones.timesformer import (
     BLOCKS,
     TimeSformer,
@@ -20,6 +19,7 @@ from stts_slowfast.backbones.timesformer import (
     resize_times,
 )
 from stts_slowfast.config import add_stts_config
+from stts_slowfast.hooks import attach, selections
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TINY = dict(img_size=32, patch_size=8, num_classes=5, embed_dim=32, depth=2, num_heads=4)
