@@ -6,18 +6,12 @@ from torch import nn
 
 # MODEL.MODEL_NAME -> the family's file. Each has build(cfg), the model that maps clips
 # (B, 3, T, H, W) to logits (B, MODEL.NUM_CLASSES), and block_grids(cfg), the token grid (T, H, W)
-# that arrives at each block; a family that SlowFast does not know also has add_config(cfg).
+# that arrives at each block.
 FAMILIES = {
     "MViT": "mvit",
     "TimeSformer": "timesformer",
     "VideoSwin": "video_swin",
 }
-
-
-def add_backbone_config(cfg) -> None:
-    """Adds the nodes ``TIMESFORMER`` and ``VIDEO_SWIN``; does nothing where they are there."""
-    for name in ("timesformer", "video_swin"):
-        importlib.import_module(f"{__name__}.{name}").add_config(cfg)
 
 
 def build(cfg) -> nn.Module:

@@ -197,31 +197,6 @@ class TimeSformer(nn.Module):
         return self.head(self.head_drop(self.norm(cls)))
 
 
-def add_config(cfg: CfgNode) -> None:
-    """Adds the node ``TIMESFORMER`` to a config; the defaults are TimeSformer-Base. Idempotent."""
-    if "TIMESFORMER" in cfg:
-        return
-    node = cfg.TIMESFORMER = type(cfg)()
-    # divided_space_time, joint_space_time or space_only.
-    node.ATTENTION_TYPE = "divided_space_time"
-    # Path of image weights (ViT, timm's names) to start from; "" starts from random ones.
-    node.PRETRAINED_MODEL = ""
-    # Side of a patch in pixels.
-    node.PATCH_SIZE = 16
-    # Width of a token.
-    node.EMBED_DIM = 768
-    # Number of blocks.
-    node.DEPTH = 12
-    # Attention heads in every block.
-    node.NUM_HEADS = 12
-    # Width of the MLP as a multiple of EMBED_DIM.
-    node.MLP_RATIO = 4.0
-    # Whether queries, keys and values have a bias.
-    node.QKV_BIAS = True
-    # Stochastic depth of the last block; it grows linearly from 0 in the first.
-    node.DROPPATH_RATE = 0.1
-
-
 def build(cfg: CfgNode) -> TimeSformer:
     """The TimeSformer of a config's TIMESFORMER, DATA and MODEL nodes."""
     node = cfg.TIMESFORMER

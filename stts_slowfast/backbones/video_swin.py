@@ -9,25 +9,6 @@ from torch import nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 
-def add_config(cfg: CfgNode) -> None:
-    """Adds the node ``VIDEO_SWIN`` to a config; the defaults are Swin-T. Idempotent."""
-    if "VIDEO_SWIN" in cfg:
-        return
-    node = cfg.VIDEO_SWIN = type(cfg)()
-    # Frames, rows and columns of a patch.
-    node.PATCH_SIZE = [2, 4, 4]
-    # Width of a token in the first stage; it doubles from stage to stage.
-    node.EMBED_DIM = 96
-    # Number of blocks in each stage.
-    node.DEPTHS = [2, 2, 6, 2]
-    # Attention heads in each stage.
-    node.NUM_HEADS = [3, 6, 12, 24]
-    # Frames, rows and columns (in tokens) of an attention window.
-    node.WINDOW_SIZE = [8, 7, 7]
-    # Stochastic depth of the last block; it grows linearly from 0 in the first.
-    node.DROPPATH_RATE = 0.1
-
-
 def build(cfg: CfgNode) -> SwinTransformer3d:
     """The Video Swin of a config's VIDEO_SWIN and MODEL nodes; clip (B, 3, T, H, W) to logits."""
     node = cfg.VIDEO_SWIN

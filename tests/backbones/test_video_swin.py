@@ -10,9 +10,9 @@ from fvcore.common.config import CfgNode
 from torchvision.models.video import swin3d_t
 
 from stts_slowfast import backbones
-from stts_slowfast.backbones.video_swin import add_config, block_grids, build
+from stts_slowfast.backbones.video_swin import block_grids, build
 from stts_slowfast.checkpoints import load_weights
-from stts_slowfast.config import add_stts_config
+from stts_slowfast.config import add_stts_config, add_video_swin_config
 from stts_slowfast.hooks import attach, selections
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -22,7 +22,7 @@ def config(embed_dim=16, depths=(2, 2), heads=(2, 4), window=(2, 4, 4), frames=8
     cfg = CfgNode()
     cfg.DATA = CfgNode({"NUM_FRAMES": frames, "TRAIN_CROP_SIZE": size})
     cfg.MODEL = CfgNode({"MODEL_NAME": "VideoSwin", "NUM_CLASSES": 5, "DROPOUT_RATE": 0.5})
-    add_config(cfg)
+    add_video_swin_config(cfg)
     add_stts_config(cfg)
     cfg.VIDEO_SWIN.EMBED_DIM = embed_dim
     cfg.VIDEO_SWIN.DEPTHS, cfg.VIDEO_SWIN.NUM_HEADS = list(depths), list(heads)
@@ -143,9 +143,8 @@ def test_every_parameter_learns_with_selectors():
 
 def test_defaults_are_torchvisions_swin_t():
     cfg = config()
-    cfg.VIDEO_SWIN = CfgNode()
     del cfg["VIDEO_SWIN"]
-    backbones.add_backbone_config(cfg)
+    add_video_swin_config(cfg)
     cfg.MODEL.NUM_CLASSES = 400
     with torch.device("meta"):
         ours, theirs = backbones.build(cfg), swin3d_t()
