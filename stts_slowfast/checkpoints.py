@@ -1,19 +1,23 @@
-"""One place for every checkpoint format: recognises a file by its keys, loads and writes it.
+"""One place for every checkpoint format: recognises a file by its keys, loads, writes, converts it.
 
-A format is a function that renames a file's parameters to the model's own names; adding one is
+Every format is renamed to one set of names, SlowFast's (for models that SlowFast does not have:
+TimeSformer's own and torchvision's Video Swin's), and from there to the model's; adding a format is
 adding a row to ``FORMATS``.
 """
 
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from iopath.common.file_io import g_pathmgr
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MViT
+
+from stts_slowfast.backbones.timesformer import TimeSformer, resize_positions, resize_times
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +78,9 @@ def load_weights(model: nn.Module, path_or_state_dict: str | os.PathLike | dict)
         source = os.fspath(checkpoint)
         checkpoint = read_checkpoint(source)
     state = state_dict_of(checkpoint)
-    known = next((row for row in FORMATS if row[1](state, model)), None)
-    if known is None:
-        raise ValueError(f"{source} holds no parameters of a format known for {_name(model)}")
-    name, _, rename = known
-    loaded = _copy_into(model, state, rename(state, model), name)
+    known = recognize(state)
+    renamed = known.to_slowfast(state, list(getattr(model, "stts", ())))
+    loaded = _copy_into(model, state, _to_model(renamed, model), known.name)
     _set_pool_norm_eps(model, checkpoint, loaded)
     logger.info("Loaded %s: %s", source, loaded)
     return loaded
@@ -232,61 +234,246 @@ def _replace_prefix(key: str, prefixes: dict[str, str]) -> str:
 _AUTHORS_SCORER = re.compile(
     r"^(time|space)_score_predictor\.(\d+)\.score_network\.(in_conv|out_conv)\.(.+)$"
 )
+_OUR_SCORER = re.compile(r"^stts\.((time|space)_\d+)\.scorer\.network\.(embed|score)\.(.+)$")
+_SCORER_PARTS = {"in_conv": "embed", "out_conv": "score"}
 
 
-def selectors_from_authors(state: State, model: nn.Module) -> State:
+def selectors_from_authors(state: State, selectors: Sequence[str]) -> State:
     """The authors' ``{time,space}_score_predictor.{n}`` under our selectors' names.
 
-    ``n`` counts the selections of a dimension in order; our keys name the block.
+    Args:
+        state: parameters.
+        selectors: the model's selectors, such as ``["time_0", "space_4"]``: ``n`` counts the
+            selections of a dimension in order, our names say the block.
     """
-    stts = getattr(model, "stts", {})
     renamed = {}
     for key, value in state.items():
         match = _AUTHORS_SCORER.match(key)
         if match:
             dimension, number, part, rest = match.groups()
-            ours = [name for name in stts if name.startswith(f"{dimension}_")]
+            ours = [name for name in selectors if name.startswith(f"{dimension}_")]
             if int(number) < len(ours):
-                part = {"in_conv": "embed", "out_conv": "score"}[part]
-                key = f"stts.{ours[int(number)]}.scorer.network.{part}.{rest}"
+                key = f"stts.{ours[int(number)]}.scorer.network.{_SCORER_PARTS[part]}.{rest}"
         renamed[key] = value
     return renamed
+
+
+def selectors_to_authors(state: State) -> State:
+    """The inverse of :func:`selectors_from_authors`."""
+    parts = {ours: theirs for theirs, ours in _SCORER_PARTS.items()}
+    order: dict[str, list[str]] = {"time": [], "space": []}
+    renamed = {}
+    for key, value in state.items():
+        match = _OUR_SCORER.match(key)
+        if match:
+            name, dimension, part, rest = match.groups()
+            if name not in order[dimension]:
+                order[dimension].append(name)
+            number = order[dimension].index(name)
+            key = f"{dimension}_score_predictor.{number}.score_network.{parts[part]}.{rest}"
+        renamed[key] = value
+    return renamed
+
+
+# --- Video Swin: mmaction's names and torchvision's ---------------------------------------------
+
+_SWIN_BLOCK = re.compile(r"^layers\.(\d+)\.blocks\.(\d+)\.(.+)$")
+_SWIN_MERGE = re.compile(r"^layers\.(\d+)\.downsample\.(.+)$")
+_FEATURES = re.compile(r"^features\.(\d+)\.(?:(\d+)\.)?(.+)$")
+_SWIN_MLP = {"mlp.fc1.": "mlp.0.", "mlp.fc2.": "mlp.3."}
+
+
+def swin_from_mmaction(state: State) -> State:
+    """Video Swin's parameters from mmaction's names, prefixed or not, to torchvision's."""
+    renamed = {}
+    for key, value in state.items():
+        key = key.removeprefix("backbone.").replace("cls_head.fc_cls.", "head.")
+        if match := _SWIN_BLOCK.match(key):
+            stage, block, rest = match.groups()
+            key = f"features.{2 * int(stage)}.{block}.{_replace_prefix(rest, _SWIN_MLP)}"
+        elif match := _SWIN_MERGE.match(key):
+            key = f"features.{2 * int(match.group(1)) + 1}.{match.group(2)}"
+        renamed[key] = value
+    return renamed
+
+
+def swin_to_mmaction(state: State) -> State:
+    """The inverse of :func:`swin_from_mmaction`, with mmaction's prefixes."""
+    mlp = {ours: theirs for theirs, ours in _SWIN_MLP.items()}
+    renamed = {}
+    for key, value in state.items():
+        match = _FEATURES.match(key)
+        if match and int(match.group(1)) % 2 == 0:
+            stage, block, rest = match.groups()
+            key = f"layers.{int(stage) // 2}.blocks.{block}.{_replace_prefix(rest, mlp)}"
+        elif match:
+            key = f"layers.{int(match.group(1)) // 2}.downsample.{match.group(3)}"
+        head = key.startswith("head.")
+        renamed[key.replace("head.", "cls_head.fc_cls.") if head else f"backbone.{key}"] = value
+    return renamed
+
+
+# --- TimeSformer and ViT image weights ----------------------------------------------------------
+
+
+def resize_timesformer(state: State, model: TimeSformer) -> State:
+    """Resamples position and time embeddings to the model's number of patches and frames."""
+    state = dict(state)
+    side = round((model.pos_embed.shape[1] - 1) ** 0.5)
+    if "pos_embed" in state:
+        state["pos_embed"] = resize_positions(state["pos_embed"], (side, side))
+    if "time_embed" in state and model.attention_type != "space_only":
+        state["time_embed"] = resize_times(state["time_embed"], model.time_embed.shape[1])
+    return state
+
+
+def start_time(state: State, model: TimeSformer) -> State:
+    """Adds a start for what image weights do not have, so that the model starts as the image model.
+
+    Time embeddings are zero; attention over time is a copy of attention over space, and its last
+    layer is zero.
+    """
+    new = {}
+    for key, value in model.state_dict().items():
+        if key == "time_embed" or ".temporal_fc." in key:
+            new[key] = torch.zeros_like(value, device="cpu")
+        elif ".temporal_" in key:
+            image = state.get(key.replace(".temporal_", "."))
+            if image is not None:
+                new[key] = image.clone()
+    return {**state, **new}
 
 
 # --- formats ------------------------------------------------------------------------------------
 
 
-def _is_authors_mvit(state: State, model: nn.Module) -> bool:
-    return _is_slowfast_mvit(state, model) and any(map(_AUTHORS_SCORER.match, state))
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint format.
+
+    Attributes:
+        name: what a user reads.
+        family: ``MViT``, ``VideoSwin`` or ``TimeSformer``.
+        recognize: whether a state dict is of this format, by its keys and shapes.
+        to_slowfast: (state, the model's selectors) to SlowFast's names, in the same order.
+        from_slowfast: the inverse, in this format's names; None where nobody writes it.
+        wrapper: the key under which a file of this format holds its parameters; "" for none.
+    """
+
+    name: str
+    family: str
+    recognize: Callable[[State], bool]
+    to_slowfast: Callable[[State, Sequence[str]], State]
+    from_slowfast: Callable[[State], State] | None = None
+    wrapper: str = ""
 
 
-def _is_slowfast_mvit(state: State, model: nn.Module) -> bool:
-    return isinstance(model, MViT) and "patch_embed.proj.weight" in state
+def _has(state: State, pattern: str) -> bool:
+    return any(re.match(pattern, key) for key in state)
 
 
-def _from_authors_mvit(state: State, model: nn.Module) -> State:
-    return mvit_from_slowfast(selectors_from_authors(state, model))
+def _patches_are(state: State, dims: int) -> bool:
+    weight = state.get("patch_embed.proj.weight", state.get("model.patch_embed.proj.weight"))
+    return weight is not None and weight.dim() == dims
 
 
-# Name, who recognises it, and who renames it to the model's names in the order of its own keys.
+def _has_time(state: State) -> bool:
+    return _has(state, r"(model\.)?(time_embed$|blocks\.\d+\.temporal_)")
+
+
+def _without_prefix(state: State, prefix: str) -> State:
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+_SWIN = r"(backbone\.)?layers\.\d+\.blocks\."
+_SCORER = r"(backbone\.)?(time|space)_score_predictor\."
+
 # The first that recognises a file wins.
-FORMATS: list[tuple[str, Callable[[State, nn.Module], bool], Callable[[State, nn.Module], State]]]
-FORMATS = [
-    ("an STTS authors' MViT", _is_authors_mvit, _from_authors_mvit),
-    ("a SlowFast MViT", _is_slowfast_mvit, lambda state, model: mvit_from_slowfast(state)),
-    (
-        "the model's own names",
-        lambda state, model: bool(set(state) & set(model.state_dict())),
-        lambda state, model: state,
+FORMATS = {
+    "authors-mvit": Format(
+        "an STTS authors' MViT",
+        "MViT",
+        lambda state: _patches_are(state, 5) and _has(state, _SCORER) and not _has(state, _SWIN),
+        selectors_from_authors,
+        selectors_to_authors,
+        "model_state",
     ),
-]
+    "authors-swin": Format(
+        "an STTS authors' Video Swin",
+        "VideoSwin",
+        lambda state: _has(state, _SWIN) and _has(state, _SCORER),
+        lambda state, selectors: selectors_from_authors(swin_from_mmaction(state), selectors),
+        lambda state: swin_to_mmaction(selectors_to_authors(state)),
+        "state_dict",
+    ),
+    "mmaction-swin": Format(
+        "an mmaction Video Swin",
+        "VideoSwin",
+        lambda state: _has(state, _SWIN),
+        lambda state, selectors: swin_from_mmaction(state),
+        swin_to_mmaction,
+        "state_dict",
+    ),
+    "torchvision-swin": Format(
+        "a torchvision Video Swin",
+        "VideoSwin",
+        lambda state: _has(state, r"features\.\d+\.\d+\.attn\."),
+        lambda state, selectors: state,
+        dict,
+    ),
+    "torchvision-mvit": Format(
+        "a torchvision MViT",
+        "MViT",
+        lambda state: "conv_proj.weight" in state,
+        lambda state, selectors: mvit_to_slowfast(state),
+        mvit_from_slowfast,
+    ),
+    "timesformer": Format(
+        "a TimeSformer",
+        "TimeSformer",
+        lambda state: _patches_are(state, 4) and _has_time(state),
+        lambda state, selectors: _without_prefix(state, "model."),
+        lambda state: {f"model.{key}": value for key, value in state.items()},
+        "model_state",
+    ),
+    "vit-image": Format(
+        "ViT image weights (or a space-only TimeSformer)",
+        "TimeSformer",
+        lambda state: _patches_are(state, 4) and _has(state, r"(model\.)?pos_embed$"),
+        lambda state, selectors: _without_prefix(state, "model."),
+    ),
+    "slowfast": Format(
+        "a SlowFast MViT",
+        "MViT",
+        lambda state: _patches_are(state, 5) and _has(state, r"blocks\."),
+        lambda state, selectors: state,
+        dict,
+        "model_state",
+    ),
+}
+_OWN = Format("the model's own names", "", lambda state: True, lambda state, selectors: state)
+
+
+def recognize(state: State) -> Format:
+    """The format of a state dict; where it is none of the known, the model's own names."""
+    return next((row for row in FORMATS.values() if row.recognize(state)), _OWN)
+
+
+def _to_model(state: State, model: nn.Module) -> State:
+    """From SlowFast's names to the model's; what is added to the file's parameters comes last."""
+    if isinstance(model, MViT):
+        return mvit_from_slowfast(state)
+    if isinstance(model, TimeSformer):
+        state = resize_timesformer(state, model)
+        return state if _has_time(state) else start_time(state, model)
+    return state
 
 
 def _copy_into(model: nn.Module, state: State, renamed: State, name: str) -> Loaded:
     loaded = Loaded(name)
     own = model.state_dict()
     fitting = {}
-    for theirs, (key, value) in zip(state, renamed.items()):
+    for theirs, (key, value) in zip_longest(state, renamed.items()):
         if key not in own:
             loaded.unexpected.append(theirs)
         elif own[key].shape != value.shape:
@@ -296,7 +483,7 @@ def _copy_into(model: nn.Module, state: State, renamed: State, name: str) -> Loa
             fitting[key] = value
     loaded.missing = [key for key in own if key not in renamed]
     if not fitting:
-        raise ValueError(f"{name} was recognised, but no parameter of it fits {_name(model)}")
+        raise ValueError(f"recognised as {name}, but no parameter of it fits {_name(model)}")
     model.load_state_dict(fitting, strict=False)
     return loaded
 

@@ -9,6 +9,8 @@ from torch import nn
 # that arrives at each block.
 FAMILIES = {
     "MViT": "mvit",
+    "TimeSformer": "timesformer",
+    "VideoSwin": "video_swin",
 }
 
 
@@ -34,4 +36,7 @@ def _family(cfg):
     name = cfg.MODEL.MODEL_NAME
     if name not in FAMILIES:
         raise ValueError(f"MODEL.MODEL_NAME is {name!r}: use one of {', '.join(FAMILIES)}")
-    return importlib.import_module(f"{__name__}.{FAMILIES[name]}")
+    file = FAMILIES[name]
+    if file == "mvit" and importlib.import_module(f"{__name__}.vit").is_plain_vit(cfg):
+        file = "vit"  # what torchvision's MViT cannot express
+    return importlib.import_module(f"{__name__}.{file}")

@@ -1,0 +1,222 @@
+"""TimeSformer (arXiv 2102.05095): a ViT over frames with divided, joint or space-only attention.
+
+Written from the paper; parameters are named as in the released checkpoints. Between the blocks the
+tokens lie frame by frame: one class token, then T*H*W tokens; ``space_only`` carries a class token
+in front of every frame.
+"""
+
+import torch
+import torch.nn.functional as F
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from .vit import Attention, Block, LayerNorm, Mlp
+
+
+class DividedBlock(nn.Module):
+    """Attention over time at each place, then over space in each frame, then the MLP (section 3).
+
+    Tokens (B, 1 + T*H*W, C). "Each place" is a place of the grid that arrives: after a spatial
+    selection, the same place within the frames' windows.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, drop_path: float = 0.0
+    ):
+        super().__init__()
+        self.temporal_norm1 = LayerNorm(dim)
+        self.temporal_attn = Attention(dim, num_heads, qkv_bias)
+        self.temporal_fc = nn.Linear(dim, dim)
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def attend_over_time(self, patches: Tensor) -> Tensor:
+        b, t, places, c = patches.shape
+        x = patches.transpose(1, 2).reshape(b * places, t, c)
+        x = self.temporal_fc(self.temporal_attn(self.temporal_norm1(x)))
+        return x.reshape(b, places, t, c).transpose(1, 2)
+
+    def attend_over_space(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        b, t, places, c = patches.shape
+        # every frame attends with a copy of the class token; the copies are averaged afterwards
+        x = torch.cat([cls[:, None].expand(b, t, 1, c), patches], dim=2)
+        x = self.attn(self.norm1(x.reshape(b * t, 1 + places, c))).reshape(b, t, 1 + places, c)
+        return x[:, :, 0].mean(1, keepdim=True), x[:, :, 1:]
+
+    def forward(self, x: Tensor, thw):
+        t, h, w = thw
+        b, _, c = x.shape
+        cls = x[:, :1]
+        patches = x[:, 1:].reshape(b, t, h * w, c)
+        patches = patches + self.drop_path(self.attend_over_time(patches))
+        seen_cls, seen_patches = self.attend_over_space(cls, patches)
+        seen = torch.cat([seen_cls, seen_patches.reshape(b, t * h * w, c)], dim=1)
+        x = torch.cat([cls, patches.reshape(b, t * h * w, c)], dim=1) + self.drop_path(seen)
+        return x + self.drop_path(self.mlp(self.norm2(x))), thw
+
+
+class SpaceBlock(Block):
+    """A block that attends within each frame: tokens (B, T * (1 + H*W), C)."""
+
+    def forward(self, x: Tensor, thw):
+        frames = x.reshape(x.shape[0] * thw[0], 1 + thw[1] * thw[2], x.shape[2])
+        return super().forward(frames, thw)[0].reshape(x.shape), thw
+
+
+BLOCKS = {
+    "divided_space_time": DividedBlock,
+    "joint_space_time": Block,
+    "space_only": SpaceBlock,
+}
+
+
+def resize_positions(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resamples learned positions (1, 1 + side*side, C) to a grid (H, W); the class token's stays.
+
+    Bicubic, as is usual for ViT; raises ValueError where the positions do not form a square.
+    """
+    cls, places = embedding[:, :1], embedding[:, 1:]
+    if places.shape[1] == grid[0] * grid[1]:
+        return embedding
+    side = round(places.shape[1] ** 0.5)
+    if side * side != places.shape[1]:
+        raise ValueError(f"{places.shape[1]} position embeddings do not form a square grid")
+    places = places.transpose(1, 2).unflatten(2, (side, side))
+    places = F.interpolate(places, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls, places.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resize_times(embedding: Tensor, frames: int) -> Tensor:
+    """Resamples learned times (1, T, C) to another number of frames, by the nearest frame."""
+    if embedding.shape[1] == frames:
+        return embedding
+    return F.interpolate(embedding.transpose(1, 2), size=frames, mode="nearest").transpose(1, 2)
+
+
+class FrameEmbed(nn.Module):
+    """Cuts every frame of a clip (B, 3, T, H, W) into patches: (B, T, C, H', W')."""
+
+    def __init__(self, dim: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        b, _, t = clip.shape[:3]
+        return self.proj(clip.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, t))
+
+
+class TimeSformer(nn.Module):
+    """Clip (B, 3, T, H, W) to logits (B, num_classes).
+
+    ``attention_type`` is ``divided_space_time``, ``joint_space_time`` or ``space_only``. A clip of
+    another size than the model was built for is taken, too: its positions are resampled.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        num_frames: int = 8,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        num_classes: int = 400,
+        attention_type: str = "divided_space_time",
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if attention_type not in BLOCKS:
+            raise ValueError(
+                f"TIMESFORMER.ATTENTION_TYPE is {attention_type!r}, but must be one of "
+                f"{', '.join(BLOCKS)}"
+            )
+        self.attention_type = attention_type
+        side = img_size // patch_size
+        self.patch_embed = FrameEmbed(embed_dim, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, embed_dim))
+        if attention_type != "space_only":
+            self.time_embed = nn.Parameter(torch.zeros(1, num_frames, embed_dim))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            BLOCKS[attention_type](embed_dim, num_heads, mlp_ratio, qkv_bias, drop_path=rate)
+            for rate in rates
+        )
+        self.norm = LayerNorm(embed_dim)
+        self.head_drop = nn.Dropout(dropout)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for block in self.blocks:
+            if isinstance(block, DividedBlock):
+                # the model starts as the image model on every frame: time adds nothing yet
+                nn.init.zeros_(block.temporal_fc.weight)
+                nn.init.zeros_(block.temporal_fc.bias)
+
+    def no_weight_decay(self) -> list[str]:
+        """Names that are free from weight decay, as in ViT."""
+        return ["pos_embed", "cls_token", "time_embed"]
+
+    def embed(self, clip: Tensor) -> tuple[Tensor, list[int]]:
+        """Tokens with their positions, and their grid [T, H, W]."""
+        x = self.patch_embed(clip)  # (B, T, C, H, W)
+        b, t, c, h, w = x.shape
+        positions = resize_positions(self.pos_embed, (h, w))
+        x = x.flatten(3).transpose(2, 3) + positions[:, None, 1:]  # (B, T, H*W, C)
+        cls = self.cls_token + positions[:, :1]
+        if self.attention_type == "space_only":
+            x = torch.cat([cls[:, None].expand(b, t, 1, c), x], dim=2)
+            return x.flatten(1, 2), [t, h, w]
+        x = x + resize_times(self.time_embed, t)[:, :, None]
+        return torch.cat([cls.expand(b, 1, c), x.flatten(1, 2)], dim=1), [t, h, w]
+
+    def forward(self, clip: Tensor) -> Tensor:
+        x, thw = self.embed(clip)
+        for block in self.blocks:
+            x, thw = block(x, thw)
+        if self.attention_type == "space_only":
+            # what each frame says is averaged before the last norm
+            cls = x.reshape(x.shape[0], thw[0], 1 + thw[1] * thw[2], x.shape[2])[:, :, 0].mean(1)
+        else:
+            cls = x[:, 0]
+        return self.head(self.head_drop(self.norm(cls)))
+
+
+def build(cfg: CfgNode) -> TimeSformer:
+    """The TimeSformer of a config's TIMESFORMER, DATA and MODEL nodes."""
+    node = cfg.TIMESFORMER
+    return TimeSformer(
+        img_size=cfg.DATA.TRAIN_CROP_SIZE,
+        num_frames=cfg.DATA.NUM_FRAMES,
+        patch_size=node.PATCH_SIZE,
+        embed_dim=node.EMBED_DIM,
+        depth=node.DEPTH,
+        num_heads=node.NUM_HEADS,
+        mlp_ratio=node.MLP_RATIO,
+        qkv_bias=node.QKV_BIAS,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        attention_type=node.ATTENTION_TYPE,
+        drop_path=node.DROPPATH_RATE,
+        dropout=cfg.MODEL.DROPOUT_RATE,
+    )
+
+
+def block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:
+    """The token grid (T, H, W) that arrives at each block without selection."""
+    side = cfg.DATA.TRAIN_CROP_SIZE // cfg.TIMESFORMER.PATCH_SIZE
+    return [(cfg.DATA.NUM_FRAMES, side, side)] * cfg.TIMESFORMER.DEPTH
