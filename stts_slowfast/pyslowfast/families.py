@@ -1,0 +1,71 @@
+"""Our backbones that SlowFast does not have, in its model registry, called as it calls its own."""
+
+import torch
+from torch import Tensor, nn
+
+from stts_slowfast import backbones
+
+# What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
+ACTIVATIONS = {
+    "softmax": lambda logits: logits.softmax(dim=1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda logits: logits,
+}
+
+
+class SlowFastModel(nn.Module):
+    """A backbone that takes SlowFast's list of one pathway and ends as SlowFast's models end.
+
+    The backbone's parameters, buffers and children are this module's own, not those of a child, so
+    that all of them keep their names, and checkpoints are the same with and without SlowFast.
+
+    Args:
+        backbone: maps clips ``(B, 3, T, H, W)`` to logits ``(B, classes)``.
+        head_act: ``MODEL.HEAD_ACT``: ``softmax``, ``sigmoid`` or ``none``.
+
+    Raises:
+        ValueError: for another ``head_act``.
+    """
+
+    def __init__(self, backbone: nn.Module, head_act: str = "softmax"):
+        super().__init__()
+        if head_act not in ACTIVATIONS:
+            raise ValueError(f"MODEL.HEAD_ACT is {head_act!r}: use one of {', '.join(ACTIVATIONS)}")
+        self.head_act = head_act
+        self.__dict__["backbone"] = backbone  # past nn.Module, which would make it a child
+        self._parameters = backbone._parameters
+        self._buffers = backbone._buffers
+        self._modules = backbone._modules
+
+    def train(self, mode: bool = True) -> "SlowFastModel":
+        self.backbone.training = mode
+        return super().train(mode)
+
+    def no_weight_decay(self):
+        """Names of the parameters without weight decay; SlowFast's optimizer asks for them."""
+        names = getattr(self.backbone, "no_weight_decay", None)
+        return names() if names else []
+
+    def forward(self, inputs: list[Tensor], bboxes=None) -> Tensor:
+        """``[(B, 3, T, H, W)]`` to logits in training, and to probabilities in evaluation."""
+        logits = self.backbone(inputs[0])
+        return logits if self.training else ACTIVATIONS[self.head_act](logits)
+
+
+def register(registry) -> None:
+    """Adds the families that ``MODEL_REGISTRY`` does not have; does nothing where it has them."""
+    for name in backbones.FAMILIES:
+        if name not in registry:
+            registry.register(_builder(name))
+
+
+def _builder(name: str):
+    def build(cfg) -> SlowFastModel:
+        if cfg.DETECTION.ENABLE:
+            raise ValueError(
+                f"DETECTION.ENABLE is True, but {name} has no RoI head: use MODEL.MODEL_NAME MViT"
+            )
+        return SlowFastModel(backbones.build(cfg), cfg.MODEL.HEAD_ACT)
+
+    build.__name__ = name  # the registry's key
+    return build
