@@ -109,7 +109,7 @@ def test_broken_files_are_named(tiny_cfg, tmp_path):
         load_weights(model, tmp_path / "list.pyth")
     with pytest.raises(ValueError, match="no parameters"):
         load_weights(model, {"epoch": 3})
-    with pytest.raises(ValueError, match="no parameters of a format known for this MViT"):
+    with pytest.raises(ValueError, match="no parameter of it fits this MViT"):
         load_weights(model, {"fc.weight": torch.zeros(2, 2)})
 
 

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs ruff and the test suite in .venv, which is made where it is missing.
+#   bash tests/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source projects/stts/setup_venv.sh dev export
+ruff check .
+ruff format --check .
+python -m pytest "$@"
