@@ -96,11 +96,15 @@ class _PerturbedTopK(torch.autograd.Function):
         noise_level = torch.where(sigma > SMALLEST_SIGMA, sigma, 0.0)
         perturbed = torch.addcmul(scores[:, None], noise, noise_level)  # (B, n, d)
         if k == 1:
-            indices = perturbed.argmax(dim=2, keepdim=True)  # (B, n, 1)
+            places = perturbed.argmax(dim=2)  # (B, n)
         else:
-            indices = perturbed.topk(k, dim=2, sorted=False).indices.sort(dim=2).values
-        # Entry (i, j) of an indicator lies at i * d + j.
-        places = indices.add_(torch.arange(k, device=scores.device) * d).flatten(1)  # (B, n*k)
+            # The rank of a kept entry is the number of kept entries before it: counting them is
+            # several times faster than sorting the indices. Entry (i, j) lies at i * d + j.
+            kept = perturbed.topk(k, dim=2, sorted=False).indices  # (B, n, k)
+            del perturbed
+            marks = torch.zeros_like(noise, dtype=torch.uint8).scatter_(2, kept, 1)
+            ranks = marks.cumsum(2, dtype=torch.int32).gather(2, kept)  # 1..k
+            places = kept.add_(ranks.sub_(1), alpha=d).flatten(1)  # (B, n*k)
         ones = scores.new_ones(()).expand(places.shape)
         indicators = scores.new_zeros(batch, k * d).scatter_add_(1, places, ones)
         ctx.save_for_backward(noise, sigma, places)
