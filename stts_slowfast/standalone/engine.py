@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import lightning
 import torch
 import torch.nn.functional as F
-from fvcore.nn import FlopCountAnalysis
 from iopath.common.file_io import g_pathmgr
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -46,7 +45,7 @@ ENSEMBLES = ("sum", "max")
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped from outside; the text says where it goes on, ``status`` is the exit status."""
+    """A run was stopped from outside; the text says where it goes on, ``status`` for exit."""
 
     status = 130
 
@@ -96,7 +95,7 @@ def _train(cfg, environment: "Shards", callbacks: Sequence[Callback]) -> dict:
     optim.scale_lr_by_shards(cfg)
     _check_choice("MODEL.LOSS_FUNC", cfg.MODEL.LOSS_FUNC, LOSSES)
     lightning.seed_everything(cfg.RNG_SEED, verbose=False)
-    _tell_machine(cfg, "training")
+    _tell_machine(cfg, "Training")
     model = build_model(cfg)
     start = starting_point(cfg, model)
     facts = model_facts(cfg, model, cfg.DATA.TRAIN_CROP_SIZE)
@@ -127,7 +126,7 @@ def _test(cfg, environment: "Shards", callbacks: Sequence[Callback]) -> dict:
     clips = list(cfg.TEST.NUM_TEMPORAL_CLIPS) or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
     clips = [1, 3, 5, 7, 10] if clips == [-1] else clips
     lightning.seed_everything(cfg.RNG_SEED, verbose=False)
-    _tell_machine(cfg, "testing")
+    _tell_machine(cfg, "Testing")
     model = build_model(cfg)
     load_for_test(cfg, model)
     facts = model_facts(cfg, model, cfg.DATA.TEST_CROP_SIZE)
@@ -193,7 +192,7 @@ class Recognizer(lightning.LightningModule):
         self.losses = torch.stack([loss.detach().float(), *_train_errors(logits.detach(), labels)])
         return loss
 
-    def configure_gradient_clipping(self, optimizer, *_) -> None:
+    def configure_gradient_clipping(self, optimizer, **_) -> None:
         solver, parameters = self.cfg.SOLVER, list(self.model.parameters())
         limit = solver.CLIP_GRAD_L2NORM
         if solver.CLIP_GRAD_VAL or not limit:
@@ -341,12 +340,19 @@ class Checkpoints(Callback):
         self.last = path
 
 
+class TensorBoard(TensorBoardLogger):
+    """Lightning's, without the file of hyperparameters, which would be empty."""
+
+    def save(self) -> None:
+        self.experiment.flush()
+
+
 def _trainer(cfg, environment: "Shards", callbacks: list[Callback], training: bool):
     gpu = cfg.NUM_GPUS > 0
     writer = None
     if training and cfg.TENSORBOARD.ENABLE:
         name = cfg.TENSORBOARD.LOG_DIR or f"runs-{cfg.TRAIN.DATASET}"
-        writer = TensorBoardLogger(cfg.OUTPUT_DIR, name, version="")
+        writer = TensorBoard(cfg.OUTPUT_DIR, name, version="")
     bar = sys.stdout.isatty()
     mixed = "16-mixed" if gpu else "bf16-mixed"
     with _quiet():
@@ -554,7 +560,7 @@ def model_facts(cfg, model: nn.Module, crop_size: int) -> dict:
     if cfg.LOG_MODEL_INFO:
         clip = torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, crop_size, crop_size)
         facts["gflops"] = count_gflops(model, clip)
-        logger.info("GFLOPs: %.2f per clip", facts["gflops"])
+        logger.info("GFLOPs: %.4g per clip", facts["gflops"])
     return facts
 
 
@@ -562,23 +568,24 @@ def count_gflops(model: nn.Module, clip: Tensor) -> float:
     """Billions of multiply-adds of one forward pass in evaluation, counted by fvcore."""
     training = model.training
     model.eval()
-    analysis = FlopCountAnalysis(model, clip)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of tracing, and of fvcore's own use of torch.jit
+        from fvcore.nn import FlopCountAnalysis
+
+        analysis = FlopCountAnalysis(model, clip)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         count = analysis.total()
     model.train(training)
     return count / 1e9
 
 
 def _tell_machine(cfg, job: str) -> None:
-    logger.info("engine: standalone, Lightning %s, %s", lightning.__version__, job)
     if cfg.NUM_GPUS:
-        device = f"{cfg.NUM_GPUS} x {torch.cuda.get_device_name(0)}"
+        device = f"{cfg.NUM_GPUS} {torch.cuda.get_device_name(0)}"
     else:
-        device = f"CPU, {torch.get_num_threads()} threads"
+        device = f"CPU ({torch.get_num_threads()} threads)"
     shards = f", shard {cfg.SHARD_ID} of {cfg.NUM_SHARDS}" if cfg.NUM_SHARDS > 1 else ""
-    logger.info("device: %s%s", device, shards)
+    logger.info("%s with Lightning %s on %s%s", job, lightning.__version__, device, shards)
 
 
 # --- processes ----------------------------------------------------------------------------------
