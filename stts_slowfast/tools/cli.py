@@ -1,0 +1,71 @@
+"""The command ``stts``: its subcommands, and how errors and Ctrl-C leave it."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+# Subcommand -> the module that has add_arguments(parser) and main(args) -> int | None, and what
+# it does. A module is imported when its command is called, so that `stts --help` is quick.
+COMMANDS = {
+    "run": ("stts_slowfast.tools.run", "train and test by SlowFast config files"),
+}
+
+# What a person can mend: told in one line. Anything else is a fault of ours, and shown in full.
+_MENDABLE = (ValueError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``stts``.
+
+    Args:
+        argv: the words after ``stts``; those of the command line by default.
+
+    Returns:
+        0, or what the subcommand returned; 2 for what the user can mend; 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser("stts", description="Token selection for video transformers.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        subparser.add_argument(
+            "--traceback", action="store_true", help="show where an error came from"
+        )
+        if name in argv[:1]:
+            command = importlib.import_module(module)
+            command.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        return command.main(args) or 0
+    except KeyboardInterrupt as stop:
+        print(f"stts: {stop or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "status", 130)
+    except Exception as error:
+        if args.traceback or os.environ.get("STTS_TRACEBACK") or not _is_mendable(error):
+            traceback.print_exc()
+            return 2 if _is_mendable(error) else 1
+        print(f"stts: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _is_mendable(error: Exception) -> bool:
+    # A loader's worker turns errors that it cannot rebuild into RuntimeError.
+    from stts_slowfast.video import VideoError
+
+    return isinstance(error, (*_MENDABLE, VideoError)) or (
+        _from_worker(error) and "VideoError" in str(error)
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    if _from_worker(error):  # the worker's whole traceback; its last line is the message
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
+
+
+def _from_worker(error: Exception) -> bool:
+    return str(error).startswith("Caught ") and "DataLoader worker" in str(error)

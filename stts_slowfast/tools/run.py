@@ -1,0 +1,69 @@
+"""``stts run``: trains and tests by SlowFast config files, in SlowFast or without it."""
+
+import argparse
+import importlib.util
+import os
+
+ENGINES = ("slowfast", "standalone")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of SlowFast's ``tools/run_net.py``, and ``--engine``."""
+    parser.add_argument("--cfg", nargs="+", required=True, metavar="FILE", help="config files")
+    parser.add_argument(
+        "--engine", choices=ENGINES, help="slowfast where it is found, else standalone"
+    )
+    parser.add_argument("--num_shards", type=int, default=1, help="machines that share the job")
+    parser.add_argument("--shard_id", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument(
+        "--init_method", default="tcp://localhost:9999", help="tcp://host:port of shard 0"
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys and values, on top of the files; comes last",
+    )
+
+
+def main(args: argparse.Namespace) -> int | None:
+    """Runs each config file in turn, as ``TRAIN.ENABLE`` and ``TEST.ENABLE`` ask."""
+    engine, why = choose_engine(args.engine)
+    print(f"engine: {engine} ({why})", flush=True)
+    if engine == "slowfast":
+        from stts_slowfast.pyslowfast import launch
+
+        return launch.run(_slowfast_arguments(args))
+
+    from stts_slowfast.standalone.defaults import load_config
+
+    # All files are read before the first one runs, so that a typo in the last shows at once.
+    configs = [load_config(path, args.opts) for path in args.cfg]
+    from stts_slowfast.standalone import engine as runner
+
+    for cfg in configs:
+        cfg.NUM_SHARDS, cfg.SHARD_ID = args.num_shards, args.shard_id
+        if cfg.TRAIN.ENABLE:
+            runner.train(cfg, args.init_method)
+        if cfg.TEST.ENABLE:
+            runner.test(cfg, args.init_method)
+    return 0
+
+
+def choose_engine(asked: str | None) -> tuple[str, str]:
+    """``(engine, why)``: the one asked for, else SlowFast where it is, else our own."""
+    if asked:
+        return asked, "--engine asks for it"
+    root = os.environ.get("SLOWFAST_ROOT")
+    if root:
+        return "slowfast", f"SLOWFAST_ROOT is {root}"
+    if importlib.util.find_spec("slowfast") is not None:
+        return "slowfast", "the package slowfast is installed; --engine standalone does without"
+    return "standalone", "neither SLOWFAST_ROOT nor the package slowfast is there"
+
+
+def _slowfast_arguments(args: argparse.Namespace) -> list[str]:
+    words = ["--shard_id", str(args.shard_id), "--num_shards", str(args.num_shards)]
+    words += ["--init_method", args.init_method, "--cfg", *args.cfg]
+    return [*words, "--opts", *args.opts] if args.opts else words
