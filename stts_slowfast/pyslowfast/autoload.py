@@ -10,8 +10,10 @@ import os
 import sys
 from functools import partial
 
-# What happens after which module has been imported: functions of this package that
-# take the module.
+# What happens after which module has been imported: functions of this package that take the module.
+# A hook on a module that is only half imported would run too early. That can happen where a module
+# of SlowFast is the first to import torch, so each of these either has torch imported before it (by
+# its parent package), or does not import it at all.
 HOOKS = {
     "detectron2": ["compat.mend_pkg_resources"],
     "slowfast": [
@@ -21,9 +23,8 @@ HOOKS = {
     ],
     "slowfast.config.defaults": ["plugin.add_config"],
     "slowfast.datasets.decoder": ["compat.mend_decoder"],
-    "slowfast.models": ["plugin.wrap_models", "compat.mend_cuda_synchronize"],
-    "slowfast.models.optimizer": ["plugin.wrap_optimizer"],
-    "slowfast.utils.logging": ["plugin.wrap_logging"],
+    "slowfast.models.video_model_builder": ["plugin.wrap_models", "compat.mend_cuda_synchronize"],
+    "slowfast.models.optimizer": ["plugin.wrap_optimizer", "plugin.wrap_log"],
 }
 
 _registered = False

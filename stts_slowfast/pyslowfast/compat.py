@@ -30,7 +30,7 @@ REMEDIES = {
     "pytorchvideo": "SlowFast needs names that pytorchvideo's release 0.1.5 lacks: install it "
     "from https://github.com/facebookresearch/pytorchvideo",
 }
-READ_MORE = "see 'Beside SlowFast' in projects/stts/README.md, and run `stts doctor`"
+GUIDE = "'Beside SlowFast' in projects/stts/README.md"
 
 _told = set()
 
@@ -139,7 +139,9 @@ def missing_package_remedy(error: BaseException) -> str | None:
     if not isinstance(error, ImportError):
         return None
     package = (error.name or "").split(".")[0]
-    return f"{REMEDIES[package]}; {READ_MORE}" if package in REMEDIES else None
+    if package not in REMEDIES:
+        return None
+    return f"{REMEDIES[package]}; see {GUIDE}, and run `stts doctor`"
 
 
 # ---- video ----------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def _open_video(source):
 
 
 @mend
-def mend_cuda_synchronize(models) -> bool:
+def mend_cuda_synchronize(video_model_builder) -> bool:
     """``torch.cuda.synchronize()`` after every iteration, whatever ``NUM_GPUS`` is."""
     import torch
 

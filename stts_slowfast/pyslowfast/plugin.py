@@ -5,6 +5,7 @@ again without harm. With ``STTS.ENABLE`` False what SlowFast does is what it doe
 """
 
 import functools
+import importlib
 import weakref
 from decimal import Decimal
 
@@ -12,7 +13,7 @@ import wrapt
 from torch import nn
 
 from stts_slowfast import backbones, schedule
-from stts_slowfast.attach import attach
+from stts_slowfast.hooks import attach
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.pyslowfast import families
 
@@ -34,9 +35,9 @@ def add_config(defaults) -> None:
 # ---- models ---------------------------------------------------------------------------------
 
 
-def wrap_models(models) -> None:
+def wrap_models(video_model_builder) -> None:
     """Gives every model that ``MODEL_REGISTRY`` builds its selectors, where ``STTS.ENABLE``."""
-    registry = models.MODEL_REGISTRY
+    registry = video_model_builder.MODEL_REGISTRY
     families.register(registry)
     if hasattr(registry.get, "stock"):
         return
@@ -119,7 +120,7 @@ def pool_over_frames_left(head: nn.Module) -> None:
     Its average pooling is as long as the clip and fails on fewer frames; over all frames both are
     the same mean.
     """
-    for name, child in head.named_children():
+    for name, _ in list(head.named_children()):
         if name.endswith("_tpool"):
             setattr(head, name, nn.AdaptiveAvgPool3d((1, None, None)))
 
@@ -164,15 +165,16 @@ def _set_rates_and_sigma(set_lr, optimizer, new_lr):
 # ---- log ------------------------------------------------------------------------------------
 
 
-def wrap_logging(logging_module) -> None:
-    """``log_json_stats``: training's lines gain ``sigma`` and ``backbone_lr``."""
-    _wrap(logging_module, "log_json_stats", _log_with_schedule)
+def wrap_log(optimizer_module) -> None:
+    """``slowfast.utils.logging.log_json_stats``: training's lines gain ``sigma``, ``backbone_lr``."""
+    package = optimizer_module.__name__.partition(".")[0]
+    _wrap(importlib.import_module(f"{package}.utils.logging"), "log_json_stats", _log_with_schedule)
 
 
 def _log_with_schedule(log_json_stats, stats, *args, **kwargs):
     if "sigma" in _now and str(stats.get("_type", "")).startswith("train_"):
         # SlowFast cuts floats to five places, too few for a rate that falls to 1e-6.
-        extra = {key: Decimal(f"{_now[key]:.8f}") for key in ("sigma", "backbone_lr")}
+        extra = {key: Decimal(f"{_now[key]:.6g}") for key in ("sigma", "backbone_lr")}
         stats = {**stats, **extra}
     return log_json_stats(stats, *args, **kwargs)
 

@@ -1,0 +1,154 @@
+"""``stts doctor``: what is there for a run inside SlowFast, what was mended, and what is missing."""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from stts_slowfast.pyslowfast import compat, launch
+
+OK, MENDED, OFF, MISSING = "OK", "mended", "off", "missing"
+COLOURS = {OK: "green", MENDED: "cyan", OFF: "yellow", MISSING: "red"}
+
+# What SlowFast imports of the two packages that PyPI does not have as it needs them.
+NEEDED_NAMES = {
+    "detectron2": ("detectron2.layers", "ROIAlign"),
+    "pytorchvideo": ("pytorchvideo.layers.distributed", "cat_all_gather"),
+}
+
+
+class Check(NamedTuple):
+    """A row of the table: what was looked at, how it stands, what was found, what to do."""
+
+    name: str
+    status: str
+    found: str
+    todo: str = ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns 1 where a run inside SlowFast cannot start, else 0."""
+    argparse.ArgumentParser(prog="stts doctor", description=__doc__).parse_args(argv)
+    checks = examine()
+    table = Table("", "status", "found", "what to do", title="stts doctor")
+    for check in checks:
+        colour = COLOURS[check.status]
+        table.add_row(check.name, f"[{colour}]{check.status}[/]", check.found, check.todo)
+    console = Console()
+    console.print(table)
+    missing = [check.name for check in checks if check.status == MISSING]
+    if missing:
+        console.print(f"A SlowFast run cannot start: {', '.join(missing)}. See {compat.GUIDE}.")
+        return 1
+    console.print("A SlowFast run can start.")
+    return 0
+
+
+def examine() -> list[Check]:
+    """Looks at everything, in the order of the table."""
+    checks = [
+        Check("Python", OK, platform.python_version()),
+        *(version(package) for package in ("torch", "torchvision", "av")),
+        cuda(),
+        autoload(),
+        *(needed_name(package) for package in NEEDED_NAMES),
+    ]
+    try:
+        launcher = launch.find_launcher()
+    except FileNotFoundError as error:
+        return [*checks, Check("SlowFast", MISSING, "no launcher", str(error))]
+    if launcher is None:
+        todo = "clone https://github.com/facebookresearch/SlowFast and set SLOWFAST_ROOT to it"
+        return [*checks, Check("SlowFast", MISSING, "no tools/run_net.py", todo)]
+    root = os.path.dirname(os.path.dirname(launcher))
+    return [*checks, Check("SlowFast", OK, f"{root} at {commit(root)}"), *start(launcher)]
+
+
+def version(package: str) -> Check:
+    """Whether a package is installed, and which version."""
+    try:
+        return Check(package, OK, importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(package, MISSING, "not installed", f"pip install {package}")
+
+
+def cuda() -> Check:
+    """The devices; without any SlowFast runs with NUM_GPUS 0."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("CUDA", OFF, "no device", "runs need NUM_GPUS 0")
+    count = torch.cuda.device_count()
+    return Check("CUDA", OK, f"{torch.version.cuda}, {count} x {torch.cuda.get_device_name(0)}")
+
+
+def autoload() -> Check:
+    """Whether ``import torch`` loads the plugin."""
+    import torch
+
+    what, instead = "plugin at `import torch`", "start runs with `stts run`"
+    for key in ("STTS_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"):
+        if os.environ.get(key) == "0":
+            return Check("autoload", OFF, f"{key}=0", f"unset it, or {instead}")
+    if not hasattr(torch, "_import_device_backends"):
+        return Check("autoload", OFF, f"torch {torch.__version__} has none", instead)
+    names = {point.name for point in importlib.metadata.entry_points(group="torch.backends")}
+    if "stts_slowfast" not in names:
+        todo = f"pip install stts-slowfast (PYTHONPATH does not do), or {instead}"
+        return Check("autoload", OFF, "entry point not installed", todo)
+    return Check("autoload", OK, what)
+
+
+def needed_name(package: str) -> Check:
+    """Whether a package has what SlowFast imports of it."""
+    module, name = NEEDED_NAMES[package]
+    try:
+        getattr(importlib.import_module(module), name)
+    except Exception as error:  # a build for another PyTorch fails in ways of its own
+        return Check(package, MISSING, f"{type(error).__name__}: {error}", compat.REMEDIES[package])
+    return version(package)
+
+
+def commit(root: str) -> str:
+    """Short hash and date of a checkout's commit."""
+    command = ["git", "-C", root, "log", "-1", "--format=%h (%cs)"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "an unknown commit"
+    return done.stdout.strip() or "an unknown commit"
+
+
+def start(launcher: str) -> list[Check]:
+    """Starts the launcher as far as its ``--help``: every import it needs, every mend it got."""
+    command = [sys.executable, "-m", launch.__name__, launcher, "--help"]
+    env = launch.environment(launcher)
+    env.pop("STTS_COMPAT", None)  # also where mends are off, to know which are needed
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    mends = [mend(name, done.stderr) for name in compat.MENDS]
+    if done.returncode == 0:
+        return [*mends, Check("tools/run_net.py", OK, "all its imports work")]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    remedies = [line for line in lines if line.startswith("stts_slowfast: SlowFast needs")]
+    error = next((line for line in reversed(lines) if "Error" in line), "it failed")
+    return [*mends, Check("tools/run_net.py", MISSING, error, " ".join(remedies))]
+
+
+def mend(name: str, log: str) -> Check:
+    """Whether a mend is needed and made, by the log of a process that started SlowFast."""
+    if f"mended {name}:" not in log:
+        return Check(f"mend {name}", OK, "not needed")
+    if os.environ.get("STTS_COMPAT") == "0":
+        return Check(f"mend {name}", MISSING, "needed, but STTS_COMPAT=0", "unset STTS_COMPAT")
+    return Check(f"mend {name}", MENDED, compat.MENDS[name])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
