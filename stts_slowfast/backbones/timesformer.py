@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from .vit import Attention, Block, LayerNorm, Mlp
+from stts_slowfast.backbones.vit import Attention, Block, LayerNorm, Mlp, drop_path_rates
 
 
 class DividedBlock(nn.Module):
@@ -144,7 +144,7 @@ class TimeSformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, embed_dim))
         if attention_type != "space_only":
             self.time_embed = nn.Parameter(torch.zeros(1, num_frames, embed_dim))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(
             BLOCKS[attention_type](embed_dim, num_heads, mlp_ratio, qkv_bias, drop_path=rate)
             for rate in rates

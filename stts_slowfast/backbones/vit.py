@@ -29,6 +29,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth of each block: from 0 in the first, linearly, to ``last`` in the last."""
+    return [last * block / max(depth - 1, 1) for block in range(depth)]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over a sequence (B, N, C)."""
 
@@ -146,7 +151,7 @@ class ViT(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self._add_positions(dim)
         self.pos_drop = nn.Dropout(dropout)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, qkv_bias, dropout, rate) for rate in rates
         )
