@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from iopath.common.file_io import g_pathmgr
 
 av.logging.set_level(av.logging.PANIC)  # what goes wrong is raised as a VideoError, with its file
@@ -185,6 +186,7 @@ class Video:
         self.name = name or _source_name(source)
         self.threads = threads
         self.num_decoded = 0
+        self._reformatter = VideoReformatter()  # one for all frames: making one is slow
         self._container = None
         self._file, self._owns_file = _open_source(source, self.name)
         try:
@@ -327,7 +329,7 @@ class Video:
         self._seek(min(wanted))
         for frame in self._frames():
             if frame.pts in wanted:
-                images[wanted[frame.pts]] = _to_rgb(frame, short_side, images)
+                images[wanted[frame.pts]] = self._to_rgb(frame, short_side, images)
             if len(images) == len(wanted) or frame.pts is None or frame.pts > max(wanted):
                 break
         return images
@@ -339,15 +341,25 @@ class Video:
         self._reopen()
         for number, frame in enumerate(self._frames()):
             if number in wanted:
-                images[number] = _to_rgb(frame, short_side, images)
+                images[number] = self._to_rgb(frame, short_side, images)
             if len(images) == len(wanted):
                 break
         return {index: images[min(index, self.num_frames - 1)] for index in indices}
 
+    def _to_rgb(self, frame: av.VideoFrame, short_side: int, images: dict) -> np.ndarray:
+        """(H, W, 3) uint8; every image of a clip has the size of its first."""
+        if images:
+            height, width = next(iter(images.values())).shape[:2]
+        else:
+            scale = min(1.0, short_side / min(frame.height, frame.width)) if short_side else 1.0
+            height, width = round(frame.height * scale), round(frame.width * scale)
+        frame = self._reformatter.reformat(frame, width, height, "rgb24", **_ONE_THREAD)
+        return frame.to_ndarray()
+
     def _seek(self, pts: int) -> None:
         """Moves to a keyframe shown no later than ``pts``, the last if the container can."""
         last = bisect.bisect_right(self._keyframes, pts) - 1
-        for keyframe in reversed(self._keyframes[1 : last + 1]):
+        for keyframe in reversed(self._keyframes[: last + 1]):
             try:
                 self._container.seek(keyframe, stream=self._stream)
                 first = next(self._container.demux(self._stream))
@@ -398,11 +410,14 @@ def _open_source(source: Source, name: str) -> tuple[BinaryIO, bool]:
         raise VideoError(name, error.strerror or str(error)) from error
 
 
-def _to_rgb(frame: av.VideoFrame, short_side: int, images: dict) -> np.ndarray:
-    """(H, W, 3) uint8; every image of a clip has the size of its first."""
-    if images:
-        height, width = next(iter(images.values())).shape[:2]
-    else:
-        scale = min(1.0, short_side / min(frame.height, frame.width)) if short_side else 1.0
-        height, width = round(frame.height * scale), round(frame.width * scale)
-    return frame.to_ndarray(format="rgb24", height=height, width=width)
+def _one_thread() -> dict:
+    """How to keep PyAV's scaler from starting a thread per core: a scaler a clip pays more for
+    them than for its work. Versions that start none do not know the option."""
+    try:
+        VideoReformatter().reformat(av.VideoFrame(16, 16, "rgb24"), threads=1)
+        return {"threads": 1}
+    except TypeError:
+        return {}
+
+
+_ONE_THREAD = _one_thread()
