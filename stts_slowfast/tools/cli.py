@@ -11,6 +11,8 @@ from collections.abc import Sequence
 # it does. A module is imported when its command is called, so that `stts --help` is quick.
 COMMANDS = {
     "run": ("stts_slowfast.tools.run", "train and test by SlowFast config files"),
+    "quickstart": ("stts_slowfast.tools.quickstart", "watch selection being learned on real video"),
+    "visualize": ("stts_slowfast.tools.visualize", "show what was kept of a video"),
 }
 
 # What a person can mend: told in one line. Anything else is a fault of ours, and shown in full.

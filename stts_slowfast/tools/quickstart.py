@@ -1,0 +1,254 @@
+"""``stts quickstart``: watch selection being learned, from video files to a table and a picture.
+
+Writes videos (`toyvideos`), trains a small MViT on all tokens, fine-tunes it with learned
+selection, and tests both, and uniform and random selection of as many tokens in the model of the
+first training. Training and testing are those of ``stts run``; the config files stay in OUT/configs.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from stts_slowfast import selections
+from stts_slowfast.standalone import engine
+from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.model import build_model
+from stts_slowfast.tools import toyvideos, visualize
+
+NAMES = ("all", "learned", "uniform", "random")
+KEEP_TIME = 0.25  # 2 of 8 frames of tokens
+KEEP_SPACE = 0.4  # a window of 5 x 5 of 8 x 8 tokens
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work: videos, and epochs of the two trainings."""
+
+    num_train: int
+    num_test: int
+    epochs_all: int
+    epochs_learned: int
+
+
+FULL = Size(512, 128, 10, 10)
+SMOKE = Size(320, 64, 10, 8)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``stts quickstart``."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--seed", type=int, default=0, help="of videos and training")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="a shorter one, which fails where learned selection does not beat random",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the whole job; returns 1 where ``--smoke`` finds learned no better than random."""
+    start = time.perf_counter()
+    size = SMOKE if args.smoke else FULL
+    data_dir = os.path.join(args.out, "data")
+    print(f"writing {size.num_train + size.num_test} videos to {data_dir}", flush=True)
+    toyvideos.write_dataset(data_dir, size.num_train, size.num_test, args.seed)
+    write_configs(args.out, size, args.seed)
+    shutil.rmtree(os.path.join(args.out, "runs"), ignore_errors=True)
+    results = [run(args.out, name) for name in NAMES]
+    results_path = os.path.join(args.out, "results.json")
+    with open(results_path, "w") as file:
+        json.dump(results, file, indent=1)
+    picture = os.path.join(args.out, "filmstrip.png")
+    draw_picture(args.out, picture)
+    print_table(results)
+    print(f"table    {results_path}\npicture  {picture}\nvideos   {data_dir}")
+    print(f"configs  {os.path.join(args.out, 'configs')}, each for: stts run --cfg FILE")
+    print(f"done in {time.perf_counter() - start:.0f} s")
+    return check(results) if args.smoke else 0
+
+
+# ---- configs --------------------------------------------------------------------------------
+
+
+def write_configs(out: str, size: Size, seed: int) -> None:
+    """Writes ``OUT/configs/NAME.yaml`` for the four ``NAMES``: files as ``stts run`` takes them."""
+    os.makedirs(os.path.join(out, "configs"), exist_ok=True)
+    for name in NAMES:
+        config = _base_config(os.path.join(out, "data"), seed)
+        config["OUTPUT_DIR"] = os.path.join(out, "runs", name)
+        trained = _checkpoint(out, "all", size.epochs_all)
+        if name == "all":
+            config["SOLVER"].update(BASE_LR=2e-3, MAX_EPOCH=size.epochs_all, WARMUP_EPOCHS=1.0)
+        else:
+            config["STTS"] = _stts(name)
+        if name == "learned":
+            config["SOLVER"].update(BASE_LR=1e-3, MAX_EPOCH=size.epochs_learned)
+            config["TRAIN"].update(CHECKPOINT_FILE_PATH=trained, CHECKPOINT_EPOCH_RESET=True)
+        if name in ("uniform", "random"):
+            config["TRAIN"]["ENABLE"] = False
+            config["TEST"]["CHECKPOINT_FILE_PATH"] = trained
+        with open(_config_path(out, name), "w") as file:
+            yaml.safe_dump(config, file, sort_keys=False)
+
+
+def _base_config(data_dir: str, seed: int) -> dict:
+    side = toyvideos.SIDE
+    return {
+        "TRAIN": {"BATCH_SIZE": 32, "EVAL_PERIOD": 100, "CHECKPOINT_PERIOD": 100},
+        "DATA": {
+            "PATH_TO_DATA_DIR": data_dir,
+            "PATH_PREFIX": os.path.join(data_dir, "videos"),
+            "NUM_FRAMES": toyvideos.NUM_FRAMES // 2,
+            "SAMPLING_RATE": 2,
+            "TARGET_FPS": toyvideos.FPS,
+            "TRAIN_JITTER_SCALES": [side, side],
+            "TRAIN_CROP_SIZE": side,
+            "TEST_CROP_SIZE": side,
+            "INPUT_CHANNEL_NUM": [3],
+        },
+        "MODEL": {
+            "ARCH": "mvit",
+            "MODEL_NAME": "MViT",
+            "NUM_CLASSES": toyvideos.NUM_CLASSES,
+            "DROPOUT_RATE": 0.0,
+        },
+        "MVIT": {
+            "DEPTH": 4,
+            "EMBED_DIM": 32,
+            "PATCH_PADDING": [1, 3, 3],
+            "SEP_POS_EMBED": True,
+            "DROPPATH_RATE": 0.0,
+            "DIM_MUL": [[2, 2.0]],
+            "HEAD_MUL": [[2, 2.0]],
+            "POOL_Q_STRIDE": [[2, 1, 2, 2]],
+            "POOL_KV_STRIDE_ADAPTIVE": [2, 8, 8],
+            "POOL_KVQ_KERNEL": [3, 3, 3],
+        },
+        "SOLVER": {
+            "OPTIMIZING_METHOD": "adamw",
+            "COSINE_AFTER_WARMUP": True,
+            "WARMUP_START_LR": 1e-4,
+            "WEIGHT_DECAY": 0.05,
+            "CLIP_GRAD_L2NORM": 1.0,
+        },
+        "TEST": {"BATCH_SIZE": 32, "NUM_ENSEMBLE_VIEWS": 1, "NUM_SPATIAL_CROPS": 1},
+        "DATA_LOADER": {"NUM_WORKERS": 1},
+        "NUM_GPUS": 0,
+        "RNG_SEED": seed,
+    }
+
+
+def _stts(scorer: str) -> dict:
+    return {
+        "ENABLE": True,
+        "TIME": {"BLOCKS": [0], "KEEP": [KEEP_TIME], "SCORER": scorer},
+        "SPACE": {"BLOCKS": [1], "KEEP": [KEEP_SPACE], "SCORER": scorer, "STRIDE": 1},
+        "FREEZE_BACKBONE_EPOCHS": 1.0,
+    }
+
+
+def _config_path(out: str, name: str) -> str:
+    return os.path.join(out, "configs", f"{name}.yaml")
+
+
+def _checkpoint(out: str, name: str, epochs: int) -> str:
+    return os.path.join(out, "runs", name, "checkpoints", f"checkpoint_epoch_{epochs:05d}.pyth")
+
+
+# ---- runs -----------------------------------------------------------------------------------
+
+
+class KeptFrames(Callback):
+    """Sums up, while a model is tested, how many of the frames that show the class it kept."""
+
+    def __init__(self, cfg, truth: dict[str, toyvideos.Truth]):
+        self.cfg, self.truth = cfg, truth
+        self.kept = self.shown = 0
+
+    def on_test_batch_end(
+        self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        videos = trainer.datamodule.datasets["test"].videos
+        kept = selections(module.model)
+        for item, index in enumerate(batch[2].tolist()):
+            shown = shown_frames(self.cfg, self.truth[os.path.basename(videos[index].path)])
+            self.kept += len(shown & set(visualize.kept_regions(self.cfg, kept, item)))
+            self.shown += len(shown)
+
+
+def run(out: str, name: str) -> dict:
+    """Trains where the config says so, and tests; returns a row of results.json."""
+    cfg = load_config(_config_path(out, name))
+    print(f"\n== {name}: stts run --cfg {_config_path(out, name)}", flush=True)
+    if cfg.TRAIN.ENABLE:
+        engine.train(cfg)
+    watch = KeptFrames(cfg, toyvideos.read_truth(cfg.DATA.PATH_TO_DATA_DIR))
+    tested = engine.test(cfg, callbacks=[watch] if cfg.STTS.ENABLE else [])
+    return {
+        "name": name,
+        "top1": round(tested["top1_acc"], 2),
+        "frames_kept": round(watch.kept / watch.shown, 4) if cfg.STTS.ENABLE else 1.0,
+        "gflops": round(tested["gflops"], 5),
+        "clips_per_s": round(tested["clips_per_s"], 1),
+    }
+
+
+def shown_frames(cfg, truth: toyvideos.Truth) -> set[int]:
+    """The frames of tokens that show the class: those with a frame of pixels that does."""
+    step = cfg.DATA.SAMPLING_RATE * cfg.MVIT.PATCH_STRIDE[0]
+    return set(range(truth.start // step, -(-truth.stop // step)))
+
+
+# ---- what is told ---------------------------------------------------------------------------
+
+
+def draw_picture(out: str, path: str, num_videos: int = 4) -> None:
+    """Draws the first test videos of several classes as the learned selection sees them."""
+    cfg = load_config(_config_path(out, "learned"))
+    model = build_model(cfg)
+    engine.load_for_test(cfg, model)
+    truth = toyvideos.read_truth(cfg.DATA.PATH_TO_DATA_DIR)
+    strips = []
+    for name in sorted(name for name in truth if name.startswith("test"))[:num_videos]:
+        clip = visualize.read_clip(cfg, os.path.join(cfg.DATA.PATH_PREFIX, name))
+        probs = visualize.predict(model, clip)
+        title = f"{name}, class {truth[name].label}: predicted {int(probs.argmax())}"
+        shown = shown_frames(cfg, truth[name])
+        strips.append(visualize.make_strip(cfg, model, clip, title, sorted(shown)))
+    visualize.draw(strips, path)
+
+
+def print_table(results: Sequence[dict]) -> None:
+    """The rows of results.json as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What selection keeps, and what it costs", title_justify="left")
+    table.add_column("tokens")
+    for column in ("top-1 %", "true frames kept %", "GFLOPs / clip", "clips / s"):
+        table.add_column(column, justify="right")
+    for row in results:
+        table.add_row(
+            row["name"],
+            f"{row['top1']:.1f}",
+            f"{100 * row['frames_kept']:.1f}",
+            f"{row['gflops']:.4f}",
+            f"{row['clips_per_s']:.0f}",
+        )
+    Console().print(table)
+
+
+def check(results: Sequence[dict]) -> int:
+    """1, and a sentence, where learned selection does not beat random in accuracy and in frames."""
+    learned, other = (next(r for r in results if r["name"] == n) for n in ("learned", "random"))
+    failed = [key for key in ("top1", "frames_kept") if not learned[key] > other[key]]
+    for key in failed:
+        print(f"FAILED: learned {key} {learned[key]} does not beat random's {other[key]}")
+    return int(bool(failed))
