@@ -165,6 +165,10 @@ def draw(strips: Sequence[Strip], path: str) -> None:
             axis.set_frame_on(number < len(strip.frames))
             if number < len(strip.frames):
                 _draw_frame(axis, strip, number)
+    legend = "green: frame kept (dim: dropped)     red: window that went on"
+    if any(strip.marked for strip in strips):
+        legend += "     \N{BLACK UP-POINTING TRIANGLE}: shows the class"
+    figure.supxlabel(legend, fontsize=8)
     folder = os.path.dirname(path)
     if folder:
         os.makedirs(folder, exist_ok=True)
