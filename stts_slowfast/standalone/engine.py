@@ -224,7 +224,8 @@ class Recognizer(lightning.LightningModule):
         if self.cfg.DATA.ENSEMBLE_METHOD == "sum":
             self.predictions.index_add_(0, videos, predictions[new])
         else:
-            self.predictions.index_reduce_(0, videos, predictions[new], "amax")
+            index = videos[:, None].expand_as(predictions[new])
+            self.predictions.scatter_reduce_(0, index, predictions[new], "amax")
 
     def on_test_epoch_end(self) -> None:
         self._gather()
