@@ -134,7 +134,7 @@ def test_stopped_and_resumed_ends_where_the_whole_run_ends(cfg, tmp_path):
 
 def test_stopped_before_a_checkpoint_begins_anew(cfg):
     cfg.TRAIN.CHECKPOINT_PERIOD = 2
-    with pytest.raises(engine.Interrupted, match="no checkpoint yet"):
+    with pytest.raises(engine.Interrupted, match="begins anew: there is no checkpoint yet"):
         engine.train(cfg, callbacks=[CtrlC()])
 
 
