@@ -69,7 +69,14 @@ def train(cfg, init_method: str = INIT_METHOD, callbacks: Sequence[Callback] = (
         ValueError, FileNotFoundError: for a config, data or checkpoint that cannot be used.
         Interrupted: after Ctrl-C or SIGTERM.
     """
-    return _launch(_train, cfg, init_method, callbacks)
+    try:
+        return _launch(_train, cfg, init_method, callbacks)
+    except KeyboardInterrupt as stop:
+        last = last_checkpoint(cfg) if cfg.TRAIN.AUTO_RESUME else None
+        goes_on = f"goes on from {last}" if last else "begins anew: there is no checkpoint yet"
+        interrupted = Interrupted(f"interrupted; the same command {goes_on}")
+        interrupted.status = getattr(stop, "status", Interrupted.status)
+        raise interrupted from None
 
 
 def test(cfg, init_method: str = INIT_METHOD, callbacks: Sequence[Callback] = ()) -> dict:
@@ -103,21 +110,15 @@ def _train(cfg, environment: "Shards", callbacks: Sequence[Callback]) -> dict:
     module = Recognizer(cfg, model, start)
     report, checkpoints = Report(cfg, start.epoch), Checkpoints(cfg, start.path)
     trainer = _trainer(cfg, environment, [report, checkpoints, *callbacks], training=True)
-    try:
-        if start.epoch < cfg.SOLVER.MAX_EPOCH:
-            logger.info("Start epoch: %d", start.epoch + 1)
-            # Lightning's own way to go on reads Lightning's files; ours are SlowFast's.
-            trainer.fit_loop.epoch_progress.current.processed = start.epoch
-            trainer.fit_loop.epoch_progress.current.completed = start.epoch
-            _run(trainer, trainer.fit, module, datamodule=data)
-        else:
-            logger.info("All %d epochs are done: validating alone", cfg.SOLVER.MAX_EPOCH)
-            _run(trainer, trainer.validate, module, datamodule=data, verbose=False)
-    except Interrupted as stop:
-        goes_on = f"the same command goes on from {checkpoints.last}"
-        anew = "there is no checkpoint yet, so the same command begins anew"
-        stop.args = (f"interrupted; {goes_on if checkpoints.last else anew}",)
-        raise
+    if start.epoch < cfg.SOLVER.MAX_EPOCH:
+        logger.info("Start epoch: %d", start.epoch + 1)
+        # Lightning's own way to go on reads Lightning's files; ours are SlowFast's.
+        trainer.fit_loop.epoch_progress.current.processed = start.epoch
+        trainer.fit_loop.epoch_progress.current.completed = start.epoch
+        _run(trainer.fit, module, datamodule=data)
+    else:
+        logger.info("All %d epochs are done: validating alone", cfg.SOLVER.MAX_EPOCH)
+        _run(trainer.validate, module, datamodule=data, verbose=False)
     return {"checkpoint": checkpoints.last, **report.errors, **facts}
 
 
@@ -134,7 +135,7 @@ def _test(cfg, environment: "Shards", callbacks: Sequence[Callback]) -> dict:
         data = Clips(cfg, environment, ("test",))
         report, module = Report(cfg), Recognizer(cfg, model)
         trainer = _trainer(cfg, environment, [report, *callbacks], training=False)
-        _run(trainer, trainer.test, module, datamodule=data, verbose=False)
+        _run(trainer.test, module, datamodule=data, verbose=False)
         result = {**module.result, "clips_per_s": report.clips_per_s(), **facts}
     return result
 
@@ -224,7 +225,8 @@ class Recognizer(lightning.LightningModule):
         if self.cfg.DATA.ENSEMBLE_METHOD == "sum":
             self.predictions.index_add_(0, videos, predictions[new])
         else:
-            self.predictions.index_reduce_(0, videos, predictions[new], "amax")
+            index = videos[:, None].expand_as(predictions[new])
+            self.predictions.scatter_reduce_(0, index, predictions[new], "amax")
 
     def on_test_epoch_end(self) -> None:
         self._gather()
@@ -386,8 +388,8 @@ def _ddp(cfg, environment: "Shards") -> DDPStrategy:
     )
 
 
-def _run(trainer: lightning.Trainer, what, *args, **kwargs) -> None:
-    """Runs one of the trainer's functions; what stops it from outside becomes ``Interrupted``."""
+def _run(what, *args, **kwargs) -> None:
+    """Runs one of a trainer's functions; what stops it from outside becomes ``Interrupted``."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -632,9 +634,11 @@ def _launch(job, cfg, init_method: str, callbacks: Sequence[Callback]) -> dict:
         return _work(0, job, cfg, init_method, callbacks)
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     arguments = (job, cfg, init_method, callbacks, results)
+    # When one process fails PyTorch ends the others, and would tell of each.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         torch.multiprocessing.spawn(_spawned, arguments, nprocs=cfg.NUM_GPUS)
-    except (torch.multiprocessing.ProcessRaisedException, KeyboardInterrupt):
+    except torch.multiprocessing.ProcessRaisedException:
         if not results.empty():
             raise results.get() from None
         raise
@@ -644,7 +648,7 @@ def _launch(job, cfg, init_method: str, callbacks: Sequence[Callback]) -> dict:
 def _spawned(local_rank: int, job, cfg, init_method: str, callbacks, results) -> None:
     try:
         result = _work(local_rank, job, cfg, init_method, callbacks)
-    except (ValueError, OSError, Interrupted) as error:
+    except (ValueError, OSError) as error:
         results.put(error)
         raise
     if local_rank == 0:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command.main(args) or 0
     except KeyboardInterrupt as stop:
-        print(f"stts: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"stts: {str(stop) or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "status", 130)
     except Exception as error:
         if args.traceback or os.environ.get("STTS_TRACEBACK") or not _is_mendable(error):

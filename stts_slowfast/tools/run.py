@@ -1,8 +1,8 @@
 """``stts run``: trains and tests by SlowFast config files, in SlowFast or without it."""
 
 import argparse
-import importlib.util
-import os
+
+from stts_slowfast.pyslowfast import launch
 
 ENGINES = ("slowfast", "standalone")
 
@@ -32,8 +32,6 @@ def main(args: argparse.Namespace) -> int | None:
     engine, why = choose_engine(args.engine)
     print(f"engine: {engine} ({why})", flush=True)
     if engine == "slowfast":
-        from stts_slowfast.pyslowfast import launch
-
         return launch.run(_slowfast_arguments(args))
 
     from stts_slowfast.standalone.defaults import load_config
@@ -52,15 +50,17 @@ def main(args: argparse.Namespace) -> int | None:
 
 
 def choose_engine(asked: str | None) -> tuple[str, str]:
-    """``(engine, why)``: the one asked for, else SlowFast where it is, else our own."""
+    """``(engine, why)``: the one asked for, else SlowFast where its launcher is, else our own.
+
+    Raises:
+        FileNotFoundError: where ``SLOWFAST_ROOT`` names a folder without launcher.
+    """
     if asked:
         return asked, "--engine asks for it"
-    root = os.environ.get("SLOWFAST_ROOT")
-    if root:
-        return "slowfast", f"SLOWFAST_ROOT is {root}"
-    if importlib.util.find_spec("slowfast") is not None:
-        return "slowfast", "the package slowfast is installed; --engine standalone does without"
-    return "standalone", "neither SLOWFAST_ROOT nor the package slowfast is there"
+    launcher = launch.find_launcher()
+    if launcher:
+        return "slowfast", f"found {launcher}; --engine standalone does without"
+    return "standalone", "found no checkout of SlowFast; SLOWFAST_ROOT can name one"
 
 
 def _slowfast_arguments(args: argparse.Namespace) -> list[str]:
