@@ -86,6 +86,17 @@ def load_weights(model: nn.Module, path_or_state_dict: str | os.PathLike | dict)
     return loaded
 
 
+def load_pretrained(model: nn.Module, cfg) -> Loaded | None:
+    """Loads ``TIMESFORMER.PRETRAINED_MODEL`` into a TimeSformer; None where there is none to load.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_weights`.
+    """
+    if not isinstance(model, TimeSformer) or not cfg.TIMESFORMER.PRETRAINED_MODEL:
+        return None
+    return load_weights(model, cfg.TIMESFORMER.PRETRAINED_MODEL)
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """Reads a checkpoint onto the CPU.
 

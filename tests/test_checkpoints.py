@@ -201,6 +201,21 @@ def test_attention_over_time_starts_as_attention_over_space(golden):
     assert not block.temporal_fc.weight.any() and not model.time_embed.any()
 
 
+def test_config_names_weights_to_start_from(golden, tmp_path):
+    cfg = get_cfg()
+    cfg.MODEL.MODEL_NAME, cfg.MODEL.NUM_CLASSES = "TimeSformer", 5
+    cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE = 4, 32
+    node = cfg.TIMESFORMER
+    node.PATCH_SIZE, node.EMBED_DIM, node.DEPTH, node.NUM_HEADS = 8, 32, 3, 4
+    node.PRETRAINED_MODEL = str(tmp_path / "vit.pth")
+    with pytest.raises(FileNotFoundError, match=r"vit\.pth does not exist"):
+        build_model(cfg)
+    weights = image_weights(golden)
+    torch.save(weights, node.PRETRAINED_MODEL)
+    model = build_model(cfg)
+    assert torch.equal(model.blocks[2].mlp.fc1.weight, weights["blocks.2.mlp.fc1.weight"])
+
+
 def swin_cfg(golden, name="videoswin"):
     cfg = get_cfg()
     node = golden(name).config

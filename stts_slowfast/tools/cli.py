@@ -11,6 +11,7 @@ from collections.abc import Sequence
 # it does. A module is imported when its command is called, so that `stts --help` is quick.
 COMMANDS = {
     "run": ("stts_slowfast.tools.run", "train and test by SlowFast config files"),
+    "convert": ("stts_slowfast.tools.convert", "turn checkpoints and the authors' YAML into ours"),
 }
 
 # What a person can mend: told in one line. Anything else is a fault of ours, and shown in full.
