@@ -86,6 +86,17 @@ def load_weights(model: nn.Module, path_or_state_dict: str | os.PathLike | dict)
     return loaded
 
 
+def load_pretrained(model: nn.Module, cfg) -> Loaded | None:
+    """Loads ``TIMESFORMER.PRETRAINED_MODEL`` into a TimeSformer; None where there is none to load.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_weights`.
+    """
+    if not isinstance(model, TimeSformer) or not cfg.TIMESFORMER.PRETRAINED_MODEL:
+        return None
+    return load_weights(model, cfg.TIMESFORMER.PRETRAINED_MODEL)
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """Reads a checkpoint onto the CPU.
 
@@ -451,7 +462,60 @@ FORMATS = {
         "model_state",
     ),
 }
+
 _OWN = Format("the model's own names", "", lambda state: True, lambda state, selectors: state)
+
+
+# What "convert" can write: the short name on the command line, and the family's row above.
+TARGETS = {
+    ("slowfast", "MViT"): "slowfast",
+    ("slowfast", "TimeSformer"): "slowfast",
+    ("slowfast", "VideoSwin"): "slowfast",
+    ("torchvision", "MViT"): "torchvision-mvit",
+    ("torchvision", "VideoSwin"): "torchvision-swin",
+    ("authors", "MViT"): "authors-mvit",
+    ("authors", "VideoSwin"): "authors-swin",
+    ("timesformer", "TimeSformer"): "timesformer",
+}
+
+
+def convert(checkpoint: dict, to: str, selectors: Sequence[str]) -> tuple[dict, Format, list[str]]:
+    """Turns a checkpoint of any known format into another's; it needs no model.
+
+    Args:
+        checkpoint: as read from a file.
+        to: ``slowfast`` (what :func:`save_checkpoint` writes), ``torchvision``, ``authors`` or
+            ``timesformer``.
+        selectors: where the selectors sit, such as ``["time_0", "space_4"]``; only the STTS
+            authors' files do not say it themselves.
+
+    Returns:
+        The new checkpoint, the format that was recognised, and the names of score predictors for
+        which ``selectors`` has no place (they keep the authors' names).
+
+    Raises:
+        ValueError: where the format is not known, or the target does not have this family.
+    """
+    state = state_dict_of(checkpoint)
+    source = recognize(state)
+    if source is _OWN:
+        raise ValueError(f"no known format has parameters such as {next(iter(state))}")
+    if (to, source.family) not in TARGETS:
+        able = [name for name, family in TARGETS if family == source.family]
+        raise ValueError(
+            f"recognised as {source.name}, which has no {to} form: use {', '.join(able)}"
+        )
+    target = FORMATS[TARGETS[to, source.family]]
+    ours = source.to_slowfast(state, selectors)
+    left_over = [key for key in ours if _AUTHORS_SCORER.match(key)]
+    converted = {target.wrapper: target.from_slowfast(ours)} if target.wrapper else {}
+    converted = converted or target.from_slowfast(ours)
+    eps = _pool_norm_eps(checkpoint, source.name)
+    if to == "slowfast" and source.family == "MViT" and eps != _EPS_TODAY:
+        converted["pool_norm_eps"] = eps
+    if to == "slowfast" and isinstance(checkpoint.get("cfg"), str):
+        converted["cfg"] = checkpoint["cfg"]
+    return converted, source, left_over
 
 
 def recognize(state: State) -> Format:
@@ -482,6 +546,8 @@ def _copy_into(model: nn.Module, state: State, renamed: State, name: str) -> Loa
         else:
             fitting[key] = value
     loaded.missing = [key for key in own if key not in renamed]
+    if not fitting and name == _OWN.name:
+        raise ValueError(f"no known format, and no parameter of it fits {_name(model)}")
     if not fitting:
         raise ValueError(f"recognised as {name}, but no parameter of it fits {_name(model)}")
     model.load_state_dict(fitting, strict=False)
@@ -490,12 +556,16 @@ def _copy_into(model: nn.Module, state: State, renamed: State, name: str) -> Loa
 
 def _set_pool_norm_eps(model: nn.Module, checkpoint: dict, loaded: Loaded) -> None:
     norms = _pool_norms(model)
-    authors = loaded.format == "an STTS authors' MViT"
-    eps = checkpoint.get("pool_norm_eps", _EPS_AUTHORS if authors else _EPS_TODAY)
+    eps = _pool_norm_eps(checkpoint, loaded.format)
     if any(norm.eps != eps for norm in norms):
         loaded.notes.append(f"norms of pooled queries, keys and values set to eps {eps:g}")
     for norm in norms:
         norm.eps = eps
+
+
+def _pool_norm_eps(checkpoint: dict, name: str) -> float:
+    authors = name == FORMATS["authors-mvit"].name
+    return checkpoint.get("pool_norm_eps", _EPS_AUTHORS if authors else _EPS_TODAY)
 
 
 def _pool_norms(model: nn.Module) -> list[nn.LayerNorm]:

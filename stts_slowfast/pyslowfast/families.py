@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast import backbones
+from stts_slowfast.checkpoints import load_pretrained
 
 # What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
 ACTIVATIONS = {
@@ -65,7 +66,9 @@ def _builder(name: str):
             raise ValueError(
                 f"DETECTION.ENABLE is True, but {name} has no RoI head: use MODEL.MODEL_NAME MViT"
             )
-        return SlowFastModel(backbones.build(cfg), cfg.MODEL.HEAD_ACT)
+        model = backbones.build(cfg)
+        load_pretrained(model, cfg)
+        return SlowFastModel(model, cfg.MODEL.HEAD_ACT)
 
     build.__name__ = name  # the registry's key
     return build

@@ -3,11 +3,12 @@
 from torch import nn
 
 from stts_slowfast import backbones
+from stts_slowfast.checkpoints import load_pretrained
 from stts_slowfast.hooks import attach
 
 
 def build_model(cfg) -> nn.Module:
-    """Builds the model of a config, with random weights.
+    """Builds the model of a config, with random weights or ``TIMESFORMER.PRETRAINED_MODEL``'s.
 
     Args:
         cfg: from :func:`load_config`.
@@ -18,9 +19,11 @@ def build_model(cfg) -> nn.Module:
         ``STTS.ENABLE``.
 
     Raises:
+        FileNotFoundError: where there is no file of pretrained weights.
         ValueError: naming the key that the model cannot be built from.
     """
     model = backbones.build(cfg)
+    load_pretrained(model, cfg)
     if cfg.STTS.ENABLE:
         attach(model, cfg.STTS, backbones.block_grids(cfg))
     return model

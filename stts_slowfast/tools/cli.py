@@ -13,6 +13,7 @@ COMMANDS = {
     "run": ("stts_slowfast.tools.run", "train and test by SlowFast config files"),
     "quickstart": ("stts_slowfast.tools.quickstart", "watch selection being learned on real video"),
     "visualize": ("stts_slowfast.tools.visualize", "show what was kept of a video"),
+    "convert": ("stts_slowfast.tools.convert", "turn checkpoints and the authors' YAML into ours"),
 }
 
 # What a person can mend: told in one line. Anything else is a fault of ours, and shown in full.

@@ -1,0 +1,163 @@
+"""Measures every file in configs/ and writes model_zoo.md: published numbers beside measured ones.
+
+    python projects/stts/model_zoo.py [CONFIG ...]
+
+Without arguments it measures all of them (some minutes on a CPU, the 96-frame TimeSformer most) and
+writes the page; with arguments it only prints their rows.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.engine import count_gflops
+from stts_slowfast.standalone.model import build_model
+
+ROOT = Path(__file__).parents[2]
+PAGE = Path(__file__).with_name("model_zoo.md")
+
+# Published top-1 (%) and GFLOPs of one view, or None; then the notes that explain the row.
+PUBLISHED = {
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.9_S4_0.9": (78.1, 56.4, ""),
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.8_S4_0.9": (77.9, 47.2, ""),
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.6_S4_0.9": (77.5, 38.1, "a"),
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.5_S4_0.7": (76.6, 23.3, "a"),
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.4_S4_0.6": (75.6, 12.1, "a"),
+    "Kinetics/STTS_MVIT_B_32x3_T0_0.9_S6_0.9": (None, None, "c"),
+    "Kinetics/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9": (None, None, "c"),
+    "Kinetics/STTS_VIT_B_16x4_T0_0.9_S4_0.9": (None, None, "c"),
+    "Kinetics/STTS_TIMESFORMER_8x32_T0_0.9_S4_0.9": (None, None, "c"),
+    "Kinetics/STTS_TIMESFORMER_96x4_T0_0.5_S4_0.9": (None, None, "c"),
+    "Kinetics/STTS_SWIN_B_32x2_T0_0.9": (81.9, 252.5, "b"),
+    "Kinetics/STTS_SWIN_B_32x2_T0_0.8": (81.6, 223.4, "b"),
+    "Kinetics/STTS_SWIN_B_32x2_T0_0.6": (81.4, 181.4, "b"),
+    "Kinetics/STTS_SWIN_B_32x2_T0_0.5": (81.1, 121.6, "b"),
+    "Kinetics/STTS_SWIN_B_32x2_T0_0.4": (80.7, 91.4, "b"),
+    **{
+        f"Kinetics/STTS_SWIN_{size}_32x2_T0_{keep}": (None, None, "c")
+        for size in "ST"
+        for keep in (0.9, 0.8, 0.6, 0.5, 0.4)
+    },
+    "SSv2/STTS_MVIT_B_16x4_T0_0.9_S4_0.9": (None, None, "d"),
+    "SSv2/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9": (None, None, "d"),
+    "SSv2/STTS_TIMESFORMER_8_T0_0.9_S4_0.9": (None, None, "c"),
+}
+
+# The same for the backbones without selection: name, a config to build it from, top-1, GFLOPs,
+# millions of parameters, notes.
+BACKBONES = [
+    ("MViT-B 16x4", "Kinetics/STTS_MVIT_B_16x4_T0_0.9_S4_0.9", 78.4, 70.5, 36.6, ""),
+    ("MViT-B 32x3", "Kinetics/STTS_MVIT_B_32x3_T0_0.9_S6_0.9", 80.4, None, None, "e"),
+    ("MViTv2-S 16x4", "Kinetics/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9", 81.0, 64, 34.5, ""),
+    ("ViT-B 16x4", "Kinetics/STTS_VIT_B_16x4_T0_0.9_S4_0.9", 81.3, 180, 87, ""),
+    ("TimeSformer 8x32", "Kinetics/STTS_TIMESFORMER_8x32_T0_0.9_S4_0.9", 77.9, 197, 121.4, "f"),
+    ("TimeSformer-L 96x4", "Kinetics/STTS_TIMESFORMER_96x4_T0_0.5_S4_0.9", 80.6, 2380, 121.4, "f"),
+    ("Video Swin-T 32x2", "Kinetics/STTS_SWIN_T_32x2_T0_0.9", 78.8, 88, 28.2, ""),
+    ("Video Swin-S 32x2", "Kinetics/STTS_SWIN_S_32x2_T0_0.9", 80.6, 166, 49.8, ""),
+    ("Video Swin-B 32x2", "Kinetics/STTS_SWIN_B_32x2_T0_0.9", 82.7, 282, 88.1, "g"),
+    ("MViT-B 16x4, SSv2", "SSv2/STTS_MVIT_B_16x4_T0_0.9_S4_0.9", 64.7, 70.5, 36.6, ""),
+    ("MViTv2-S 16x4, SSv2", "SSv2/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9", 68.2, 64, 34.4, ""),
+    ("TimeSformer 8, SSv2", "SSv2/STTS_TIMESFORMER_8_T0_0.9_S4_0.9", 59.1, 197, 121.4, "f"),
+]
+
+HEAD = """# Model zoo
+
+Written by `python projects/stts/model_zoo.py`. **Published** columns are what the methods' authors
+state. **Measured** columns are counted here, on the model that the configuration builds: GFLOPs of
+one view (billions of multiply-adds, fvcore, scorers included) and millions of parameters. No
+accuracy in these tables was measured by this project.
+
+"""
+
+NOTES = """
+Where the two disagree, and what else to know:
+
+- **a** The released code of STTS, at the shares of its released configurations, counts as we do:
+  38.46, 26.95 and 18.46 GFLOPs with fvcore. How 38.1, 23.3 and 12.1 were counted is not stated.
+- **b** Attention windows span 8 token frames. 14, 12, 10 and 9 kept frames are padded to 16 inside
+  attention, which then costs what it costs for 16; 6 frames make one window of 6. fvcore counts the
+  padding. How the published numbers were counted is not stated; all of them are below ours.
+- **c** The paper of STTS has no such row; the file says which choices are ours.
+- **d** The paper reports Something-Something v2, but its configurations were not released: shares
+  are those of the Kinetics headline point, and no published number is set beside them.
+- **e** Top-1 is SlowFast's, for its MVIT_B_32x3_CONV, whose 24 blocks we build; SlowFast states no
+  GFLOPs for it. The MViT paper's Kinetics-400 row of that name (80.2, 170 GFLOPs) has 16 blocks.
+- **f** GFLOPs from the paper's TFLOPs per video (0.59 and 7.14), a third of it per view. Top-1 is
+  that of the released models, which were trained again after the paper. Parameters are the paper's
+  for one model, whatever its number of frames and classes.
+- **g** Pre-trained on ImageNet-21K.
+"""
+
+
+def measure(name: str, enable: bool) -> tuple[float, float]:
+    """GFLOPs of one view and millions of parameters of ``configs/{name}.yaml``."""
+    cfg = load_config(str(ROOT / "configs" / f"{name}.yaml"), ["STTS.ENABLE", enable])
+    model = build_model(cfg).eval()
+    size = cfg.DATA.TRAIN_CROP_SIZE
+    with torch.no_grad():
+        gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
+    return gflops, sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def show(value: float | None, digits: int | None = None) -> str:
+    """A table cell."""
+    if value is None:
+        return "–"
+    return f"{value:g}" if digits is None else f"{value:.{digits}f}"
+
+
+def selection_row(name: str) -> str:
+    """The row of a configuration with selection."""
+    top1, published, notes = PUBLISHED[name]
+    gflops, params = measure(name, True)
+    cells = [f"[{name}](../../configs/{name}.yaml)", show(top1), show(published)]
+    return " | ".join(["", *cells, show(gflops, 2), show(params, 2), notes, ""]).strip()
+
+
+def backbone_row(row: tuple) -> str:
+    """The row of a backbone without selection."""
+    name, config, top1, published, millions, notes = row
+    gflops, params = measure(config, False)
+    cells = [name, show(top1), show(published), show(gflops, 2), show(millions)]
+    return " | ".join(["", *cells, show(params, 2), notes, ""]).strip()
+
+
+def page() -> str:
+    """All of model_zoo.md."""
+    lines = ["## Backbones without selection\n"]
+    lines.append(
+        "| backbone | top-1, published | GFLOPs, published | GFLOPs, measured "
+        "| params (M), published | params (M), measured | notes |"
+    )
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in BACKBONES:
+        lines.append(tell(backbone_row(row)))
+    lines.append("\n## With selection\n")
+    lines.append(
+        "| configuration | top-1, published | GFLOPs, published | GFLOPs, measured "
+        "| params (M), measured | notes |"
+    )
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for name in PUBLISHED:
+        lines.append(tell(selection_row(name)))
+    return HEAD + "\n".join(lines) + "\n" + NOTES
+
+
+def tell(row: str) -> str:
+    """Shows a row on the way."""
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        for path in sys.argv[1:]:
+            print(
+                selection_row(
+                    str(Path(path).resolve().relative_to(ROOT / "configs").with_suffix(""))
+                )
+            )
+    else:
+        PAGE.write_text(page())

@@ -1,0 +1,216 @@
+"""``stts convert``: a checkpoint of any known format into another, the authors' YAML into ours."""
+
+import argparse
+import os
+
+import torch
+import yaml
+from iopath.common.file_io import g_pathmgr
+
+from stts_slowfast.checkpoints import (
+    TARGETS,
+    convert,
+    load_weights,
+    read_checkpoint,
+    state_dict_of,
+)
+from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.model import build_model
+
+# Where the paper selects; the authors' files number their score predictors, but name no blocks.
+_PAPER = {"TIME": [0], "SPACE": [4]}
+
+# The authors' MVIT keys and what they are here.
+_RENAMED = {
+    "SIGMA": "SIGMA",
+    "TIME_PRUNING_LOC": "TIME.BLOCKS",
+    "TIME_LEFT_RATIO": "TIME.KEEP",
+    "TIME_SCORE": "TIME.SCORER",
+    "SPACE_PRUNING_LOC": "SPACE.BLOCKS",
+    "SPACE_LEFT_RATIO": "SPACE.KEEP",
+    "SPACE_SCORE": "SPACE.SCORER",
+}
+_SCORERS = {"tpool": "learned", "spatch": "learned"}
+# What their defaults say where a file of theirs does not.
+_THEIR_DEFAULTS = {
+    "SIGMA": 0.05,
+    "TIME_PRUNING_LOC": None,
+    "TIME_LEFT_RATIO": [0.5],
+    "TIME_SCORE": "tpool",
+    "SPACE_PRUNING_LOC": None,
+    "SPACE_LEFT_RATIO": [0.5105],
+    "SPACE_SCORE": "spatch",
+    "DECAY_SIGMA": True,
+}
+_THEIR_BACKBONE_LR = 0.01
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("source", metavar="IN", help="a checkpoint; with --config, a YAML file")
+    parser.add_argument("target", metavar="OUT", help="the file to write")
+    parser.add_argument(
+        "--config", action="store_true", help="turn the STTS authors' YAML file into ours"
+    )
+    parser.add_argument(
+        "--to",
+        choices=sorted({name for name, _ in TARGETS}),
+        default="slowfast",
+        help="the format to write (default: slowfast, which the runner and SlowFast read)",
+    )
+    parser.add_argument(
+        "--cfg",
+        metavar="YAML",
+        help="a config of the model: says where selectors sit, and what is missing is listed",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    if args.config:
+        convert_config_file(args.source, args.target)
+    else:
+        convert_checkpoint_file(args.source, args.target, args.to, args.cfg)
+    return 0
+
+
+def convert_checkpoint_file(source: str, target: str, to: str, cfg_path: str | None) -> None:
+    """Converts a checkpoint, and prints what it was, what is missing and what is left over.
+
+    Raises:
+        FileNotFoundError: where a file or OUT's folder does not exist.
+        ValueError: where the file is of no known format, or has no such target.
+    """
+    checkpoint = read_checkpoint(source)
+    cfg = load_config(cfg_path) if cfg_path else None
+    blocks = _selected_blocks(checkpoint, cfg)
+    selectors = [f"{key.lower()}_{block}" for key in blocks for block in blocks[key]]
+    converted, known, left_over = convert(checkpoint, to, selectors)
+    print(f"{source}: recognised as {known.name}, {len(state_dict_of(checkpoint))} parameters")
+    for key in left_over:
+        print(f"  left over: {key}: name its block in STTS.*.BLOCKS of a file given with --cfg")
+    if cfg is not None:
+        loaded = load_weights(build_model(cfg), converted)
+        for kind in ("missing", "unexpected", "mismatched"):
+            for key in getattr(loaded, kind):
+                print(f"  {kind}: {key}")
+    _write(target, lambda path: torch.save(converted, path))
+    print(f"{target}: written in {to} form")
+
+
+def _selected_blocks(checkpoint: dict, cfg) -> dict[str, list[int]]:
+    """Before which blocks selectors sit: by the config given, the file's own, or the paper."""
+    if cfg is not None:
+        return {"TIME": list(cfg.STTS.TIME.BLOCKS), "SPACE": list(cfg.STTS.SPACE.BLOCKS)}
+    text = checkpoint.get("cfg")
+    mvit = (yaml.safe_load(text) or {}).get("MVIT", {}) if isinstance(text, str) else {}
+    return {key: list(mvit.get(f"{key}_PRUNING_LOC") or _PAPER[key]) for key in _PAPER}
+
+
+def convert_config_file(source: str, target: str) -> None:
+    """Converts a YAML file of the authors' MViT fork, and prints what else changed.
+
+    Raises:
+        FileNotFoundError: where a file or OUT's folder does not exist.
+        ValueError: where the file is not YAML or selects nothing the way the fork does.
+    """
+    if not g_pathmgr.isfile(source):
+        raise FileNotFoundError(f"config file {source} does not exist")
+    with g_pathmgr.open(source) as f:
+        try:
+            tree = yaml.safe_load(f)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{source} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{source} holds no KEY: VALUE lines")
+    tree, notes = convert_config(tree)
+    _write(target, lambda path: _dump(tree, path))
+    for note in notes:
+        print(f"  {note}")
+    print(f"{target}: written")
+
+
+def convert_config(tree: dict) -> tuple[dict, list[str]]:
+    """The authors' configuration as ours.
+
+    Args:
+        tree: their YAML file as nested dicts.
+
+    Returns:
+        Our tree, and a sentence about everything that is not a renamed key.
+
+    Raises:
+        ValueError: where there is no ``MVIT.TIME_PRUNING_LOC`` or ``MVIT.SPACE_PRUNING_LOC``.
+    """
+    tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    mvit, notes = tree.get("MVIT", {}), []
+    if not {"TIME_PRUNING_LOC", "SPACE_PRUNING_LOC"} & set(mvit):
+        raise ValueError(
+            "there is neither MVIT.TIME_PRUNING_LOC nor MVIT.SPACE_PRUNING_LOC: "
+            "this is no configuration of the STTS authors' MViT"
+        )
+    theirs = {key: mvit.pop(key, default) for key, default in _THEIR_DEFAULTS.items()}
+    stts = {"ENABLE": True, "TIME": {}, "SPACE": {}}
+    for key, ours in _RENAMED.items():
+        node, _, leaf = ours.rpartition(".")
+        value = theirs[key]
+        value = _SCORERS.get(value, value) if leaf == "SCORER" else value
+        (stts[node] if node else stts)[leaf] = [] if value is None else value
+    stts["SIGMA_DECAY"] = "linear" if theirs["DECAY_SIGMA"] else "constant"
+    tree["STTS"] = stts
+    _convert_schedule(tree, notes)
+    _drop_placeholders(tree, notes)
+    return tree, notes
+
+
+def _convert_schedule(tree: dict, notes: list[str]) -> None:
+    """Their warm-up epochs freeze the backbone, and nothing warms up."""
+    solver, train = tree.setdefault("SOLVER", {}), tree.setdefault("TRAIN", {})
+    stts = tree["STTS"]
+    stts["BACKBONE_LR"] = solver.pop("BACKBONE_LR", _THEIR_BACKBONE_LR)
+    if not train.pop("FINETUNE", True):
+        notes.append(
+            "TRAIN.FINETUNE was False: backbone and scorers learn at one rate, from epoch 0"
+        )
+        stts["BACKBONE_LR"] = 1.0
+        stts["FREEZE_BACKBONE_EPOCHS"] = 0.0
+        solver["WARMUP_EPOCHS"] = 0.0
+        return
+    stts["FREEZE_BACKBONE_EPOCHS"] = float(solver.get("WARMUP_EPOCHS", 0.0))
+    solver["WARMUP_EPOCHS"] = 0.0
+    train["CHECKPOINT_EPOCH_RESET"] = True
+    notes.append(
+        "SOLVER.WARMUP_EPOCHS became STTS.FREEZE_BACKBONE_EPOCHS: in their code nothing warms up"
+    )
+    notes.append("TRAIN.FINETUNE became TRAIN.CHECKPOINT_EPOCH_RESET")
+
+
+def _drop_placeholders(tree: dict, notes: list[str]) -> None:
+    for node in tree.values():
+        for key in list(node) if isinstance(node, dict) else ():
+            if isinstance(node[key], str) and node[key].startswith("path_to_"):
+                notes.append(f"{key} was the placeholder {node[key]!r} and is left out")
+                del node[key]
+
+
+class _Dumper(yaml.SafeDumper):
+    """A key a line, but lists in one line."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True)
+)
+
+
+def _dump(tree: dict, path: str) -> None:
+    with open(path, "w") as f:
+        yaml.dump(tree, f, Dumper=_Dumper, default_flow_style=False, sort_keys=False, width=1000)
+
+
+def _write(path: str, write) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"folder {folder} does not exist: make it, or write elsewhere")
+    partial = f"{path}.partial"
+    write(partial)
+    os.replace(partial, path)

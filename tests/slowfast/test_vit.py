@@ -1,0 +1,57 @@
+"""Our plain ViT is SlowFast's: the same parameters, the same numbers."""
+
+import pytest
+import torch
+
+from stts_slowfast.backbones.vit import build as build_ours
+from stts_slowfast.backbones.vit import is_plain_vit
+
+VARIANTS = {
+    "FT": {},
+    "sincos": {"SEP_POS_EMBED": False, "USE_FIXED_SINCOS_POS": True},
+    "joint positions": {"SEP_POS_EMBED": False, "USE_MEAN_POOLING": False},
+    "no class token": {"CLS_EMBED_ON": False},
+    "no class token, norm first": {"CLS_EMBED_ON": False, "USE_MEAN_POOLING": False},
+    "no positions, no bias": {"USE_ABS_POS": False, "QKV_BIAS": False},
+}
+SMALL = (
+    "DATA.NUM_FRAMES", 4, "DATA.TRAIN_CROP_SIZE", 32, "DATA.TEST_CROP_SIZE", 32,
+    "MVIT.PATCH_KERNEL", [2, 8, 8], "MVIT.PATCH_STRIDE", [2, 8, 8], "MVIT.EMBED_DIM", 32,
+    "MVIT.NUM_HEADS", 4, "MVIT.DEPTH", 3, "MODEL.NUM_CLASSES", 11, "STTS.ENABLE", False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(get_cfg):
+    def make(mvit):
+        opts = [word for key, value in mvit.items() for word in (f"MVIT.{key}", value)]
+        return get_cfg(*SMALL, *opts, stock="configs/masked_ssl/k400_VIT_B_16x4_FT.yaml")
+
+    return make
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_probabilities_are_slowfasts(small, build, variant):
+    cfg = small(VARIANTS[variant])
+    assert is_plain_vit(cfg)
+    theirs, ours = build(cfg).eval(), build_ours(cfg).eval()
+    state = theirs.state_dict()
+    if variant == "sincos":
+        assert torch.equal(ours.pos_embed, state["pos_embed"])
+    ours.load_state_dict(state)
+    for parameter in ours.parameters():  # a fresh head is scaled to almost nothing
+        parameter.mul_(2.0)
+    theirs.load_state_dict(ours.state_dict())
+    clip = torch.randn(2, 3, 4, 32, 32)
+    torch.testing.assert_close(ours(clip).softmax(1), theirs([clip]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["B", "L", "H"])
+def test_every_published_size_has_slowfasts_parameters(get_cfg, build, size):
+    stock = f"configs/masked_ssl/k400_VIT_{size}_16x4_FT.yaml"
+    cfg = get_cfg("STTS.ENABLE", False, "MVIT.DEPTH", 2, stock=stock)  # blocks are all alike
+    theirs = build(cfg).state_dict()
+    with torch.device("meta"):
+        ours = build_ours(cfg).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}

@@ -1,0 +1,178 @@
+"""Every file in configs/: what it builds at full size, and that it trains and tests reduced."""
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from stts_slowfast import backbones
+from stts_slowfast.config import plan
+from stts_slowfast.hooks import selections
+from stts_slowfast.schedule import set_group_lrs, set_progress
+from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.model import build_model
+from stts_slowfast.standalone.optim import build_optimizer, check_solver, lr_at
+from stts_slowfast.standalone.transforms import batch_mixer, train_transform, view_transform
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT / "configs").with_suffix("")) for path in FILES]
+
+MVIT_B = {
+    "0.9": {"time_0": (8, 7), "space_4": (14, 13)},
+    "0.8": {"time_0": (8, 6), "space_4": (14, 13)},
+    "0.6": {"time_0": (8, 5), "space_4": (14, 13)},
+    "0.5": {"time_0": (8, 4), "space_4": (14, 12)},
+    "0.4": {"time_0": (8, 3), "space_4": (14, 11)},
+}
+SWIN_FRAMES = {"0.9": 14, "0.8": 12, "0.6": 10, "0.5": 9, "0.4": 6}
+
+
+def load(name, *opts):
+    return load_config(str(ROOT / "configs" / f"{name}.yaml"), opts)
+
+
+def expected_steps(name):
+    """Frames, or the window's side, before and after each selector, as the file's name says."""
+    keep = re.search(r"T0_(0\.\d)", name).group(1)
+    if "SWIN" in name:
+        return {"time_0": (16, SWIN_FRAMES[keep])}
+    if "32x3" in name:
+        return {"time_0": (16, 14), "space_6": (14, 13)}
+    if "96x4" in name:
+        return {"time_0": (96, 48), "space_4": (14, 13)}
+    return MVIT_B[keep]
+
+
+def test_there_is_a_file_for_every_published_row():
+    assert len(FILES) == 28
+    assert {path.parent.name for path in FILES} == {"Kinetics", "SSv2"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_selectors_keep_what_the_name_says(name):
+    cfg = load(name)
+    steps = plan(cfg.STTS, backbones.block_grids(cfg))
+    sizes = {
+        key: (before[0], after[0]) if key.startswith("time") else (before[1], after[1])
+        for key, (before, after) in steps.items()
+    }
+    assert sizes == expected_steps(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_the_zoo_s(name):
+    with torch.device("meta"):
+        model = build_model(load(name))
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert f"{count:.2f}" == zoo_row(name)["params (M), measured"]
+
+
+# One file a backbone, and the paper's five points.
+COUNTED = [
+    *(name for name in NAMES if "Kinetics/STTS_MVIT_B_16x4" in name),
+    "Kinetics/STTS_MVIT_B_32x3_T0_0.9_S6_0.9",
+    "Kinetics/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9",
+    "Kinetics/STTS_VIT_B_16x4_T0_0.9_S4_0.9",
+    "Kinetics/STTS_TIMESFORMER_8x32_T0_0.9_S4_0.9",
+    "Kinetics/STTS_SWIN_T_32x2_T0_0.9",
+]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+@torch.no_grad()
+def test_gflops_are_the_zoo_s(name, monkeypatch):
+    """On meta tensors, by PyTorch's counter; it leaves norms and pooling out, fvcore does not."""
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # not on meta
+    cfg = load(name, "STTS.FUSED_ATTENTION", False)
+    size = cfg.DATA.TRAIN_CROP_SIZE
+    with torch.device("meta"):
+        model = build_model(cfg).eval()
+        clip = torch.empty(1, 3, cfg.DATA.NUM_FRAMES, size, size)
+        with FlopCounterMode(display=False) as counter:
+            assert model(clip).shape == (1, cfg.MODEL.NUM_CLASSES)
+    counted = counter.get_total_flops() / 2e9
+    assert counted == pytest.approx(float(zoo_row(name)["GFLOPs, measured"]), rel=0.015)
+
+
+def zoo_row(name):
+    """The columns of a configuration in model_zoo.md."""
+    table = (ROOT / "projects" / "stts" / "model_zoo.md").read_text().split("## With selection")[1]
+    header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in header.strip("|").split("|")]
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if cells[0].startswith(f"[{name}]"):
+            return dict(zip(columns, cells))
+    raise AssertionError(f"model_zoo.md has no row for {name}")
+
+
+REDUCED = {
+    "MViT": ("MVIT.EMBED_DIM", 16),
+    "VIT_B": ("MVIT.EMBED_DIM", 24, "MVIT.DEPTH", 5),
+    "TimeSformer": ("TIMESFORMER.EMBED_DIM", 24, "TIMESFORMER.DEPTH", 5),
+    "VideoSwin": ("VIDEO_SWIN.DEPTHS", [2, 1, 1, 1], "VIDEO_SWIN.WINDOW_SIZE", [8, 4, 4]),
+}
+
+
+def reduced(name):
+    cfg = load(name)
+    family = "VIT_B" if "STTS_VIT_B" in name else cfg.MODEL.MODEL_NAME
+    width = ("VIDEO_SWIN.EMBED_DIM", 4 * cfg.VIDEO_SWIN.NUM_HEADS[0])
+    small = (*REDUCED[family], *(width if family == "VideoSwin" else ()))
+    size = 32 if family == "VideoSwin" else 64  # patches of 16 pixels need the larger clip
+    crop = ("DATA.TRAIN_CROP_SIZE", size, "DATA.TEST_CROP_SIZE", size)
+    return load(name, *small, *crop, "STTS.NUM_SAMPLES", 20)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_training_step_and_one_test_step(name):
+    cfg = reduced(name)
+    check_solver(cfg)
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(model, cfg)
+    epoch = cfg.STTS.FREEZE_BACKBONE_EPOCHS + 0.5
+    set_progress(model, epoch / cfg.SOLVER.MAX_EPOCH)
+    set_group_lrs(optimizer.param_groups, lr_at(epoch, cfg), epoch, cfg)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+
+    video = torch.randint(0, 256, (cfg.DATA.NUM_FRAMES, 3, 80, 90), dtype=torch.uint8)
+    cfg.DATA.TRAIN_JITTER_SCALES = [72, 80]
+    augment, mix = train_transform(cfg, "train"), batch_mixer(cfg)
+    clips, labels = torch.stack([augment(video), augment(video)]), torch.tensor([0, 3])
+    clips, labels = mix(clips, labels) if mix else (clips, labels)
+    loss = F.cross_entropy(model(clips), labels)
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite()
+    learned = {
+        key for key, value in model.named_parameters() if not torch.equal(value, before[key])
+    }
+    assert any(key.startswith("stts.") for key in learned), "no scorer has learned"
+    assert any(not key.startswith("stts.") for key in learned), "the backbone has not learned"
+
+    model.eval()
+    position = min(1, cfg.TEST.NUM_SPATIAL_CROPS - 1)
+    with torch.no_grad():
+        logits = model(view_transform(cfg, position)(video)[None])
+    assert logits.shape == (1, cfg.MODEL.NUM_CLASSES) and logits.isfinite().all()
+    kept = selections(model)
+    frames, (_, after) = kept["time_0"], expected_steps(name)["time_0"]
+    assert frames.shape == (1, after)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_is_whole(name):
+    """What a run reads: where it starts, how long it goes, what it sees."""
+    cfg = load(name)
+    assert cfg.STTS.ENABLE and cfg.TRAIN.ENABLE and cfg.TEST.ENABLE
+    assert cfg.TRAIN.CHECKPOINT_EPOCH_RESET, "a trained backbone is a start, not a run to resume"
+    assert name.split("/")[0].lower() == cfg.TRAIN.DATASET == cfg.TEST.DATASET
+    assert {"kinetics": 400, "ssv2": 174}[cfg.TRAIN.DATASET] == cfg.MODEL.NUM_CLASSES
+    assert (cfg.TRAIN.DATASET == "kinetics") == cfg.DATA.RANDOM_FLIP
+    assert cfg.SOLVER.OPTIMIZING_METHOD == "adamw"
+    assert cfg.DATA.TRAIN_CROP_SIZE == cfg.DATA.TEST_CROP_SIZE == 224
