@@ -21,7 +21,7 @@ HOOKS = {
         "compat.mend_ava_evaluation",
         "compat.explain_missing_packages",
     ],
-    "slowfast.config.defaults": ["plugin.add_config"],
+    "slowfast.config.defaults": ["plugin.add_config", "compat.mend_prefetch_key"],
     "slowfast.datasets.decoder": ["compat.mend_decoder"],
     "slowfast.models.video_model_builder": ["plugin.wrap_models", "compat.mend_cuda_synchronize"],
     "slowfast.models.optimizer": ["plugin.wrap_optimizer", "plugin.wrap_log"],

@@ -18,6 +18,7 @@ import types
 MENDS = {
     "vision_imports": "vision.fair.slowfast means the checkout",
     "ava_evaluation": "ava_evaluation is found in the checkout",
+    "prefetch_key": "configs/SSv2/MVITv2_*.yaml may name PREFETCH, which no config knows",
     "pkg_resources": "detectron2.model_zoo finds its files without pkg_resources",
     "decoder": "DATA.DECODING_BACKEND pyav and torchvision decode with PyAV",
     "cuda_synchronize": "torch.cuda.synchronize() does nothing on a CPU run",
@@ -142,6 +143,20 @@ def missing_package_remedy(error: BaseException) -> str | None:
     if package not in REMEDIES:
         return None
     return f"{REMEDIES[package]}; see {GUIDE}, and run `stts doctor`"
+
+
+# ---- config ---------------------------------------------------------------------------------
+
+
+@mend
+def mend_prefetch_key(defaults) -> bool:
+    """The key ``PREFETCH`` of SlowFast's own ``configs/SSv2/MVITv2_*.yaml``, an error since it left
+    ``_C``: it is passed over."""
+    config = defaults._C
+    if "PREFETCH" in config or config.key_is_deprecated("PREFETCH"):
+        return False
+    config.register_deprecated_key("PREFETCH")
+    return True
 
 
 # ---- video ----------------------------------------------------------------------------------

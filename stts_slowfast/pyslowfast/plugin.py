@@ -14,7 +14,7 @@ from torch import nn
 
 from stts_slowfast import backbones, schedule
 from stts_slowfast.hooks import attach
-from stts_slowfast.config import add_stts_config
+from stts_slowfast.config import add_stts_config, add_timesformer_config, add_video_swin_config
 from stts_slowfast.pyslowfast import families
 
 # What the run in this process stands at: `epoch` from get_epoch_lr, `sigma` and `backbone_lr` for
@@ -28,8 +28,8 @@ _now = {}
 def add_config(defaults) -> None:
     """Adds the node ``STTS``, and those of our backbones, to ``slowfast.config.defaults._C``."""
     add_stts_config(defaults._C)
-    if hasattr(backbones, "add_backbone_config"):
-        backbones.add_backbone_config(defaults._C)
+    add_timesformer_config(defaults._C)
+    add_video_swin_config(defaults._C)
 
 
 # ---- models ---------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
     if cfg.STTS.FUSED_ATTENTION:
         from stts_slowfast.attention import fuse_attention
 
-        fuse_attention(model)
+        fuse_attention(model, cfg.STTS.TRUE_DISTANCES)
     return model
 
 
@@ -151,7 +151,7 @@ def _note_epoch(get_epoch_lr, cur_epoch, cfg):
 def _set_rates_and_sigma(set_lr, optimizer, new_lr):
     set_lr(optimizer, new_lr)
     model_ref, cfg = getattr(optimizer, "stts_run", (None, None))
-    if cfg is None:
+    if cfg is None or "epoch" not in _now:
         _now.pop("sigma", None)
         return
     epoch = _now["epoch"]

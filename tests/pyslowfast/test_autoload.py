@@ -1,0 +1,175 @@
+"""The post-import hooks, on a throw-away package that has the modules of SlowFast they wait for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stts_slowfast.pyslowfast import autoload
+
+REPO = Path(__file__).parents[2]
+
+# A package with SlowFast's names and none of its dependencies.
+SLOWFAST = {
+    "slowfast/__init__.py": "",
+    "slowfast/config/__init__.py": "",
+    "slowfast/config/defaults.py": """
+from fvcore.common.config import CfgNode
+_C = CfgNode({"NUM_GPUS": 1})
+def get_cfg():
+    return _C.clone()
+""",
+    "slowfast/models/__init__.py": "from .video_model_builder import MODEL_REGISTRY",
+    "slowfast/models/video_model_builder.py": """
+import torch
+from fvcore.common.registry import Registry
+MODEL_REGISTRY = Registry("MODEL")
+@MODEL_REGISTRY.register()
+class ResNet(torch.nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+""",
+    "slowfast/models/optimizer.py": """
+def construct_optimizer(model, cfg): ...
+def get_epoch_lr(cur_epoch, cfg): return 1.0
+def set_lr(optimizer, new_lr): ...
+""",
+    "slowfast/utils/__init__.py": "",
+    "slowfast/utils/logging.py": """
+def log_json_stats(stats, output_dir=None): print(stats)
+""",
+    "tools/run_net.py": "from vision.fair.slowfast.tools.train_net import train",
+    "tools/train_net.py": "def train(cfg): return 'trained'",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    for name, text in SLOWFAST.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def python(code: str, checkout: Path, **env: str) -> subprocess.CompletedProcess:
+    """Runs code in a fresh interpreter that finds the checkout and this package."""
+    path = os.pathsep.join([str(checkout), str(REPO)])
+    # Whether or not this package's entry point is installed, `import torch` does not call it.
+    quiet = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONPATH": path, **env}
+    return subprocess.run([sys.executable, "-c", code], env=quiet, capture_output=True, text=True)
+
+
+def output(code: str, checkout: Path, **env: str) -> str:
+    done = python(code, checkout, **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+PRINT_NODE = "from slowfast.config.defaults import get_cfg; print('STTS' in get_cfg())"
+
+
+def test_hooks_run_when_slowfast_is_imported_later(checkout):
+    assert output(f"import stts_slowfast.pyslowfast; {PRINT_NODE}", checkout) == "True"
+
+
+def test_hooks_run_when_slowfast_was_imported_before(checkout):
+    code = f"import slowfast.config.defaults; import stts_slowfast.pyslowfast; {PRINT_NODE}"
+    assert output(code, checkout) == "True"
+
+
+def test_autoload_is_switched_off_by_the_environment(checkout):
+    code = f"import stts_slowfast.pyslowfast; {PRINT_NODE}"
+    assert output(code, checkout, STTS_AUTOLOAD="0") == "False"
+
+
+def test_every_place_is_taken_hold_of_once(checkout):
+    code = """
+import stts_slowfast.pyslowfast
+from stts_slowfast.pyslowfast import autoload, plugin
+autoload.register(); autoload._registered = False; autoload.register()
+import slowfast.config.defaults, slowfast.models.optimizer as optimizer
+import slowfast.utils.logging as log
+from slowfast.models import MODEL_REGISTRY
+for function in (optimizer.construct_optimizer, optimizer.get_epoch_lr, optimizer.set_lr,
+                 log.log_json_stats, MODEL_REGISTRY.get):
+    assert not hasattr(function.stock, "stock"), function
+print(sorted(name for name, _ in MODEL_REGISTRY))
+"""
+    assert output(code, checkout) == "['MViT', 'ResNet', 'TimeSformer', 'VideoSwin']"
+
+
+def test_vision_package_is_the_checkout(checkout):
+    code = """
+import stts_slowfast.pyslowfast, slowfast
+from vision.fair.slowfast.tools.train_net import train
+print(train(None))
+"""
+    done = python(code, checkout)
+    assert done.stdout.strip() == "trained"
+    assert done.stderr.count("stts_slowfast: mended vision_imports") == 1
+
+
+def test_a_real_vision_package_comes_first(checkout):
+    (checkout / "vision").mkdir()
+    (checkout / "vision" / "__init__.py").write_text("mine = 'mine'")
+    assert output("import stts_slowfast.pyslowfast, slowfast, vision; print(vision.mine)", checkout)
+
+
+def test_mends_are_switched_off_by_the_environment(checkout):
+    code = "import stts_slowfast.pyslowfast, slowfast; import vision.fair.slowfast"
+    done = python(code, checkout, STTS_COMPAT="0")
+    assert "No module named 'vision'" in done.stderr
+    assert "mended" not in done.stderr
+
+
+def test_a_failing_hook_is_told_and_does_not_stop_the_import(checkout):
+    (checkout / "slowfast/config/defaults.py").write_text("def get_cfg(): return 'stock'")
+    code = "import stts_slowfast.pyslowfast; from slowfast.config.defaults import get_cfg"
+    done = python(f"{code}; print(get_cfg())", checkout)
+    assert done.stdout.strip() == "stock"
+    assert "stts_slowfast: plugin.add_config failed on slowfast.config.defaults" in done.stderr
+
+
+def test_register_never_raises(monkeypatch, capsys):
+    monkeypatch.setattr(autoload, "_registered", False)
+    monkeypatch.setitem(sys.modules, "wrapt", None)  # import wrapt raises ImportError
+    autoload.register()
+    assert "stts_slowfast: cannot wait for SlowFast" in capsys.readouterr().err
+
+
+def test_nothing_heavy_is_imported_where_slowfast_is_not(checkout):
+    code = """
+import sys
+import stts_slowfast.pyslowfast.autoload
+print([name for name in ("torch", "av", "numpy", "fvcore", "lightning") if name in sys.modules])
+"""
+    assert output(code, checkout) == "[]"
+
+
+def test_a_missing_package_is_explained(checkout):
+    (checkout / "slowfast/models/__init__.py").write_text("from detectron2.layers import ROIAlign")
+    (checkout / "detectron2").mkdir()
+    (checkout / "detectron2" / "__init__.py").write_text("")
+    done = python("import stts_slowfast.pyslowfast, slowfast.models", checkout)
+    assert "No module named 'detectron2.layers'" in done.stderr
+    assert "https://github.com/facebookresearch/detectron2" in done.stderr.splitlines()[-1]
+
+
+def test_detectron2_finds_its_files_without_pkg_resources(checkout):
+    (checkout / "detectron2" / "model_zoo").mkdir(parents=True)
+    (checkout / "detectron2" / "__init__.py").write_text("")
+    (checkout / "detectron2" / "model_zoo" / "__init__.py").write_text(
+        "import pkg_resources\n"
+        "path = pkg_resources.resource_filename('detectron2.model_zoo', 'configs/a.yaml')\n"
+    )
+    code = """
+import sys, importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "pkg_resources" else find_spec(name, *a)
+import stts_slowfast.pyslowfast, slowfast, detectron2.model_zoo
+print(detectron2.model_zoo.path)
+"""
+    assert output(code, checkout).endswith("detectron2/model_zoo/configs/a.yaml")
