@@ -503,6 +503,12 @@ def check_supported(cfg: CfgNode) -> None:
             )
 
 
+def check_choice(key: str, value: str, known: Iterable[str]) -> None:
+    """Raises ``ValueError`` naming ``key`` where its value is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")
+
+
 def _read_yaml(path: str) -> dict:
     try:
         return CfgNode.load_yaml_with_base(path)

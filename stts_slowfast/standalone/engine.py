@@ -8,11 +8,9 @@ import contextlib
 import logging
 import os
 import pickle
-import re
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Sequence
 
@@ -22,7 +20,6 @@ import torch.nn.functional as F
 from iopath.common.file_io import g_pathmgr
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
@@ -30,24 +27,27 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from stts_slowfast import schedule
-from stts_slowfast.checkpoints import Loaded, load_weights, read_checkpoint, save_checkpoint
+from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.standalone import optim
 from stts_slowfast.standalone.data import batch_mixer, build_loader
-from stts_slowfast.standalone.defaults import check_supported
+from stts_slowfast.standalone.defaults import check_choice
+from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.standalone.report import Report, log_json_stats, log_to
+from stts_slowfast.standalone.processes import Interrupted, Shards, launch
+from stts_slowfast.standalone.report import Report, log_json_stats
+from stts_slowfast.standalone.resume import (
+    Start,
+    checkpoint_path,
+    last_checkpoint,
+    load_for_test,
+    starting_point,
+)
 
 logger = logging.getLogger(__name__)
 
 INIT_METHOD = "tcp://localhost:9999"
 LOSSES = ("cross_entropy", "soft_cross_entropy")
 ENSEMBLES = ("sum", "max")
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was stopped from outside; the text says where it goes on, ``status`` for exit."""
-
-    status = 130
 
 
 # --- the two jobs -------------------------------------------------------------------------------
@@ -63,14 +63,14 @@ def train(cfg, init_method: str = INIT_METHOD, callbacks: Sequence[Callback] = (
 
     Returns:
         ``checkpoint``, the path of the last one; ``top1_err`` and ``top5_err`` of the last
-        validation in percent; ``gflops`` of one clip, ``params``.
+        validation in percent; ``gflops`` of one clip (None unless LOG_MODEL_INFO), ``params``.
 
     Raises:
         ValueError, FileNotFoundError: for a config, data or checkpoint that cannot be used.
         Interrupted: after Ctrl-C or SIGTERM.
     """
     try:
-        return _launch(_train, cfg, init_method, callbacks)
+        return launch(_train, cfg, init_method, callbacks)
     except KeyboardInterrupt as stop:
         last = last_checkpoint(cfg) if cfg.TRAIN.AUTO_RESUME else None
         goes_on = f"goes on from {last}" if last else "begins anew: there is no checkpoint yet"
@@ -88,24 +88,24 @@ def test(cfg, init_method: str = INIT_METHOD, callbacks: Sequence[Callback] = ()
 
     Returns:
         ``top1_acc`` and ``top5_acc`` in percent, ``num_videos``, ``num_views``, ``clips_per_s``
-        through the model alone, ``gflops`` of one clip, ``params``. Where several numbers of clips
+        through the model alone, ``gflops`` of one clip (None unless LOG_MODEL_INFO), ``params``. Where several numbers of clips
         are tested, of the last one.
 
     Raises:
         ValueError, FileNotFoundError: for a config, data or checkpoint that cannot be used.
     """
-    return _launch(_test, cfg, init_method, callbacks)
+    return launch(_test, cfg, init_method, callbacks)
 
 
-def _train(cfg, environment: "Shards", callbacks: Sequence[Callback]) -> dict:
+def _train(cfg, environment: Shards, callbacks: Sequence[Callback]) -> dict:
     optim.check_solver(cfg)
     optim.scale_lr_by_shards(cfg)
-    _check_choice("MODEL.LOSS_FUNC", cfg.MODEL.LOSS_FUNC, LOSSES)
+    check_choice("MODEL.LOSS_FUNC", cfg.MODEL.LOSS_FUNC, LOSSES)
     lightning.seed_everything(cfg.RNG_SEED, verbose=False)
     _tell_machine(cfg, "Training")
     model = build_model(cfg)
     start = starting_point(cfg, model)
-    facts = model_facts(cfg, model, cfg.DATA.TRAIN_CROP_SIZE)
+    facts = _model_facts(cfg, environment, model, cfg.DATA.TRAIN_CROP_SIZE)
     data = Clips(cfg, environment, ("train", "val"))
     module = Recognizer(cfg, model, start)
     report, checkpoints = Report(cfg, start.epoch), Checkpoints(cfg, start.path)
@@ -122,16 +122,17 @@ def _train(cfg, environment: "Shards", callbacks: Sequence[Callback]) -> dict:
     return {"checkpoint": checkpoints.last, **report.errors, **facts}
 
 
-def _test(cfg, environment: "Shards", callbacks: Sequence[Callback]) -> dict:
-    _check_choice("DATA.ENSEMBLE_METHOD", cfg.DATA.ENSEMBLE_METHOD, ENSEMBLES)
+def _test(cfg, environment: Shards, callbacks: Sequence[Callback]) -> dict:
+    check_choice("DATA.ENSEMBLE_METHOD", cfg.DATA.ENSEMBLE_METHOD, ENSEMBLES)
     clips = list(cfg.TEST.NUM_TEMPORAL_CLIPS) or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
     clips = [1, 3, 5, 7, 10] if clips == [-1] else clips
     lightning.seed_everything(cfg.RNG_SEED, verbose=False)
     _tell_machine(cfg, "Testing")
     model = build_model(cfg)
     load_for_test(cfg, model)
-    facts = model_facts(cfg, model, cfg.DATA.TEST_CROP_SIZE)
-    for cfg.TEST.NUM_ENSEMBLE_VIEWS in clips:
+    facts = _model_facts(cfg, environment, model, cfg.DATA.TEST_CROP_SIZE)
+    for number in clips:
+        cfg.TEST.NUM_ENSEMBLE_VIEWS = number
         data = Clips(cfg, environment, ("test",))
         report, module = Report(cfg), Recognizer(cfg, model)
         trainer = _trainer(cfg, environment, [report, *callbacks], training=False)
@@ -153,7 +154,7 @@ class Recognizer(lightning.LightningModule):
         result: of the last test.
     """
 
-    def __init__(self, cfg, model: nn.Module, start: "Start | None" = None):
+    def __init__(self, cfg, model: nn.Module, start: Start | None = None):
         super().__init__()
         self.cfg, self.model, self.start = cfg, model, start
         self.mixer = batch_mixer(cfg)
@@ -194,13 +195,13 @@ class Recognizer(lightning.LightningModule):
         return loss
 
     def configure_gradient_clipping(self, optimizer, **_) -> None:
-        solver, parameters = self.cfg.SOLVER, list(self.model.parameters())
-        limit = solver.CLIP_GRAD_L2NORM
-        if solver.CLIP_GRAD_VAL or not limit:
-            limit = float("inf")  # then it only measures
-        grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+        solver = self.cfg.SOLVER
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.stack([p.grad.norm() for p in parameters]).norm()
         if solver.CLIP_GRAD_VAL:
             nn.utils.clip_grad_value_(parameters, solver.CLIP_GRAD_VAL)
+        elif solver.CLIP_GRAD_L2NORM:
+            nn.utils.clip_grad_norm_(parameters, solver.CLIP_GRAD_L2NORM)
         loss, top1, top5 = self.losses
         self.stats = torch.stack([loss, grad_norm.float(), top1, top5])
 
@@ -269,7 +270,7 @@ class Recognizer(lightning.LightningModule):
 class Clips(lightning.LightningDataModule):
     """The loaders of some splits, each process with its share of the videos."""
 
-    def __init__(self, cfg, environment: "Shards", splits: Sequence[str]):
+    def __init__(self, cfg, environment: Shards, splits: Sequence[str]):
         super().__init__()
         self.cfg, self.environment = cfg, environment
         self.loaders = {split: build_loader(cfg, split) for split in splits}
@@ -349,7 +350,7 @@ class TensorBoard(TensorBoardLogger):
         self.experiment.flush()
 
 
-def _trainer(cfg, environment: "Shards", callbacks: list[Callback], training: bool):
+def _trainer(cfg, environment: Shards, callbacks: list[Callback], training: bool):
     gpu = cfg.NUM_GPUS > 0
     writer = None
     if training and cfg.TENSORBOARD.ENABLE:
@@ -378,7 +379,7 @@ def _trainer(cfg, environment: "Shards", callbacks: list[Callback], training: bo
         )
 
 
-def _ddp(cfg, environment: "Shards") -> DDPStrategy:
+def _ddp(cfg, environment: Shards) -> DDPStrategy:
     return DDPStrategy(
         cluster_environment=environment,
         process_group_backend=cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo",
@@ -442,143 +443,18 @@ def _train_errors(logits: Tensor, labels: Tensor) -> list[Tensor]:
     return _errors(logits, first.squeeze(1))
 
 
-# --- checkpoints --------------------------------------------------------------------------------
-
-
-class Start:
-    """Where training begins: epoch, and the optimizer's and the scaler's state to go on with.
-
-    ``path`` is the checkpoint it goes on from; None for weights alone.
-    """
-
-    def __init__(self, path: str | None = None, checkpoint: dict | None = None):
-        checkpoint = checkpoint or {}
-        self.path = path
-        self.epoch = checkpoint["epoch"] + 1 if path else 0
-        self.optimizer_state = checkpoint.get("optimizer_state") if path else None
-        self.scaler_state = checkpoint.get("scaler_state") if path else None
-
-
-def checkpoint_path(cfg, epoch: int) -> str:
-    """Where the checkpoint after ``epoch`` epochs lies."""
-    task = f"{cfg.TASK}_" if cfg.TASK else ""
-    name = f"{task}checkpoint_epoch_{epoch:05d}.pyth"
-    return os.path.join(cfg.OUTPUT_DIR, "checkpoints", name)
-
-
-def last_checkpoint(cfg) -> str | None:
-    """The checkpoint of the latest epoch in OUTPUT_DIR; None where there is none."""
-    folder = os.path.dirname(checkpoint_path(cfg, 0))
-    if not g_pathmgr.isdir(folder):
-        return None
-    task = re.escape(f"{cfg.TASK}_" if cfg.TASK else "")
-    whole = re.compile(rf"{task}checkpoint_epoch_\d+\.pyth")
-    names = sorted(name for name in g_pathmgr.ls(folder) if whole.fullmatch(name))
-    return os.path.join(folder, names[-1]) if names else None
-
-
-def starting_point(cfg, model: nn.Module) -> Start:
-    """Loads what training starts from into the model.
-
-    The last checkpoint in OUTPUT_DIR with TRAIN.AUTO_RESUME; else TRAIN.CHECKPOINT_FILE_PATH,
-    weights alone with TRAIN.CHECKPOINT_EPOCH_RESET; else nothing.
-
-    Raises:
-        FileNotFoundError: where a named checkpoint is missing.
-        ValueError: where it is not one, or is of another model or another run.
-    """
-    path = last_checkpoint(cfg) if cfg.TRAIN.AUTO_RESUME else None
-    if path:
-        checkpoint = read_checkpoint(path)
-        loaded = _load(model, checkpoint, path)
-        if loaded.missing or loaded.unexpected or loaded.mismatched:
-            raise ValueError(
-                f"{path} is of another model ({loaded}): choose another OUTPUT_DIR, or set "
-                "TRAIN.AUTO_RESUME False"
-            )
-        logger.info("Resuming from %s", path)
-        return Start(path, checkpoint)
-    path = cfg.TRAIN.CHECKPOINT_FILE_PATH
-    if not path:
-        return Start()
-    checkpoint = _clear_names(read_checkpoint(path), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
-    _load(model, checkpoint, path)
-    if cfg.TRAIN.CHECKPOINT_EPOCH_RESET or "epoch" not in checkpoint:
-        return Start()
-    start = Start(path, checkpoint)
-    if start.epoch >= cfg.SOLVER.MAX_EPOCH:
-        raise ValueError(
-            f"TRAIN.CHECKPOINT_FILE_PATH {path} is after epoch {start.epoch} and SOLVER.MAX_EPOCH "
-            f"is {cfg.SOLVER.MAX_EPOCH}: set TRAIN.CHECKPOINT_EPOCH_RESET True to train on from "
-            "its weights"
-        )
-    return start
-
-
-def load_for_test(cfg, model: nn.Module) -> None:
-    """Loads the weights to test into the model, see :func:`test`.
-
-    Raises:
-        FileNotFoundError: where a named checkpoint is missing.
-        ValueError: where it is not one, or a parameter has another shape than the model's.
-    """
-    path = cfg.TEST.CHECKPOINT_FILE_PATH or last_checkpoint(cfg) or cfg.TRAIN.CHECKPOINT_FILE_PATH
-    if not path:
-        logger.warning("No checkpoint is named or found: testing random weights")
-        return
-    loaded = _load(model, read_checkpoint(path), path)
-    if loaded.mismatched:
-        raise ValueError(
-            f"{path} does not fit the model of this config: {loaded.mismatched[0]}; "
-            "MODEL.NUM_CLASSES, DATA.* and MVIT.* must be those it was trained with"
-        )
-
-
-def _load(model: nn.Module, checkpoint: dict, path: str) -> Loaded:
-    try:
-        logger.info("Loading weights from %s", path)
-        return load_weights(model, checkpoint)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _clear_names(checkpoint: dict, patterns: Sequence[str]) -> dict:
-    """Cuts each pattern out of the parameters' names once, as SlowFast does."""
-    state = checkpoint.get("model_state")
-    if not patterns or not state:
-        return checkpoint
-    for pattern in patterns:
-        state = {name.replace(pattern, "", 1): value for name, value in state.items()}
-    return {**checkpoint, "model_state": state}
-
-
 # --- what stands in the log's first lines -------------------------------------------------------
 
 
-def model_facts(cfg, model: nn.Module, crop_size: int) -> dict:
-    """``params``, and ``gflops`` of one clip as fvcore counts them (None unless LOG_MODEL_INFO)."""
+def _model_facts(cfg, environment: Shards, model: nn.Module, crop_size: int) -> dict:
+    """``params``, and ``gflops`` of one clip (of the first process, if LOG_MODEL_INFO)."""
     facts = {"params": sum(p.numel() for p in model.parameters()), "gflops": None}
     logger.info("params: %.2f M", facts["params"] / 1e6)
-    if cfg.LOG_MODEL_INFO:
+    if cfg.LOG_MODEL_INFO and environment.global_rank() == 0:
         clip = torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, crop_size, crop_size)
         facts["gflops"] = count_gflops(model, clip)
         logger.info("GFLOPs: %.4g per clip", facts["gflops"])
     return facts
-
-
-def count_gflops(model: nn.Module, clip: Tensor) -> float:
-    """Billions of multiply-adds of one forward pass in evaluation, counted by fvcore."""
-    training = model.training
-    model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing, and of fvcore's own use of torch.jit
-        from fvcore.nn import FlopCountAnalysis
-
-        analysis = FlopCountAnalysis(model, clip)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        count = analysis.total()
-    model.train(training)
-    return count / 1e9
 
 
 def _tell_machine(cfg, job: str) -> None:
@@ -588,101 +464,3 @@ def _tell_machine(cfg, job: str) -> None:
         device = f"CPU ({torch.get_num_threads()} threads)"
     shards = f", shard {cfg.SHARD_ID} of {cfg.NUM_SHARDS}" if cfg.NUM_SHARDS > 1 else ""
     logger.info("%s with Lightning %s on %s%s", job, lightning.__version__, device, shards)
-
-
-# --- processes ----------------------------------------------------------------------------------
-
-
-class Shards(LightningEnvironment):
-    """Which process this is: NUM_SHARDS machines with NUM_GPUS processes each (one on the CPU)."""
-
-    def __init__(self, cfg, init_method: str, local_rank: int = 0):
-        super().__init__()
-        match = re.fullmatch(r"tcp://(.+):(\d+)", init_method)
-        if match is None:
-            raise ValueError(f"--init_method is {init_method!r}: give tcp://host:port of shard 0")
-        self._host, self._port = match.group(1), int(match.group(2))
-        self._local_rank, self._shard = local_rank, cfg.SHARD_ID
-        self.local_world = max(cfg.NUM_GPUS, 1)
-        self.processes = self.local_world * cfg.NUM_SHARDS
-        self.set_global_rank(cfg.SHARD_ID * self.local_world + local_rank)
-        self.set_world_size(self.processes)
-
-    creates_processes_externally = True
-
-    @property
-    def main_address(self) -> str:
-        return self._host
-
-    @property
-    def main_port(self) -> int:
-        return self._port
-
-    def local_rank(self) -> int:
-        return self._local_rank
-
-    def node_rank(self) -> int:
-        return self._shard
-
-
-def _launch(job, cfg, init_method: str, callbacks: Sequence[Callback]) -> dict:
-    """Runs a job in this process, or in a process for each GPU of this machine."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    _check_machine(cfg)
-    if cfg.NUM_GPUS <= 1:
-        return _work(0, job, cfg, init_method, callbacks)
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    arguments = (job, cfg, init_method, callbacks, results)
-    # When one process fails PyTorch ends the others, and would tell of each.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    try:
-        torch.multiprocessing.spawn(_spawned, arguments, nprocs=cfg.NUM_GPUS)
-    except torch.multiprocessing.ProcessRaisedException:
-        if not results.empty():
-            raise results.get() from None
-        raise
-    return results.get()
-
-
-def _spawned(local_rank: int, job, cfg, init_method: str, callbacks, results) -> None:
-    try:
-        result = _work(local_rank, job, cfg, init_method, callbacks)
-    except (ValueError, OSError) as error:
-        results.put(error)
-        raise
-    if local_rank == 0:
-        results.put(result)
-
-
-def _work(local_rank: int, job, cfg, init_method: str, callbacks: Sequence[Callback]) -> dict:
-    environment = Shards(cfg, init_method, local_rank)
-    with log_to(cfg.OUTPUT_DIR, main=environment.global_rank() == 0):
-        start = time.perf_counter()
-        result = job(cfg, environment, callbacks)
-        logger.info("done in %.1f s", time.perf_counter() - start)
-        return result
-
-
-def _check_machine(cfg) -> None:
-    check_supported(cfg)
-    for key in ("LOG_PERIOD", "NUM_SHARDS"):
-        if cfg[key] < 1:
-            raise ValueError(f"{key} is {cfg[key]}: it must be at least 1")
-    for key in ("EVAL_PERIOD", "CHECKPOINT_PERIOD"):
-        if cfg.TRAIN[key] < 1:
-            raise ValueError(f"TRAIN.{key} is {cfg.TRAIN[key]}: it must be at least 1")
-    if not 0 <= cfg.SHARD_ID < cfg.NUM_SHARDS:
-        raise ValueError(
-            f"SHARD_ID is {cfg.SHARD_ID} but NUM_SHARDS is {cfg.NUM_SHARDS}: shards count from 0"
-        )
-    gpus = torch.cuda.device_count()
-    if gpus < cfg.NUM_GPUS:
-        raise ValueError(
-            f"NUM_GPUS is {cfg.NUM_GPUS} but this machine has {gpus}: lower it; 0 uses the CPU"
-        )
-
-
-def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stts_slowfast.backbones.layout import find_blocks
 from stts_slowfast.checkpoints import slowfast_state
 from stts_slowfast.schedule import param_groups
+from stts_slowfast.standalone.defaults import check_choice
 
 
 def lr_at(epoch: float, cfg) -> float:
@@ -56,8 +57,8 @@ def scale_lr_by_shards(cfg) -> None:
 def check_solver(cfg) -> None:
     """Raises ``ValueError`` for a ``SOLVER`` node that no run can follow."""
     solver = cfg.SOLVER
-    _one_of("SOLVER.LR_POLICY", solver.LR_POLICY, _POLICIES)
-    _one_of("SOLVER.OPTIMIZING_METHOD", solver.OPTIMIZING_METHOD, _OPTIMIZERS)
+    check_choice("SOLVER.LR_POLICY", solver.LR_POLICY, _POLICIES)
+    check_choice("SOLVER.OPTIMIZING_METHOD", solver.OPTIMIZING_METHOD, _OPTIMIZERS)
     if solver.MAX_EPOCH < 1:
         raise ValueError(f"SOLVER.MAX_EPOCH is {solver.MAX_EPOCH}: train for at least 1 epoch")
     if not 0.0 < solver.LAYER_DECAY <= 1.0:
@@ -80,11 +81,6 @@ def check_solver(cfg) -> None:
         )
 
 
-def _one_of(key: str, value: str, known) -> None:
-    if value not in known:
-        raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")
-
-
 # --- optimizer ----------------------------------------------------------------------------------
 
 # Names alone: torch.optim's classes have many arguments that SlowFast leaves at their defaults.
@@ -98,7 +94,7 @@ def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
         ValueError: for an unknown ``SOLVER.OPTIMIZING_METHOD``.
     """
     solver = cfg.SOLVER
-    _one_of("SOLVER.OPTIMIZING_METHOD", solver.OPTIMIZING_METHOD, _OPTIMIZERS)
+    check_choice("SOLVER.OPTIMIZING_METHOD", solver.OPTIMIZING_METHOD, _OPTIMIZERS)
     split = param_groups(groups(model, cfg), model, cfg)
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZING_METHOD == "sgd":

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import decimal
 import logging
+import math
 import os
 import statistics
 import sys
@@ -145,7 +146,7 @@ class Report(Callback):
         loss, grad_norm, top1, top5 = trainer.strategy.reduce(module.stats).tolist()
         clips = len(batch[0])
         self.timer.toc()
-        self._check_loss(loss, module.epoch_exact)
+        self._check(loss, grad_norm, module.epoch_exact)
         self.window.append((loss, top1, top5))
         for place, value in enumerate((loss, top1, top5, 1)):
             self.totals[place] += value * clips
@@ -153,12 +154,16 @@ class Report(Callback):
             self._tell_training(trainer, module, batch_idx, grad_norm)
         self.timer.tic()
 
-    def _check_loss(self, loss: float, epoch: float) -> None:
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise ValueError(
-                f"the loss is {loss} at epoch {epoch:.2f}: try a smaller SOLVER.BASE_LR, longer "
-                "SOLVER.WARMUP_EPOCHS or SOLVER.CLIP_GRAD_L2NORM"
-            )
+    def _check(self, loss: float, grad_norm: float, epoch: float) -> None:
+        found = {"loss": loss}
+        if not self.cfg.TRAIN.MIXED_PRECISION:  # there a step is left out where it overflows
+            found["norm of the gradient"] = grad_norm
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the {name} is {value} at epoch {epoch:.2f}: try a smaller SOLVER.BASE_LR, "
+                    "longer SOLVER.WARMUP_EPOCHS or SOLVER.CLIP_GRAD_L2NORM"
+                )
         limit = self.cfg.TRAIN.KILL_LOSS_EXPLOSION_FACTOR
         if limit > 0.0 and len(self.losses) == 6:
             before = statistics.mean(list(self.losses)[1:])
