@@ -88,8 +88,8 @@ def test(cfg, init_method: str = INIT_METHOD, callbacks: Sequence[Callback] = ()
 
     Returns:
         ``top1_acc`` and ``top5_acc`` in percent, ``num_videos``, ``num_views``, ``clips_per_s``
-        through the model alone, ``gflops`` of one clip (None unless LOG_MODEL_INFO), ``params``. Where several numbers of clips
-        are tested, of the last one.
+        through the model alone, ``gflops`` of one clip (None unless LOG_MODEL_INFO), ``params``.
+        Where several numbers of clips are tested, of the last one.
 
     Raises:
         ValueError, FileNotFoundError: for a config, data or checkpoint that cannot be used.
