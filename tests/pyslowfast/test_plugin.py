@@ -129,28 +129,12 @@ def test_nothing_is_refused_where_selection_is_off(registry, cfg):
 
 
 def test_our_families_answer_as_slowfast_models(registry, cfg):
-    cfg.merge_from_list(
-        [
-            "MODEL.MODEL_NAME",
-            "TimeSformer",
-            "MODEL.NUM_CLASSES",
-            "5",
-            "DATA.NUM_FRAMES",
-            "4",
-            "DATA.TRAIN_CROP_SIZE",
-            "32",
-            "DATA.TEST_CROP_SIZE",
-            "32",
-            "TIMESFORMER.EMBED_DIM",
-            "24",
-            "TIMESFORMER.NUM_HEADS",
-            "2",
-            "TIMESFORMER.DEPTH",
-            "3",
-            "TIMESFORMER.PATCH_SIZE",
-            "8",
-        ]
+    opts = (
+        "MODEL.MODEL_NAME TimeSformer MODEL.NUM_CLASSES 5 DATA.NUM_FRAMES 4 "
+        "DATA.TRAIN_CROP_SIZE 32 DATA.TEST_CROP_SIZE 32 TIMESFORMER.EMBED_DIM 24 "
+        "TIMESFORMER.NUM_HEADS 2 TIMESFORMER.DEPTH 3 TIMESFORMER.PATCH_SIZE 8"
     )
+    cfg.merge_from_list(opts.split())
     model = registry.get("TimeSformer")(cfg)
     clip = torch.randn(2, 3, 4, 32, 32)
     model.eval()
