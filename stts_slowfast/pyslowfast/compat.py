@@ -45,7 +45,7 @@ def mend(function):
         if os.environ.get("STTS_COMPAT") == "0" or not function(module):
             return False
         # Children of a multi-GPU run, and a DataLoader's workers, would only repeat it.
-        if name not in _told and multiprocessing.parent_process() is None:
+        if name not in _told and multiprocessing.current_process().name == "MainProcess":
             print(f"stts_slowfast: mended {name}: {MENDS[name]}", file=sys.stderr)
         _told.add(name)
         return True

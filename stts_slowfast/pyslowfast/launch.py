@@ -1,8 +1,8 @@
 """Starts SlowFast's launcher, ``tools/run_net.py`` of a checkout, with the plugin in place.
 
-``python -m stts_slowfast.pyslowfast.launch ARGS`` does what ``python tools/run_net.py ARGS`` does in
-the checkout. It serves where PyTorch is too old to load the plugin by itself: spawned children
-import this module as their main module, and with it the plugin.
+``python -m stts_slowfast.pyslowfast.launch LAUNCHER ARGS`` does what ``python LAUNCHER ARGS`` does.
+It serves where PyTorch is too old to load the plugin by itself: spawned children import this module
+as their main module, and with it the plugin.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ def find_launcher() -> str | None:
     spec = importlib.util.find_spec("slowfast")
     if spec is None or not spec.submodule_search_locations:
         return None
-    root = os.path.dirname(os.path.abspath(list(spec.submodule_search_locations)[0]))
+    root = os.path.dirname(os.path.abspath(next(iter(spec.submodule_search_locations))))
     launcher = os.path.join(root, "tools", "run_net.py")
     return launcher if os.path.isfile(launcher) else None
 

@@ -13,8 +13,8 @@ import wrapt
 from torch import nn
 
 from stts_slowfast import backbones, schedule
-from stts_slowfast.hooks import attach
 from stts_slowfast.config import add_stts_config, add_timesformer_config, add_video_swin_config
+from stts_slowfast.hooks import attach
 from stts_slowfast.pyslowfast import families
 
 # What the run in this process stands at: `epoch` from get_epoch_lr, `sigma` and `backbone_lr` for
@@ -166,7 +166,7 @@ def _set_rates_and_sigma(set_lr, optimizer, new_lr):
 
 
 def wrap_log(optimizer_module) -> None:
-    """``slowfast.utils.logging.log_json_stats``: training's lines gain ``sigma``, ``backbone_lr``."""
+    """``slowfast.utils.logging.log_json_stats``: training gains ``sigma`` and ``backbone_lr``."""
     package = optimizer_module.__name__.partition(".")[0]
     _wrap(importlib.import_module(f"{package}.utils.logging"), "log_json_stats", _log_with_schedule)
 

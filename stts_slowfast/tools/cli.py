@@ -14,6 +14,7 @@ COMMANDS = {
     "quickstart": ("stts_slowfast.tools.quickstart", "watch selection being learned on real video"),
     "visualize": ("stts_slowfast.tools.visualize", "show what was kept of a video"),
     "convert": ("stts_slowfast.tools.convert", "turn checkpoints and the authors' YAML into ours"),
+    "doctor": ("stts_slowfast.tools.doctor", "say what a run inside SlowFast finds and misses"),
 }
 
 # What a person can mend: told in one line. Anything else is a fault of ours, and shown in full.

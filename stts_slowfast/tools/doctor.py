@@ -1,4 +1,4 @@
-"""``stts doctor``: what is there for a run inside SlowFast, what was mended, and what is missing."""
+"""``stts doctor``: what is there for a run inside SlowFast, what was mended, what is missing."""
 
 import argparse
 import importlib
@@ -33,9 +33,12 @@ class Check(NamedTuple):
     todo: str = ""
 
 
-def main(argv: list[str] | None = None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``stts doctor`` has no arguments."""
+
+
+def main(args: argparse.Namespace) -> int:
     """Prints the table; returns 1 where a run inside SlowFast cannot start, else 0."""
-    argparse.ArgumentParser(prog="stts doctor", description=__doc__).parse_args(argv)
     checks = examine()
     table = Table("", "status", "found", "what to do", title="stts doctor")
     for check in checks:
@@ -148,7 +151,3 @@ def mend(name: str, log: str) -> Check:
     if os.environ.get("STTS_COMPAT") == "0":
         return Check(f"mend {name}", MISSING, "needed, but STTS_COMPAT=0", "unset STTS_COMPAT")
     return Check(f"mend {name}", MENDED, compat.MENDS[name])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -129,11 +129,12 @@ def test_nothing_is_refused_where_selection_is_off(registry, cfg):
 
 
 def test_our_families_answer_as_slowfast_models(registry, cfg):
-    cfg.merge_from_list(
+    opts = (
         "MODEL.MODEL_NAME TimeSformer MODEL.NUM_CLASSES 5 DATA.NUM_FRAMES 4 "
         "DATA.TRAIN_CROP_SIZE 32 DATA.TEST_CROP_SIZE 32 TIMESFORMER.EMBED_DIM 24 "
-        "TIMESFORMER.NUM_HEADS 2 TIMESFORMER.DEPTH 3 TIMESFORMER.PATCH_SIZE 8".split()
+        "TIMESFORMER.NUM_HEADS 2 TIMESFORMER.DEPTH 3 TIMESFORMER.PATCH_SIZE 8"
     )
+    cfg.merge_from_list(opts.split())
     model = registry.get("TimeSformer")(cfg)
     clip = torch.randn(2, 3, 4, 32, 32)
     model.eval()
@@ -244,7 +245,8 @@ def test_training_lines_gain_sigma_and_the_backbone_rate(registry, cfg, optim, m
     monkeypatch.setattr(plugin.importlib, "import_module", lambda name: log)
     plugin.wrap_log(SimpleNamespace(__name__="slowfast.models.optimizer"))
     log.log_json_stats({"_type": "train_iter_"})
-    optimizer = optim.construct_optimizer(registry.get("Transformer")(cfg), cfg)
+    model = registry.get("Transformer")(cfg)
+    optimizer = optim.construct_optimizer(model, cfg)
     epoch = cfg.SOLVER.MAX_EPOCH / 2
     step(optim, optimizer, epoch, cfg)
     stats = {"_type": "train_epoch"}

@@ -1,9 +1,8 @@
 """Fixtures of the tests that run inside a SlowFast checkout, and their skipping without one.
 
-    SLOWFAST_ROOT=/path/to/SlowFast pytest tests/slowfast
+SLOWFAST_ROOT=/path/to/SlowFast pytest tests/slowfast
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +63,12 @@ def build(checkout):
 
 
 @pytest.fixture(scope="session")
+def write_video():
+    """``write_video(path, frames, fps=30)``: RGB frames as mp4."""
+    return _write_video
+
+
+@pytest.fixture(scope="session")
 def videos(tmp_path_factory) -> Path:
     """Lists train, val and test of mp4 files in 8 classes; one of the training files is broken."""
     folder = tmp_path_factory.mktemp("videos")
@@ -72,7 +77,7 @@ def videos(tmp_path_factory) -> Path:
         rows = []
         for number in range(count):
             path = folder / f"{split}_{number}.mp4"
-            write_video(path, [frame(number % 8, t, rng) for t in range(24)])
+            _write_video(path, [frame(number % 8, t, rng) for t in range(24)])
             rows.append(f"{path} {number % 8}")
         (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
     (folder / "broken.mp4").write_bytes(b"this is no video")
@@ -89,7 +94,7 @@ def frame(label: int, time: int, rng) -> np.ndarray:
     return image
 
 
-def write_video(path: Path, frames: list[np.ndarray], fps: int = 30) -> None:
+def _write_video(path: Path, frames: list[np.ndarray], fps: int = 30) -> None:
     """Writes RGB frames as mp4 (MPEG-4 part 2, which every FFmpeg can write)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=fps)
@@ -101,7 +106,7 @@ def write_video(path: Path, frames: list[np.ndarray], fps: int = 30) -> None:
         container.mux(stream.encode())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def python(checkout):
     """Runs a script's text in a fresh interpreter, as a user's script beside SlowFast would."""
 

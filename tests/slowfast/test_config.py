@@ -33,5 +33,5 @@ def test_yaml_and_opts_override_the_node(checkout, tmp_path):
 
 
 def test_a_misspelt_key_is_an_error(get_cfg):
-    with pytest.raises(AssertionError, match="STTS.TIME.KEPT"):
+    with pytest.raises(AssertionError, match=r"STTS\.TIME\.KEPT"):
         get_cfg("STTS.TIME.KEPT", [0.5])

@@ -7,10 +7,10 @@ from stts_slowfast import checkpoints
 from stts_slowfast.standalone.defaults import get_cfg as standalone_cfg
 from stts_slowfast.standalone.model import build_model
 
-V2 = (
-    "MVIT.USE_ABS_POS False MVIT.REL_POS_SPATIAL True MVIT.REL_POS_TEMPORAL True "
-    "MVIT.RESIDUAL_POOLING True MVIT.DIM_MUL_IN_ATT True"
-).split()
+V2 = [
+    *("MVIT.USE_ABS_POS", False, "MVIT.REL_POS_SPATIAL", True, "MVIT.REL_POS_TEMPORAL", True),
+    *("MVIT.RESIDUAL_POOLING", True, "MVIT.DIM_MUL_IN_ATT", True),
+]
 VERSIONS = pytest.mark.parametrize("version", [(), V2], ids=["MViT", "MViTv2"])
 SETTINGS = pytest.mark.parametrize(
     "settings",

@@ -71,7 +71,7 @@ def test_stock_recipes_train_and_evaluate_with_selection(get_cfg, build, recipe)
     kept = stts.selections(model)
     image = cfg.DATA.NUM_FRAMES == 1
     assert list(kept) == (["space_4"] if image else ["time_0", "space_4"])
-    frames, height, width = (int(size) for size in arrived[-1])
+    frames = int(arrived[-1][0])
     assert frames == (1 if image else 3)  # 4 token frames, three quarters kept
     assert kept["space_4"].shape == (2 * frames, 4)
 
@@ -81,10 +81,8 @@ def test_each_selector_is_logged_when_the_model_is_built(get_cfg, build, caplog)
         build(get_cfg("STTS.ENABLE", True))
     lines = [r.message for r in caplog.records if r.message.startswith("STTS ")]
     assert lines == [
-        "STTS time_0: learned frames before block 0, keep 0.5, "
-        "4x8x8 -> 2x8x8, 256 -> 128 tokens",
-        "STTS space_2: learned window before block 2, keep 0.6, "
-        "2x8x8 -> 2x6x6, 128 -> 72 tokens",
+        "STTS time_0: learned frames before block 0, keep 0.5, 4x8x8 -> 2x8x8, 256 -> 128 tokens",
+        "STTS space_2: learned window before block 2, keep 0.6, 2x8x8 -> 2x6x6, 128 -> 72 tokens",
     ]
 
 
@@ -127,7 +125,7 @@ def test_our_families_are_in_the_registry(get_cfg, build, name):
     cfg = get_cfg("MODEL.MODEL_NAME", name, *opts.split())
     model = build(cfg)
     clips = inputs_for(cfg)
-    assert model.eval()(clips).sum(1) == pytest.approx([1, 1])
+    torch.testing.assert_close(model.eval()(clips).sum(1), torch.ones(2))
     model.train()(clips).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     from slowfast.models.optimizer import construct_optimizer

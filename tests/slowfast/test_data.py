@@ -1,0 +1,152 @@
+"""Decoding inside SlowFast: its sampling, both backends, its retries."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+BACKENDS = pytest.mark.parametrize("backend", ["pyav", "torchvision"])
+FRAMES, SIZE, RATE = 50, 8, 4
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory, write_video):
+    """A video whose i-th frame has the grey level 5 i."""
+    path = tmp_path_factory.mktemp("counting") / "counting.mp4"
+    write_video(path, [np.full((48, 64, 3), 5 * i, np.uint8) for i in range(FRAMES)])
+    return path
+
+
+@pytest.fixture
+def decode(checkout):
+    """Calls SlowFast's ``decode`` as its Kinetics dataset does."""
+    from slowfast.datasets import decoder
+    from slowfast.datasets.video_container import get_video_container
+
+    def call(path, backend, num_clips=1, **kwargs):
+        arguments = {"video_meta": {}, "target_fps": 30, "max_spatial_scale": 0, **kwargs}
+        container = get_video_container(str(path), False, backend)
+        return decoder.decode(
+            container, [RATE] * num_clips, [SIZE] * num_clips, backend=backend, **arguments
+        )
+
+    return call
+
+
+def levels(clip: torch.Tensor) -> list[int]:
+    """Which frames of the counting video a clip holds."""
+    return (clip.float().mean((1, 2, 3)) / 5).round().int().tolist()
+
+
+def expected(decoder, clip_idx, num_clips, use_offset=False, length=FRAMES) -> list[int]:
+    """The frames by SlowFast's own functions: the clip's span, then evenly out of it."""
+    spans = decoder.get_multiple_start_end_idx(
+        length, [float(SIZE * RATE)], clip_idx, num_clips, use_offset=use_offset
+    )
+    start, end = spans[0, :2]
+    trimmed = torch.arange(length)[int(np.ceil(start)) : int(end) + 1]
+    return decoder.temporal_sampling(trimmed, 0, SIZE * RATE - 1, SIZE).tolist()
+
+
+@BACKENDS
+@pytest.mark.parametrize("use_offset", [False, True])
+@pytest.mark.parametrize(("clip_idx", "num_clips"), [(0, 1), (0, 3), (1, 3), (2, 3)])
+def test_test_views_hold_slowfasts_frames(
+    checkout, counting, decode, backend, clip_idx, num_clips, use_offset
+):
+    from slowfast.datasets import decoder
+
+    frames, spans, _ = decode(
+        counting, backend, clip_idx=clip_idx, num_clips_uniform=num_clips, use_offset=use_offset
+    )
+    assert frames[0].shape == (SIZE, 48, 64, 3) and frames[0].dtype == torch.uint8
+    assert levels(frames[0]) == expected(decoder, clip_idx, num_clips, use_offset)
+    assert spans.shape == (1, 3)
+
+
+@BACKENDS
+def test_training_clips_are_random_and_follow_the_seed(checkout, counting, decode, backend):
+    from slowfast.datasets import decoder
+
+    found = set()
+    for seed in range(6):
+        random.seed(seed)
+        frames, *_ = decode(counting, backend, clip_idx=-1)
+        random.seed(seed)
+        assert levels(frames[0]) == expected(decoder, -1, 10)
+        found.add(levels(frames[0])[0])
+    assert len(found) > 2
+
+
+@BACKENDS
+def test_short_videos_repeat_their_last_frame(checkout, decode, backend, tmp_path, write_video):
+    path = tmp_path / "short.mp4"
+    write_video(path, [np.full((48, 64, 3), 5 * i, np.uint8) for i in range(10)])
+    frames, *_ = decode(path, backend, clip_idx=0)
+    assert levels(frames[0]) == [0, 4, 8, 9, 9, 9, 9, 9]
+
+
+@BACKENDS
+def test_several_clips_of_one_video(checkout, counting, decode, backend):
+    frames, spans, _ = decode(counting, backend, num_clips=2, clip_idx=-1)
+    assert [len(clip) for clip in frames] == [SIZE, SIZE]
+    for clip, (start, *_) in zip(frames, spans):
+        assert levels(clip)[0] == int(np.ceil(start))
+
+
+def test_only_the_torchvision_backend_scales(checkout, counting, decode):
+    sizes = [
+        decode(counting, backend, clip_idx=0, max_spatial_scale=24)[0][0].shape[1:3]
+        for backend in ("torchvision", "pyav")
+    ]
+    assert sizes == [(24, 32), (48, 64)]
+
+
+def test_frames_are_augmented_before_they_are_sampled(checkout, counting, decode):
+    frames, _, augmented = decode(counting, "pyav", clip_idx=0, time_diff_prob=1.0)
+    assert augmented[0] == 1
+    assert len(frames[0]) == SIZE
+
+
+@pytest.mark.parametrize("content", [b"", b"no video at all", "truncated"])
+def test_unreadable_bytes_give_none(checkout, counting, decode, tmp_path, content, capsys):
+    path = tmp_path / "broken.mp4"
+    whole = counting.read_bytes()
+    path.write_bytes(whole[: len(whole) // 3] if content == "truncated" else content)
+    assert decode(path, "torchvision", clip_idx=0) == (None, None, None)
+    assert "Failed to decode by torchvision with exception: cannot read" in capsys.readouterr().out
+
+
+@BACKENDS
+@pytest.mark.parametrize("mode", ["train", "val", "test"])
+def test_datasets_give_clips(get_cfg, videos, backend, mode):
+    from slowfast.datasets import build_dataset
+
+    cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", backend)
+    dataset = build_dataset("kinetics", cfg, mode)
+    inputs, label, index, *_ = dataset[3]
+    assert inputs[0].shape == (3, 8, 32, 32)
+    assert index == 3
+    assert label == (1 if mode == "test" else 3)  # two views a video in testing
+
+
+@BACKENDS
+def test_a_broken_file_is_replaced_by_another(get_cfg, videos, backend):
+    from slowfast.datasets import build_dataset
+
+    random.seed(0)
+    cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", backend)
+    dataset = build_dataset("kinetics", cfg, "train")
+    broken = len(dataset) - 1
+    assert dataset._path_to_videos[broken].endswith("broken.mp4")
+    inputs, _, index, *_ = dataset[broken]
+    assert index != broken and inputs[0].shape == (3, 8, 32, 32)
+
+
+def test_decoding_goes_on_where_multi_threading_is_asked_for(get_cfg, videos):
+    from slowfast.datasets import build_dataset
+
+    cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", "pyav",
+                  "DATA_LOADER.ENABLE_MULTI_THREAD_DECODE", True)  # fmt: skip
+    assert build_dataset("kinetics", cfg, "val")[0][0][0].shape == (3, 8, 32, 32)

@@ -1,0 +1,134 @@
+"""SlowFast's own launcher, unmodified, on generated videos: train, kill, resume, test."""
+
+import importlib.metadata
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).parent / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def command(checkout, videos, tmp_path_factory):
+    """``command(*opts)``: words and working folder of a run with selection."""
+    points = importlib.metadata.entry_points(group="torch.backends")
+    if "stts_slowfast" not in {point.name for point in points}:
+        pytest.skip("stts-slowfast is not installed, so import torch does not load it")
+
+    def make(output: Path, *opts: str) -> list[str]:
+        words = [sys.executable, "tools/run_net.py", "--cfg", str(TINY), "--opts"]
+        words += ["DATA.PATH_TO_DATA_DIR", str(videos), "OUTPUT_DIR", str(output)]
+        return [*words, "STTS.ENABLE", "True", *opts]
+
+    return make
+
+
+def run(words: list[str], checkout: Path) -> str:
+    done = subprocess.run(
+        words, cwd=checkout, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def environment() -> dict[str, str]:
+    from stts_slowfast.pyslowfast import launch
+
+    return {**launch.environment(launch.find_launcher()), "OMP_NUM_THREADS": "1"}
+
+
+def json_stats(log: str) -> list[dict]:
+    return [json.loads(line) for line in re.findall(r"json_stats: (\{.*\})", log)]
+
+
+def test_a_killed_run_resumes_and_is_tested(command, checkout, tmp_path):
+    words = command(tmp_path, "DATA.DECODING_BACKEND", "pyav")
+    first = tmp_path / "checkpoints" / "checkpoint_epoch_00001.pyth"
+    with open(tmp_path / "killed.log", "w") as log:
+        process = subprocess.Popen(
+            # Many epochs of the same length, so that it cannot be over before it is killed.
+            [*words, "SOLVER.MAX_EPOCH", "50"], cwd=checkout, env=environment(),
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        deadline = time.time() + 240
+        while not first.exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.3)  # until the file is whole
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert first.exists(), (tmp_path / "killed.log").read_text()[-4000:]
+    for later in first.parent.glob("*"):
+        if later != first:
+            later.unlink()
+
+    log = run(words, checkout)
+    assert "Load from last checkpoint" in log and "Start epoch: 2" in log
+    assert "missing keys: []" in log and "unexpected keys: []" in log
+    stats = json_stats(log)
+    train = [line for line in stats if line.get("_type") == "train_iter_"]
+    assert [line["epoch"] for line in train] == ["2/2"] * 3
+    # sigma goes on where training was: from the middle of two epochs down to 0.
+    assert [line["sigma"] for line in train] == pytest.approx(
+        [0.05, 0.05 * 2 / 3, 0.05 / 3], abs=1e-6
+    )
+    assert all(0 < line["backbone_lr"] <= 0.0001 for line in train)
+    assert any(line.get("_type") == "val_epoch" for line in stats)
+    (final,) = [line for line in stats if line.get("split") == "test_final"]
+    assert 0 <= float(final["top1_acc"]) <= 100
+    assert log.count("STTS time_0: learned frames before block 0") == 2  # training, testing
+
+
+def test_two_epochs_with_the_torchvision_backend(command, checkout, tmp_path):
+    log = run(command(tmp_path, "DATA.DECODING_BACKEND", "torchvision"), checkout)
+    for mend in ("decoder", "cuda_synchronize"):
+        assert log.count(f"stts_slowfast: mended {mend}:") <= 1
+    stats = json_stats(log)
+    train = [line for line in stats if line.get("_type") == "train_iter_"]
+    assert [line["epoch"] for line in train] == ["1/2"] * 3 + ["2/2"] * 3
+    # STTS.FREEZE_BACKBONE_EPOCHS is 0.5: two iterations of three.
+    assert [line["backbone_lr"] > 0 for line in train] == [False, False, True, True, True, True]
+    sigmas = [0.1 * (1 - i / 6) for i in range(6)]
+    assert [line["sigma"] for line in train] == pytest.approx(sigmas, abs=1e-6)
+    assert sum(line.get("_type") == "val_epoch" for line in stats) == 2
+    assert sum(line.get("split") == "test_final" for line in stats) == 1
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "checkpoint_epoch_00001.pyth",
+        "checkpoint_epoch_00002.pyth",
+    }
+
+
+def stts(*words: str, **env: str) -> subprocess.CompletedProcess:
+    """The command ``stts``."""
+    code = "import sys; from stts_slowfast.tools.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *words]
+    env = {**environment(), **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_stts_run_starts_slowfasts_launcher(command, checkout, tmp_path):
+    words = command(tmp_path, "TRAIN.ENABLE", "False")[2:]
+    # As with a PyTorch that is too old to load the plugin by itself.
+    done = stts("run", "--engine", "slowfast", *words, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("engine: slowfast (--engine asks for it)")
+    assert "STTS time_0: learned frames before block 0" in done.stdout
+    assert '"split": "test_final"' in done.stdout
+
+
+def test_doctor_finds_that_a_run_can_start(checkout):
+    done = stts("doctor", COLUMNS="200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "A SlowFast run can start" in done.stdout
+    assert re.search(r"mend decoder *│ *(OK|mended)", done.stdout)
+
+
+def test_doctor_fails_where_there_is_no_checkout(checkout, tmp_path):
+    done = stts("doctor", COLUMNS="200", SLOWFAST_ROOT=str(tmp_path))
+    assert done.returncode == 1
+    assert "A SlowFast run cannot start: SlowFast" in done.stdout
