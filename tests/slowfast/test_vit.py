@@ -8,6 +8,7 @@ from stts_slowfast.backbones.vit import is_plain_vit
 
 VARIANTS = {
     "FT": {},
+    "FT, positions without decay": {"ZERO_DECAY_POS_CLS": True},
     "sincos": {"SEP_POS_EMBED": False, "USE_FIXED_SINCOS_POS": True},
     "joint positions": {"SEP_POS_EMBED": False, "USE_MEAN_POOLING": False},
     "no class token": {"CLS_EMBED_ON": False},
@@ -39,6 +40,7 @@ def test_probabilities_are_slowfasts(small, build, variant):
     state = theirs.state_dict()
     if variant == "sincos":
         assert torch.equal(ours.pos_embed, state["pos_embed"])
+    assert set(ours.no_weight_decay()) == set(theirs.no_weight_decay()) & set(state)
     ours.load_state_dict(state)
     for parameter in ours.parameters():  # a fresh head is scaled to almost nothing
         parameter.mul_(2.0)
