@@ -142,8 +142,10 @@ class ViT(nn.Module):
         mean_pooling: bool = True,
         positions: str = "separate",
         head_init_scale: float = 1.0,
+        zero_decay_positions: bool = True,
     ):
         super().__init__()
+        self.zero_decay_positions = zero_decay_positions
         self.grid = tuple(grid)
         self.class_token, self.mean_pooling, self.positions = class_token, mean_pooling, positions
         self.patch_embed = PatchEmbed(dim, *patch)
@@ -213,8 +215,8 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed_class, space + time], dim=1)
 
     def no_weight_decay(self) -> list[str]:
-        """Names that MVIT.ZERO_DECAY_POS_CLS frees from weight decay."""
-        names = [name for name, _ in self.named_parameters()]
+        """Names that ``MVIT.ZERO_DECAY_POS_CLS`` frees from weight decay."""
+        names = [name for name, _ in self.named_parameters()] if self.zero_decay_positions else []
         return [name for name in names if name.startswith(("pos_embed", "cls_token"))]
 
     def forward(self, clip: Tensor) -> Tensor:
@@ -295,6 +297,7 @@ def build(cfg: CfgNode) -> ViT:
         mean_pooling=node.USE_MEAN_POOLING,
         positions=_positions(node),
         head_init_scale=node.HEAD_INIT_SCALE,
+        zero_decay_positions=node.ZERO_DECAY_POS_CLS,
     )
 
 

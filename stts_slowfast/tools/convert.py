@@ -95,7 +95,8 @@ def convert_checkpoint_file(source: str, target: str, to: str, cfg_path: str | N
             for key in getattr(loaded, kind):
                 print(f"  {kind}: {key}")
     _write(target, lambda path: torch.save(converted, path))
-    print(f"{target}: written in {to} form")
+    hint = "" if cfg is not None else "; --cfg YAML lists what a model misses and what it leaves"
+    print(f"{target}: written in {to} form{hint}")
 
 
 def _selected_blocks(checkpoint: dict, cfg) -> dict[str, list[int]]:

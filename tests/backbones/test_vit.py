@@ -125,6 +125,17 @@ def test_head_is_scaled():
     torch.testing.assert_close(scaled, full * 0.001)
 
 
+def test_positions_decay_where_the_config_says_so():
+    model = build(config())
+    assert model.no_weight_decay() == [
+        "cls_token",
+        "pos_embed_spatial",
+        "pos_embed_temporal",
+        "pos_embed_class",
+    ]
+    assert build(config(ZERO_DECAY_POS_CLS=False)).no_weight_decay() == []
+
+
 def test_overlapping_patches_count_as_slowfast_counts():
     cfg = config(PATCH_KERNEL=[3, 7, 7], PATCH_STRIDE=[2, 4, 4], PATCH_PADDING=[1, 3, 3])
     assert vit_grid(cfg) == (2, 8, 8)

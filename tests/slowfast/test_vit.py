@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from stts_slowfast import backbones
 from stts_slowfast.backbones.vit import build as build_ours
 from stts_slowfast.backbones.vit import is_plain_vit
+from stts_slowfast.standalone.defaults import load_config
 
 VARIANTS = {
     "FT": {},
+    "FT, positions without decay": {"ZERO_DECAY_POS_CLS": True},
     "sincos": {"SEP_POS_EMBED": False, "USE_FIXED_SINCOS_POS": True},
     "joint positions": {"SEP_POS_EMBED": False, "USE_MEAN_POOLING": False},
     "no class token": {"CLS_EMBED_ON": False},
@@ -39,6 +42,7 @@ def test_probabilities_are_slowfasts(small, build, variant):
     state = theirs.state_dict()
     if variant == "sincos":
         assert torch.equal(ours.pos_embed, state["pos_embed"])
+    assert set(ours.no_weight_decay()) == set(theirs.no_weight_decay()) & set(state)
     ours.load_state_dict(state)
     for parameter in ours.parameters():  # a fresh head is scaled to almost nothing
         parameter.mul_(2.0)
@@ -55,3 +59,12 @@ def test_every_published_size_has_slowfasts_parameters(get_cfg, build, size):
     with torch.device("meta"):
         ours = build_ours(cfg).state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("size", ["B", "L", "H"])
+def test_slowfasts_own_files_build_standalone(checkout, size):
+    cfg = load_config(str(checkout / f"configs/masked_ssl/k400_VIT_{size}_16x4_FT.yaml"))
+    with torch.device("meta"):
+        model = backbones.build(cfg)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert round(millions) == {"B": 87, "L": 305, "H": 632}[size]
