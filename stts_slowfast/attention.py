@@ -340,7 +340,7 @@ class _SkipPool(nn.Module):
 
 def _fusible(linear: nn.Module, pools) -> bool:
     """Whether projection and pooling are of the kinds that can be rearranged exactly."""
-    (pool_q, _), (pool_k, _), (pool_v, _) = pools
+    pool_k, pool_v = pools[1][0], pools[2][0]
     if type(linear) is not nn.Linear or (pool_k is None) != (pool_v is None):
         return False
     for pool, norm in pools:
