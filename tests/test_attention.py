@@ -1,0 +1,379 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.video.mvit import MSBlockConfig, MultiscaleAttention, MViT
+
+from stts_slowfast.attention import FusedAttention, fuse_attention, unfuse_attention
+from stts_slowfast.backbones import block_grids, build
+from stts_slowfast.hooks import attach, selections
+
+
+def mvit(relative: bool, residual_with_cls: bool = False, dropout: float = 0.0) -> MViT:
+    """Three blocks on 4x16x16 tokens that pool keys by 8, 4 and 1, queries by 1, 2 and 2."""
+    kernel = [3, 3, 3]
+    blocks = [
+        MSBlockConfig(1, 8, 16, kernel if relative else [], kernel, [1, 1, 1], [1, 8, 8]),
+        MSBlockConfig(2, 16, 16, kernel, kernel, [1, 2, 2], [1, 4, 4]),
+        MSBlockConfig(2, 16, 16, kernel, kernel, [1, 2, 2], [1, 1, 1]),
+    ]
+    if not relative:
+        blocks[0].stride_q = []
+    model = MViT(
+        (64, 64),
+        8,
+        blocks,
+        residual_pool=relative,
+        residual_with_cls_embed=residual_with_cls,
+        rel_pos_embed=relative,
+        proj_after_attn=relative,
+        dropout=dropout,
+        num_classes=5,
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def clips():
+    return torch.randn(2, 3, 8, 64, 64)
+
+
+def outputs_and_gradients(model, clips):
+    out = model(clips)
+    out.square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return out.detach(), grads
+
+
+@pytest.mark.parametrize(
+    ("relative", "residual_with_cls"), [(False, False), (True, False), (True, True)]
+)
+def test_outputs_and_gradients_are_the_stock_ones(relative, residual_with_cls, clips):
+    model = mvit(relative, residual_with_cls)
+    stock, stock_grads = outputs_and_gradients(model, clips)
+    assert fuse_attention(model) == 3
+    fused, fused_grads = outputs_and_gradients(model, clips)
+    torch.testing.assert_close(fused, stock, rtol=1e-5, atol=1e-5)
+    assert fused_grads.keys() == stock_grads.keys()
+    scale = max(grad.abs().max() for grad in stock_grads.values()).item()
+    for name, grad in stock_grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-4, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_exact_in_double_precision(relative, clips):
+    model = mvit(relative).double()
+    stock, stock_grads = outputs_and_gradients(model, clips.double())
+    fuse_attention(model)
+    fused, fused_grads = outputs_and_gradients(model, clips.double())
+    torch.testing.assert_close(fused, stock, rtol=1e-12, atol=1e-12)
+    for name, grad in stock_grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride_q", "stride_kv"),
+    [
+        ([3, 3, 3], [2, 2, 2], [2, 4, 4]),
+        ([1, 3, 3], [1, 3, 2], [1, 5, 7]),
+        ([5, 5, 5], [1, 2, 2], [3, 1, 6]),
+    ],
+)
+def test_any_kernel_and_stride(kernel, stride_q, stride_kv):
+    attn = MultiscaleAttention(
+        [6, 13, 13], 16, 16, 2, kernel, kernel, stride_q, stride_kv, True, False, True
+    ).double()
+    holder = nn.ModuleDict({"attn": attn})
+    x = torch.randn(2, 1 + 6 * 13 * 11, 16, dtype=torch.float64, requires_grad=True)
+    stock, thw = attn(x, (6, 13, 11))
+    grad = torch.autograd.grad(stock.square().sum(), [x, *attn.parameters()])
+    assert fuse_attention(holder) == 1
+    fused, fused_thw = holder["attn"](x, (6, 13, 11))
+    assert fused_thw == thw
+    torch.testing.assert_close(fused, stock)
+    torch.testing.assert_close(
+        torch.autograd.grad(fused.square().sum(), [x, *attn.parameters()]), grad
+    )
+
+
+def test_parameters_keep_their_names_order_and_identity(clips):
+    model = mvit(True)
+    before = list(model.named_parameters())
+    keys = list(model.state_dict())
+    modules = [module for block in model.blocks for module in block.modules()]
+    fuse_attention(model)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in before]
+    assert all(a is b for a, (_, b) in zip(model.parameters(), before))
+    assert list(model.state_dict()) == keys
+    model.load_state_dict(mvit(True).state_dict())
+    loaded = model(clips)
+    unfuse_attention(model)
+    assert all(
+        a is b for a, b in zip(modules, (m for block in model.blocks for m in block.modules()))
+    )
+    torch.testing.assert_close(model(clips), loaded, rtol=1e-5, atol=1e-5)
+
+
+def test_unfused_model_follows_what_happened_while_fused(clips):
+    model = mvit(True)
+    fuse_attention(model)
+    model.double().train()
+    unfuse_attention(model)
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert not any(isinstance(module, FusedAttention) for module in model.modules())
+    model(clips.double())
+
+
+def test_what_cannot_be_fused_stays_stock():
+    model = mvit(False)
+    model.blocks[0].attn.pool_k.norm_act[0] = nn.BatchNorm3d(16)
+    model.blocks[1].attn.qkv = nn.Sequential(model.blocks[1].attn.qkv)
+    assert fuse_attention(model) == 1
+    assert isinstance(model.blocks[0].attn, MultiscaleAttention)
+    assert isinstance(model.blocks[1].attn, MultiscaleAttention)
+    assert fuse_attention(nn.Linear(2, 2)) == 0
+
+
+@pytest.fixture
+def selecting(tiny_cfg):
+    def make(relative: bool = True, time=((0, 0.75),), true_distances: bool = True):
+        tiny_cfg.MVIT.USE_ABS_POS = not relative
+        tiny_cfg.MVIT.REL_POS_SPATIAL = tiny_cfg.MVIT.REL_POS_TEMPORAL = relative
+        tiny_cfg.MVIT.RESIDUAL_POOLING = relative
+        tiny_cfg.STTS.TIME.BLOCKS = [block for block, _ in time]
+        tiny_cfg.STTS.TIME.KEEP = [keep for _, keep in time]
+        model = build(tiny_cfg).eval()
+        for name, parameter in model.named_parameters():
+            if "rel_pos" in name:
+                nn.init.normal_(parameter)
+        attach(model, tiny_cfg.STTS, block_grids(tiny_cfg))
+        return model
+
+    return make
+
+
+SMALL = (2, 3, 8, 32, 32)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_with_selection_stretched_tables_give_the_stock_output(selecting, relative):
+    model = selecting(relative)
+    clips = torch.randn(SMALL)
+    stock = model(clips)
+    fuse_attention(model, true_distances=False)
+    torch.testing.assert_close(model(clips), stock, rtol=1e-5, atol=1e-5)
+
+
+def explicit(attn, x, thw, frames, spans):
+    """Attention with its position term written out for every pair of tokens.
+
+    ``frames (B, T)`` are the frames' places in the clip; ``spans`` are the sides of the whole
+    query and key grids in front of which the window was cut.
+    """
+    heads = attn.num_heads
+    q, k, v = attn.qkv(x).unflatten(2, (3, heads, -1)).transpose(1, 3).unbind(2)
+    k, k_thw = attn.pool_k(k, thw)
+    v, _ = attn.pool_v(v, thw)
+    q_thw = thw
+    if attn.pool_q is not None:
+        q, q_thw = attn.pool_q(q, thw)
+    logits = attn.scaler * q @ k.transpose(2, 3)
+    steps = [span / min(spans) for span in spans]  # places per side of the finer grid, inverted
+    q_step, k_step = steps[1], steps[0]  # a coarser grid takes longer steps
+    middle = round((spans[1] - 1) * max(1.0, k_step / q_step if spans[1] < spans[0] else 1.0))
+    for b in range(len(x)):
+        for qi in range(q.shape[2] - 1):
+            qt, qh, qw = qi // (q_thw[1] * q_thw[2]), qi // q_thw[2] % q_thw[1], qi % q_thw[2]
+            for ki in range(k.shape[2] - 1):
+                kt, kh, kw = ki // (k_thw[1] * k_thw[2]), ki // k_thw[2] % k_thw[1], ki % k_thw[2]
+                rows = (
+                    attn.rel_pos_t[frames[b, qt] - frames[b, kt] + len(attn.rel_pos_t) // 2]
+                    + attn.rel_pos_h[int(qh * q_step - kh * k_step) + middle]
+                    + attn.rel_pos_w[int(qw * q_step - kw * k_step) + middle]
+                )
+                logits[b, :, 1 + qi, 1 + ki] += q[b, :, 1 + qi] @ rows
+    x = logits.softmax(3) @ v
+    if attn.residual_pool:
+        x[:, :, 1:] += q[:, :, 1:]
+    return attn.project(x.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_true_distances_equal_an_explicit_computation(selecting, number, training):
+    model = selecting(time=((0, 0.75), (1, 0.7))).train(training)
+    seen = {}
+    attn = model.blocks[number].attn
+    attn_input = model.blocks[number].norm1.register_forward_hook(
+        lambda module, args, out: seen.update(x=out)
+    )
+    model.blocks[number].register_forward_pre_hook(lambda m, args: seen.update(thw=args[1]))
+    assert fuse_attention(model) == len(model.blocks)
+    model.blocks[number].attn.register_forward_hook(
+        lambda module, args, out: seen.update(out=out[0])
+    )
+    model(torch.randn(SMALL))
+    attn_input.remove()
+    kept = selections(model)
+    frames = kept["time_0"].gather(1, kept["time_1"])  # (B, 2) places among the 4 frames
+    assert frames.shape == (2, 2)
+    assert seen["thw"][0] == 2
+    # Block 2 sees a 3x3 window of a 4x4 grid; block 1 the whole 8x8 grid.
+    whole = {1: 8, 2: 4, 3: 4}[number]
+    spans = [-(-whole // stride) for stride in strides(attn)]
+    torch.testing.assert_close(
+        seen["out"], explicit(attn, seen["x"], tuple(seen["thw"]), frames, spans)
+    )
+
+
+def strides(attn):
+    """Query and key stride in space."""
+    return [1 if pool is None else pool.pool.stride[1] for pool in (attn.pool_q, attn.pool_k)]
+
+
+def test_true_distances_differ_from_stretched_ones_only_after_a_selection(selecting):
+    model, whole = selecting(), mvit(True)
+    clips = torch.randn(SMALL)
+    tokens = torch.randn(1, 1 + 3 * 10 * 10, 8)
+    outputs = {}
+    for true_distances in (True, False):
+        fuse_attention(model, true_distances)
+        fuse_attention(whole, true_distances)
+        outputs[true_distances] = model(clips), whole.blocks[0](tokens, (3, 10, 10))[0]
+    assert (outputs[True][0] - outputs[False][0]).abs().max() > 1e-4
+    assert torch.equal(outputs[True][1], outputs[False][1])
+
+
+def test_flops_are_counted_as_for_the_stock_model(clips):
+    model = mvit(True)
+
+    def count():
+        return FlopCountAnalysis(model, clips[:1]).unsupported_ops_warnings(False).total()
+
+    stock = count()
+    fuse_attention(model)
+    assert count() == stock
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_model_reads_true_distances(selecting):
+    model = selecting()
+    fuse_attention(model)
+    clips = torch.randn(SMALL)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, clips, check_trace=False)
+        torch.testing.assert_close(traced(clips), model(clips), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_follow_their_own_selectors(selecting, how):
+    model = selecting()
+    fuse_attention(model)
+    clips, other = torch.randn(SMALL), torch.randn(SMALL)
+    expected = model(clips)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        twin = pickle.loads(pickle.dumps(model))
+    assert list(twin.state_dict()) == list(model.state_dict())
+    model(other)
+    torch.testing.assert_close(twin(clips), expected, rtol=0, atol=0)
+    twin.requires_grad_(False).zero_grad()
+    assert twin.blocks[0].attn.selectors[0] is twin.stts["time_0"]
+    unfuse_attention(twin)
+    assert twin.blocks[0].attn.rel_pos_h is not model.blocks[0].attn.rel_pos_h
+    assert list(twin.state_dict()) == list(model.state_dict())
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    assert "stock" not in " ".join(model.state_dict())
+
+
+def test_autocast(clips):
+    model = mvit(True)
+    exact = model(clips)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock, _ = outputs_and_gradients(model, clips)
+        fuse_attention(model)
+        fused, fused_grads = outputs_and_gradients(model, clips)
+    assert fused.dtype == stock.dtype == torch.bfloat16
+    assert all(torch.isfinite(grad).all() for grad in fused_grads.values())
+    assert fused_grads["conv_proj.weight"].dtype == torch.float32
+    error = (fused - exact).abs().max()
+    assert error <= 2 * (stock - exact).abs().max() + 0.01
+
+
+def test_activation_checkpointing(clips):
+    model = mvit(True)
+    fuse_attention(model)
+    attn = model.blocks[0].attn
+    x = torch.randn(2, 1 + 4 * 16 * 16, 8, requires_grad=True)
+    plain = torch.autograd.grad(attn(x, (4, 16, 16))[0].square().sum(), x)
+    saved = torch.autograd.grad(
+        checkpoint(attn, x, (4, 16, 16), use_reentrant=False)[0].square().sum(), x
+    )
+    torch.testing.assert_close(saved, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_graph_breaks(backend):
+    attn = nn.ModuleDict({"attn": mvit(True).blocks[1].attn})
+    fuse_attention(attn)
+    x = torch.randn(2, 1 + 4 * 16 * 16, 16, requires_grad=True)
+    eager = attn["attn"](x, (4, 16, 16))[0]
+    grads = torch.autograd.grad(eager.square().sum(), [x, *attn.parameters()])
+    torch.compiler.reset()
+    out, thw = torch.compile(attn["attn"], fullgraph=True, backend=backend)(x, (4, 16, 16))
+    assert thw == (4, 8, 8)
+    torch.testing.assert_close(out, eager, rtol=1e-5, atol=1e-5)
+    compiled = torch.autograd.grad(out.square().sum(), [x, *attn.parameters()])
+    torch.testing.assert_close(compiled, grads, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_with_selection(selecting, training):
+    model = selecting()
+    model.stts.train(training)
+    fuse_attention(model)
+    clips = torch.randn(SMALL)
+    for selector in model.stts.values():
+        selector.sigma.zero_()  # no noise, so that both runs select alike
+    torch.compiler.reset()
+    out = torch.compile(model, fullgraph=True, backend="eager")(clips)
+    torch.testing.assert_close(out, model(clips), rtol=1e-4, atol=1e-4)
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("relative", [False, True])
+def test_no_score_matrix_on_cuda(relative, clips):
+    model = mvit(relative).cuda().half()
+    fuse_attention(model)
+    with (
+        torch.no_grad(),
+        nn.attention.sdpa_kernel(
+            [nn.attention.SDPBackend.FLASH_ATTENTION, nn.attention.SDPBackend.EFFICIENT_ATTENTION]
+        ),
+    ):
+        assert torch.isfinite(model(clips.cuda().half())).all()
+
+
+def test_skip_pooling_is_the_stock_one():
+    model = mvit(False)
+    x = torch.randn(2, 1 + 4 * 15 * 13, 16)
+    stock = model.blocks[1].pool_skip(x, (4, 15, 13))[0]
+    fuse_attention(model)
+    assert type(model.blocks[1].pool_skip.pool) is not nn.MaxPool3d
+    assert torch.equal(model.blocks[1].pool_skip(x, (4, 15, 13))[0], stock)
+    unfuse_attention(model)
+    assert type(model.blocks[1].pool_skip.pool) is nn.MaxPool3d
