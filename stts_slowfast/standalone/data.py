@@ -226,7 +226,8 @@ class ClipDataset(Dataset):
             self.transforms = [train_transform(cfg, split)]
             self.short_side = cfg.DATA.TRAIN_JITTER_SCALES[0]
         self.num_samples = cfg.AUG.NUM_SAMPLE if split == "train" else 1
-        self._warned: set[str] = set()
+        # Which videos were warned about; in shared memory, as workers live for an epoch.
+        self._warned = torch.zeros(len(self.videos), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.videos) * self.num_views
@@ -238,7 +239,7 @@ class ClipDataset(Dataset):
                 frames = self._read(index, view)
                 return self._item(frames, self.videos[index].label, index, view)
             except VideoError as error:
-                self._warn(error)
+                self._warn(error, index)
                 last = error
             if self.split != "test":
                 index = random.randrange(len(self.videos))
@@ -266,9 +267,9 @@ class ClipDataset(Dataset):
         side = self.short_side
         return torch.zeros(self.cfg.DATA.NUM_FRAMES, 3, side, side, dtype=torch.uint8)
 
-    def _warn(self, error: VideoError) -> None:
-        if error.name not in self._warned:
-            self._warned.add(error.name)
+    def _warn(self, error: VideoError, index: int) -> None:
+        if not self._warned[index]:
+            self._warned[index] = True
             fate = "counts as wrong" if self.split == "test" else "another one takes its place"
             logger.warning("%s; %s", error, fate)
 

@@ -117,12 +117,12 @@ def apply_operation(
 
 def _move(clip: torch.Tensor, name: str, amount: float, interpolation) -> torch.Tensor:
     """Rotates by 30 degrees, shears by 0.3, or moves by 0.45 of the side, times ``amount``."""
-    angle, translate, shear, center = 0.0, [0, 0], [0.0, 0.0], [0, 0]
+    angle, translate, shear, center = 0.0, [0.0, 0.0], [0.0, 0.0], [0, 0]
     axis = "XY".find(name[-1])
     if name == "Rotate":
         angle, center = 30 * amount, None
     elif name.startswith("Translate"):
-        translate[axis] = round(0.45 * amount * clip.shape[-1 - axis])
+        translate[axis] = 0.45 * amount * clip.shape[-1 - axis]
     else:
         shear[axis] = math.degrees(math.atan(0.3 * amount))
     moved = []

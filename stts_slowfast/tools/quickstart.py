@@ -141,7 +141,7 @@ def _base_config(data_dir: str, seed: int) -> dict:
             "WEIGHT_DECAY": 0.05,
             "CLIP_GRAD_L2NORM": 1.0,
         },
-        "TEST": {"BATCH_SIZE": 32, "NUM_ENSEMBLE_VIEWS": 1, "NUM_SPATIAL_CROPS": 1},
+        "TEST": {"BATCH_SIZE": 16, "NUM_ENSEMBLE_VIEWS": 1, "NUM_SPATIAL_CROPS": 1},
         "DATA_LOADER": {"NUM_WORKERS": 1},
         "NUM_GPUS": 0,
         "RNG_SEED": seed,

@@ -10,6 +10,7 @@ import torch
 from stts_slowfast import backbones
 from stts_slowfast.config import plan
 from stts_slowfast.hooks import selections
+from stts_slowfast.video import Video, clip_size, clip_span, frame_indices, segment_indices
 
 # Top, left, height and width as shares of the frame.
 Window = tuple[float, float, float, float]
@@ -76,15 +77,19 @@ def main(args: argparse.Namespace) -> int:
 
 def read_clip(cfg, path: str) -> torch.Tensor:
     """The middle clip and crop of a video, (3, T, H, W) float32, as in testing."""
-    from stts_slowfast.standalone.data import Entry, read_kinetics
     from stts_slowfast.standalone.transforms import view_scale, view_transform
 
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.TEST.DATASET = "kinetics"
-    cfg.TEST.NUM_ENSEMBLE_VIEWS = cfg.TEST.NUM_SPATIAL_CROPS = 1
-    cfg.DATA.USE_OFFSET_SAMPLING = True  # the one view is the middle then
-    frames = read_kinetics(cfg, Entry(path, 0), "test", 0, view_scale(cfg))
+    with Video(path) as video:
+        if cfg.TEST.DATASET == "ssv2":
+            indices = segment_indices(video.num_frames, cfg.DATA.NUM_FRAMES)
+        else:
+            data = cfg.DATA
+            size = clip_size(data.NUM_FRAMES, data.SAMPLING_RATE, video.fps, data.TARGET_FPS)
+            start, end = clip_span(video.num_frames, size, 0, 1, use_offset=True)
+            indices = frame_indices(start, end, data.NUM_FRAMES, video.num_frames)
+        frames = video.decode(indices, view_scale(cfg))
+    if cfg.TEST.DATASET == "ssv2":
+        frames = frames.flip(-1)  # its images are read as BGR
     return view_transform(cfg, 1)(frames.permute(0, 3, 1, 2))
 
 
@@ -144,8 +149,8 @@ def _inside(region: Window, window: Sequence[int], height: int, width: int) -> W
 
 def to_pictures(cfg, clip: torch.Tensor) -> torch.Tensor:
     """Undoes the normalisation: (3, T, H, W) float -> (T, H, W, 3) uint8, RGB."""
-    if cfg.DATA.REVERSE_INPUT_CHANNEL and cfg.TEST.DATASET != "ssv2":
-        clip = clip.flip(0)
+    is_bgr = cfg.DATA.REVERSE_INPUT_CHANNEL ^ (cfg.TEST.DATASET == "ssv2")
+    clip = clip.flip(0) if is_bgr else clip
     mean, std = (torch.tensor(value).view(3, 1, 1, 1) for value in (cfg.DATA.MEAN, cfg.DATA.STD))
     return (clip * std + mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import sys
 
 import av
 import numpy as np
@@ -151,6 +152,19 @@ def test_broken_video_is_replaced_in_training_and_named_once(cfg, tmp_path, capl
     assert all(item[2].item() != 2 and item[1].item() == item[2].item() % 3 for item in items)
     assert [record.message.count("2.mp4") for record in caplog.records] == [1]
     assert "another one takes its place" in caplog.text
+
+
+def test_broken_video_is_named_once_by_all_workers_and_epochs(cfg, tmp_path, capfd):
+    (tmp_path / "videos" / "2.mp4").write_bytes(b"broken" * 100)
+    cfg.DATA_LOADER.NUM_WORKERS = 2
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger("stts_slowfast").addHandler(handler)
+    dataset = ClipDataset(cfg, "val")
+    for _ in range(2):
+        loader = torch.utils.data.DataLoader(dataset, 1, num_workers=2, collate_fn=lambda x: x)
+        assert sum(len(batch) for batch in loader) == 6
+    logging.getLogger("stts_slowfast").removeHandler(handler)
+    assert capfd.readouterr().err.count("2.mp4") == 1
 
 
 def test_broken_video_counts_as_wrong_in_testing(cfg, tmp_path, caplog):

@@ -59,6 +59,19 @@ def test_strip_shows_the_frames_of_the_clip(cfg):
     assert sorted(strip.kept) == model.stts["time_0"].kept[0].tolist()
 
 
+@pytest.mark.parametrize("dataset", ["kinetics", "ssv2"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_pictures_have_the_colours_of_the_video(cfg, tmp_path, dataset, reverse):
+    cfg.TEST.DATASET, cfg.DATA.REVERSE_INPUT_CHANNEL = dataset, reverse
+    red = np.zeros((16, 32, 32, 3), np.uint8)
+    red[..., 0] = 250
+    toyvideos.write_video(str(tmp_path / "red.mp4"), red)
+    clip = visualize.read_clip(cfg, str(tmp_path / "red.mp4"))
+    assert clip.shape == (3, 8, 32, 32)
+    pictures = visualize.to_pictures(cfg, clip).float().mean((0, 1, 2))
+    assert pictures[0] > 200 and pictures[1:].max() < 40
+
+
 def test_without_selection_every_frame_is_kept_whole(cfg):
     cfg.STTS.ENABLE = False
     strip = visualize.make_strip(cfg, build_model(cfg), torch.zeros(3, 8, 32, 32), "a clip")
