@@ -154,8 +154,21 @@ def save_checkpoint(
         with g_pathmgr.open(path, "wb") as f:
             torch.save(checkpoint, f)
         return
-    partial = f"{path}.partial"
-    torch.save(checkpoint, partial)
+    write_whole(path, lambda partial: torch.save(checkpoint, partial))
+
+
+def write_whole(path: str, write: Callable[[str], None]) -> None:
+    """Has ``write`` fill a file beside ``path``, then renames it: a local file is whole or absent.
+
+    Raises:
+        FileNotFoundError: where the folder does not exist.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"folder {folder} does not exist: make it, or write elsewhere")
+    # SlowFast resumes from any file there whose name begins with "checkpoint".
+    partial = os.path.join(folder, f".partial-{os.getpid()}")
+    write(partial)
     os.replace(partial, path)
 
 

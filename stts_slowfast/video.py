@@ -249,7 +249,7 @@ class Video:
         if self._stream.codec_context is None:
             raise VideoError(self.name, "this build of FFmpeg cannot decode its codec")
         self._stream.codec_context.thread_count = self.threads
-        # Not by frames: PyAV 18 can hang for ever where a decoder with frame threads is let go early.
+        # Not by frames: PyAV 18 can hang where a decoder with frame threads is let go early.
         self._stream.thread_type = "SLICE" if self.threads != 1 else "NONE"
 
     def _reopen(self) -> None:

@@ -13,6 +13,7 @@ import wrapt
 from torch import nn
 
 from stts_slowfast import backbones, schedule
+from stts_slowfast.attention import fuse_attention
 from stts_slowfast.config import add_stts_config, add_timesformer_config, add_video_swin_config
 from stts_slowfast.hooks import attach
 from stts_slowfast.pyslowfast import families
@@ -108,8 +109,6 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
     if cfg.DETECTION.ENABLE:
         pool_over_frames_left(model.head)
     if cfg.STTS.FUSED_ATTENTION:
-        from stts_slowfast.attention import fuse_attention
-
         fuse_attention(model, cfg.STTS.TRUE_DISTANCES)
     return model
 

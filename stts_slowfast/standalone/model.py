@@ -3,6 +3,7 @@
 from torch import nn
 
 from stts_slowfast import backbones
+from stts_slowfast.attention import fuse_attention
 from stts_slowfast.checkpoints import load_pretrained
 from stts_slowfast.hooks import attach
 
@@ -26,4 +27,6 @@ def build_model(cfg) -> nn.Module:
     load_pretrained(model, cfg)
     if cfg.STTS.ENABLE:
         attach(model, cfg.STTS, backbones.block_grids(cfg))
+    if cfg.STTS.FUSED_ATTENTION:
+        fuse_attention(model, true_distances=cfg.STTS.TRUE_DISTANCES)
     return model

@@ -1,7 +1,6 @@
 """``stts convert``: a checkpoint of any known format into another, the authors' YAML into ours."""
 
 import argparse
-import os
 
 import torch
 import yaml
@@ -13,6 +12,7 @@ from stts_slowfast.checkpoints import (
     load_weights,
     read_checkpoint,
     state_dict_of,
+    write_whole,
 )
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
@@ -94,7 +94,7 @@ def convert_checkpoint_file(source: str, target: str, to: str, cfg_path: str | N
         for kind in ("missing", "unexpected", "mismatched"):
             for key in getattr(loaded, kind):
                 print(f"  {kind}: {key}")
-    _write(target, lambda path: torch.save(converted, path))
+    write_whole(target, lambda path: torch.save(converted, path))
     hint = "" if cfg is not None else "; --cfg YAML lists what a model misses and what it leaves"
     print(f"{target}: written in {to} form{hint}")
 
@@ -125,7 +125,7 @@ def convert_config_file(source: str, target: str) -> None:
     if not isinstance(tree, dict):
         raise ValueError(f"{source} holds no KEY: VALUE lines")
     tree, notes = convert_config(tree)
-    _write(target, lambda path: _dump(tree, path))
+    write_whole(target, lambda path: _dump(tree, path))
     for note in notes:
         print(f"  {note}")
     print(f"{target}: written")
@@ -206,12 +206,3 @@ _Dumper.add_representer(
 def _dump(tree: dict, path: str) -> None:
     with open(path, "w") as f:
         yaml.dump(tree, f, Dumper=_Dumper, default_flow_style=False, sort_keys=False, width=1000)
-
-
-def _write(path: str, write) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"folder {folder} does not exist: make it, or write elsewhere")
-    partial = f"{path}.partial"
-    write(partial)
-    os.replace(partial, path)
