@@ -54,9 +54,9 @@ BACKBONES = [
     ("ViT-B 16x4", "Kinetics/STTS_VIT_B_16x4_T0_0.9_S4_0.9", 81.3, 180, 87, ""),
     ("TimeSformer 8x32", "Kinetics/STTS_TIMESFORMER_8x32_T0_0.9_S4_0.9", 77.9, 197, 121.4, "f"),
     ("TimeSformer-L 96x4", "Kinetics/STTS_TIMESFORMER_96x4_T0_0.5_S4_0.9", 80.6, 2380, 121.4, "f"),
-    ("Video Swin-T 32x2", "Kinetics/STTS_SWIN_T_32x2_T0_0.9", 78.8, 88, 28.2, ""),
-    ("Video Swin-S 32x2", "Kinetics/STTS_SWIN_S_32x2_T0_0.9", 80.6, 166, 49.8, ""),
-    ("Video Swin-B 32x2", "Kinetics/STTS_SWIN_B_32x2_T0_0.9", 82.7, 282, 88.1, "g"),
+    ("Video Swin-T 32x2", "Kinetics/STTS_SWIN_T_32x2_T0_0.9", 78.8, 87.9, 28, ""),
+    ("Video Swin-S 32x2", "Kinetics/STTS_SWIN_S_32x2_T0_0.9", 80.6, 165.9, 50, ""),
+    ("Video Swin-B 32x2", "Kinetics/STTS_SWIN_B_32x2_T0_0.9", 82.7, 281.6, 88, "g"),
     ("MViT-B 16x4, SSv2", "SSv2/STTS_MVIT_B_16x4_T0_0.9_S4_0.9", 64.7, 70.5, 36.6, ""),
     ("MViTv2-S 16x4, SSv2", "SSv2/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9", 68.2, 64, 34.4, ""),
     ("TimeSformer 8, SSv2", "SSv2/STTS_TIMESFORMER_8_T0_0.9_S4_0.9", 59.1, 197, 121.4, "f"),
@@ -114,7 +114,7 @@ def selection_row(name: str) -> str:
     """The row of a configuration with selection."""
     top1, published, notes = PUBLISHED[name]
     gflops, params = measure(name, True)
-    cells = [f"[{name}](../../configs/{name}.yaml)", show(top1), show(published)]
+    cells = [f"[{name}](../../configs/{name}.yaml)", show(top1, 1), show(published)]
     return " | ".join(["", *cells, show(gflops, 2), show(params, 2), notes, ""]).strip()
 
 
@@ -122,7 +122,7 @@ def backbone_row(row: tuple) -> str:
     """The row of a backbone without selection."""
     name, config, top1, published, millions, notes = row
     gflops, params = measure(config, False)
-    cells = [name, show(top1), show(published), show(gflops, 2), show(millions)]
+    cells = [name, show(top1, 1), show(published), show(gflops, 2), show(millions)]
     return " | ".join(["", *cells, show(params, 2), notes, ""]).strip()
 
 
