@@ -13,6 +13,8 @@ COMMANDS = {
     "run": ("stts_slowfast.tools.run", "train and test by SlowFast config files"),
     "quickstart": ("stts_slowfast.tools.quickstart", "watch selection being learned on real video"),
     "visualize": ("stts_slowfast.tools.visualize", "show what was kept of a video"),
+    "bench": ("stts_slowfast.tools.bench", "compare speed, memory and cost of models"),
+    "export": ("stts_slowfast.tools.export", "write a model for torch.export or ONNX"),
     "convert": ("stts_slowfast.tools.convert", "turn checkpoints and the authors' YAML into ours"),
     "doctor": ("stts_slowfast.tools.doctor", "say what a run inside SlowFast finds and misses"),
 }

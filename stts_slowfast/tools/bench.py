@@ -1,0 +1,356 @@
+"""``stts bench``: speed, memory and cost of any models, side by side in one run."""
+
+import argparse
+import contextlib
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stts_slowfast.attention import fuse_attention, unfuse_attention
+
+DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("eval", "train")
+GIB = 2**30
+
+
+@dataclass
+class Row:
+    """A model that is measured, and what came out.
+
+    Attributes:
+        name: what the table calls it.
+        config: a YAML file.
+        opts: KEY VALUE pairs on top of it.
+        frames: frames of a clip; None for the config's.
+        parameters: how many.
+        gflops: multiply-adds of one clip in evaluation, in 1e9, as fvcore counts them.
+        seconds: by mode, the time of every measured step of one batch.
+        memory: by mode, the most bytes that the model and one step took at a time.
+    """
+
+    name: str
+    config: str
+    opts: list[str] = field(default_factory=list)
+    frames: int | None = None
+    parameters: int = 0
+    gflops: float = 0.0
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``stts bench``."""
+    parser.add_argument(
+        "rows",
+        nargs="+",
+        metavar="[NAME=]FILE[,KEY=VALUE...]",
+        help="a config, with keys to change; the first row is what the others are compared with. "
+        "STTS.ENABLE=False leaves selection out, STTS.FUSED_ATTENTION=False the fused attention",
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of autocast")
+    parser.add_argument("--batch-size", type=int, default=2, help="clips in a step")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--frames", type=int, nargs="+", help="clip lengths, for a scaling curve")
+    parser.add_argument("--repeats", type=int, default=5, help="measured steps of each row")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay a CUDA graph in eval")
+    parser.add_argument("--no-memory", action="store_true", help="leave memory out")
+    parser.add_argument("--json", metavar="FILE", help="write every number here")
+    parser.add_argument("--plot", metavar="PNG", help="draw time against GFLOPs, or frames")
+    # A row in a process of its own, for its memory on a CPU; prints bytes.
+    parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures all rows and prints the table.
+
+    Raises:
+        ValueError: for a row that cannot be read or built, or options that exclude each other.
+    """
+    if args.cuda_graph and args.device != "cuda":
+        raise ValueError("--cuda-graph needs --device cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch sees no GPU, use --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = [parse_row(text) for text in args.rows]
+    if args.frames:
+        rows = [replace(row, frames=frames) for frames in args.frames for row in rows]
+    if args.memory_of:
+        print(step_memory(rows[0], args.memory_of, args))
+        return 0
+    measure(rows, args)
+    print(table(rows, args.batch_size))
+    if args.json:
+        machine = {"device": device_name(args.device), "threads": torch.get_num_threads()}
+        settings = {key: value for key, value in vars(args).items() if _is_plain(value)}
+        report = {**machine, "torch": torch.__version__, "settings": settings}
+        report["rows"] = [asdict(row) for row in rows]
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot:
+        plot(rows, args.batch_size, args.plot)
+    return 0
+
+
+def parse_row(text: str) -> Row:
+    """Reads ``[NAME=]FILE[,KEY=VALUE...]``; commas inside brackets belong to a value.
+
+    Raises:
+        ValueError: where a key has no value.
+    """
+    first, *pairs = re.split(r",(?![^\[(]*[\])])", text)
+    name, _, config = first.rpartition("=")
+    opts = []
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"row {text!r}: {pair!r} is no KEY=VALUE")
+        opts += [key.strip(), value.strip()]
+    return Row(name or Path(config).stem, config, opts)
+
+
+def build(row: Row, device: str) -> tuple[nn.Module, torch.Size]:
+    """The row's model, with random weights, and the shape of one clip."""
+    from stts_slowfast.standalone.defaults import load_config
+    from stts_slowfast.standalone.model import build_model
+
+    frames = [] if row.frames is None else ["DATA.NUM_FRAMES", row.frames]
+    cfg = load_config(row.config, [*row.opts, *frames])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    unfuse_attention(model)
+    if cfg.STTS.FUSED_ATTENTION:
+        fuse_attention(model, cfg.STTS.TRUE_DISTANCES)
+    size = cfg.DATA.TRAIN_CROP_SIZE
+    return model.to(device), torch.Size((3, cfg.DATA.NUM_FRAMES, size, size))
+
+
+def measure(rows: list[Row], args: argparse.Namespace) -> None:
+    """Fills in the rows: one step of each in turn, so that all meet the same machine."""
+    models = []
+    for row in rows:
+        model, shape = build(row, args.device)
+        row.parameters = sum(parameter.numel() for parameter in model.parameters())
+        row.gflops = count_gflops(model, shape, args.device)
+        models.append((model, shape))
+        print(f"{row.name}: {row.gflops:.2f} GFLOPs", file=sys.stderr)
+    for mode in args.modes:
+        steps = [make_step(model, shape, mode, args) for model, shape in models]
+        for repeat in range(args.warmup + args.repeats):
+            for row, step in zip(rows, steps):
+                seconds = timed(step, args.device)
+                if repeat >= args.warmup:
+                    row.seconds.setdefault(mode, []).append(seconds)
+            print(f"{mode} {repeat + 1}/{args.warmup + args.repeats}", file=sys.stderr)
+    if args.no_memory:
+        return
+    for row, (model, shape) in zip(rows, models):
+        for mode in args.modes:
+            if args.device == "cuda":
+                row.memory[mode] = cuda_step_memory(model, make_step(model, shape, mode, args))
+            else:
+                row.memory[mode] = memory_in_new_process(row, mode, args)
+
+
+def count_gflops(model: nn.Module, shape: torch.Size, device: str) -> float:
+    """Multiply-adds of one clip, in 1e9."""
+    from fvcore.nn import FlopCountAnalysis
+
+    model.eval()
+    counter = FlopCountAnalysis(model, torch.zeros(1, *shape, device=device))
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return counter.tracer_warnings("none").total() / 1e9
+
+
+def make_step(model: nn.Module, shape: torch.Size, mode: str, args: argparse.Namespace):
+    """A function of no arguments that runs one batch: forward, in training also backward."""
+    model.train(mode == "train")
+    clips = torch.randn(args.batch_size, *shape, device=args.device)
+    labels = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
+    forward = torch.compile(model, fullgraph=True) if args.compile else model
+    dtype = getattr(torch, args.dtype)
+
+    def autocast():
+        half = dtype != torch.float32
+        return torch.autocast(args.device, dtype) if half else contextlib.nullcontext()
+
+    def train():
+        model.train()
+        with autocast():
+            logits = forward(clips)
+        F.cross_entropy(logits.float(), labels).backward()
+        model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate():
+        model.eval()
+        with autocast():
+            return forward(clips)
+
+    if mode == "train":
+        return train
+    return graphed(evaluate) if args.cuda_graph else evaluate
+
+
+def graphed(step):
+    """Captures a step as a CUDA graph; what comes back replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def timed(step, device: str) -> float:
+    """Wall-clock seconds of one step, with the device waited for."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def cuda_step_memory(model: nn.Module, step) -> int:
+    """The most bytes that a step and its model hold on the GPU, whatever else lies there."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return torch.cuda.max_memory_allocated() - before + weights
+
+
+def memory_in_new_process(row: Row, mode: str, args: argparse.Namespace) -> int:
+    """:func:`step_memory` of a row, in a process that has run nothing else."""
+    pairs = [f"{key}={value}" for key, value in zip(row.opts[::2], row.opts[1::2])]
+    program = "import sys; from stts_slowfast.tools.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "bench"]
+    command += [",".join([f"{row.name}={row.config}", *pairs]), "--memory-of", mode]
+    command += ["--dtype", args.dtype, "--batch-size", str(args.batch_size)]
+    command += ["--threads", str(torch.get_num_threads())]
+    command += ["--frames", str(row.frames)] if row.frames else []
+    command += ["--compile"] if args.compile else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {row.name} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def step_memory(row: Row, mode: str, args: argparse.Namespace) -> int:
+    """By how many bytes this process grew at most while it built the model and ran one step.
+
+    The operating system's high-water mark, thus allocator overhead included.
+    """
+    import stts_slowfast.standalone.model  # noqa: F401  its imports are no part of the model
+
+    before = resident("VmRSS")
+    model, shape = build(row, args.device)
+    make_step(model, shape, mode, args)()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory (Linux): now (``VmRSS``), or at most (``VmHWM``).
+
+    Not ``ru_maxrss``, which a process inherits from the one that started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE).group(1)) * 1024
+
+
+def table(rows: list[Row], batch_size: int) -> str:
+    """The rows as a Markdown table; speed as median, +- half the spread of the middle half.
+
+    Ratios are to the first row of the same clip length: how many times as fast, and what share
+    of its memory.
+    """
+    modes = list(rows[0].seconds)
+    head = ["model", "frames", "params (M)", "GFLOPs"]
+    head = [title for title in head if title != "frames" or rows[0].frames]
+    for mode in modes:
+        head += [f"{mode} clips/s", "ratio"]
+        head += [f"{mode} GiB", "ratio"] if rows[0].memory else []
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for row in rows:
+        base = next(other for other in rows if other.frames == row.frames)
+        cells = [row.name] + ([str(row.frames)] if row.frames else [])
+        cells += [f"{row.parameters / 1e6:.2f}", f"{row.gflops:.2f}"]
+        for mode in modes:
+            speed, spread = clips_per_second(row.seconds[mode], batch_size)
+            ratio = speed / clips_per_second(base.seconds[mode], batch_size)[0]
+            cells += [f"{speed:.3f} ± {spread:.3f}", f"{ratio:.2f}"]
+            if row.memory:
+                cells += [f"{row.memory[mode] / GIB:.2f}"]
+                cells += [f"{row.memory[mode] / base.memory[mode]:.2f}"]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def clips_per_second(seconds: list[float], batch_size: int) -> tuple[float, float]:
+    """Median, and half the distance between the quartiles."""
+    speeds = [batch_size / second for second in seconds]
+    if len(speeds) < 2:
+        return speeds[0], 0.0
+    low, middle, high = statistics.quantiles(speeds, n=4, method="inclusive")
+    return middle, (high - low) / 2
+
+
+def plot(rows: list[Row], batch_size: int, path: str) -> None:
+    """Draws time of a clip against GFLOPs with the line of perfect saving, or against frames."""
+    from matplotlib.figure import Figure
+
+    modes = list(rows[0].seconds)
+    figure = Figure(figsize=(5 * len(modes), 4), layout="constrained")
+    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes):
+        times = [1 / clips_per_second(row.seconds[mode], batch_size)[0] for row in rows]
+        if len({row.frames for row in rows}) > 1:
+            for name in dict.fromkeys(row.name for row in rows):
+                chosen = [i for i, row in enumerate(rows) if row.name == name]
+                frames = [rows[i].frames for i in chosen]
+                axes.plot(frames, [times[i] for i in chosen], marker="o", label=name)
+            axes.set_xlabel("frames")
+            axes.legend()
+        else:
+            gflops = [row.gflops for row in rows]
+            axes.plot([0, gflops[0]], [0, times[0]], "--", color="grey", label="perfect saving")
+            for row, x, y in zip(rows, gflops, times):
+                axes.plot(x, y, "o")
+                axes.annotate(row.name, (x, y), xytext=(4, 4), textcoords="offset points")
+            axes.set_xlabel("GFLOPs")
+            axes.set_xlim(left=0)
+            axes.legend()
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("seconds a clip")
+        axes.set_title("evaluation" if mode == "eval" else "training")
+    figure.savefig(path, dpi=150)
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or how many CPU threads there are."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def _is_plain(value) -> bool:
+    return isinstance(value, (str, int, float, bool, list, type(None)))

@@ -1,0 +1,74 @@
+"""``stts export`` writes models that select for themselves and compute the same."""
+
+import pytest
+import torch
+from torch import nn
+
+from stts_slowfast.attention import fuse_attention
+from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.standalone.model import build_model
+from stts_slowfast.tools import cli, export
+
+
+@pytest.fixture
+def config(tmp_path, tiny_cfg):
+    tiny_cfg.STTS.ENABLE = True
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_cfg.dump())
+    return path
+
+
+@pytest.fixture
+def model(tiny_cfg):
+    """Relative positions, fused attention, scorers that tell frames and windows apart."""
+    tiny_cfg.STTS.ENABLE = True
+    tiny_cfg.MVIT.USE_ABS_POS = False
+    tiny_cfg.MVIT.REL_POS_SPATIAL = tiny_cfg.MVIT.REL_POS_TEMPORAL = True
+    tiny_cfg.MVIT.RESIDUAL_POOLING = True
+    model = build_model(tiny_cfg)
+    for parameter in model.stts.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    fuse_attention(model)
+    return model
+
+
+def test_exported_program_selects_by_its_input(model, tmp_path):
+    path = tmp_path / "model.pt2"
+    clips = torch.randn(2, 3, 8, 32, 32)
+    assert export.export(model, clips, str(path)) < 1e-5
+    program = torch.export.load(path).module()
+    kept = set()
+    for _ in range(4):
+        clips = torch.randn(2, 3, 8, 32, 32) * torch.rand(1, 1, 8, 1, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(program(clips), model(clips), rtol=1e-4, atol=1e-5)
+        kept.add(tuple(model.stts["time_0"].kept.flatten().tolist()))
+    assert len(kept) > 1
+
+
+def test_onnx_computes_the_same(model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "model.onnx"
+    assert export.export(model, torch.randn(1, 3, 8, 32, 32), str(path)) < 1e-4
+    assert path.stat().st_size > 0
+
+
+def test_command_line(config, tmp_path, tiny_cfg, capsys):
+    weights, out = tmp_path / "weights.pyth", tmp_path / "model.pt2"
+    save_checkpoint(str(weights), build_model(tiny_cfg), tiny_cfg, 0)
+    words = ["export", "--cfg", str(config), "--out", str(out), "--checkpoint", str(weights)]
+    assert cli.main([*words, "--batch-size", "2"]) == 0
+    assert "clips (2, 3, 8, 32, 32), logits differ by at most" in capsys.readouterr().out
+    assert torch.export.load(out).module()(torch.randn(2, 3, 8, 32, 32)).shape[0] == 2
+
+
+def test_unknown_kind_of_file(config, capsys):
+    assert cli.main(["export", "--cfg", str(config), "--out", "model.tflite"]) == 2
+    assert "write a .pt2 (torch.export) or an .onnx file" in capsys.readouterr().err
+
+
+def test_a_wrong_export_is_told(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match="differ from the model's"):
+        export.export(model, torch.randn(1, 3, 8, 32, 32), str(tmp_path / "model.pt2"))
