@@ -166,10 +166,15 @@ def write_whole(path: str, write: Callable[[str], None]) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"folder {folder} does not exist: make it, or write elsewhere")
-    # SlowFast resumes from any file there whose name begins with "checkpoint".
-    partial = os.path.join(folder, f".partial-{os.getpid()}")
-    write(partial)
-    os.replace(partial, path)
+    # SlowFast resumes from any file there with "checkpoint" in its name; torch.save names the
+    # archive inside after what stands before the last dot, which must not be empty.
+    partial = os.path.join(folder, f".partial-{os.getpid()}.tmp")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
 def state_dict_of(checkpoint: dict) -> State:

@@ -135,6 +135,7 @@ def test_a_failed_write_leaves_the_old_file(tiny_cfg, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, model, tiny_cfg, 1)
     assert read_checkpoint(path)["epoch"] == 0
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 # --- the other families -------------------------------------------------------------------------
