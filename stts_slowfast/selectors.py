@@ -27,13 +27,20 @@ class Selector(nn.Module):
         super().__init__()
         self.scorer = scorer
         self.block = block
-        self.keep = keep
+        # In billionths: torch.compile takes a module's whole numbers for constants, but its floats
+        # for variables as soon as two selectors differ, and no shape can depend on those.
+        self.keep_billionths = round(keep * 10**9)
         self.num_samples = node.NUM_SAMPLES
         self.gradient = node.GRADIENT
         self.initial_sigma = float(node.SIGMA)
         self.sigma_decay = node.SIGMA_DECAY
         self.register_buffer("sigma", torch.tensor(self.initial_sigma), persistent=False)
         self.kept: Tensor | None = None
+
+    @property
+    def keep(self) -> float:
+        """Share of what arrives that goes on."""
+        return self.keep_billionths / 10**9
 
     def forward(self, grid: Tensor) -> Tensor:
         return self.take(grid, self.choose(grid))

@@ -172,6 +172,20 @@ def test_a_falling_sigma_does_not_recompile(model, clips):
         compiled(clips)
 
 
+def test_models_with_other_shares_compile_too():
+    """What the compiler saw change from one model to the next it takes for a variable."""
+    cfg = CfgNode()
+    add_stts_config(cfg)
+    cfg.STTS.SPACE.BLOCKS, cfg.STTS.NUM_SAMPLES = [1], 5
+    for keep, tokens in ((0.5, 18), (0.75, 27), (0.25, 9)):
+        cfg.STTS.TIME.KEEP, cfg.STTS.SPACE.KEEP = [keep], [0.4]
+        model = attach(AnyBlocks(0), cfg.STTS)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for mode in (True, False):
+            model.train(mode)
+            assert compiled(torch.randn(2, 100, 8)).shape == (2, tokens, 8)
+
+
 def test_ddp_without_unused_parameters(model, clips, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
