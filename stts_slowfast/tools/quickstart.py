@@ -153,6 +153,8 @@ def _stts(scorer: str) -> dict:
         "ENABLE": True,
         "TIME": {"BLOCKS": [0], "KEEP": [KEEP_TIME], "SCORER": scorer},
         "SPACE": {"BLOCKS": [0], "KEEP": [KEEP_SPACE], "SCORER": scorer, "STRIDE": 1},
+        # With few frames to tell apart, more noise: else what scores low at first is never tried.
+        "SIGMA": 0.5,
         "FREEZE_BACKBONE_EPOCHS": 1.0,
     }
 
