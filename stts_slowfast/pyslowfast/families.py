@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast import backbones
-from stts_slowfast.checkpoints import load_pretrained
 
 # What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
 ACTIVATIONS = {
