@@ -2,7 +2,8 @@
 
 PyTorch calls `register` at the end of every ``import torch`` (entry point ``torch.backends``), in
 spawned children too, whether SlowFast will be used or not. So this file needs the standard library
-and wrapt alone, takes microseconds, and never raises. ``STTS_AUTOLOAD=0`` switches it off.
+and wrapt alone, takes microseconds once they are imported, and never raises. ``STTS_AUTOLOAD=0``
+switches it off.
 """
 
 import importlib

@@ -18,7 +18,7 @@ import types
 MENDS = {
     "vision_imports": "vision.fair.slowfast means the checkout",
     "ava_evaluation": "ava_evaluation is found in the checkout",
-    "prefetch_key": "configs/SSv2/MVITv2_*.yaml may name PREFETCH, which no config knows",
+    "prefetch_key": "the key PREFETCH of configs/SSv2/MVITv2_*.yaml is passed over",
     "pkg_resources": "detectron2.model_zoo finds its files without pkg_resources",
     "decoder": "DATA.DECODING_BACKEND pyav and torchvision decode with PyAV",
     "cuda_synchronize": "torch.cuda.synchronize() does nothing on a CPU run",

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast import backbones
-from stts_slowfast.checkpoints import load_pretrained
 
 # What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
 ACTIVATIONS = {
@@ -66,6 +65,9 @@ def _builder(name: str):
             raise ValueError(
                 f"DETECTION.ENABLE is True, but {name} has no RoI head: use MODEL.MODEL_NAME MViT"
             )
+        # Only now, for it imports torchvision's models.
+        from stts_slowfast.checkpoints import load_pretrained
+
         model = backbones.build(cfg)
         load_pretrained(model, cfg)
         return SlowFastModel(model, cfg.MODEL.HEAD_ACT)

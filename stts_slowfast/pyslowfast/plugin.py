@@ -56,7 +56,7 @@ def wrap_models(video_model_builder) -> None:
 def _build_with_selectors(builder, instance, args, kwargs):
     """Stands for a registered class or function, and is it in every other respect."""
     cfg = args[0] if args else kwargs["cfg"]
-    if not cfg.STTS.ENABLE:
+    if not _enabled(cfg):
         return builder(*args, **kwargs)
     refuse(cfg)
     return add_selectors(builder(*args, **kwargs), cfg)
@@ -136,7 +136,7 @@ def wrap_optimizer(optimizer_module) -> None:
 
 def _split_groups(construct_optimizer, model, cfg):
     optimizer = construct_optimizer(model, cfg)
-    if cfg.STTS.ENABLE:
+    if _enabled(cfg):
         optimizer.param_groups[:] = schedule.param_groups(optimizer.param_groups, model, cfg)
         optimizer.stts_run = (weakref.ref(model), cfg)
     return optimizer
@@ -176,6 +176,11 @@ def _log_with_schedule(log_json_stats, stats, *args, **kwargs):
         extra = {key: Decimal(f"{_now[key]:.6g}") for key in ("sigma", "backbone_lr")}
         stats = {**stats, **extra}
     return log_json_stats(stats, *args, **kwargs)
+
+
+def _enabled(cfg) -> bool:
+    # A config made before the node was there, by a script say, is one without selection.
+    return "STTS" in cfg and cfg.STTS.ENABLE
 
 
 def _wrap(module, name: str, wrapper) -> None:

@@ -84,6 +84,13 @@ def test_disabled_models_are_stock(registry, cfg):
     assert not any(block._forward_pre_hooks for block in model.blocks)
 
 
+def test_configs_without_the_node_build_stock_models(registry, cfg, optim):
+    del cfg["STTS"]
+    model = registry.get("Transformer")(cfg)
+    assert not hasattr(model, "stts")
+    assert "backbone" not in optim.construct_optimizer(model, cfg).param_groups[0]
+
+
 def test_registered_classes_stay_classes(registry, cfg):
     assert isinstance(registry.get("Transformer")(cfg), registry.get("Transformer"))
     assert issubclass(Transformer, registry.get("Transformer"))
