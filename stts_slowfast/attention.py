@@ -7,6 +7,7 @@ What is different from the stock modules, and never what they compute:
   tables, beside a key the one-hot of its place, so that their inner product is the position term.
 * Tokens stay channels-last from the projection to the attention; the pooling convolution takes
   all heads, and keys and values, at once.
+* A block's MLP keeps one hidden tensor for the backward pass instead of two.
 * Where the pooling stride skips tokens, keys and values are only projected where they are read.
 """
 
@@ -44,6 +45,8 @@ def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:
             if kind.fits(child):
                 parent._modules[name] = kind(child, upstream.get(child, ()))
                 count += 1
+                if _LeanMLP.fits(getattr(parent, "mlp", None)):
+                    parent._modules["mlp"] = _LeanMLP(parent.mlp)
         if name == "pool_skip":
             holder, name = (parent, name) if isinstance(child, nn.MaxPool3d) else (child, "pool")
             if _SkipPool.fits(getattr(holder, name, None)):
@@ -54,7 +57,7 @@ def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:
 def unfuse_attention(model: nn.Module) -> None:
     """Puts the stock modules back, the very objects that ``fuse_attention`` replaced."""
     for parent, name, child in _children(model):
-        if isinstance(child, (FusedAttention, _SkipPool)):
+        if isinstance(child, (FusedAttention, _LeanMLP, _SkipPool)):
             child.stock.training = child.training
             parent._modules[name] = child.stock
 
@@ -136,8 +139,12 @@ class FusedAttention(nn.Module):
         if pools[0] is None:
             return F.linear(x, *projection), thw
         cls = int(self.has_cls())
-        tokens, grid, stride = _read(x, cls, thw, pools[0])
-        y = F.linear(tokens, *projection)  # (B, l, len(pools)*heads*D)
+        places, grid, stride = _read(thw, pools[0], x.device)
+        if places is None:
+            first, y = F.linear(x, *projection).split([cls, x.shape[1] - cls], dim=1)
+        else:
+            first = F.linear(x[:, :cls], *projection)
+            y = F.linear(x.index_select(1, places + cls), *projection)
         y = y.unflatten(1, grid).permute(0, 4, 1, 2, 3)  # channels-last in memory
         if isinstance(pools[0], nn.Conv3d):
             weight = cat([pool.weight.repeat(self.num_heads, 1, 1, 1, 1) for pool in pools])
@@ -147,7 +154,7 @@ class FusedAttention(nn.Module):
         grid = tuple(y.shape[2:])
         y = y.permute(0, 2, 3, 4, 1).flatten(1, 3)
         if cls:
-            y = cat([F.linear(x[:, :1], *projection), y], dim=1)
+            y = cat([first, y], dim=1)
         return y, grid
 
     def _fold(self, q: Tensor, k: Tensor, v: Tensor, thw: tuple, q_thw: tuple, k_thw: tuple):
@@ -305,6 +312,65 @@ class _SlowFastAttention(FusedAttention):
         return q - arange(k_size, device=device) * k_ratio + (k_size - 1) * k_ratio
 
 
+class _LeanMLP(nn.Module):
+    """A second view of a block's MLP that keeps one hidden tensor for the backward pass, not two.
+
+    The activation's output is computed again from its input, a hundredth of a step's time; of all
+    that a block keeps it is about a quarter.
+    """
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        self.__dict__.update(stock.__dict__)
+        self.__dict__["stock"] = stock
+
+    @staticmethod
+    def layers(mlp: nn.Module) -> list[nn.Module]:
+        """The first linear layer, the activation, the second linear layer and dropouts."""
+        if hasattr(mlp, "fc1"):  # SlowFast's
+            return [mlp.fc1, mlp.act, mlp.fc2] + ([mlp.drop] if mlp.drop_rate > 0.0 else [])
+        children = list(mlp.children())
+        dropouts = [child for child in children if isinstance(child, nn.Dropout)]
+        return [child for child in children if not isinstance(child, nn.Dropout)] + dropouts
+
+    @staticmethod
+    def fits(mlp: nn.Module | None) -> bool:
+        if not hasattr(mlp, "fc1") and not (isinstance(mlp, nn.Sequential) and len(mlp) >= 3):
+            return False
+        first, activation, second, *dropouts = _LeanMLP.layers(mlp)
+        return (
+            type(first) is type(second) is nn.Linear
+            and type(activation) is nn.GELU
+            and activation.approximate == "none"
+            and all(dropout.p == 0.0 for dropout in dropouts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, activation, second = self.layers(self)[:3]
+        x = F.linear(x, first.weight, first.bias)
+        if jit.is_tracing() or not torch.is_grad_enabled():
+            return F.linear(activation(x), second.weight, second.bias)
+        bias = None if second.bias is None else second.bias.to(x.dtype)
+        return _LinearOfGELU.apply(x, second.weight.to(x.dtype), bias)
+
+
+class _LinearOfGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        flat = grad_output.flatten(0, -2)
+        grad_weight = flat.t() @ F.gelu(x).flatten(0, -2)
+        grad_x = torch.ops.aten.gelu_backward(grad_output @ weight, x)
+        return grad_x, grad_weight, flat.sum(0) if ctx.has_bias else None
+
+
 class _SkipPool(nn.Module):
     """A block's ``MaxPool3d`` on the residual, as a pooling of frames with channels last.
 
@@ -382,25 +448,25 @@ def _pooled_size(size: int, pool: nn.Module | None, axis: int) -> int:
     return (size + kernel // 2 * 2 - kernel) // stride + 1
 
 
-def _read(x: Tensor, cls: int, thw: tuple, pool: nn.Module) -> tuple[Tensor, tuple, tuple]:
-    """The patch tokens that a pooling reads, their grid, and its stride over that grid.
+def _read(thw: tuple, pool: nn.Module, device) -> tuple[Tensor | None, tuple, tuple]:
+    """The places of the tokens that a pooling reads, their grid, and its stride over that grid.
 
     A convolution of kernel 3 and stride 8 reads three rows in eight: with only those left, it is
-    one of stride 3 (the first window's padding stays the padding).
+    one of stride 3 (the first window's padding stays the padding). None where all are read.
     """
     kernels, strides = _geometry(pool)
     skips = [stride > kernel for kernel, stride in zip(kernels, strides)]
     if not isinstance(pool, nn.Conv3d) or not any(skips):
-        return x[:, cls:].contiguous(), thw, strides
+        return None, thw, strides
     rows = [
-        _rows_read(size, kernel, stride, x.device) if skip else arange(size, device=x.device)
+        _rows_read(size, kernel, stride, device) if skip else arange(size, device=device)
         for size, kernel, stride, skip in zip(thw, kernels, strides, skips)
     ]
     places = (rows[0][:, None] * thw[1] + rows[1])[:, :, None] * thw[2] + rows[2]  # (t, h, w)
     strides = tuple(
         kernel if skip else stride for kernel, stride, skip in zip(kernels, strides, skips)
     )
-    return x.index_select(1, places.flatten() + cls), tuple(places.shape), strides
+    return places.flatten(), tuple(places.shape), strides
 
 
 def _rows_read(size: int, kernel: int, stride: int, device) -> Tensor:

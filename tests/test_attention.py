@@ -377,3 +377,40 @@ def test_skip_pooling_is_the_stock_one():
     assert torch.equal(model.blocks[1].pool_skip(x, (4, 15, 13))[0], stock)
     unfuse_attention(model)
     assert type(model.blocks[1].pool_skip.pool) is nn.MaxPool3d
+
+
+def test_mlp_keeps_less_and_computes_the_same():
+    mlp = mvit(False).blocks[0].mlp
+    block = mvit(False).blocks[0]
+    block.mlp = mlp
+    x = torch.randn(2, 9, 8, requires_grad=True)
+
+    def saved_numbers():
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = block.mlp(x)
+        return count, out, torch.autograd.grad(out.square().sum(), [x, *mlp.parameters()])
+
+    stock_count, stock, stock_grads = saved_numbers()
+    fuse_attention(block)
+    assert block.mlp is not mlp
+    count, out, grads = saved_numbers()
+    assert count <= stock_count - 2 * 9 * 32
+    torch.testing.assert_close(out, stock)
+    torch.testing.assert_close(grads, stock_grads)
+    unfuse_attention(block)
+    assert block.mlp is mlp
+
+
+def test_mlp_with_dropout_stays_stock():
+    block = mvit(False).blocks[0]
+    block.mlp[2].p = 0.1
+    mlp = block.mlp
+    assert fuse_attention(block) == 1
+    assert block.mlp is mlp
