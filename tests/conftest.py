@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: golden numbers, small configs, a small model."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -56,4 +57,6 @@ def tiny_cfg():
 
 @pytest.fixture(autouse=True)
 def seed():
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
