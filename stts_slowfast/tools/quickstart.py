@@ -39,7 +39,7 @@ class Size:
 
 
 FULL = Size(512, 256, 10, 12)
-SMOKE = Size(320, 64, 10, 8)
+SMOKE = Size(320, 64, 12, 8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
