@@ -391,17 +391,36 @@ class _SkipPool(nn.Module):
         if x.device.type != "cpu":
             return self.stock(x)
         frames = x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)  # (B*T, C, H, W)
-        kernel, stride, padding, dilation = (
-            sizes if isinstance(sizes, int) else sizes[1:]
-            for sizes in (
-                self.stock.kernel_size,
-                self.stock.stride,
-                self.stock.padding,
-                self.stock.dilation,
-            )
+        sizes = (self.stock.kernel_size, self.stock.stride, self.stock.padding, self.stock.dilation)
+        frames = _MaxPoolOnCPU.apply(
+            frames, *(size if isinstance(size, int) else size[1:] for size in sizes)
         )
-        frames = F.max_pool2d(frames, kernel, stride, padding, dilation)
         return frames.permute(0, 2, 3, 1).unflatten(0, (len(x), -1)).permute(0, 4, 1, 2, 3)
+
+
+class _MaxPoolOnCPU(torch.autograd.Function):
+    """``max_pool2d`` that keeps 32-bit indices alone for the backward pass, not its input."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, stride, padding, dilation):
+        out, indices = F.max_pool2d(x, kernel, stride, padding, dilation, return_indices=True)
+        ctx.save_for_backward(indices.int())
+        ctx.shape = x.shape
+        ctx.sizes = [
+            [s, s] if isinstance(s, int) else s for s in (kernel, stride, padding, dilation)
+        ]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        (indices,) = ctx.saved_tensors
+        # Only its shape and layout are looked at.
+        x = grad_output.new_empty(ctx.shape).contiguous(memory_format=torch.channels_last)
+        grad_x = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad_output, x, *ctx.sizes, False, indices.long()
+        )
+        return grad_x, None, None, None, None
 
 
 def _fusible(linear: nn.Module, pools) -> bool:

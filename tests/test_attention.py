@@ -370,11 +370,18 @@ def test_no_score_matrix_on_cuda(relative, clips):
 
 def test_skip_pooling_is_the_stock_one():
     model = mvit(False)
-    x = torch.randn(2, 1 + 4 * 15 * 13, 16)
-    stock = model.blocks[1].pool_skip(x, (4, 15, 13))[0]
+    x = torch.randn(2, 1 + 4 * 15 * 13, 16, requires_grad=True)
+
+    def pool():
+        out = model.blocks[1].pool_skip(x, (4, 15, 13))[0]
+        return out, torch.autograd.grad(out.square().sum(), x)[0]
+
+    stock = pool()
     fuse_attention(model)
     assert type(model.blocks[1].pool_skip.pool) is not nn.MaxPool3d
-    assert torch.equal(model.blocks[1].pool_skip(x, (4, 15, 13))[0], stock)
+    fused = pool()
+    assert torch.equal(fused[0], stock[0])
+    torch.testing.assert_close(fused[1], stock[1])
     unfuse_attention(model)
     assert type(model.blocks[1].pool_skip.pool) is nn.MaxPool3d
 
