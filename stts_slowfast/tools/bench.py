@@ -2,18 +2,20 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import re
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from stts_slowfast.attention import fuse_attention, unfuse_attention
 
@@ -34,7 +36,7 @@ class Row:
         parameters: how many.
         gflops: multiply-adds of one clip in evaluation, in 1e9, as fvcore counts them.
         seconds: by mode, the time of every measured step of one batch.
-        memory: by mode, the most bytes that the model and one step took at a time.
+        memory: by mode, the most bytes of the model's and one step's tensors at a time.
     """
 
     name: str
@@ -69,8 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave memory out")
     parser.add_argument("--json", metavar="FILE", help="write every number here")
     parser.add_argument("--plot", metavar="PNG", help="draw time against GFLOPs, or frames")
-    # A row in a process of its own, for its memory on a CPU; prints bytes.
-    parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -88,9 +88,6 @@ def main(args: argparse.Namespace) -> int:
     rows = [parse_row(text) for text in args.rows]
     if args.frames:
         rows = [replace(row, frames=frames) for frames in args.frames for row in rows]
-    if args.memory_of:
-        print(step_memory(rows[0], args.memory_of, args))
-        return 0
     measure(rows, args)
     print(table(rows, args.batch_size))
     if args.json:
@@ -158,10 +155,10 @@ def measure(rows: list[Row], args: argparse.Namespace) -> None:
         return
     for row, (model, shape) in zip(rows, models):
         for mode in args.modes:
-            if args.device == "cuda":
-                row.memory[mode] = cuda_step_memory(model, make_step(model, shape, mode, args))
-            else:
-                row.memory[mode] = memory_in_new_process(row, mode, args)
+            step = make_step(model, shape, mode, args)
+            step()
+            weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+            row.memory[mode] = weights + peak_memory(step, args.device)
 
 
 def count_gflops(model: nn.Module, shape: torch.Size, device: str) -> float:
@@ -228,57 +225,25 @@ def timed(step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def cuda_step_memory(model: nn.Module, step) -> int:
-    """The most bytes that a step and its model hold on the GPU, whatever else lies there."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    return torch.cuda.max_memory_allocated() - before + weights
+def peak_memory(step, device: str) -> int:
+    """The most bytes that a step allocates for tensors at a time, by PyTorch's own account.
 
-
-def memory_in_new_process(row: Row, mode: str, args: argparse.Namespace) -> int:
-    """:func:`step_memory` of a row, in a process that has run nothing else."""
-    pairs = [f"{key}={value}" for key, value in zip(row.opts[::2], row.opts[1::2])]
-    program = "import sys; from stts_slowfast.tools.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "bench"]
-    command += [",".join([f"{row.name}={row.config}", *pairs]), "--memory-of", mode]
-    command += ["--dtype", args.dtype, "--batch-size", str(args.batch_size)]
-    command += ["--threads", str(torch.get_num_threads())]
-    command += ["--frames", str(row.frames)] if row.frames else []
-    command += ["--compile"] if args.compile else []
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {row.name} failed:\n{done.stderr}")
-    return int(done.stdout.split()[-1])
-
-
-def step_memory(row: Row, mode: str, args: argparse.Namespace) -> int:
-    """By how many bytes this process grew at most while it built the model and ran one step.
-
-    The operating system's high-water mark, thus allocator overhead included.
+    On a CPU, what its libraries take besides, and what the C allocator keeps, is not in it.
     """
-    import stts_slowfast.standalone.model  # noqa: F401  its imports are no part of the model
-
-    # Nor are the libraries that PyTorch loads with the first operation of a kind.
-    tiny = nn.Sequential(nn.Conv3d(3, 8, 3), nn.Flatten(), nn.Linear(8, 8), nn.LayerNorm(8))
-    tiny(torch.ones(2, 3, 3, 3, 3)).sum().backward()
-    before = resident("VmRSS")
-    model, shape = build(row, args.device)
-    make_step(model, shape, mode, args)()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """Bytes of this process in memory (Linux): now (``VmRSS``), or at most (``VmHWM``).
-
-    Not ``ru_maxrss``, which a process inherits from the one that started it.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE).group(1)) * 1024
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    changes.sort(key=lambda change: change[0])
+    return max(accumulate((change for _, change in changes), initial=0))
 
 
 def table(rows: list[Row], batch_size: int) -> str:

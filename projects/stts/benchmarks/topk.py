@@ -8,15 +8,14 @@ allocates at most, by PyTorch's own account of every allocation.
 """
 
 import argparse
-import gc
 import statistics
 import time
 from functools import partial
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from stts_slowfast import perturbed_topk
+from stts_slowfast.tools.bench import peak_memory
 
 SHAPES = ["8,8,4,500", "64,16,1,500", "8,196,98,500"]
 SIGMA = 0.05
@@ -81,29 +80,6 @@ def main():
 
 def forward_and_backward(operator, scores, k, num_samples, grad):
     operator(scores, k, num_samples, SIGMA).backward(grad)
-
-
-def peak_memory(run, device: str) -> int:
-    """The most bytes that are allocated at a time while ``run`` runs."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    held = most = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        held += change
-        most = max(most, held)
-    return most
 
 
 if __name__ == "__main__":
