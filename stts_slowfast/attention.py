@@ -22,9 +22,10 @@ from stts_slowfast.backbones.layout import find_blocks
 def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:
     """Replaces the pooling attention of a model's MViT blocks by fused ones, in place.
 
-    Parameters and buffers stay the same objects under the same names. Attention that cannot be
-    fused exactly (pooling before the projection, unshared convolutions, norms other than
-    LayerNorm) stays as it is. Call it after ``attach``; calling it again starts afresh.
+    The blocks' MLPs and residual pooling are replaced along with it where that is exact. Parameters
+    and buffers stay the same objects under the same names. Attention that cannot be fused exactly
+    (pooling before the projection, unshared convolutions, norms other than LayerNorm) stays as it
+    is. Call it after ``attach``; calling it again starts afresh.
 
     Args:
         model: any model with torchvision's ``MultiscaleAttention`` or SlowFast's
@@ -35,7 +36,7 @@ def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:
             stock modules do for any smaller input. Without selection it makes no difference.
 
     Returns:
-        How many were replaced.
+        How many attention modules were replaced.
     """
     unfuse_attention(model)
     upstream = _upstream(model) if true_distances else {}
