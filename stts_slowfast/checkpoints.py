@@ -72,17 +72,14 @@ def load_weights(model: nn.Module, path_or_state_dict: str | os.PathLike | dict)
         FileNotFoundError: where there is no such file.
         ValueError: where the file is no checkpoint, or none of its parameters fits the model.
     """
-    source = "the state dict"
     checkpoint = path_or_state_dict
     if isinstance(checkpoint, (str, os.PathLike)):
-        source = os.fspath(checkpoint)
-        checkpoint = read_checkpoint(source)
+        checkpoint = read_checkpoint(checkpoint)
     state = state_dict_of(checkpoint)
     known = recognize(state)
     renamed = known.to_slowfast(state, list(getattr(model, "stts", ())))
     loaded = _copy_into(model, state, _to_model(renamed, model), known.name)
     _set_pool_norm_eps(model, checkpoint, loaded)
-    logger.info("Loaded %s: %s", source, loaded)
     return loaded
 
 
@@ -94,7 +91,9 @@ def load_pretrained(model: nn.Module, cfg) -> Loaded | None:
     """
     if not isinstance(model, TimeSformer) or not cfg.TIMESFORMER.PRETRAINED_MODEL:
         return None
-    return load_weights(model, cfg.TIMESFORMER.PRETRAINED_MODEL)
+    loaded = load_weights(model, cfg.TIMESFORMER.PRETRAINED_MODEL)
+    logger.info("Loaded %s: %s", cfg.TIMESFORMER.PRETRAINED_MODEL, loaded)
+    return loaded
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:

@@ -106,10 +106,11 @@ def load_for_test(cfg, model: nn.Module) -> None:
 
 def _load(model: nn.Module, checkpoint: dict, path: str) -> Loaded:
     try:
-        logger.info("Loading weights from %s", path)
-        return load_weights(model, checkpoint)
+        loaded = load_weights(model, checkpoint)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    logger.info("Loaded %s: %s", path, loaded)
+    return loaded
 
 
 def _clear_names(checkpoint: dict, patterns: Sequence[str]) -> dict:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from stts_slowfast.attention import fuse_attention, unfuse_attention
+from stts_slowfast.standalone.flops import count_gflops
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eval", "train")
@@ -127,9 +127,6 @@ def build(row: Row, device: str) -> tuple[nn.Module, torch.Size]:
     cfg = load_config(row.config, [*row.opts, *frames])
     torch.manual_seed(0)
     model = build_model(cfg)
-    unfuse_attention(model)
-    if cfg.STTS.FUSED_ATTENTION:
-        fuse_attention(model, cfg.STTS.TRUE_DISTANCES)
     size = cfg.DATA.TRAIN_CROP_SIZE
     return model.to(device), torch.Size((3, cfg.DATA.NUM_FRAMES, size, size))
 
@@ -140,7 +137,7 @@ def measure(rows: list[Row], args: argparse.Namespace) -> None:
     for row in rows:
         model, shape = build(row, args.device)
         row.parameters = sum(parameter.numel() for parameter in model.parameters())
-        row.gflops = count_gflops(model, shape, args.device)
+        row.gflops = count_gflops(model, torch.zeros(1, *shape, device=args.device))
         models.append((model, shape))
         print(f"{row.name}: {row.gflops:.2f} GFLOPs", file=sys.stderr)
     for mode in args.modes:
@@ -159,16 +156,6 @@ def measure(rows: list[Row], args: argparse.Namespace) -> None:
             step()
             weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
             row.memory[mode] = weights + peak_memory(step, args.device)
-
-
-def count_gflops(model: nn.Module, shape: torch.Size, device: str) -> float:
-    """Multiply-adds of one clip, in 1e9."""
-    from fvcore.nn import FlopCountAnalysis
-
-    model.eval()
-    counter = FlopCountAnalysis(model, torch.zeros(1, *shape, device=device))
-    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    return counter.tracer_warnings("none").total() / 1e9
 
 
 def make_step(model: nn.Module, shape: torch.Size, mode: str, args: argparse.Namespace):

@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     if args.checkpoint:
         from stts_slowfast.checkpoints import load_weights
 
-        load_weights(model, args.checkpoint)
+        print(f"{args.checkpoint}: {load_weights(model, args.checkpoint)}")
     size = cfg.DATA.TRAIN_CROP_SIZE
     generator = torch.Generator().manual_seed(0)
     clips = torch.randn(args.batch_size, 3, cfg.DATA.NUM_FRAMES, size, size, generator=generator)
