@@ -70,10 +70,12 @@ def attach(
             selector = kind(input_channels(block), number, keep, node)
             parameter = next(block.parameters())
             selector.to(parameter.device, parameter.dtype).train(model.training)
-            key = f"{kind.dimension.lower()}_{number}"
-            stts[key] = selector
-            block.register_forward_pre_hook(SelectTokens(selector))
-            logger.info(_describe(key, selector, dimension.SCORER, steps.get(key)))
+            stts[f"{kind.dimension.lower()}_{number}"] = selector
+    # Only now, when nothing can fail any more: an error leaves the model as it was.
+    for key, selector in stts.items():
+        blocks[selector.block].register_forward_pre_hook(SelectTokens(selector))
+        scorer = node[selector.dimension].SCORER
+        logger.info(_describe(key, selector, scorer, steps.get(key)))
     model.stts = stts
     return model
 
@@ -85,7 +87,8 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: where the model has no selectors.
     """
     model = _unwrap(model)
-    _selectors(model)
+    for selector in _selectors(model).values():
+        selector.kept = None  # fused attention asks for it; now everything arrives
     for block in find_blocks(model):
         for hook_id, hook in list(block._forward_pre_hooks.items()):
             if isinstance(hook, SelectTokens):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import mvit_v1_b, mvit_v2_s
 
 from stts_slowfast import backbones
+from stts_slowfast.attention import fuse_attention
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.schedule import set_progress
@@ -253,6 +254,27 @@ def test_a_bad_node_leaves_the_model_as_it_was(plain, tiny_cfg):
     with pytest.raises(ValueError, match="block 9"):
         attach(plain, tiny_cfg.STTS)
     assert not hasattr(plain, "stts") and not any(b._forward_pre_hooks for b in plain.blocks)
+
+
+def test_a_width_no_scorer_can_have_leaves_the_model_as_it_was(tiny_cfg):
+    """Found when the second selector is made: the first must not stay behind."""
+    model = AnyBlocks(0)
+    model.blocks[2].norm = nn.LayerNorm(6)
+    with pytest.raises(ValueError, match="6 is no multiple of 4"):
+        attach(model, tiny_cfg.STTS)
+    assert not hasattr(model, "stts") and not any(b._forward_pre_hooks for b in model.blocks)
+
+
+def test_fused_attention_forgets_selectors_that_are_detached(golden, clips):
+    cfg = golden("slowfast_mvit_v2").cfg()
+    cfg.STTS.TIME.KEEP, cfg.STTS.SPACE.BLOCKS = [1.0], []
+    # Without strides in time, distances are read at the kept frames of each clip.
+    cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE = [1, 4, 4]
+    model = attach(backbones.build(cfg), cfg.STTS).eval()
+    fuse_attention(model)
+    with torch.no_grad():
+        whole = model(clips)
+        torch.testing.assert_close(detach(model)(clips[:1]), whole[:1], rtol=1e-5, atol=1e-5)
 
 
 def test_each_selector_is_logged_with_its_tokens(plain, tiny_cfg, caplog):
