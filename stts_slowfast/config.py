@@ -146,8 +146,12 @@ def validate_stts(
     _at_least("STTS.NUM_SAMPLES", node.NUM_SAMPLES, 1)
     _at_least("STTS.BACKBONE_LR", node.BACKBONE_LR, 0)
     _at_least("STTS.FREEZE_BACKBONE_EPOCHS", node.FREEZE_BACKBONE_EPOCHS, 0)
-    if not isinstance(node.SPACE.STRIDE, int):
-        raise ValueError(f"STTS.SPACE.STRIDE is {node.SPACE.STRIDE!r}: give whole tokens")
+    for key, value in (
+        ("STTS.NUM_SAMPLES", node.NUM_SAMPLES),
+        ("STTS.SPACE.STRIDE", node.SPACE.STRIDE),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{key} is {value!r}: give a whole number")
     _at_least("STTS.SPACE.STRIDE", node.SPACE.STRIDE, 0)
     if grids is not None:
         plan(node, grids)
@@ -194,11 +198,14 @@ def nothing_left(dimension: str, keep: float, block: int, grid: Sequence[int]) -
     unit = "frame" if dimension == "TIME" else "window"
     return (
         f"STTS.{dimension}.KEEP {keep:g} leaves no {unit} of the {found} that arrive at "
-        f"block {block}: keep at least {least + 5e-4:.3f}"
+        f"block {block}: keep at least {min(least + 5e-4, 1):.3f}"
     )
 
 
 def _validate_dimension(key: str, node, num_blocks: int) -> None:
+    for leaf in ("BLOCKS", "KEEP"):
+        if not isinstance(node[leaf], (list, tuple)):
+            raise ValueError(f"{key}.{leaf} is {node[leaf]!r}: give a list")
     blocks, keep = list(node.BLOCKS), list(node.KEEP)
     if blocks and len(blocks) != len(keep):
         raise ValueError(
@@ -224,5 +231,5 @@ def _one_of(key: str, value, known: Sequence[str]) -> None:
 
 
 def _at_least(key: str, value, least: int) -> None:
-    if not value >= least:
+    if not isinstance(value, (int, float)) or not value >= least:
         raise ValueError(f"{key} is {value!r}: it must be at least {least}")

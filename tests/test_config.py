@@ -72,6 +72,10 @@ def test_plan_follows_the_strides_behind_a_window(node):
         ("TIME.BLOCKS", ["0"], r"names block '0'"),
         ("TIME.KEEP", [0.0], r"STTS.TIME.KEEP holds 0.0"),
         ("SPACE.KEEP", [1.5], r"STTS.SPACE.KEEP holds 1.5"),
+        ("SPACE.BLOCKS", 4, r"STTS.SPACE.BLOCKS is 4: give a list"),
+        ("TIME.KEEP", 0.5, r"STTS.TIME.KEEP is 0.5: give a list"),
+        ("NUM_SAMPLES", 2.5, r"STTS.NUM_SAMPLES is 2.5: give a whole number"),
+        ("SIGMA", "0.1", r"STTS.SIGMA is '0.1'"),
         ("SPACE.KEEP", ["most"], r"STTS.SPACE.KEEP holds 'most'"),
         ("TIME.SCORER", "learnt", r"STTS.TIME.SCORER is 'learnt': use one of learned, uniform"),
         ("GRADIENT", "full", r"STTS.GRADIENT is 'full': use one of exact, diagonal"),
@@ -106,6 +110,11 @@ def test_the_advised_share_is_enough(node):
         validate_stts(node, 16, MVIT_B)
     node.SPACE.KEEP = [float(str(error.value).split()[-1])]
     validate_stts(node, 16, MVIT_B)
+
+
+def test_a_single_frame_can_only_be_kept(node):
+    with pytest.raises(ValueError, match=r"keep at least 1\.000$"):
+        validate_stts(node, 16, [(1, 14, 14)] * 16)
 
 
 def test_an_empty_list_switches_a_dimension_off(node):
