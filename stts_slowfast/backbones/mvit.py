@@ -20,6 +20,15 @@ _FIXED = {
     "SEPARATE_QKV": False,
     "USE_MEAN_POOLING": False,
     "USE_FIXED_SINCOS_POS": False,
+    "LAYER_SCALE_INIT_VALUE": 0.0,
+}
+
+# Keys that hold entries which begin with a block, and what stands in one.
+_ENTRIES = {
+    "DIM_MUL": ("block", "factor"),
+    "HEAD_MUL": ("block", "factor"),
+    "POOL_Q_STRIDE": ("block", "t", "h", "w"),
+    "POOL_KV_STRIDE": ("block", "t", "h", "w"),
 }
 
 
@@ -145,6 +154,15 @@ def _check(cfg) -> None:
                 f"MVIT.{key} is {mvit[key]!r}, but torchvision's MViT only has {value!r}: "
                 "set it, or run inside SlowFast"
             )
+    for key, names in _ENTRIES.items():
+        # The width and the heads may change behind the last block, as SlowFast's configs say.
+        last = mvit.DEPTH if len(names) == 2 else mvit.DEPTH - 1
+        for entry in mvit[key]:
+            if len(entry) != len(names) or not 0 <= entry[0] <= last:
+                raise ValueError(
+                    f"MVIT.{key} holds {list(entry)}: give [{', '.join(names)}], the block "
+                    f"from 0 to {last}"
+                )
     if mvit.REV.ENABLE:
         raise ValueError("MVIT.REV.ENABLE is True, but a reversible MViT has no torchvision form")
     if mvit.USE_ABS_POS == mvit.REL_POS_SPATIAL or mvit.REL_POS_SPATIAL != mvit.REL_POS_TEMPORAL:

@@ -279,8 +279,17 @@ def _positions(node: CfgNode) -> str:
 
 
 def build(cfg: CfgNode) -> ViT:
-    """The plain ViT of an MVIT node, see :func:`is_plain_vit`."""
+    """The plain ViT of an MVIT node, see :func:`is_plain_vit`.
+
+    Raises:
+        ValueError: for ``LAYER_SCALE_INIT_VALUE``, which is not built here.
+    """
     node = cfg.MVIT
+    if node.LAYER_SCALE_INIT_VALUE:
+        raise ValueError(
+            f"MVIT.LAYER_SCALE_INIT_VALUE is {node.LAYER_SCALE_INIT_VALUE}, but this ViT has no "
+            "LayerScale: set it to 0.0, or run inside SlowFast"
+        )
     return ViT(
         vit_grid(cfg),
         (node.PATCH_KERNEL, node.PATCH_STRIDE, node.PATCH_PADDING),

@@ -90,6 +90,10 @@ def test_kernels_follow_strides_where_none_is_given(tiny_cfg):
     [
         ("MVIT.MODE", "avg"),
         ("MVIT.NORM_STEM", True),
+        ("MVIT.LAYER_SCALE_INIT_VALUE", 0.1),
+        ("MVIT.DIM_MUL", [[2]]),
+        ("MVIT.POOL_Q_STRIDE", [[99, 1, 2, 2]]),
+        ("MVIT.POOL_Q_STRIDE", [[1, 2, 2]]),
         ("MVIT.SEP_POS_EMBED", False),
         ("MVIT.REL_POS_SPATIAL", True),
         ("MVIT.REV.ENABLE", True),

@@ -144,3 +144,12 @@ def test_overlapping_patches_count_as_slowfast_counts():
 def test_a_clip_of_another_size_is_named():
     with pytest.raises(ValueError, match=r"grid of \(3, 4, 4\).*built for \(2, 4, 4\)"):
         build(config())(torch.randn(1, 3, 6, 32, 32))
+
+
+def test_layer_scale_is_refused(tiny_cfg):
+    node = tiny_cfg.MVIT
+    node.DIM_MUL, node.HEAD_MUL, node.POOL_Q_STRIDE = [], [], []
+    node.POOL_KV_STRIDE, node.POOL_KV_STRIDE_ADAPTIVE = [], None
+    node.LAYER_SCALE_INIT_VALUE = 0.1
+    with pytest.raises(ValueError, match=r"MVIT\.LAYER_SCALE_INIT_VALUE is 0\.1, but this ViT"):
+        backbones.build(tiny_cfg)
