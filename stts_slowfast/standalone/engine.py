@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from stts_slowfast import schedule
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.standalone import optim
-from stts_slowfast.standalone.data import batch_mixer, build_loader
+from stts_slowfast.standalone.data import UNREADABLE, batch_mixer, build_loader
 from stts_slowfast.standalone.defaults import check_choice
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
@@ -126,6 +126,9 @@ def _test(cfg, environment: Shards, callbacks: Sequence[Callback]) -> dict:
     check_choice("DATA.ENSEMBLE_METHOD", cfg.DATA.ENSEMBLE_METHOD, ENSEMBLES)
     clips = list(cfg.TEST.NUM_TEMPORAL_CLIPS) or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
     clips = [1, 3, 5, 7, 10] if clips == [-1] else clips
+    if min(clips) < 1:
+        key = "NUM_TEMPORAL_CLIPS" if cfg.TEST.NUM_TEMPORAL_CLIPS else "NUM_ENSEMBLE_VIEWS"
+        raise ValueError(f"TEST.{key} is {cfg.TEST[key]}: test at least 1 clip of every video")
     lightning.seed_everything(cfg.RNG_SEED, verbose=False)
     _tell_machine(cfg, "Testing")
     model = build_model(cfg)
@@ -234,6 +237,11 @@ class Recognizer(lightning.LightningModule):
         missing = int((self.views == 0).sum())
         if missing:
             logger.warning("%d of %d views were not tested", missing, self.views.numel())
+        if bool((self.labels == UNREADABLE).all()):
+            raise ValueError(
+                f"none of the {len(self.labels)} test videos can be read: is DATA.PATH_PREFIX "
+                f"({self.cfg.DATA.PATH_PREFIX!r}) right?"
+            )
         top1, top5 = (100.0 - error.item() for error in _errors(self.predictions, self.labels))
         self.result = {
             "top1_acc": top1,

@@ -101,6 +101,15 @@ def check_machine(cfg) -> None:
     for key in ("EVAL_PERIOD", "CHECKPOINT_PERIOD"):
         if cfg.TRAIN[key] < 1:
             raise ValueError(f"TRAIN.{key} is {cfg.TRAIN[key]}: it must be at least 1")
+    if cfg.AUG.NUM_SAMPLE < 1:
+        raise ValueError(f"AUG.NUM_SAMPLE is {cfg.AUG.NUM_SAMPLE}: it must be at least 1")
+    for key in ("SAMPLING_RATE", "TARGET_FPS"):
+        if cfg.DATA[key] <= 0:
+            raise ValueError(f"DATA.{key} is {cfg.DATA[key]}: it must be above 0")
+    if len(cfg.DATA.TRAIN_JITTER_SCALES) != 2:
+        raise ValueError(
+            f"DATA.TRAIN_JITTER_SCALES is {cfg.DATA.TRAIN_JITTER_SCALES}: give the range's two ends"
+        )
     if not 0 <= cfg.SHARD_ID < cfg.NUM_SHARDS:
         raise ValueError(
             f"SHARD_ID is {cfg.SHARD_ID} but NUM_SHARDS is {cfg.NUM_SHARDS}: shards count from 0"

@@ -22,6 +22,11 @@ class Start:
     def __init__(self, path: str | None = None, checkpoint: dict | None = None):
         checkpoint = checkpoint or {}
         self.path = path
+        if path and not isinstance(checkpoint.get("epoch"), int):
+            raise ValueError(
+                f"{path} does not say after which epoch it was written: start from its weights "
+                "with TRAIN.CHECKPOINT_FILE_PATH, in another OUTPUT_DIR"
+            )
         self.epoch = checkpoint["epoch"] + 1 if path else 0
         self.optimizer_state = checkpoint.get("optimizer_state") if path else None
         self.scaler_state = checkpoint.get("scaler_state") if path else None

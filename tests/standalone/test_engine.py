@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from stts_slowfast.standalone import engine, resume
+from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.processes import Interrupted, Shards
 
 NUM_VIDEOS = 7  # does not divide by the batch size, nor by the number of processes
@@ -195,6 +196,29 @@ def test_another_models_checkpoint_is_refused(cfg, tmp_path):
         engine.test(cfg)
 
 
+def test_a_last_checkpoint_without_its_epoch_is_refused(cfg):
+    path = Path(resume.checkpoint_path(cfg, 1))
+    path.parent.mkdir(parents=True)
+    torch.save({"model_state": build_model(cfg).state_dict()}, path)
+    with pytest.raises(ValueError, match=r"00001\.pyth does not say after which epoch"):
+        engine.train(cfg)
+
+
+def test_a_test_without_clips_is_refused(cfg):
+    cfg.TEST.NUM_ENSEMBLE_VIEWS = 0
+    with pytest.raises(ValueError, match=r"TEST\.NUM_ENSEMBLE_VIEWS is 0"):
+        engine.test(cfg)
+    cfg.TEST.NUM_TEMPORAL_CLIPS = [2, 0]
+    with pytest.raises(ValueError, match=r"TEST\.NUM_TEMPORAL_CLIPS is \[2, 0\]"):
+        engine.test(cfg)
+
+
+def test_a_test_that_reads_no_video_fails(cfg):
+    cfg.DATA.PATH_PREFIX = "nowhere"
+    with pytest.raises(ValueError, match=r"none of the \d+ test videos .*PATH_PREFIX \('nowhere'"):
+        engine.test(cfg)
+
+
 def test_mixed_precision_and_clipping_train(cfg):
     cfg.TRAIN.MIXED_PRECISION, cfg.SOLVER.MAX_EPOCH = True, 1
     cfg.SOLVER.CLIP_GRAD_VAL = 1e-4
@@ -227,6 +251,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint(cfg):
         ("NUM_GPUS", 99, r"NUM_GPUS is 99 but this machine has \d+"),
         ("SHARD_ID", 1, r"SHARD_ID is 1 but NUM_SHARDS is 1"),
         ("LOG_PERIOD", 0, r"LOG_PERIOD is 0"),
+        ("AUG.NUM_SAMPLE", 0, r"AUG\.NUM_SAMPLE is 0"),
+        ("DATA.TARGET_FPS", 0, r"DATA\.TARGET_FPS is 0"),
+        ("DATA.TRAIN_JITTER_SCALES", [32], r"DATA\.TRAIN_JITTER_SCALES is \[32\]"),
         ("MODEL.LOSS_FUNC", "bce", r"MODEL\.LOSS_FUNC is 'bce'"),
         ("MVIT.REV.ENABLE", True, r"MVIT\.REV\.ENABLE is True"),
     ],

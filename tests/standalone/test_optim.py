@@ -154,3 +154,12 @@ def test_state_of_another_optimizer_is_refused(tiny_cfg):
     state["param_groups"] = state["param_groups"][:1]
     with pytest.raises(ValueError, match=r"x\.pyth holds the state .*CHECKPOINT_EPOCH_RESET"):
         optim.load_optimizer_state(optimizer, state, "x.pyth")
+
+
+def test_state_of_another_kind_of_optimizer_is_refused(tiny_cfg):
+    model = build_model(tiny_cfg)
+    tiny_cfg.SOLVER.OPTIMIZING_METHOD = "adamw"
+    state = optim.build_optimizer(model, tiny_cfg).state_dict()
+    tiny_cfg.SOLVER.OPTIMIZING_METHOD = "sgd"
+    with pytest.raises(ValueError, match=r"x\.pyth .*another optimizer than SGD"):
+        optim.load_optimizer_state(optim.build_optimizer(model, tiny_cfg), state, "x.pyth")
