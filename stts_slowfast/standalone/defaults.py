@@ -77,13 +77,13 @@ _C.AUG = CfgNode()
 _C.AUG.ENABLE = False
 # Differently augmented clips of each video in a mini-batch.
 _C.AUG.NUM_SAMPLE = 1
-# Colour jitter; only without RandAugment. None for no jitter.
+# Colour jitter of images; not read, as SlowFast does not jitter videos by it.
 _C.AUG.COLOR_JITTER = 0.4
 # RandAugment policy in timm's notation.
 _C.AUG.AA_TYPE = "rand-m9-mstd0.5-inc1"
 # Interpolation of RandAugment's geometric operations.
 _C.AUG.INTERPOLATION = "bicubic"
-# Random erasing: probability, filling, number of boxes; RE_SPLIT spares the first clip.
+# Random erasing: probability, filling, number of boxes. RE_SPLIT is not read, as in SlowFast.
 _C.AUG.RE_PROB = 0.25
 _C.AUG.RE_MODE = "pixel"
 _C.AUG.RE_COUNT = 1
@@ -150,7 +150,7 @@ _C.MODEL.DROPCONNECT_RATE = 0.0
 _C.MODEL.FC_INIT_STD = 0.01
 # How logits become predictions in evaluation.
 _C.MODEL.HEAD_ACT = "softmax"
-# Recompute activations in the backward pass to save memory.
+# Recompute activations in the backward pass to save memory; only in SlowFast.
 _C.MODEL.ACT_CHECKPOINT = False
 # Train the head alone.
 _C.MODEL.DETACH_FINAL_FC = False
@@ -289,7 +289,7 @@ _C.DATA.REVERSE_INPUT_CHANNEL = False
 # Clips, and crops of each, from a video in one training sample.
 _C.DATA.TRAIN_CROP_NUM_TEMPORAL = 1
 _C.DATA.TRAIN_CROP_NUM_SPATIAL = 1
-# Random noise in place of videos.
+# The first clip over and over, to time training without reading; only in SlowFast.
 _C.DATA.DUMMY_LOAD = False
 # For other data sets and for self-supervised training; not read.
 _C.DATA.TRAIN_PCA_EIGVAL = [0.225, 0.224, 0.229]
@@ -415,6 +415,7 @@ _NOT_READ = (
 # Keys that must keep SlowFast's default here, and what another value would ask for.
 _ONLY_IN_SLOWFAST = {
     "AUG.GEN_MASK_LOADER": "masked pretraining",
+    "DATA.DUMMY_LOAD": "training on one clip",
     "DATA.LOADER_CHUNK_SIZE": "reading a list in chunks",
     "DATA.MULTI_LABEL": "training on several labels per video",
     "DATA.COLOR_RND_GRAYSCALE": "self-supervised augmentation",
@@ -426,6 +427,7 @@ _ONLY_IN_SLOWFAST = {
     "DEMO.ENABLE": "the demo",
     "DETECTION.ENABLE": "detection",
     "MASK.ENABLE": "masked pretraining",
+    "MODEL.ACT_CHECKPOINT": "recomputing activations",
     "MODEL.DETACH_FINAL_FC": "training the head alone",
     "MODEL.FROZEN_BN": "frozen batch norm",
     "MODEL.HEAD_ACT": "another activation of the head",
