@@ -7,6 +7,7 @@ adding a row to ``FORMATS``.
 
 import logging
 import os
+import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         with g_pathmgr.open(path, "rb") as f:
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's advice is about its own arguments
+            reason = "it is no file of PyTorch's, or holds more than tensors, numbers and texts"
+        else:
+            reason = f"{str(error).strip().splitlines()[0]} (is it truncated?)"
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of parameters")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 from torchvision.models.video import mvit_v1_b, mvit_v2_s, swin3d_b, swin3d_t
 
 from stts_slowfast import backbones
@@ -112,6 +113,11 @@ def test_broken_files_are_named(tiny_cfg, tmp_path):
     cut.write_bytes(whole.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"cut.pyth cannot be read as a checkpoint"):
         load_weights(model, cut)
+    (tmp_path / "text.pyth").write_text("no checkpoint")
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pyth")
+    for name in ("text", "module"):  # what PyTorch says is advice that nobody here can follow
+        with pytest.raises(ValueError, match=rf"{name}.pyth cannot be .*PyTorch's, or holds more"):
+            load_weights(model, tmp_path / f"{name}.pyth")
     torch.save([1, 2], tmp_path / "list.pyth")
     with pytest.raises(ValueError, match=r"list.pyth holds a list"):
         load_weights(model, tmp_path / "list.pyth")
