@@ -103,9 +103,19 @@ def _selected_blocks(checkpoint: dict, cfg) -> dict[str, list[int]]:
     """Before which blocks selectors sit: by the config given, the file's own, or the paper."""
     if cfg is not None:
         return {"TIME": list(cfg.STTS.TIME.BLOCKS), "SPACE": list(cfg.STTS.SPACE.BLOCKS)}
-    text = checkpoint.get("cfg")
-    mvit = (yaml.safe_load(text) or {}).get("MVIT", {}) if isinstance(text, str) else {}
+    mvit = _stored_config(checkpoint).get("MVIT")
+    mvit = mvit if isinstance(mvit, dict) else {}
     return {key: list(mvit.get(f"{key}_PRUNING_LOC") or _PAPER[key]) for key in _PAPER}
+
+
+def _stored_config(checkpoint: dict) -> dict:
+    """The config that a checkpoint carries as text; empty where it is none that can be read."""
+    text = checkpoint.get("cfg")
+    try:
+        tree = yaml.safe_load(text) if isinstance(text, str) else None
+    except yaml.YAMLError:
+        tree = None
+    return tree if isinstance(tree, dict) else {}
 
 
 def convert_config_file(source: str, target: str) -> None:
@@ -144,6 +154,9 @@ def convert_config(tree: dict) -> tuple[dict, list[str]]:
         ValueError: where there is no ``MVIT.TIME_PRUNING_LOC`` or ``MVIT.SPACE_PRUNING_LOC``.
     """
     tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    for node in ("MVIT", "SOLVER", "TRAIN"):
+        if not isinstance(tree.get(node, {}), dict):
+            raise ValueError(f"{node} is {tree[node]!r}: it must hold KEY: VALUE lines")
     mvit, notes = tree.get("MVIT", {}), []
     if not {"TIME_PRUNING_LOC", "SPACE_PRUNING_LOC"} & set(mvit):
         raise ValueError(
@@ -155,7 +168,9 @@ def convert_config(tree: dict) -> tuple[dict, list[str]]:
     for key, ours in _RENAMED.items():
         node, _, leaf = ours.rpartition(".")
         value = theirs[key]
-        value = _SCORERS.get(value, value) if leaf == "SCORER" else value
+        if leaf == "SCORER" and value not in list(_SCORERS):
+            raise ValueError(f"MVIT.{key} is {value!r}: {', '.join(_SCORERS)} can be converted")
+        value = _SCORERS[value] if leaf == "SCORER" else value
         (stts[node] if node else stts)[leaf] = [] if value is None else value
     stts["SIGMA_DECAY"] = "linear" if theirs["DECAY_SIGMA"] else "constant"
     tree["STTS"] = stts

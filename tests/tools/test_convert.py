@@ -106,6 +106,27 @@ def test_other_yaml_is_refused(tmp_path):
         run("--config", tmp_path / "gone.yaml", tmp_path / "ours.yaml")
 
 
+@pytest.mark.parametrize(
+    "tree, message",
+    [
+        ({"MVIT": 3}, r"MVIT is 3: it must hold KEY: VALUE lines"),
+        ({"MVIT": {"TIME_PRUNING_LOC": [0]}, "SOLVER": None}, r"SOLVER is None"),
+        ({"MVIT": {"TIME_PRUNING_LOC": [0], "TIME_SCORE": [1]}}, r"MVIT\.TIME_SCORE is \[1\]"),
+    ],
+)
+def test_nonsense_in_their_yaml_is_named(tree, message):
+    with pytest.raises(ValueError, match=message):
+        convert.convert_config(tree)
+
+
+@pytest.mark.parametrize("text", ["a: [", "text", "MVIT: 3", "- 1"])
+def test_a_stored_config_that_cannot_be_read_is_passed_over(golden, tmp_path, text):
+    weights = golden("slowfast_mvit_v1").weights
+    torch.save({"model_state": weights, "cfg": text}, tmp_path / "in.pyth")
+    run(tmp_path / "in.pyth", tmp_path / "out.pyth")
+    assert torch.load(tmp_path / "out.pyth")["model_state"].keys() == weights.keys()
+
+
 def test_authors_checkpoint_becomes_slowfasts(golden, tiny_cfg, tmp_path, capsys):
     case = golden("official_stts_mvit")
     source, target = tmp_path / "authors.pyth", tmp_path / "ours.pyth"
