@@ -61,7 +61,8 @@ def main(args: argparse.Namespace) -> int:
     print(f"writing {size.num_train + size.num_test} videos to {data_dir}", flush=True)
     toyvideos.write_dataset(data_dir, size.num_train, size.num_test, args.seed)
     write_configs(args.out, size, args.seed)
-    shutil.rmtree(os.path.join(args.out, "runs"), ignore_errors=True)
+    for name in NAMES:  # no more: there may be other runs beside them
+        shutil.rmtree(os.path.join(args.out, "runs", name), ignore_errors=True)
     results = [run(args.out, name) for name in NAMES]
     results_path = os.path.join(args.out, "results.json")
     with open(results_path, "w") as file:

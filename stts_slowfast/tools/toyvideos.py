@@ -69,7 +69,7 @@ def draw_video(label: int, rng: np.random.Generator) -> tuple[np.ndarray, Truth]
         if start <= number < start + SHOWN:
             row, column, color = top, left, hue
         else:
-            if number % _STEP == 0 or number == 0:
+            if number % _STEP == 0:
                 row, column = rng.integers(SIDE - SQUARE + 1, size=2)
                 color = np.full(3, rng.uniform(40, 240))
         square = frames[number, row : row + SQUARE, column : column + SQUARE]

@@ -90,7 +90,10 @@ def test_whole_job_runs_and_tells_its_results(tmp_path, capsys, monkeypatch):
     size = quickstart.Size(num_train=32, num_test=8, epochs_all=2, epochs_learned=1)
     monkeypatch.setattr(quickstart, "FULL", size)
     out = tmp_path / "out"
+    other_run = out / "runs" / "mine"
+    other_run.mkdir(parents=True)
     assert cli.main(["quickstart", "--out", str(out), "--seed", "3"]) == 0
+    assert other_run.is_dir()
     rows = json.loads((out / "results.json").read_text())
     assert [row["name"] for row in rows] == ["all", "learned", "uniform", "random"]
     for row in rows:
