@@ -10,6 +10,7 @@ import sys
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from stts_slowfast.pyslowfast import compat, launch
@@ -43,7 +44,8 @@ def main(args: argparse.Namespace) -> int:
     table = Table("", "status", "found", "what to do", title="stts doctor")
     for check in checks:
         colour = COLOURS[check.status]
-        table.add_row(check.name, f"[{colour}]{check.status}[/]", check.found, check.todo)
+        status = f"[{colour}]{check.status}[/]"
+        table.add_row(check.name, status, escape(check.found), escape(check.todo))
     console = Console()
     console.print(table)
     missing = [check.name for check in checks if check.status == MISSING]

@@ -30,6 +30,12 @@ def test_a_package_without_the_needed_name_is_missing(monkeypatch):
     assert check.todo == compat.REMEDIES["pytorchvideo"]
 
 
+def test_brackets_in_what_was_found_are_no_markup(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check("x", doctor.OK, "a [/b] [c]")])
+    assert doctor.main(argparse.Namespace()) == 0
+    assert "a [/b] [c]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("key", ["STTS_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 def test_autoload_that_is_switched_off_is_told(monkeypatch, key):
     monkeypatch.setenv(key, "0")
