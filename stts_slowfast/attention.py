@@ -138,14 +138,14 @@ class FusedAttention(nn.Module):
     def _pooled(self, x: Tensor, thw: tuple, projection: tuple, pools: list):
         """Projects tokens, and pools the result ``(B, 1+L, len(pools)*heads*D)`` over the grid."""
         if pools[0] is None:
-            return F.linear(x, *projection), thw
+            return _linear(x, *projection), thw
         cls = int(self.has_cls())
         places, grid, stride = _read(thw, pools[0], x.device)
         if places is None:
-            first, y = F.linear(x, *projection).split([cls, x.shape[1] - cls], dim=1)
+            first, y = _linear(x, *projection).split([cls, x.shape[1] - cls], dim=1)
         else:
-            first = F.linear(x[:, :cls], *projection)
-            y = F.linear(x.index_select(1, places + cls), *projection)
+            first = _linear(x[:, :cls], *projection)
+            y = _linear(x.index_select(1, places + cls), *projection)
         y = y.unflatten(1, grid).permute(0, 4, 1, 2, 3)  # channels-last in memory
         if isinstance(pools[0], nn.Conv3d):
             weight = cat([pool.weight.repeat(self.num_heads, 1, 1, 1, 1) for pool in pools])
@@ -255,7 +255,9 @@ class _TorchvisionAttention(FusedAttention):
         return "all" if self.residual_with_cls_embed else "patches"
 
     def output(self, x: Tensor) -> Tensor:
-        return self.project(x)
+        linear, *dropout = self.project
+        x = _linear(x, linear.weight, linear.bias)
+        return dropout[0](x) if dropout else x
 
     @staticmethod
     def distances(q_size: int, k_size: int, device) -> Tensor:
@@ -302,7 +304,7 @@ class _SlowFastAttention(FusedAttention):
         return "patches" if self.has_cls_embed else "all"
 
     def output(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
+        x = _linear(x, self.proj.weight, self.proj.bias)
         return self.proj_drop(x) if self.drop_rate > 0.0 else x
 
     @staticmethod
@@ -311,6 +313,20 @@ class _SlowFastAttention(FusedAttention):
         q_ratio, k_ratio = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
         q = arange(q_size, device=device)[:, None] * q_ratio
         return q - arange(k_size, device=device) * k_ratio + (k_size - 1) * k_ratio
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of tokens ``(B, N, C)``; on a CPU as a pointwise convolution with channels last.
+
+    There oneDNN spreads the product better over the cores than PyTorch's matrix product does, and
+    adds the bias on the way: about a sixth less time on two cores of an AMD EPYC.
+    """
+    if x.device.type != "cpu" or x.dtype == torch.float64 or x.dim() != 3:
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling() or jit.is_tracing():
+        return F.linear(x, weight, bias)
+    images = x.contiguous()[None].permute(0, 3, 1, 2)  # (1, C, B, N)
+    return F.conv2d(images, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[0]
 
 
 class _LeanMLP(nn.Module):
@@ -348,9 +364,9 @@ class _LeanMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, activation, second = self.layers(self)[:3]
-        x = F.linear(x, first.weight, first.bias)
+        x = _linear(x, first.weight, first.bias)
         if jit.is_tracing() or not torch.is_grad_enabled():
-            return F.linear(activation(x), second.weight, second.bias)
+            return _linear(activation(x), second.weight, second.bias)
         bias = None if second.bias is None else second.bias.to(x.dtype)
         return _LinearOfGELU.apply(x, second.weight.to(x.dtype), bias)
 
@@ -360,7 +376,7 @@ class _LinearOfGELU(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return F.linear(F.gelu(x), weight, bias)
+        return _linear(F.gelu(x), weight, bias)
 
     @staticmethod
     @once_differentiable
