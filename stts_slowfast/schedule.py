@@ -1,10 +1,13 @@
 """What changes while training runs: the noise of the selectors and the backbone's learning rate."""
 
+import logging
 import math
 
 from torch import nn
 
 from stts_slowfast.selectors import Selector
+
+logger = logging.getLogger(__name__)
 
 
 def sigma(initial: float, decay: str, fraction: float) -> float:
@@ -55,21 +58,29 @@ def param_groups(optimizer_groups: list[dict], model: nn.Module, cfg) -> list[di
 
     Args:
         optimizer_groups: groups as optimizers take them, ``params`` a list of parameters.
-        model: with selectors in ``model.stts``, or without: then every group is the backbone's.
-        cfg: with ``STTS``; where ``STTS.ENABLE`` is off the groups are returned as they are.
+        model: with selectors in ``model.stts``.
+        cfg: with ``STTS`` and ``SOLVER.MAX_EPOCH``.
 
     Returns:
         Groups with the keys they had, and ``backbone``: whether :func:`backbone_lr` governs it.
-        Empty parts are left out.
+        Empty parts are left out. Where ``STTS.ENABLE`` is off, or no scorer learns (``uniform``,
+        ``random``, no selector at all), there is nothing to hold the backbone back for: the
+        groups are returned as they are.
     """
-    if not cfg.STTS.ENABLE:
-        return optimizer_groups
     scorers = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, Selector)
         for parameter in module.parameters()
     }
+    if not cfg.STTS.ENABLE or not scorers:
+        return optimizer_groups
+    if cfg.STTS.FREEZE_BACKBONE_EPOCHS >= cfg.SOLVER.MAX_EPOCH:
+        logger.warning(
+            "STTS.FREEZE_BACKBONE_EPOCHS is %g and SOLVER.MAX_EPOCH %g: only scorers will learn",
+            cfg.STTS.FREEZE_BACKBONE_EPOCHS,
+            cfg.SOLVER.MAX_EPOCH,
+        )
     groups = []
     for group in optimizer_groups:
         for backbone in (True, False):
@@ -79,7 +90,7 @@ def param_groups(optimizer_groups: list[dict], model: nn.Module, cfg) -> list[di
     return groups
 
 
-def set_group_lrs(groups: list[dict], lr: float, epoch: float, cfg) -> None:
+def set_group_lrs(groups: list[dict], lr: float, epoch: float, cfg) -> float:
     """Writes the learning rate of this moment into the groups of :func:`param_groups`.
 
     Args:
@@ -87,11 +98,17 @@ def set_group_lrs(groups: list[dict], lr: float, epoch: float, cfg) -> None:
             as SlowFast does.
         lr: the schedule's rate; epoch, cfg: see :func:`backbone_lr`.
 
+    Returns:
+        The backbone's rate.
+
     Raises:
         ValueError: where ``lr`` is not finite.
     """
     if not math.isfinite(lr):
         raise ValueError(f"the learning rate is {lr} at epoch {epoch:.3f}: look at SOLVER.*")
+    held_back = any(group.get("backbone") for group in groups)
+    backbone = backbone_lr(lr, epoch, cfg) if held_back else lr
     for group in groups:
-        rate = backbone_lr(lr, epoch, cfg) if group.get("backbone") else lr
+        rate = backbone if group.get("backbone") else lr
         group["lr"] = rate * group.get("layer_decay", 1.0)
+    return backbone

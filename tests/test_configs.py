@@ -111,15 +111,15 @@ def test_the_papers_points_cost_what_the_authors_code_costs(point, expected):
 
 
 def zoo_row(name):
-    """The columns of a configuration in model_zoo.md."""
-    table = (ROOT / "projects" / "stts" / "model_zoo.md").read_text().split("## With selection")[1]
+    """The columns of a configuration in the model zoo."""
+    table = (ROOT / "projects" / "stts" / "README.md").read_text().split("### With selection")[1]
     header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     for row in rows:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         if cells[0].startswith(f"[{name}]"):
             return dict(zip(columns, cells))
-    raise AssertionError(f"model_zoo.md has no row for {name}")
+    raise AssertionError(f"the model zoo has no row for {name}")
 
 
 REDUCED = {

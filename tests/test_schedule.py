@@ -77,6 +77,26 @@ def test_without_selection_groups_stay_as_they_are(tiny_cfg, model):
     assert param_groups(groups, model, tiny_cfg) is groups
 
 
+@pytest.mark.parametrize("scorer", ["uniform", "random"])
+def test_without_a_scorer_that_learns_the_backbone_is_not_held_back(tiny_cfg, scorer):
+    tiny_cfg.STTS.ENABLE = True
+    tiny_cfg.STTS.TIME.SCORER = tiny_cfg.STTS.SPACE.SCORER = scorer
+    model = build_model(tiny_cfg)
+    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+    assert set_group_lrs(groups, 1e-3, 0.0, tiny_cfg) == 1e-3
+    assert [group["lr"] for group in groups] == [1e-3]
+
+
+def test_a_backbone_that_is_frozen_to_the_end_is_told(tiny_cfg, model, caplog):
+    groups = [{"params": list(model.parameters())}]
+    tiny_cfg.SOLVER.MAX_EPOCH = 4
+    param_groups(groups, model, tiny_cfg)
+    assert not caplog.records
+    tiny_cfg.SOLVER.MAX_EPOCH = 3
+    param_groups(groups, model, tiny_cfg)
+    assert "FREEZE_BACKBONE_EPOCHS is 3 and SOLVER.MAX_EPOCH 3" in caplog.text
+
+
 def test_a_learning_rate_that_is_no_number_is_refused(tiny_cfg):
     with pytest.raises(ValueError, match=r"learning rate is nan at epoch 1.5"):
         set_group_lrs([], float("nan"), 1.5, tiny_cfg)

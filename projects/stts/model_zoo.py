@@ -1,4 +1,4 @@
-"""Measures every file in configs/ and writes model_zoo.md: published numbers beside measured ones.
+"""Measures every file in configs/ and writes README.md's model zoo, published numbers beside.
 
     python projects/stts/model_zoo.py [CONFIG ...]
 
@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 from stts_slowfast.standalone.defaults import load_config
-from stts_slowfast.standalone.engine import count_gflops
+from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
 
 ROOT = Path(__file__).parents[2]
-PAGE = Path(__file__).with_name("model_zoo.md")
+PAGE = Path(__file__).with_name("README.md")
+# The zoo stands between these two lines of the page.
+START, END = "<!-- model zoo -->\n", "<!-- end of model zoo -->\n"
 
 # Published top-1 (%) and GFLOPs of one view, or None; then the notes that explain the row.
 PUBLISHED = {
@@ -62,7 +64,7 @@ BACKBONES = [
     ("TimeSformer 8, SSv2", "SSv2/STTS_TIMESFORMER_8_T0_0.9_S4_0.9", 59.1, 197, 121.4, "f"),
 ]
 
-HEAD = """# Model zoo
+HEAD = """## Model zoo
 
 Written by `python projects/stts/model_zoo.py`. **Published** columns are what the methods' authors
 state. **Measured** columns are counted here, on the model that the configuration builds: GFLOPs of
@@ -127,8 +129,8 @@ def backbone_row(row: tuple) -> str:
 
 
 def page() -> str:
-    """All of model_zoo.md."""
-    lines = ["## Backbones without selection\n"]
+    """The page with its model zoo measured anew."""
+    lines = ["### Backbones without selection\n"]
     lines.append(
         "| backbone | top-1, published | GFLOPs, published | GFLOPs, measured "
         "| params (M), published | params (M), measured | notes |"
@@ -136,7 +138,7 @@ def page() -> str:
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in BACKBONES:
         lines.append(tell(backbone_row(row)))
-    lines.append("\n## With selection\n")
+    lines.append("\n### With selection\n")
     lines.append(
         "| configuration | top-1, published | GFLOPs, published | GFLOPs, measured "
         "| params (M), measured | notes |"
@@ -144,7 +146,9 @@ def page() -> str:
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name in PUBLISHED:
         lines.append(tell(selection_row(name)))
-    return HEAD + "\n".join(lines) + "\n" + NOTES
+    before, _, rest = PAGE.read_text().partition(START)
+    after = rest.partition(END)[2]
+    return before + START + HEAD + "\n".join(lines) + "\n" + NOTES + END + after
 
 
 def tell(row: str) -> str:

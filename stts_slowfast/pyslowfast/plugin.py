@@ -156,9 +156,9 @@ def _set_rates_and_sigma(set_lr, optimizer, new_lr):
     epoch = _now["epoch"]
     fraction = min(epoch / cfg.SOLVER.MAX_EPOCH, 1.0)
     schedule.set_progress(model_ref(), fraction)
-    schedule.set_group_lrs(optimizer.param_groups, new_lr, epoch, cfg)
+    rate = schedule.set_group_lrs(optimizer.param_groups, new_lr, epoch, cfg)
     _now["sigma"] = schedule.sigma(cfg.STTS.SIGMA, cfg.STTS.SIGMA_DECAY, fraction)
-    _now["backbone_lr"] = schedule.backbone_lr(new_lr, epoch, cfg)
+    _now["backbone_lr"] = rate
 
 
 # ---- log ------------------------------------------------------------------------------------

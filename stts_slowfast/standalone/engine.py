@@ -185,7 +185,7 @@ class Recognizer(lightning.LightningModule):
         self.epoch_exact = self.current_epoch + batch_idx / self.trainer.num_training_batches
         self.lr = optim.lr_at(self.epoch_exact, self.cfg)
         groups = self.optimizers().param_groups
-        schedule.set_group_lrs(groups, self.lr, self.epoch_exact, self.cfg)
+        self.backbone_lr = schedule.set_group_lrs(groups, self.lr, self.epoch_exact, self.cfg)
         schedule.set_progress(self.model, self.epoch_exact / self.cfg.SOLVER.MAX_EPOCH)
 
     def training_step(self, batch, batch_idx: int) -> Tensor:

@@ -209,7 +209,7 @@ class Report(Callback):
             stts, epoch = self.cfg.STTS, module.epoch_exact
             fraction = epoch / self.cfg.SOLVER.MAX_EPOCH
             rates["sigma"] = float(schedule.sigma(stts.SIGMA, stts.SIGMA_DECAY, fraction))
-            rates["backbone_lr"] = float(schedule.backbone_lr(module.lr, epoch, self.cfg))
+            rates["backbone_lr"] = float(module.backbone_lr)
         return rates
 
     # --- validation
