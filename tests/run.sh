@@ -3,7 +3,8 @@
 #   bash tests/run.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source projects/stts/setup_venv.sh dev export
+extras=dev,export
+source projects/stts/setup_venv.sh
 ruff check .
 ruff format --check .
 python -m pytest "$@"

@@ -1,8 +1,8 @@
 # Makes .venv in the project's root and installs the project into it; then activates it.
-#   source projects/stts/setup_venv.sh [extra ...]
+#   extras=dev,export; source projects/stts/setup_venv.sh
 # A second call with the same extras and unchanged requirements costs nothing.
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-_extras=$(IFS=,; echo "$*")
+_extras=${extras:-}
 _python=${PYTHON:-}
 for _candidate in python3.11 python3.12 python3.13 python3.10 python3; do
     [ -n "$_python" ] && break
