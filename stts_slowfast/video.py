@@ -14,7 +14,7 @@ import io
 import math
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
 import av
@@ -88,61 +88,6 @@ def clip_span(
     else:
         start = clip_idx * math.floor(room / (num_clips - 1))
     return start, start + size - 1
-
-
-def clip_spans(
-    num_video_frames: float,
-    sizes: Sequence[float],
-    clip_idx: int = -1,
-    num_clips: int = 1,
-    min_delta: float = -math.inf,
-    max_delta: float = math.inf,
-    use_offset: bool = False,
-    rng=random,
-) -> np.ndarray:
-    """Several clips of one video, in the order of time (``decoder.get_multiple_start_end_idx``).
-
-    Between the end of a clip and the start of the next lie ``min_delta`` to ``max_delta`` frames
-    where that can be had: random clips are drawn again, at most 100 times, and the least bad draw
-    is taken. Returns (len(sizes), 3): start, end, and the distance to the clip before (0 for the
-    first).
-    """
-    best, best_goodness = None, -math.inf
-    for _ in range(100):
-        spans = _draw_spans(
-            num_video_frames, sizes, clip_idx, num_clips, min_delta, max_delta, use_offset, rng
-        )
-        goodness = _goodness(spans, min_delta, max_delta)
-        if goodness > best_goodness:
-            best, best_goodness = spans, goodness
-        if clip_idx != -1 or goodness == math.inf:
-            break
-    deltas = best[1:, 0] - best[:-1, 1]
-    return np.column_stack([best, np.concatenate([[0.0], deltas])])
-
-
-def _draw_spans(
-    num_video_frames, sizes, clip_idx, num_clips, min_delta, max_delta, use_offset, rng
-) -> np.ndarray:
-    """Draws clip after clip, each up to 100 times until it keeps its distances: (n, 2)."""
-    spans = np.empty((0, 2))
-    for size in sizes:
-        for _ in range(100):
-            span = clip_span(num_video_frames, size, clip_idx, num_clips, use_offset, rng)
-            # Starts and ends are sorted each by themselves, as SlowFast does.
-            grown = np.sort(np.vstack([spans, span]), axis=0)
-            if _goodness(grown, min_delta, max_delta) == math.inf:
-                break
-        spans = grown
-    return spans
-
-
-def _goodness(spans: np.ndarray, min_delta: float, max_delta: float) -> float:
-    """SlowFast's measure of distances that miss their range, the greater the better; inf where
-    none does."""
-    deltas = spans[1:, 0] - spans[:-1, 1]
-    short, long = deltas[deltas < min_delta], deltas[deltas > max_delta]
-    return float(short.sum() - long.sum()) if short.size or long.size else math.inf
 
 
 def frame_indices(start: float, end: float, num_frames: int, num_video_frames: int) -> list[int]:

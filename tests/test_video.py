@@ -15,7 +15,6 @@ from stts_slowfast.video import (
     VideoError,
     clip_size,
     clip_span,
-    clip_spans,
     decode_clip,
     frame_indices,
     probe,
@@ -240,22 +239,6 @@ def test_short_video_repeats_its_last_frame():
 def test_frame_indices_are_even_and_rounded_down():
     assert frame_indices(0, 63, 8, 300) == [0, 9, 18, 27, 36, 45, 54, 63]
     assert frame_indices(4.8, 67.8, 4, 300) == [4, 25, 46, 67]
-
-
-def test_several_clips_keep_their_distance():
-    spans = clip_spans(400, [60, 60, 60], min_delta=10, max_delta=200, rng=random.Random(3))
-    assert spans.shape == (3, 3)
-    np.testing.assert_allclose(spans[1:, 2], spans[1:, 0] - spans[:-1, 1])
-    assert (spans[1:, 2] >= 10).all() and spans[0, 2] == 0
-
-
-def test_several_clips_that_cannot_fit_are_still_drawn():
-    spans = clip_spans(100, [60, 60], min_delta=10, rng=random.Random(0))
-    assert spans.shape == (2, 3) and spans[1, 2] < 10
-
-
-def test_one_clip_of_several_is_the_plain_span():
-    assert clip_spans(300, [64], 2, 5, use_offset=True).tolist() == [[118, 181, 0]]
 
 
 def test_segments_give_their_middle_frame_in_testing():
