@@ -57,6 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def add_opts(parser: argparse.ArgumentParser) -> None:
+    """``--opts KEY VALUE ...``, as SlowFast's launcher takes them."""
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys and values, on top of the files; comes last",
+    )
+
+
 def _is_mendable(error: Exception) -> bool:
     # A loader's worker turns errors that it cannot rebuild into RuntimeError.
     from stts_slowfast.video import VideoError

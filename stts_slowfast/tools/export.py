@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stts_slowfast.tools.cli import add_opts
+
 # By how much the logits of an exported model may differ from the model's, as a share of the
 # largest one.
 TOLERANCE = 1e-4
@@ -20,13 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights; without, random ones")
     parser.add_argument("--batch-size", type=int, default=1, help="clips in a batch, fixed")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config keys and values, on top of the file; comes last",
-    )
+    add_opts(parser)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import argparse
 
 from stts_slowfast.pyslowfast import launch
+from stts_slowfast.tools.cli import add_opts
 
 ENGINES = ("slowfast", "standalone")
 
@@ -18,13 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init_method", default="tcp://localhost:9999", help="tcp://host:port of shard 0"
     )
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config keys and values, on top of the files; comes last",
-    )
+    add_opts(parser)
 
 
 def main(args: argparse.Namespace) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from stts_slowfast import backbones
 from stts_slowfast.config import plan
 from stts_slowfast.hooks import selections
+from stts_slowfast.tools.cli import add_opts
 from stts_slowfast.video import Video, clip_size, clip_span, frame_indices, segment_indices
 
 # Top, left, height and width as shares of the frame.
@@ -44,20 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="weights; else TEST.CHECKPOINT_FILE_PATH, else the last in OUTPUT_DIR",
     )
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config keys and values, on top of the file; comes last",
-    )
+    add_opts(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Draws the middle clip of every video, as the model sees it."""
     from stts_slowfast.standalone.defaults import load_config
-    from stts_slowfast.standalone.engine import load_for_test
     from stts_slowfast.standalone.model import build_model
+    from stts_slowfast.standalone.resume import load_for_test
 
     cfg = load_config(args.cfg, args.opts)
     if args.checkpoint:
