@@ -7,23 +7,24 @@ What is different from the stock modules, and never what they compute:
   tables, beside a key the one-hot of its place, so that their inner product is the position term.
 * Tokens stay channels-last from the projection to the attention; the pooling convolution takes
   all heads, and keys and values, at once.
-* A block's MLP keeps one hidden tensor for the backward pass instead of two.
+* Normalised tokens and an MLP's hidden layer are not kept for the backward pass, or once.
 * Where the pooling stride skips tokens, keys and values are only projected where they are read.
 """
 
 import torch
 from torch import Tensor, arange, cat, einsum, eye, jit, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torchvision.models.video.mvit import MultiscaleBlock, MViT
 
+from stts_slowfast import kernels
 from stts_slowfast.backbones.layout import find_blocks
 
 
 def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:
     """Replaces the pooling attention of a model's MViT blocks by fused ones, in place.
 
-    The blocks' MLPs and residual pooling are replaced along with it where that is exact. Parameters
-    and buffers stay the same objects under the same names. Attention that cannot be fused exactly
+    The blocks around it are replaced along with it where that is exact. Parameters and buffers
+    stay the same objects under the same names. Attention that cannot be fused exactly
     (pooling before the projection, unshared convolutions, norms other than LayerNorm) stays as it
     is. Call it after ``attach``; calling it again starts afresh.
 
@@ -40,25 +41,29 @@ def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:
     """
     unfuse_attention(model)
     upstream = _upstream(model) if true_distances else {}
+    reader = _cls_reader(model)
+    last = find_blocks(model)[-1] if reader is not None else None
     count = 0
     for parent, name, child in _children(model):
         for kind in (_TorchvisionAttention, _SlowFastAttention):
             if kind.fits(child):
                 parent._modules[name] = kind(child, upstream.get(child, ()))
                 count += 1
-                if _LeanMLP.fits(getattr(parent, "mlp", None)):
-                    parent._modules["mlp"] = _LeanMLP(parent.mlp)
         if name == "pool_skip":
             holder, name = (parent, name) if isinstance(child, nn.MaxPool3d) else (child, "pool")
             if _SkipPool.fits(getattr(holder, name, None)):
                 holder._modules[name] = _SkipPool(getattr(holder, name))
+    for parent, name, child in _children(model):
+        for kind in (_TorchvisionBlock, _SlowFastBlock):
+            if kind.fits(child):
+                parent._modules[name] = kind(child, reader if child is last else None)
     return count
 
 
 def unfuse_attention(model: nn.Module) -> None:
     """Puts the stock modules back, the very objects that ``fuse_attention`` replaced."""
     for parent, name, child in _children(model):
-        if isinstance(child, (FusedAttention, _LeanMLP, _SkipPool)):
+        if isinstance(child, (FusedAttention, FusedBlock, _SkipPool)):
             child.stock.training = child.training
             parent._modules[name] = child.stock
 
@@ -83,6 +88,17 @@ def _upstream(model: nn.Module) -> dict[nn.Module, tuple]:
     }
 
 
+def _cls_reader(model: nn.Module) -> nn.Module | None:
+    """What reads the tokens of a model's last block, if it then drops all but the cls token."""
+    kind = type(model)
+    if kind is MViT:
+        return model.norm
+    if kind.__name__ != "MViT" or not kind.__module__.endswith("models.video_model_builder"):
+        return None
+    all_tokens = model.enable_detection or model.use_mean_pooling or model.enable_rev
+    return model.norm if model.cls_embed_on and not all_tokens else None
+
+
 class FusedAttention(nn.Module):
     """A second view of a stock attention module: same attributes, parameters and children.
 
@@ -100,12 +116,18 @@ class FusedAttention(nn.Module):
         self.__dict__.update(stock.__dict__)
         self.__dict__.update(stock=stock, selectors=selectors)
 
-    def forward(self, x: Tensor, thw):
+    def forward(self, x: Tensor, thw, norm: nn.LayerNorm | None = None, cls_alone: bool = False):
+        """As the stock module's.
+
+        Args:
+            norm: what the tokens still have to be normalised by, if anything.
+            cls_alone: let the cls token alone ask, and return it alone: ``(B, 1, C)``.
+        """
         folded = self.tables() != (None, None, None)
         if jit.is_tracing() and not (folded and self.selectors):
             # fvcore counts by tracing, and then finds the operators of the stock module.
-            return self.stock.forward(x, thw)
-        q, k, v, q_thw, k_thw = self._project(x, tuple(thw))
+            return self.stock.forward(x if norm is None else norm(x), thw)
+        q, k, v, q_thw, k_thw = self._project(x, tuple(thw), norm, cls_alone)
         scale, channels = self.softmax_scale(), q.shape[3]
         query, key, value = q, k, v
         if folded:
@@ -115,18 +137,22 @@ class FusedAttention(nn.Module):
         residual = self.residual()
         if residual == "all":
             out = out + q
-        elif residual == "patches":
+        elif residual == "patches" and not cls_alone:
             # One pass and no copy: the cls token's share of the residual is multiplied by zero.
             patches = (arange(q.shape[1], device=q.device) > 0).to(out.dtype)
             out = out.addcmul(q.to(out.dtype), patches[:, None, None])
         return self.output(out.flatten(2)), type(thw)(q_thw)
 
-    def _project(self, x: Tensor, thw: tuple):
+    def _project(self, x: Tensor, thw: tuple, norm: nn.LayerNorm | None, cls_alone: bool):
         """Pooled queries, keys and values ``(B, N, heads, D)``, and the grids of both."""
         to_q, to_kv = self.projections()
         (pool_q, norm_q), (pool_k, norm_k), (pool_v, norm_v) = self.pools()
-        q, q_thw = self._pooled(x, thw, to_q, [pool_q])
-        kv, k_thw = self._pooled(x, thw, to_kv, [pool_k, pool_v])
+        if cls_alone:
+            q = kernels.linear(x[:, :1], *to_q, norm)
+            q_thw = thw
+        else:
+            q, q_thw = self._pooled(x, thw, norm, to_q, [pool_q])
+        kv, k_thw = self._pooled(x, thw, norm, to_kv, [pool_k, pool_v])
         q, k, v = (self._heads(t) for t in (q, *kv.chunk(2, dim=2)))
         norms = (norm_q, norm_k, norm_v)
         q, k, v = (t if norm is None else norm(t) for t, norm in zip((q, k, v), norms))
@@ -135,21 +161,22 @@ class FusedAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1))
 
-    def _pooled(self, x: Tensor, thw: tuple, projection: tuple, pools: list):
+    def _pooled(self, x: Tensor, thw: tuple, norm, projection: tuple, pools: list):
         """Projects tokens, and pools the result ``(B, 1+L, len(pools)*heads*D)`` over the grid."""
         if pools[0] is None:
-            return _linear(x, *projection), thw
+            return kernels.linear(x, *projection, norm), thw
         cls = int(self.has_cls())
         places, grid, stride = _read(thw, pools[0], x.device)
         if places is None:
-            first, y = _linear(x, *projection).split([cls, x.shape[1] - cls], dim=1)
+            y = kernels.linear(x, *projection, norm)
+            first, y = y.split([cls, x.shape[1] - cls], dim=1)
         else:
-            first = _linear(x[:, :cls], *projection)
-            y = _linear(x.index_select(1, places + cls), *projection)
+            first = kernels.linear(x[:, :1], *projection, norm) if cls else None
+            y = kernels.linear(x, *projection, norm, places + cls)
         y = y.unflatten(1, grid).permute(0, 4, 1, 2, 3)  # channels-last in memory
         if isinstance(pools[0], nn.Conv3d):
             weight = cat([pool.weight.repeat(self.num_heads, 1, 1, 1, 1) for pool in pools])
-            y = _depthwise(y, weight.to(y.dtype), stride, pools[0].padding)
+            y = kernels.depthwise(y, weight.to(y.dtype), stride, pools[0].padding)
         else:
             y = pools[0](y)
         grid = tuple(y.shape[2:])
@@ -256,7 +283,7 @@ class _TorchvisionAttention(FusedAttention):
 
     def output(self, x: Tensor) -> Tensor:
         linear, *dropout = self.project
-        x = _linear(x, linear.weight, linear.bias)
+        x = kernels.linear(x, linear.weight, linear.bias)
         return dropout[0](x) if dropout else x
 
     @staticmethod
@@ -304,7 +331,7 @@ class _SlowFastAttention(FusedAttention):
         return "patches" if self.has_cls_embed else "all"
 
     def output(self, x: Tensor) -> Tensor:
-        x = _linear(x, self.proj.weight, self.proj.bias)
+        x = kernels.linear(x, self.proj.weight, self.proj.bias)
         return self.proj_drop(x) if self.drop_rate > 0.0 else x
 
     @staticmethod
@@ -315,78 +342,137 @@ class _SlowFastAttention(FusedAttention):
         return q - arange(k_size, device=device) * k_ratio + (k_size - 1) * k_ratio
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of tokens ``(B, N, C)``; on a CPU as a pointwise convolution with channels last.
+class FusedBlock(nn.Module):
+    """A second view of a stock MViT block: same attributes, parameters and children.
 
-    There oneDNN spreads the product better over the cores than PyTorch's matrix product does, and
-    adds the bias on the way: about a sixth less time on two cores of an AMD EPYC. In training it
-    gains nothing and keeps more for the backward pass.
-    """
-    if x.device.type != "cpu" or x.dtype == torch.float64 or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling() or jit.is_tracing():
-        return F.linear(x, weight, bias)
-    images = x.contiguous()[None].permute(0, 3, 1, 2)  # (1, C, B, N)
-    return F.conv2d(images, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[0]
+    Args:
+        stock: the block to stand in for.
+        cls_reader: the one that reads what comes out, where it drops all but the cls token; then
+            that comes out alone.
 
-
-class _LeanMLP(nn.Module):
-    """A second view of a block's MLP that keeps one hidden tensor for the backward pass, not two.
-
-    The activation's output is computed again from its input, a hundredth of a step's time; of all
-    that a block keeps it is about a quarter.
+    Shapes: tokens ``(B, [1+]T*H*W, C)`` and ``(T, H, W)`` in; tokens and their grid out.
     """
 
-    def __init__(self, stock: nn.Module):
+    def __init__(self, stock: nn.Module, cls_reader: nn.Module | None = None):
         super().__init__()
         self.__dict__.update(stock.__dict__)
-        self.__dict__["stock"] = stock
+        self.__dict__.update(stock=stock, cls_reader=cls_reader)
 
-    @staticmethod
-    def layers(mlp: nn.Module) -> list[nn.Module]:
-        """The first linear layer, the activation, the second linear layer and dropouts."""
-        if hasattr(mlp, "fc1"):  # SlowFast's
-            return [mlp.fc1, mlp.act, mlp.fc2] + ([mlp.drop] if mlp.drop_rate > 0.0 else [])
-        children = list(mlp.children())
-        dropouts = [child for child in children if isinstance(child, nn.Dropout)]
-        return [child for child in children if not isinstance(child, nn.Dropout)] + dropouts
-
-    @staticmethod
-    def fits(mlp: nn.Module | None) -> bool:
-        if not hasattr(mlp, "fc1") and not (isinstance(mlp, nn.Sequential) and len(mlp) >= 3):
+    @classmethod
+    def fits(cls, block: nn.Module) -> bool:
+        if not cls.is_stock(block) or "forward" in vars(block):  # a checkpointing wrapper's
             return False
-        first, activation, second, *dropouts = _LeanMLP.layers(mlp)
+        first, activation, second, *dropouts = cls.mlp_layers(block)
         return (
-            type(first) is type(second) is nn.Linear
+            isinstance(block.attn, FusedAttention)
+            and type(block.norm1) is type(block.norm2) is nn.LayerNorm
+            and all(norm.elementwise_affine for norm in (block.norm1, block.norm2))
+            and type(first) is type(second) is nn.Linear
             and type(activation) is nn.GELU
             and activation.approximate == "none"
             and all(dropout.p == 0.0 for dropout in dropouts)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        first, activation, second = self.layers(self)[:3]
-        x = _linear(x, first.weight, first.bias)
-        if jit.is_tracing() or not torch.is_grad_enabled():
-            return _linear(activation(x), second.weight, second.bias)
-        bias = None if second.bias is None else second.bias.to(x.dtype)
-        return _LinearOfGELU.apply(x, second.weight.to(x.dtype), bias)
+    def forward(self, x: Tensor, thw):
+        if jit.is_tracing() or not thw or not self._fused():
+            return self.stock.forward(x, thw)
+        cls_alone = self._cls_alone()
+        out, thw_new = self.attn(x, thw, self.norm1, cls_alone)
+        x = x[:, :1] if cls_alone else x
+        project, in_attention = self.projection()
+        if project is not None and in_attention:
+            x = kernels.linear(x, project.weight, project.bias, self.norm1)
+            project = None
+        x = (x if cls_alone else self._skip(x, tuple(thw))) + self.drop(out)
+        ones = x.new_ones(len(x), 1, 1)
+        scale = self.drop(ones)  # what stochastic depth multiplies each clip with
+        scale = None if scale is ones else scale
+        first, _, second, *_ = self.mlp_layers(self)
+        return kernels.residual_mlp(x, self.norm2, first, second, project, scale), thw_new
+
+    def _cls_alone(self) -> bool:
+        """Whether the patches' queries, and all that follows from them, can be left out.
+
+        Not where parameters serve those alone: every parameter must get a gradient.
+        """
+        reader, attn = self.cls_reader, self.attn
+        if reader is None or attn.tables() != (None, None, None) or attn.pools()[0][0] is not None:
+            return False
+        return not (self._forward_hooks or reader._forward_hooks or reader._forward_pre_hooks)
+
+    def _fused(self) -> bool:
+        """Whether the parts are still as they were, and nobody has hooks on them."""
+        if torch.compiler.is_compiling():
+            return True
+        parts = [self.norm1, self.attn, self.norm2, self.mlp, *self.mlp_layers(self)]
+        parts += [part for part in self.projection()[:1] if part is not None]
+        hooked = any(
+            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts
+        )
+        return not hooked and self.fits(self)
+
+    def _skip(self, x: Tensor, thw: tuple) -> Tensor:
+        """Pools the residual ``(B, [1+]T*H*W, C)`` over the grid."""
+        pool = self.skip_pool()
+        if pool is None:
+            return x
+        cls = x.shape[1] - thw[0] * thw[1] * thw[2]
+        y = pool(x[:, cls:].unflatten(1, thw).permute(0, 4, 1, 2, 3))
+        y = y.permute(0, 2, 3, 4, 1).flatten(1, 3)
+        return cat([x[:, :cls], y], dim=1) if cls else y
 
 
-class _LinearOfGELU(torch.autograd.Function):
+class _TorchvisionBlock(FusedBlock):
+    """Stands in for ``torchvision.models.video.mvit.MultiscaleBlock``."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return _linear(F.gelu(x), weight, bias)
+    def is_stock(block: nn.Module) -> bool:
+        return type(block) in (MultiscaleBlock, _TorchvisionBlock)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        x, weight = ctx.saved_tensors
-        flat = grad_output.flatten(0, -2)
-        grad_weight = flat.t() @ F.gelu(x).flatten(0, -2)
-        grad_x = torch.ops.aten.gelu_backward(grad_output @ weight, x)
-        return grad_x, grad_weight, flat.sum(0) if ctx.has_bias else None
+    def mlp_layers(block: nn.Module) -> list[nn.Module]:
+        """The first linear layer, the activation, the second linear layer and dropouts."""
+        layers = list(block.mlp)
+        dropouts = [layer for layer in layers if isinstance(layer, nn.Dropout)]
+        return [layer for layer in layers if not isinstance(layer, nn.Dropout)] + dropouts
+
+    def projection(self) -> tuple[nn.Module | None, bool]:
+        """What changes the width of the residual, if anything, and whether before the MLP."""
+        return self.project, self.proj_after_attn
+
+    def drop(self, x: Tensor) -> Tensor:
+        return self.stochastic_depth(x)
+
+    def skip_pool(self) -> nn.Module | None:
+        return self.pool_skip and self.pool_skip.pool
+
+
+class _SlowFastBlock(FusedBlock):
+    """Stands in for ``slowfast.models.attention.MultiScaleBlock``."""
+
+    @staticmethod
+    def is_stock(block: nn.Module) -> bool:
+        kind = type(block)
+        known = kind.__name__ == "MultiScaleBlock" and kind.__module__.endswith("models.attention")
+        if not known and kind is not _SlowFastBlock:
+            return False
+        return getattr(block, "gamma_1", None) is getattr(block, "gamma_2", None) is None
+
+    @staticmethod
+    def mlp_layers(block: nn.Module) -> list[nn.Module]:
+        """The first linear layer, the activation, the second linear layer and dropouts."""
+        mlp = block.mlp
+        return [mlp.fc1, mlp.act, mlp.fc2] + ([mlp.drop] if mlp.drop_rate > 0.0 else [])
+
+    def projection(self) -> tuple[nn.Module | None, bool]:
+        """What changes the width of the residual, if anything, and whether before the MLP."""
+        return getattr(self, "proj", None), self.dim_mul_in_att
+
+    def drop(self, x: Tensor) -> Tensor:
+        return self.drop_path(x)
+
+    def skip_pool(self) -> nn.Module | None:
+        return self.pool_skip
 
 
 class _SkipPool(nn.Module):
@@ -410,35 +496,10 @@ class _SkipPool(nn.Module):
             return self.stock(x)
         frames = x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)  # (B*T, C, H, W)
         sizes = (self.stock.kernel_size, self.stock.stride, self.stock.padding, self.stock.dilation)
-        frames = _MaxPoolOnCPU.apply(
+        frames = kernels.max_pool(
             frames, *(size if isinstance(size, int) else size[1:] for size in sizes)
         )
         return frames.permute(0, 2, 3, 1).unflatten(0, (len(x), -1)).permute(0, 4, 1, 2, 3)
-
-
-class _MaxPoolOnCPU(torch.autograd.Function):
-    """``max_pool2d`` that keeps 32-bit indices alone for the backward pass, not its input."""
-
-    @staticmethod
-    def forward(ctx, x, kernel, stride, padding, dilation):
-        out, indices = F.max_pool2d(x, kernel, stride, padding, dilation, return_indices=True)
-        ctx.save_for_backward(indices.int())
-        ctx.shape = x.shape
-        ctx.sizes = [
-            [s, s] if isinstance(s, int) else s for s in (kernel, stride, padding, dilation)
-        ]
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        (indices,) = ctx.saved_tensors
-        # Only its shape and layout are looked at.
-        x = grad_output.new_empty(ctx.shape).contiguous(memory_format=torch.channels_last)
-        grad_x = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad_output, x, *ctx.sizes, False, indices.long()
-        )
-        return grad_x, None, None, None, None
 
 
 def _fusible(linear: nn.Module, pools) -> bool:
@@ -514,62 +575,6 @@ def _rows_read(size: int, kernel: int, stride: int, device) -> Tensor:
     starts = arange(windows, device=device) * stride - before
     rows = (starts[:, None] + arange(kernel, device=device)).flatten()
     return rows[before : len(rows) - after]
-
-
-def _depthwise(x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
-    """Depth-wise 3-D convolution of ``x (B, C, T, H, W)``, channels-last in memory."""
-    if x.device.type == "cpu" and stride[0] == 1 and padding[0] * 2 + 1 == weight.shape[2]:
-        return _DepthwiseOnCPU.apply(x, weight, stride, padding)
-    if x.is_cuda:
-        x = x.contiguous()  # the layout of CUDA's depth-wise kernel
-    return F.conv3d(x, weight, None, stride, padding, groups=x.shape[1])
-
-
-class _DepthwiseOnCPU(torch.autograd.Function):
-    """The convolution, differentiated as one of two dimensions per tap in time.
-
-    oneDNN's gradients of depth-wise 3-D convolutions take 5 to 20 times as long.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, stride, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv3d(x, weight, None, stride, padding, groups=x.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        x, weight = ctx.saved_tensors
-        frames = x.shape[2]
-        x = x.permute(0, 2, 3, 4, 1)  # (B, T, H, W, C)
-        grad_output = grad_output.permute(0, 2, 3, 4, 1)
-        grad_x = x.new_zeros(x.shape)
-        grad_weight = torch.zeros_like(weight)
-        for tap in range(weight.shape[2]):
-            shift = tap - ctx.padding[0]  # output frame t reads input frame t + shift
-            read = slice(max(shift, 0), frames + min(shift, 0))
-            written = slice(max(-shift, 0), frames + min(-shift, 0))
-            if read.start >= read.stop:
-                continue
-            grad_frames, grad_tap, _ = torch.ops.aten.convolution_backward(
-                grad_output[:, written].flatten(0, 1).permute(0, 3, 1, 2),
-                x[:, read].flatten(0, 1).permute(0, 3, 1, 2),
-                weight[:, :, tap].contiguous(),
-                None,
-                ctx.stride[1:],
-                ctx.padding[1:],
-                (1, 1),
-                False,
-                (0, 0),
-                x.shape[4],
-                (ctx.needs_input_grad[0], ctx.needs_input_grad[1], False),
-            )
-            if grad_frames is not None:
-                grad_x[:, read] += grad_frames.permute(0, 2, 3, 1).unflatten(0, (len(x), -1))
-            if grad_tap is not None:
-                grad_weight[:, :, tap] = grad_tap
-        return grad_x.permute(0, 4, 1, 2, 3), grad_weight, None, None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,12 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.video.mvit import MSBlockConfig, MultiscaleAttention, MViT
+from torchvision.models.video.mvit import (
+    MSBlockConfig,
+    MultiscaleAttention,
+    MultiscaleBlock,
+    MViT,
+)
 
 from stts_slowfast.attention import FusedAttention, fuse_attention, unfuse_attention
 from stts_slowfast.backbones import block_grids, build
@@ -386,38 +391,73 @@ def test_skip_pooling_is_the_stock_one():
     assert type(model.blocks[1].pool_skip.pool) is nn.MaxPool3d
 
 
-def test_mlp_keeps_less_and_computes_the_same():
-    mlp = mvit(False).blocks[0].mlp
-    block = mvit(False).blocks[0]
-    block.mlp = mlp
-    x = torch.randn(2, 9, 8, requires_grad=True)
-
-    def saved_numbers():
-        count = 0
-
-        def pack(tensor):
-            nonlocal count
-            count += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = block.mlp(x)
-        return count, out, torch.autograd.grad(out.square().sum(), [x, *mlp.parameters()])
-
-    stock_count, stock, stock_grads = saved_numbers()
-    fuse_attention(block)
-    assert block.mlp is not mlp
-    count, out, grads = saved_numbers()
-    assert count <= stock_count - 2 * 9 * 32
-    torch.testing.assert_close(out, stock)
-    torch.testing.assert_close(grads, stock_grads)
-    unfuse_attention(block)
-    assert block.mlp is mlp
+def test_what_happens_to_a_part_of_a_fused_block_counts(clips):
+    model = mvit(False)
+    fuse_attention(model)
+    plain = model(clips)
+    calls = []
+    mlp = model.blocks[1].mlp
+    handle = mlp.register_forward_hook(lambda module, args, out: calls.append(out) or out * 0)
+    assert not torch.equal(model(clips), plain)
+    assert len(calls) == 1
+    handle.remove()
+    assert torch.equal(model(clips), plain)
+    mlp[0] = nn.Sequential(mlp[0], nn.Tanh())  # as adapters do
+    assert not torch.equal(model(clips), plain)
 
 
-def test_mlp_with_dropout_stays_stock():
-    block = mvit(False).blocks[0]
-    block.mlp[2].p = 0.1
-    mlp = block.mlp
-    assert fuse_attention(block) == 1
-    assert block.mlp is mlp
+def test_blocks_with_dropout_stay_stock():
+    model = mvit(False)
+    for block in model.blocks:
+        block.mlp[2].p = 0.1
+    assert fuse_attention(model) == 3
+    assert all(type(block) is MultiscaleBlock for block in model.blocks)
+    assert all(isinstance(block.attn, FusedAttention) for block in model.blocks)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_stochastic_depth_drops_the_same(relative, clips):
+    model = mvit(relative).train()
+    for block in model.blocks:
+        block.stochastic_depth.p = 0.5
+    torch.manual_seed(0)
+    stock, stock_grads = outputs_and_gradients(model, clips)
+    fuse_attention(model)
+    torch.manual_seed(0)
+    out, grads = outputs_and_gradients(model, clips)
+    torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grads, stock_grads, rtol=1e-3, atol=1e-3)
+
+
+def last_tokens(model, clips):
+    tokens = []
+    forward = model.norm.forward
+    model.norm.forward = lambda x: tokens.append(x.shape[1]) or forward(x)
+    model(clips)
+    del model.norm.forward
+    return tokens
+
+
+def test_last_block_computes_what_the_head_reads(clips):
+    model = mvit(False)
+    model.blocks[2].attn.pool_q = model.blocks[2].pool_skip = None
+    everything = last_tokens(model, clips)
+    stock, stock_grads = outputs_and_gradients(model, clips)
+    fuse_attention(model)
+    assert everything == [1 + 4 * 8 * 8]
+    assert last_tokens(model, clips) == [1]
+    out, grads = outputs_and_gradients(model, clips)
+    torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grads, stock_grads, rtol=1e-3, atol=1e-3)
+    for module in (model.blocks[2], model.norm):  # whoever looks sees all of it
+        handle = module.register_forward_hook(lambda module, args, out: None)
+        assert last_tokens(model, clips) == everything
+        handle.remove()
+
+
+def test_last_block_keeps_tokens_that_its_parameters_serve(clips):
+    model = mvit(True)
+    fuse_attention(model)
+    assert last_tokens(model, clips) == [1 + 4 * 4 * 4]
+    _, grads = outputs_and_gradients(model, clips)
+    assert all(grad is not None for grad in grads.values())

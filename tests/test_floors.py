@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stts_slowfast"
 FLOORS = [
-    {"topk", "config", "video"},
+    {"topk", "kernels", "config", "video"},
     {"scorers"},
     {"selectors"},
     {"backbones"},

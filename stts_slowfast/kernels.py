@@ -1,0 +1,387 @@
+"""Operators of the fused blocks: PyTorch's own results, in less time and memory.
+
+On a CPU fresh memory is what makes large tensors slow: the system hands it out page by page and
+clears it, which may take longer than to compute what goes in. So what is large and needed only for
+a moment (normalised tokens, the hidden layer of an MLP) is made in pieces that fit the cache, for
+which the allocator gives the same pages again, and made again in the backward pass.
+"""
+
+import torch
+from torch import Tensor, jit, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# Elements that are made at a time on a CPU: 8 MiB.
+AT_ONCE = 2**21
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: nn.LayerNorm | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """``F.linear(norm(x))`` of tokens ``(B, N, C)``.
+
+    Args:
+        norm: what normalises the tokens; None for nothing.
+        places: take the tokens at these indices into ``N`` alone, each at most once.
+    """
+    if not _eager_on_cpu(x):
+        x = x if places is None else x.index_select(1, places)
+        return F.linear(x if norm is None else norm(x), weight, bias)
+    dtype = _dtype(x)
+    x = x.to(dtype) if norm is None else x
+    tokens = len(x) * (x.shape[1] if places is None else len(places))
+    rows = tokens if norm is None else min(AT_ONCE // x.shape[2], tokens)
+    layer = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _Linear.apply(x, *_settings(norm), *layer, places, max(rows, 1))
+
+
+def residual_mlp(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    second: nn.Linear,
+    project: nn.Linear | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """The second half of a block, of tokens ``x (B, N, C)``.
+
+    With ``y = norm(x)`` it is ``x + scale * second(gelu(first(y)))``, with ``project(y)`` in place
+    of ``x`` where given. For the backward pass ``x`` alone is kept, and the hidden layer before the
+    activation unless it is so large that it is made in pieces.
+
+    Args:
+        scale: ``(B, 1, 1)``, stochastic depth; None for 1.
+    """
+    dtype = _dtype(x)
+    layers = [first.weight, first.bias, second.weight, second.bias]
+    layers += [None, None] if project is None else [project.weight, project.bias]
+    layers = [None if t is None else t.to(dtype) for t in layers]
+    tokens = x.shape[0] * x.shape[1]
+    rows = min(AT_ONCE // first.out_features, tokens) if _eager_on_cpu(x) else tokens
+    return _ResidualMLP.apply(x, scale, *_settings(norm), *layers, max(rows, 1))
+
+
+def max_pool(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
+    """``F.max_pool2d`` of ``x (B, C, H, W)``, channels-last in memory, on a CPU.
+
+    It keeps 32-bit indices alone for the backward pass, not its input.
+    """
+    return _MaxPool.apply(x, kernel, stride, padding, dilation)
+
+
+def depthwise(x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
+    """Depth-wise 3-D convolution of ``x (B, C, T, H, W)``, channels-last in memory."""
+    if x.device.type == "cpu" and stride[0] == 1 and padding[0] * 2 + 1 == weight.shape[2]:
+        return _Depthwise.apply(x, weight, stride, padding)
+    if x.is_cuda:
+        x = x.contiguous()  # the layout of CUDA's depth-wise kernel
+    return F.conv3d(x, weight, None, stride, padding, groups=x.shape[1])
+
+
+def _eager_on_cpu(x: Tensor) -> bool:
+    traced = torch.compiler.is_compiling() or jit.is_tracing()
+    return x.device.type == "cpu" and not traced
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer of ``x`` computes in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _settings(norm: nn.LayerNorm | None) -> tuple:
+    return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+
+
+def _normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple:
+    """``F.layer_norm``, and mean and inverse deviation for the backward pass."""
+    return torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
+
+
+def _normalize_backward(
+    grad: Tensor, x: Tensor, norm: tuple, weight: Tensor, bias: Tensor
+) -> tuple:
+    """Gradients by ``x``, in its type, and by weight and bias; ``norm`` is ``_normalize``'s."""
+    grad_x, *grads = torch.ops.aten.native_layer_norm_backward(
+        grad.to(weight.dtype),
+        x.to(weight.dtype),
+        x.shape[-1:],
+        *norm[1:],
+        weight,
+        bias,
+        [True] * 3,
+    )
+    return grad_x.to(x.dtype), *grads
+
+
+def _by_convolution(x: Tensor) -> bool:
+    """Whether to compute ``F.linear`` and its gradients as a pointwise convolution.
+
+    oneDNN spreads those better over the cores of a CPU than PyTorch's matrix product does, and adds
+    the bias on the way: a fifth less time on two cores of an AMD EPYC.
+    """
+    return _eager_on_cpu(x) and x.dtype == torch.float32 and x.numel() > 0
+
+
+def _image(x: Tensor) -> Tensor:
+    """Tokens ``(..., C)`` as an image ``(1, C, 1, tokens)``, channels-last in memory."""
+    return x.contiguous().view(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``."""
+    if not _by_convolution(x):
+        return F.linear(x, weight, bias)
+    image = F.conv2d(_image(x), weight[:, :, None, None], bias)
+    return image.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+
+
+def _grad_x(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of ``F.linear`` by its input; of ``x`` only the shape is looked at."""
+    if not _by_convolution(grad):
+        return grad @ weight
+    return _convolution_backward(grad, x, weight, 0).permute(0, 2, 3, 1).reshape(x.shape)
+
+
+def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of ``F.linear`` by its weight."""
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    if not _by_convolution(grad) or len(x) < 8 * max(grad.shape[1], x.shape[1]):
+        return grad.t() @ x
+    weight = x.new_empty(grad.shape[1], x.shape[1])
+    return _convolution_backward(grad, x, weight, 1)[:, :, 0, 0]
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+    return torch.ops.aten.convolution_backward(
+        _image(grad),
+        _image(x),
+        weight[:, :, None, None],
+        None,
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        False,
+        (0, 0),
+        1,
+        (which == 0, which == 1, False),
+    )[which]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, places, rows):
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, places)
+        ctx.eps, ctx.rows = eps, rows
+        read = x if places is None else x.index_select(1, places)
+        tokens, out = read.flatten(0, 1), None
+        for part in _parts_of(tokens, rows):
+            piece = tokens[part]
+            if norm_weight is not None:
+                piece = _normalize(piece, norm_weight, norm_bias, eps)[0].to(weight.dtype)
+            out = _put(out, part, _product(piece, weight, bias), len(tokens))
+        return out.view(*read.shape[:2], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, norm_weight, norm_bias, weight, places = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grad_x = grad_norm_weight = grad_norm_bias = grad_weight = grad_bias = None
+        read = x if places is None else x.index_select(1, places)
+        tokens, grad_output = read.flatten(0, 1), grad_output.flatten(0, 1)
+        for part in _parts_of(tokens, ctx.rows):
+            piece, grad = tokens[part], grad_output[part]
+            if norm_weight is not None:
+                norm = _normalize(piece, norm_weight, norm_bias, ctx.eps)
+                piece = norm[0].to(weight.dtype)
+            if needed[4]:
+                grad_weight = _add(grad_weight, _grad_weight(grad, piece))
+            if not any(needed[:3]):
+                continue
+            grad = _grad_x(grad, piece, weight)
+            if norm_weight is not None:
+                grad, by_weight, by_bias = _normalize_backward(
+                    grad, tokens[part], norm, norm_weight, norm_bias
+                )
+                grad_norm_weight = _add(grad_norm_weight, by_weight)
+                grad_norm_bias = _add(grad_norm_bias, by_bias)
+            grad_x = _put(grad_x, part, grad, len(tokens))
+        if grad_x is not None:
+            grad_x = grad_x.view(read.shape)
+            if places is not None:
+                grad_x = x.new_zeros(x.shape).index_copy_(1, places, grad_x)
+        if needed[5]:
+            grad_bias = grad_output.sum(0)
+        return grad_x, grad_norm_weight, grad_norm_bias, None, grad_weight, grad_bias, None, None
+
+
+class _ResidualMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, norm_weight, norm_bias, eps, *layers_and_rows):
+        *layers, rows = layers_and_rows
+        weight_1, bias_1, weight_2, bias_2, weight_p, bias_p = layers
+        tokens, out = x.flatten(0, 1), None
+        scale = _per_token(scale, x)
+        for part in _parts_of(tokens, rows):
+            piece = _normalize(tokens[part], norm_weight, norm_bias, eps)[0].to(weight_1.dtype)
+            hidden = _product(piece, weight_1, bias_1)
+            y = _product(F.gelu(hidden), weight_2, bias_2)
+            if scale is not None:
+                y *= scale[part]
+            y = y + (tokens[part] if weight_p is None else _product(piece, weight_p, bias_p))
+            out = _put(out, part, y, len(tokens))
+        kept = hidden if rows >= len(tokens) else None
+        ctx.save_for_backward(
+            x, scale, norm_weight, norm_bias, weight_1, bias_1, weight_2, weight_p, kept
+        )
+        ctx.eps, ctx.rows = eps, rows
+        return out.view(*x.shape[:2], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, scale, norm_weight, norm_bias, weight_1, bias_1, weight_2, weight_p, kept = (
+            ctx.saved_tensors
+        )
+        # By x, scale, norm (2), eps, the three layers (2 each), rows.
+        grads, needed = [None] * 12, ctx.needs_input_grad
+        tokens, grad_output = x.flatten(0, 1), grad_output.flatten(0, 1)
+        for part in _parts_of(tokens, ctx.rows):
+            norm = _normalize(tokens[part], norm_weight, norm_bias, ctx.eps)
+            piece = norm[0].to(weight_1.dtype)
+            hidden = _product(piece, weight_1, bias_1) if kept is None else kept
+            grad = grad_output[part] if scale is None else grad_output[part] * scale[part]
+            grad = grad.to(weight_1.dtype)
+            if needed[7]:
+                grads[7] = _add(grads[7], _grad_weight(grad, F.gelu(hidden)))
+            if needed[8]:
+                grads[8] = _add(grads[8], grad.sum(0))
+            grad = torch.ops.aten.gelu_backward(_grad_x(grad, hidden, weight_2), hidden)
+            if needed[5]:
+                grads[5] = _add(grads[5], _grad_weight(grad, piece))
+            if needed[6]:
+                grads[6] = _add(grads[6], grad.sum(0))
+            grad = _grad_x(grad, piece, weight_1)
+            if weight_p is not None:
+                by_out = grad_output[part].to(weight_1.dtype)
+                if needed[9]:
+                    grads[9] = _add(grads[9], _grad_weight(by_out, piece))
+                if needed[10]:
+                    grads[10] = _add(grads[10], by_out.sum(0))
+                grad = grad + _grad_x(by_out, piece, weight_p)
+            grad, by_weight, by_bias = _normalize_backward(
+                grad, tokens[part], norm, norm_weight, norm_bias
+            )
+            grads[2], grads[3] = _add(grads[2], by_weight), _add(grads[3], by_bias)
+            if weight_p is None:
+                grad += grad_output[part]
+            grads[0] = _put(grads[0], part, grad, len(tokens))
+        grads[0] = grads[0].view(x.shape)
+        return tuple(grads)
+
+
+def _per_token(scale: Tensor | None, x: Tensor) -> Tensor | None:
+    """``(B, 1, 1)`` as ``(B*N, 1)``."""
+    return None if scale is None else scale.expand(-1, x.shape[1], 1).reshape(-1, 1)
+
+
+def _parts_of(tokens: Tensor, rows: int) -> list[slice]:
+    return [slice(start, start + rows) for start in range(0, len(tokens), rows)]
+
+
+def _put(out: Tensor | None, part: slice, piece: Tensor, length: int) -> Tensor:
+    """Writes a piece of ``length`` rows to its place; the only piece is the whole."""
+    if len(piece) == length:
+        return piece
+    if out is None:
+        out = piece.new_empty(length, piece.shape[1])
+    out[part] = piece
+    return out
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kernel, stride, padding, dilation):
+        out, indices = F.max_pool2d(x, kernel, stride, padding, dilation, return_indices=True)
+        ctx.save_for_backward(indices.int())
+        ctx.shape = x.shape
+        ctx.sizes = [
+            [s, s] if isinstance(s, int) else s for s in (kernel, stride, padding, dilation)
+        ]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        (indices,) = ctx.saved_tensors
+        # Only its shape and layout are looked at.
+        x = grad_output.new_empty(ctx.shape).contiguous(memory_format=torch.channels_last)
+        grad_x = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad_output, x, *ctx.sizes, False, indices.long()
+        )
+        return grad_x, None, None, None, None
+
+
+class _Depthwise(torch.autograd.Function):
+    """The convolution, differentiated as one of two dimensions per clip and tap in time.
+
+    oneDNN's gradients of depth-wise 3-D convolutions take 5 to 20 times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv3d(x, weight, None, stride, padding, groups=x.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        frames = x.shape[2]
+        x = x.permute(0, 2, 3, 4, 1)  # (B, T, H, W, C)
+        grad_output = grad_output.permute(0, 2, 3, 4, 1)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_weight = torch.zeros_like(weight)
+        middle = ctx.padding[0]
+        for clip, grad_clip, grad_out in zip(x, grad_x, grad_output):
+            # The middle tap reaches every frame, and is written; the others are added.
+            for tap in sorted(range(weight.shape[2]), key=lambda tap: tap != middle):
+                shift = tap - middle  # output frame t reads input frame t + shift
+                read = slice(max(shift, 0), frames + min(shift, 0))
+                written = slice(max(-shift, 0), frames + min(-shift, 0))
+                if read.start >= read.stop:
+                    continue
+                grad_frames, grad_tap, _ = torch.ops.aten.convolution_backward(
+                    grad_out[written].permute(0, 3, 1, 2),
+                    clip[read].permute(0, 3, 1, 2),
+                    weight[:, :, tap].contiguous(),
+                    None,
+                    ctx.stride[1:],
+                    ctx.padding[1:],
+                    (1, 1),
+                    False,
+                    (0, 0),
+                    x.shape[4],
+                    (ctx.needs_input_grad[0], ctx.needs_input_grad[1], False),
+                )
+                if grad_tap is not None:
+                    grad_weight[:, :, tap] += grad_tap
+                if grad_frames is None:
+                    continue
+                grad_frames = grad_frames.permute(0, 2, 3, 1)
+                if tap == middle:
+                    grad_clip.copy_(grad_frames)
+                else:
+                    grad_clip[read] += grad_frames
+        grad_x = grad_x.permute(0, 4, 1, 2, 3) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_weight if ctx.needs_input_grad[1] else None, None, None
