@@ -49,6 +49,8 @@ def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:
             if kind.fits(child):
                 parent._modules[name] = kind(child, upstream.get(child, ()))
                 count += 1
+        if _PatchProjection.fits(parent, name):
+            parent._modules[name] = _PatchProjection(child)
         if name == "pool_skip":
             holder, name = (parent, name) if isinstance(child, nn.MaxPool3d) else (child, "pool")
             if _SkipPool.fits(getattr(holder, name, None)):
@@ -63,7 +65,7 @@ def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:
 def unfuse_attention(model: nn.Module) -> None:
     """Puts the stock modules back, the very objects that ``fuse_attention`` replaced."""
     for parent, name, child in _children(model):
-        if isinstance(child, (FusedAttention, FusedBlock, _SkipPool)):
+        if isinstance(child, (FusedAttention, FusedBlock, _PatchProjection, _SkipPool)):
             child.stock.training = child.training
             parent._modules[name] = child.stock
 
@@ -473,6 +475,33 @@ class _SlowFastBlock(FusedBlock):
 
     def skip_pool(self) -> nn.Module | None:
         return self.pool_skip
+
+
+class _PatchProjection(nn.Module):
+    """A second view of the convolution that makes tokens; on a CPU they come out channels-last.
+
+    So they lie as ``(B, T*H*W, C)`` needs them, and are not copied to get there.
+    """
+
+    def __init__(self, stock: nn.Conv3d):
+        super().__init__()
+        self.__dict__.update(stock.__dict__)
+        self.__dict__["stock"] = stock
+
+    @staticmethod
+    def fits(parent: nn.Module, name: str) -> bool:
+        torchvision = type(parent) is MViT and name == "conv_proj"
+        if not torchvision and (type(parent).__name__, name) != ("PatchEmbed", "proj"):
+            return False
+        conv = parent._modules[name]
+        return type(conv) is nn.Conv3d and conv.padding_mode == "zeros"
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if x.device.type == "cpu" and not jit.is_tracing():
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        settings = self.stride, self.padding, self.dilation, self.groups
+        return F.conv3d(x, weight, self.bias, *settings)
 
 
 class _SkipPool(nn.Module):

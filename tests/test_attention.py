@@ -461,3 +461,14 @@ def test_last_block_keeps_tokens_that_its_parameters_serve(clips):
     assert last_tokens(model, clips) == [1 + 4 * 4 * 4]
     _, grads = outputs_and_gradients(model, clips)
     assert all(grad is not None for grad in grads.values())
+
+
+def test_patches_come_out_channels_last(clips):
+    model = mvit(False)
+    stock = model.conv_proj(clips)
+    fuse_attention(model)
+    patches = model.conv_proj(clips)
+    assert patches.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(patches, stock)
+    unfuse_attention(model)
+    assert type(model.conv_proj) is nn.Conv3d
