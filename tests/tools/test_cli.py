@@ -91,6 +91,8 @@ def test_run_trains_tests_and_takes_options(config, capsys):
     ("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )
 def test_ctrl_c_says_where_it_goes_on(config, capsys, stop, status):
+    # A shell starts what goes to the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(config).parent / "out" / "checkpoints"
 
     def interrupt():
