@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, arange, cat, einsum, eye, jit, nn
 from torch.nn import functional as F
 from torchvision.models.video.mvit import MultiscaleBlock, MViT
+from torchvision.ops import MLP
 
 from stts_slowfast import kernels
 from stts_slowfast.backbones.layout import find_blocks
@@ -95,7 +96,8 @@ def _cls_reader(model: nn.Module) -> nn.Module | None:
     kind = type(model)
     if kind is MViT:
         return model.norm
-    if kind.__name__ != "MViT" or not kind.__module__.endswith("models.video_model_builder"):
+    stock = (kind.__module__.rpartition("slowfast.")[2], kind.__name__)
+    if stock != ("models.video_model_builder", "MViT"):
         return None
     all_tokens = model.enable_detection or model.use_mean_pooling or model.enable_rev
     return model.norm if model.cls_embed_on and not all_tokens else None
@@ -122,7 +124,8 @@ class FusedAttention(nn.Module):
         """As the stock module's.
 
         Args:
-            norm: what the tokens still have to be normalised by, if anything.
+            norm: what the tokens still have to be normalised by, if anything (for
+                ``kernels.in_pieces(x)``).
             cls_alone: let the cls token alone ask, and return it alone: ``(B, 1, C)``.
         """
         folded = self.tables() != (None, None, None)
@@ -378,14 +381,14 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor, thw):
         if jit.is_tracing() or not thw or not self._fused():
             return self.stock.forward(x, thw)
+        y, norm = (x, self.norm1) if kernels.in_pieces(x) else (self.norm1(x), None)
         cls_alone = self._cls_alone()
-        out, thw_new = self.attn(x, thw, self.norm1, cls_alone)
-        x = x[:, :1] if cls_alone else x
+        out, thw_new = self.attn(y, thw, norm, cls_alone)
         project, in_attention = self.projection()
         if project is not None and in_attention:
-            x = kernels.linear(x, project.weight, project.bias, self.norm1)
+            x = kernels.linear(y, project.weight, project.bias, norm)
             project = None
-        x = (x if cls_alone else self._skip(x, tuple(thw))) + self.drop(out)
+        x = (x[:, :1] if cls_alone else self._skip(x, tuple(thw))) + self.drop(out)
         ones = x.new_ones(len(x), 1, 1)
         scale = self.drop(ones)  # what stochastic depth multiplies each clip with
         scale = None if scale is ones else scale
@@ -406,12 +409,17 @@ class FusedBlock(nn.Module):
         """Whether the parts are still as they were, and nobody has hooks on them."""
         if torch.compiler.is_compiling():
             return True
+        if not self.fits(self):
+            return False
         parts = [self.norm1, self.attn, self.norm2, self.mlp, *self.mlp_layers(self)]
         parts += [part for part in self.projection()[:1] if part is not None]
-        hooked = any(
-            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts
+        return not any(
+            part._forward_hooks
+            or part._forward_pre_hooks
+            or part._backward_hooks
+            or part._backward_pre_hooks
+            for part in parts
         )
-        return not hooked and self.fits(self)
 
     def _skip(self, x: Tensor, thw: tuple) -> Tensor:
         """Pools the residual ``(B, [1+]T*H*W, C)`` over the grid."""
@@ -429,7 +437,7 @@ class _TorchvisionBlock(FusedBlock):
 
     @staticmethod
     def is_stock(block: nn.Module) -> bool:
-        return type(block) in (MultiscaleBlock, _TorchvisionBlock)
+        return type(block) in (MultiscaleBlock, _TorchvisionBlock) and isinstance(block.mlp, MLP)
 
     @staticmethod
     def mlp_layers(block: nn.Module) -> list[nn.Module]:
@@ -455,8 +463,10 @@ class _SlowFastBlock(FusedBlock):
     @staticmethod
     def is_stock(block: nn.Module) -> bool:
         kind = type(block)
-        known = kind.__name__ == "MultiScaleBlock" and kind.__module__.endswith("models.attention")
-        if not known and kind is not _SlowFastBlock:
+        stock = (kind.__module__.rpartition("slowfast.")[2], kind.__name__)
+        if kind is not _SlowFastBlock and stock != ("models.attention", "MultiScaleBlock"):
+            return False
+        if type(block.mlp).__name__ != "Mlp":
             return False
         return getattr(block, "gamma_1", None) is getattr(block, "gamma_2", None) is None
 

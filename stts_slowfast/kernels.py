@@ -11,8 +11,14 @@ from torch import Tensor, jit, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Elements that are made at a time on a CPU: 8 MiB.
+# Elements that are made at a time on a CPU: 8 MiB of float32.
 AT_ONCE = 2**21
+
+
+def in_pieces(x: Tensor) -> bool:
+    """Whether operators work on pieces of ``x``: on a CPU, where nobody compiles or traces them."""
+    traced = torch.compiler.is_compiling() or jit.is_tracing()
+    return x.device.type == "cpu" and not traced
 
 
 def linear(
@@ -28,7 +34,7 @@ def linear(
         norm: what normalises the tokens; None for nothing.
         places: take the tokens at these indices into ``N`` alone, each at most once.
     """
-    if not _eager_on_cpu(x):
+    if not in_pieces(x):
         x = x if places is None else x.index_select(1, places)
         return F.linear(x if norm is None else norm(x), weight, bias)
     dtype = _dtype(x)
@@ -61,7 +67,7 @@ def residual_mlp(
     layers += [None, None] if project is None else [project.weight, project.bias]
     layers = [None if t is None else t.to(dtype) for t in layers]
     tokens = x.shape[0] * x.shape[1]
-    rows = min(AT_ONCE // first.out_features, tokens) if _eager_on_cpu(x) else tokens
+    rows = min(AT_ONCE // first.out_features, tokens) if in_pieces(x) else tokens
     return _ResidualMLP.apply(x, scale, *_settings(norm), *layers, max(rows, 1))
 
 
@@ -80,11 +86,6 @@ def depthwise(x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tenso
     if x.is_cuda:
         x = x.contiguous()  # the layout of CUDA's depth-wise kernel
     return F.conv3d(x, weight, None, stride, padding, groups=x.shape[1])
-
-
-def _eager_on_cpu(x: Tensor) -> bool:
-    traced = torch.compiler.is_compiling() or jit.is_tracing()
-    return x.device.type == "cpu" and not traced
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -124,7 +125,7 @@ def _by_convolution(x: Tensor) -> bool:
     oneDNN spreads those better over the cores of a CPU than PyTorch's matrix product does, and adds
     the bias on the way: a fifth less time on two cores of an AMD EPYC.
     """
-    return _eager_on_cpu(x) and x.dtype == torch.float32 and x.numel() > 0
+    return in_pieces(x) and x.dtype == torch.float32 and x.numel() > 0
 
 
 def _image(x: Tensor) -> Tensor:

@@ -419,6 +419,8 @@ def test_what_happens_to_a_part_of_a_fused_block_counts(clips):
     assert torch.equal(model(clips), plain)
     mlp[0] = nn.Sequential(mlp[0], nn.Tanh())  # as adapters do
     assert not torch.equal(model(clips), plain)
+    model.blocks[2].mlp = nn.Linear(16, 16)
+    model(clips)
 
 
 def test_blocks_with_dropout_stay_stock():

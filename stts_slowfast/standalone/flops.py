@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from torch import Tensor, nn
 
 
@@ -9,7 +10,7 @@ def count_gflops(model: nn.Module, clip: Tensor) -> float:
     """Billions of multiply-adds of one forward pass in evaluation, counted by fvcore."""
     training = model.training
     model.eval()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of tracing, and of fvcore's own use of torch.jit
         from fvcore.nn import FlopCountAnalysis
 
