@@ -193,3 +193,15 @@ def _check(cfg) -> None:
     for key, (size, stride) in sizes.items():
         if size % stride:
             raise ValueError(f"{key} is {size}: MVIT.PATCH_STRIDE wants a multiple of {stride}")
+    for size, stride, kernel, padding in zip(
+        (cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE, cfg.DATA.TRAIN_CROP_SIZE),
+        mvit.PATCH_STRIDE,
+        mvit.PATCH_KERNEL,
+        mvit.PATCH_PADDING,
+    ):
+        if (size + 2 * padding - kernel) // stride + 1 != size // stride:
+            raise ValueError(
+                f"MVIT.PATCH_KERNEL {list(mvit.PATCH_KERNEL)} with PATCH_PADDING "
+                f"{list(mvit.PATCH_PADDING)} and PATCH_STRIDE {list(mvit.PATCH_STRIDE)} does not "
+                f"make {size // stride} patches of {size}: pad by half the kernel"
+            )

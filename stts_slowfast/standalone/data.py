@@ -81,7 +81,12 @@ def list_ssv2(cfg, split: str) -> list[Entry]:
     videos = _read_json(cfg, f"something-something-v2-{name}.json", "id and template of videos")
     frames = _frame_lists(cfg, "train.csv" if split == "train" else "val.csv")
     entries = []
-    for video in videos:
+    for number, video in enumerate(videos):
+        if not isinstance(video, dict) or not {"id", "template"} <= video.keys():
+            raise ValueError(
+                f"something-something-v2-{name}.json: entry {number} is {video!r}: "
+                "give each video an id and a template"
+            )
         template = video["template"].replace("[", "").replace("]", "")
         where = f"something-something-v2-{name}.json, video {video['id']}"
         if template not in labels:
@@ -124,7 +129,10 @@ def _data_file(cfg, name: str, content: str) -> str:
 def _lines(path: str) -> list[tuple[int, str]]:
     """Number and text of the lines that are not empty."""
     with g_pathmgr.open(path, "r") as file:
-        return [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
+        try:
+            return [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _read_json(cfg, name: str, content: str):

@@ -192,7 +192,10 @@ def _convert_schedule(tree: dict, notes: list[str]) -> None:
         stts["FREEZE_BACKBONE_EPOCHS"] = 0.0
         solver["WARMUP_EPOCHS"] = 0.0
         return
-    stts["FREEZE_BACKBONE_EPOCHS"] = float(solver.get("WARMUP_EPOCHS", 0.0))
+    warmup = solver.get("WARMUP_EPOCHS", 0.0)
+    if not isinstance(warmup, (int, float)):
+        raise ValueError(f"SOLVER.WARMUP_EPOCHS is {warmup!r}: give a number of epochs")
+    stts["FREEZE_BACKBONE_EPOCHS"] = float(warmup)
     solver["WARMUP_EPOCHS"] = 0.0
     train["CHECKPOINT_EPOCH_RESET"] = True
     notes.append(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,14 @@ from stts_slowfast import backbones
 from stts_slowfast.config import plan
 from stts_slowfast.hooks import selections
 from stts_slowfast.tools.cli import add_opts
-from stts_slowfast.video import Video, clip_size, clip_span, frame_indices, segment_indices
+from stts_slowfast.video import (
+    Video,
+    VideoError,
+    clip_size,
+    clip_span,
+    frame_indices,
+    segment_indices,
+)
 
 # Top, left, height and width as shares of the frame.
 Window = tuple[float, float, float, float]
@@ -49,7 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draws the middle clip of every video, as the model sees it."""
+    """Draws the middle clip of every video, as the model sees it.
+
+    A video that cannot be read is named and left out.
+
+    Raises:
+        ValueError: where that goes for all of them.
+    """
     from stts_slowfast.standalone.defaults import load_config
     from stts_slowfast.standalone.model import build_model
     from stts_slowfast.standalone.resume import load_for_test
@@ -61,10 +75,16 @@ def main(args: argparse.Namespace) -> int:
     load_for_test(cfg, model)
     strips = []
     for path in args.video:
-        clip = read_clip(cfg, path)
+        try:
+            clip = read_clip(cfg, path)
+        except VideoError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         probs = predict(model, clip)
         title = f"{os.path.basename(path)}: class {int(probs.argmax())} ({probs.max():.0%})"
         strips.append(make_strip(cfg, model, clip, title))
+    if not strips:
+        raise ValueError("none of the videos could be read")
     draw(strips, args.out)
     print(f"wrote {args.out}")
     return 0

@@ -101,6 +101,7 @@ def test_kernels_follow_strides_where_none_is_given(tiny_cfg):
         ("DATA.INPUT_CHANNEL_NUM", [1]),
         ("DATA.NUM_FRAMES", 7),
         ("DATA.TRAIN_CROP_SIZE", 30),
+        ("MVIT.PATCH_PADDING", [1, 0, 3]),
     ],
 )
 def test_what_torchvision_cannot_express_is_named(tiny_cfg, key, value):

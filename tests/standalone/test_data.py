@@ -201,6 +201,13 @@ def test_unusable_lists_are_explained(cfg, text, message):
         build_loader(cfg, "train")
 
 
+def test_lists_of_another_encoding_are_named(cfg):
+    with open(f"{cfg.DATA.PATH_TO_DATA_DIR}/train.csv", "wb") as file:
+        file.write("caf\u00e9.mp4 0\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"train\.csv is not UTF-8"):
+        build_loader(cfg, "train")
+
+
 def test_missing_folder_and_list_are_explained(cfg, tmp_path):
     cfg.DATA.PATH_TO_DATA_DIR = ""
     with pytest.raises(ValueError, match=r"PATH_TO_DATA_DIR is empty"):
@@ -291,6 +298,10 @@ def test_ssv2_lists_are_checked(ssv2):
         build_loader(ssv2, "train")
     rewrite(ssv2, "{", "something-something-v2-labels.json")
     with pytest.raises(ValueError, match=r"labels\.json is not JSON"):
+        build_loader(ssv2, "train")
+    rewrite(ssv2, "{}", "something-something-v2-labels.json")
+    rewrite(ssv2, '[{"id": "1"}]', "something-something-v2-train.json")
+    with pytest.raises(ValueError, match=r"train\.json: entry 0 .* an id and a template"):
         build_loader(ssv2, "train")
 
 

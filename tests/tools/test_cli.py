@@ -87,6 +87,13 @@ def test_run_trains_tests_and_takes_options(config, capsys):
     assert '"split": "test_final"' in (folder / "stdout.log").read_text()
 
 
+def test_a_missing_test_list_shows_before_the_training(config, capsys):
+    (Path(config).parent / "test.csv").unlink()
+    assert cli.main(["run", "--cfg", config]) == 2
+    assert "which has no test.csv" in error_line(capsys)
+    assert not (Path(config).parent / "out" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )

@@ -112,6 +112,10 @@ def test_other_yaml_is_refused(tmp_path):
         ({"MVIT": 3}, r"MVIT is 3: it must hold KEY: VALUE lines"),
         ({"MVIT": {"TIME_PRUNING_LOC": [0]}, "SOLVER": None}, r"SOLVER is None"),
         ({"MVIT": {"TIME_PRUNING_LOC": [0], "TIME_SCORE": [1]}}, r"MVIT\.TIME_SCORE is \[1\]"),
+        (
+            {"MVIT": {"TIME_PRUNING_LOC": [0]}, "SOLVER": {"WARMUP_EPOCHS": "x"}},
+            r"SOLVER\.WARMUP_EPOCHS is 'x'",
+        ),
     ],
 )
 def test_nonsense_in_their_yaml_is_named(tree, message):

@@ -103,5 +103,8 @@ def test_command_draws_ones_own_videos(cfg, tmp_path, capsys):
     assert cli.main([*words, "--video", *videos, "--out", str(out)]) == 0
     assert f"wrote {out}" in capsys.readouterr().out
     assert Image.open(out).size[0] > 400
+    missing = str(tmp_path / "c.mp4")
+    assert cli.main([*words, "--video", missing, *videos, "--out", str(out)]) == 0
+    assert "left out: " in capsys.readouterr().err
     assert cli.main([*words, "--video", str(tmp_path / "c.mp4"), "--out", str(out)]) == 2
     assert "c.mp4: No such file" in capsys.readouterr().err
