@@ -87,7 +87,11 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     rows = [parse_row(text) for text in args.rows]
     if args.frames:
-        rows = [replace(row, frames=frames) for frames in args.frames for row in rows]
+        rows = [
+            replace(row, frames=frames, seconds={}, memory={})
+            for frames in args.frames
+            for row in rows
+        ]
     measure(rows, args)
     print(table(rows, args.batch_size))
     if args.json:

@@ -51,13 +51,19 @@ def test_whole_run(config, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_clip_lengths_are_compared_with_their_own_first_row(config, capsys):
+def test_clip_lengths_are_compared_with_their_own_first_row(config, tmp_path, capsys):
+    numbers = tmp_path / "numbers.json"
     rows = [f"a={config},STTS.ENABLE=False", f"b={config},STTS.ENABLE=True"]
     options = ["--frames", "8", "16", "--modes", "eval", "--repeats", "1", "--no-memory"]
+    options += ["--json", str(numbers)]
     assert cli.main(["bench", *rows, "--batch-size", "1", *options]) == 0
     cells = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[2].strip() for row in cells] == ["8", "8", "16", "16"]
     assert [row[6].strip() for row in cells][::2] == ["1.00", "1.00"]
+    report = json.loads(numbers.read_text())
+    assert [row["frames"] for row in report["rows"]] == [8, 8, 16, 16]
+    # Every length has its own measurements.
+    assert [len(row["seconds"]["eval"]) for row in report["rows"]] == [1, 1, 1, 1]
 
 
 def test_table_gives_medians_and_ratios():
