@@ -6,6 +6,12 @@ from torch.nn import functional as F
 from stts_slowfast import kernels
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Few channels, computed as many are."""
+    monkeypatch.setattr(kernels, "_WIDE", 1)
+
+
 @pytest.fixture(params=["whole", "pieces"])
 def at_once(request, monkeypatch):
     """As one piece, and in pieces of 5 tokens of 8 channels, 1 token of an MLP."""
@@ -54,7 +60,9 @@ def test_linear(dtype, bias, places, normed, at_once):
     assert_same(ours, theirs, dtype)
 
 
-def test_linear_of_many_tokens():
+@pytest.mark.parametrize("at_least", [1, 64])
+def test_linear_of_many_tokens(at_least, monkeypatch):
+    monkeypatch.setattr(kernels, "_WIDE", at_least)
     layer = layers(nn.Linear(3, 5))
     x = torch.randn(2, 100, 3, requires_grad=True)
     parameters = [x, *layer.parameters()]
@@ -141,7 +149,7 @@ def test_autocast_computes_products_in_bfloat16():
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 @pytest.mark.parametrize("frames", [1, 2, 5])
-def test_depthwise(stride, frames):
+def test_depthwise(stride, frames, at_once):
     x = torch.randn(2, frames, 9, 7, 6).permute(0, 4, 1, 2, 3).requires_grad_()
     weight = torch.randn(6, 1, 3, 3, 3, requires_grad=True)
     sizes = ((1, stride, stride), (1, 1, 1))
