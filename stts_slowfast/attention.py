@@ -66,7 +66,7 @@ def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:
 def unfuse_attention(model: nn.Module) -> None:
     """Puts the stock modules back, the very objects that ``fuse_attention`` replaced."""
     for parent, name, child in _children(model):
-        if isinstance(child, (FusedAttention, FusedBlock, _PatchProjection, _SkipPool)):
+        if isinstance(child, (_View, _SkipPool)):
             child.stock.training = child.training
             parent._modules[name] = child.stock
 
@@ -93,17 +93,31 @@ def _upstream(model: nn.Module) -> dict[nn.Module, tuple]:
 
 def _cls_reader(model: nn.Module) -> nn.Module | None:
     """What reads the tokens of a model's last block, if it then drops all but the cls token."""
-    kind = type(model)
-    if kind is MViT:
+    if type(model) is MViT:
         return model.norm
-    stock = (kind.__module__.rpartition("slowfast.")[2], kind.__name__)
-    if stock != ("models.video_model_builder", "MViT"):
+    if _name_in_slowfast(model) != "models.video_model_builder.MViT":
         return None
     all_tokens = model.enable_detection or model.use_mean_pooling or model.enable_rev
     return model.norm if model.cls_embed_on and not all_tokens else None
 
 
-class FusedAttention(nn.Module):
+def _name_in_slowfast(module: nn.Module) -> str:
+    """Its class with the path inside the package ``slowfast``, however that is imported."""
+    kind = type(module)
+    return f"{kind.__module__.rpartition('slowfast.')[2]}.{kind.__name__}"
+
+
+class _View(nn.Module):
+    """A second view of a stock module: same attributes, parameters and children."""
+
+    def __init__(self, stock: nn.Module, **more):
+        super().__init__()
+        # Shared dictionaries: what happens to one happens to the other, and a copy copies both.
+        self.__dict__.update(stock.__dict__)
+        self.__dict__.update(stock=stock, **more)
+
+
+class FusedAttention(_View):
     """A second view of a stock attention module: same attributes, parameters and children.
 
     Args:
@@ -115,10 +129,7 @@ class FusedAttention(nn.Module):
     """
 
     def __init__(self, stock: nn.Module, selectors: tuple[nn.Module, ...] = ()):
-        super().__init__()
-        # Shared dictionaries: what happens to one happens to the other, and a copy copies both.
-        self.__dict__.update(stock.__dict__)
-        self.__dict__.update(stock=stock, selectors=selectors)
+        super().__init__(stock, selectors=selectors)
 
     def forward(self, x: Tensor, thw, norm: nn.LayerNorm | None = None, cls_alone: bool = False):
         """As the stock module's.
@@ -347,7 +358,7 @@ class _SlowFastAttention(FusedAttention):
         return q - arange(k_size, device=device) * k_ratio + (k_size - 1) * k_ratio
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(_View):
     """A second view of a stock MViT block: same attributes, parameters and children.
 
     Args:
@@ -359,9 +370,7 @@ class FusedBlock(nn.Module):
     """
 
     def __init__(self, stock: nn.Module, cls_reader: nn.Module | None = None):
-        super().__init__()
-        self.__dict__.update(stock.__dict__)
-        self.__dict__.update(stock=stock, cls_reader=cls_reader)
+        super().__init__(stock, cls_reader=cls_reader)
 
     @classmethod
     def fits(cls, block: nn.Module) -> bool:
@@ -462,9 +471,8 @@ class _SlowFastBlock(FusedBlock):
 
     @staticmethod
     def is_stock(block: nn.Module) -> bool:
-        kind = type(block)
-        stock = (kind.__module__.rpartition("slowfast.")[2], kind.__name__)
-        if kind is not _SlowFastBlock and stock != ("models.attention", "MultiScaleBlock"):
+        stock = _name_in_slowfast(block) == "models.attention.MultiScaleBlock"
+        if not stock and type(block) is not _SlowFastBlock:
             return False
         if type(block.mlp).__name__ != "Mlp":
             return False
@@ -487,16 +495,11 @@ class _SlowFastBlock(FusedBlock):
         return self.pool_skip
 
 
-class _PatchProjection(nn.Module):
+class _PatchProjection(_View):
     """A second view of the convolution that makes tokens; on a CPU they come out channels-last.
 
     So they lie as ``(B, T*H*W, C)`` needs them, and are not copied to get there.
     """
-
-    def __init__(self, stock: nn.Conv3d):
-        super().__init__()
-        self.__dict__.update(stock.__dict__)
-        self.__dict__["stock"] = stock
 
     @staticmethod
     def fits(parent: nn.Module, name: str) -> bool:
