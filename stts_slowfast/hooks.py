@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from stts_slowfast.backbones.layout import find_blocks, input_channels, select
 from stts_slowfast.config import plan, validate_stts
+from stts_slowfast.hosts import find_blocks, input_channels, select
 from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import mvit_v1_b, mvit_v2_s
 
 from stts_slowfast import backbones
-from stts_slowfast.attention import fuse_attention
 from stts_slowfast.config import add_stts_config
+from stts_slowfast.fused.attention import fuse_attention
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.schedule import set_progress
 

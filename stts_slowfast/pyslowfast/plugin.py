@@ -13,8 +13,8 @@ import wrapt
 from torch import nn
 
 from stts_slowfast import backbones, schedule
-from stts_slowfast.attention import fuse_attention
 from stts_slowfast.config import add_stts_config, add_timesformer_config, add_video_swin_config
+from stts_slowfast.fused.attention import fuse_attention
 from stts_slowfast.hooks import attach
 from stts_slowfast.pyslowfast import families
 

@@ -3,8 +3,8 @@
 from torch import nn
 
 from stts_slowfast import backbones
-from stts_slowfast.attention import fuse_attention
 from stts_slowfast.checkpoints import load_pretrained
+from stts_slowfast.fused.attention import fuse_attention
 from stts_slowfast.hooks import attach
 
 

@@ -11,8 +11,8 @@ from bisect import bisect_right
 import torch
 from torch import Tensor, nn
 
-from stts_slowfast.backbones.layout import find_blocks
 from stts_slowfast.checkpoints import slowfast_state
+from stts_slowfast.hosts import find_blocks
 from stts_slowfast.schedule import param_groups
 from stts_slowfast.standalone.defaults import check_choice
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stts_slowfast.attention import FusedAttention, fuse_attention
+from stts_slowfast.fused.attention import FusedAttention, fuse_attention
 
 KERNELS = {"kernel_q": (3, 3, 3), "kernel_kv": (3, 3, 3), "stride_kv": (1, 4, 4)}
 RELATIVE = {"rel_pos_spatial": True, "rel_pos_temporal": True, "residual_pooling": True}

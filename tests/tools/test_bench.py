@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from stts_slowfast.attention import FusedAttention
+from stts_slowfast.fused.attention import FusedAttention
 from stts_slowfast.tools import bench, cli
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stts_slowfast.attention import fuse_attention
 from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.fused.attention import fuse_attention
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import cli, export
 

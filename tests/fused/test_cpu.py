@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stts_slowfast import kernels
+from stts_slowfast.fused import cpu as kernels
 
 
 @pytest.fixture(autouse=True)

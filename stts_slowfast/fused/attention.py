@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torchvision.models.video.mvit import MultiscaleBlock, MViT
 from torchvision.ops import MLP
 
-from stts_slowfast import kernels
-from stts_slowfast.backbones.layout import find_blocks
+from stts_slowfast.fused import cpu as kernels
+from stts_slowfast.hosts import find_blocks
 
 
 def fuse_attention(model: nn.Module, true_distances: bool = True) -> int:

@@ -15,8 +15,8 @@ from torchvision.models.video.mvit import (
     MViT,
 )
 
-from stts_slowfast.attention import FusedAttention, fuse_attention, unfuse_attention
 from stts_slowfast.backbones import block_grids, build
+from stts_slowfast.fused.attention import FusedAttention, fuse_attention, unfuse_attention
 from stts_slowfast.hooks import attach, selections
 
 

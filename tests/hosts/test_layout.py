@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from stts_slowfast.backbones.layout import find_blocks, input_channels, select
+from stts_slowfast.hosts import find_blocks, input_channels, select
 
 
 class EveryOther(nn.Module):

@@ -1,0 +1,1 @@
+"""What makes a model faster and never changes its numbers: attention, blocks, a CPU's operators."""
