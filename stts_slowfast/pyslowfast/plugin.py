@@ -14,7 +14,7 @@ from torch import nn
 
 from stts_slowfast import backbones, schedule
 from stts_slowfast.config import add_stts_config, add_timesformer_config, add_video_swin_config
-from stts_slowfast.fused.attention import fuse_attention
+from stts_slowfast.fused import configure
 from stts_slowfast.hooks import attach
 from stts_slowfast.pyslowfast import families
 
@@ -109,7 +109,7 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
     if cfg.DETECTION.ENABLE:
         pool_over_frames_left(model.head)
     if cfg.STTS.FUSED_ATTENTION:
-        fuse_attention(model, cfg.STTS.TRUE_DISTANCES)
+        configure(model, True, cfg.STTS.TRUE_DISTANCES)
     return model
 
 
