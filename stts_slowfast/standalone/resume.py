@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from iopath.common.file_io import g_pathmgr
 from torch import nn
 
-from stts_slowfast.checkpoints import Loaded, load_weights, read_checkpoint
+from stts_slowfast.checkpoints import Loaded, check, load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def starting_point(cfg, model: nn.Module) -> Start:
     path = last_checkpoint(cfg) if cfg.TRAIN.AUTO_RESUME else None
     if path:
         checkpoint = read_checkpoint(path)
-        loaded = _load(model, checkpoint, path)
+        loaded = _load(cfg, model, checkpoint, path, "resume")
         if loaded.missing or loaded.unexpected or loaded.mismatched:
             raise ValueError(
                 f"{path} is of another model ({loaded}): choose another OUTPUT_DIR, or set "
@@ -75,7 +75,7 @@ def starting_point(cfg, model: nn.Module) -> Start:
     if not path:
         return Start()
     checkpoint = _clear_names(read_checkpoint(path), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
-    _load(model, checkpoint, path)
+    _load(cfg, model, checkpoint, path, "finetune")
     if cfg.TRAIN.CHECKPOINT_EPOCH_RESET or "epoch" not in checkpoint:
         return Start()
     start = Start(path, checkpoint)
@@ -93,23 +93,17 @@ def load_for_test(cfg, model: nn.Module) -> None:
 
     Raises:
         FileNotFoundError: where a named checkpoint is missing.
-        ValueError: where it is not one, or a parameter has another shape than the model's.
+        ValueError: where it is not one, or not of the model that the config asks for.
     """
     path = cfg.TEST.CHECKPOINT_FILE_PATH or last_checkpoint(cfg) or cfg.TRAIN.CHECKPOINT_FILE_PATH
     if not path:
         logger.warning("No checkpoint is named or found: testing random weights")
         return
-    loaded = _load(model, read_checkpoint(path), path)
-    if loaded.mismatched:
-        raise ValueError(
-            f"{path} does not fit the model of this config: {loaded.mismatched[0]}; "
-            "MODEL.NUM_CLASSES, DATA.* and MVIT.* must be those it was trained with"
-        )
-    if any(name.startswith("stts.") for name in loaded.missing):
-        logger.warning("%s has no trained scorers: they score by random weights", path)
+    _load(cfg, model, read_checkpoint(path), path, "test")
 
 
-def _load(model: nn.Module, checkpoint: dict, path: str) -> Loaded:
+def _load(cfg, model: nn.Module, checkpoint: dict, path: str, purpose: str) -> Loaded:
+    check(model, checkpoint, cfg, purpose, path)
     try:
         loaded = load_weights(model, checkpoint)
     except ValueError as error:

@@ -6,7 +6,7 @@ import torch
 import yaml
 from iopath.common.file_io import g_pathmgr
 
-from stts_slowfast.checkpoints import (
+from stts_slowfast.checkpoints.formats import (
     TARGETS,
     convert,
     load_weights,

@@ -7,7 +7,6 @@ adding a row to ``FORMATS``.
 
 import logging
 import os
-import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,11 @@ import torch
 from iopath.common.file_io import g_pathmgr
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MViT
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from stts_slowfast.backbones.timesformer import TimeSformer, resize_positions, resize_times
+from stts_slowfast.backbones.vit import ViT
+from stts_slowfast.checkpoints.files import read_checkpoint, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -97,28 +99,22 @@ def load_pretrained(model: nn.Module, cfg) -> Loaded | None:
     return loaded
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """Reads a checkpoint onto the CPU.
+def state_dict_of(checkpoint: dict) -> State:
+    """The parameters inside a checkpoint, whatever it wraps them in; DDP's prefix taken off.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it cannot be read as a checkpoint (truncated, another kind of file).
+        ValueError: where there are none.
     """
-    path = os.fspath(path)
-    if not g_pathmgr.isfile(path):
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        with g_pathmgr.open(path, "rb") as f:
-            checkpoint = torch.load(f, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if isinstance(error, pickle.UnpicklingError):  # PyTorch's advice is about its own arguments
-            reason = "it is no file of PyTorch's, or holds more than tensors, numbers and texts"
-        else:
-            reason = f"{str(error).strip().splitlines()[0]} (is it truncated?)"
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of parameters")
-    return checkpoint
+    for key in ("model_state", "state_dict", "model"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    state = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError("the checkpoint holds no parameters: no tensor, model_state or state_dict")
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
 
 
 def save_checkpoint(
@@ -158,44 +154,6 @@ def save_checkpoint(
             torch.save(checkpoint, f)
         return
     write_whole(path, lambda partial: torch.save(checkpoint, partial))
-
-
-def write_whole(path: str, write: Callable[[str], None]) -> None:
-    """Has ``write`` fill a file beside ``path``, then renames it: a local file is whole or absent.
-
-    Raises:
-        FileNotFoundError: where the folder does not exist.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"folder {folder} does not exist: make it, or write elsewhere")
-    # SlowFast resumes from any file there with "checkpoint" in its name; torch.save names the
-    # archive inside after what stands before the last dot, which must not be empty.
-    partial = os.path.join(folder, f".partial-{os.getpid()}.tmp")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-
-
-def state_dict_of(checkpoint: dict) -> State:
-    """The parameters inside a checkpoint, whatever it wraps them in; DDP's prefix taken off.
-
-    Raises:
-        ValueError: where there are none.
-    """
-    for key in ("model_state", "state_dict", "model"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    state = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-    if not state:
-        raise ValueError("the checkpoint holds no parameters: no tensor, model_state or state_dict")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
 
 
 def slowfast_state(model: nn.Module) -> State:
@@ -263,7 +221,7 @@ def _replace_prefix(key: str, prefixes: dict[str, str]) -> str:
 
 # --- the STTS authors' score predictors ---------------------------------------------------------
 
-_AUTHORS_SCORER = re.compile(
+AUTHORS_SCORER = re.compile(
     r"^(time|space)_score_predictor\.(\d+)\.score_network\.(in_conv|out_conv)\.(.+)$"
 )
 _OUR_SCORER = re.compile(r"^stts\.((time|space)_\d+)\.scorer\.network\.(embed|score)\.(.+)$")
@@ -280,7 +238,7 @@ def selectors_from_authors(state: State, selectors: Sequence[str]) -> State:
     """
     renamed = {}
     for key, value in state.items():
-        match = _AUTHORS_SCORER.match(key)
+        match = AUTHORS_SCORER.match(key)
         if match:
             dimension, number, part, rest = match.groups()
             ours = [name for name in selectors if name.startswith(f"{dimension}_")]
@@ -528,7 +486,7 @@ def convert(checkpoint: dict, to: str, selectors: Sequence[str]) -> tuple[dict, 
         )
     target = FORMATS[TARGETS[to, source.family]]
     ours = source.to_slowfast(state, selectors)
-    left_over = [key for key in ours if _AUTHORS_SCORER.match(key)]
+    left_over = [key for key in ours if AUTHORS_SCORER.match(key)]
     converted = {target.wrapper: target.from_slowfast(ours)} if target.wrapper else {}
     converted = converted or target.from_slowfast(ours)
     eps = _pool_norm_eps(checkpoint, source.name)
@@ -542,6 +500,17 @@ def convert(checkpoint: dict, to: str, selectors: Sequence[str]) -> tuple[dict, 
 def recognize(state: State) -> Format:
     """The format of a state dict; where it is none of the known, the model's own names."""
     return next((row for row in FORMATS.values() if row.recognize(state)), _OWN)
+
+
+def is_standalone(model: nn.Module) -> bool:
+    """Whether the model is one that :func:`load_weights` knows how to rename for."""
+    return isinstance(model, (MViT, TimeSformer, SwinTransformer3d, ViT))
+
+
+def to_model(state: State, model: nn.Module) -> State:
+    """A state dict of any known format under the model's names, the file's parameters first."""
+    renamed = recognize(state).to_slowfast(state, list(getattr(model, "stts", ())))
+    return _to_model(renamed, model)
 
 
 def _to_model(state: State, model: nn.Module) -> State:

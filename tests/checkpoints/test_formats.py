@@ -5,7 +5,7 @@ from torchvision.models.video import mvit_v1_b, mvit_v2_s, swin3d_b, swin3d_t
 
 from stts_slowfast import backbones
 from stts_slowfast.backbones.timesformer import TimeSformer
-from stts_slowfast.checkpoints import (
+from stts_slowfast.checkpoints.formats import (
     FORMATS,
     load_weights,
     mvit_from_slowfast,
