@@ -131,6 +131,7 @@ class Video:
         self.name = name or _source_name(source)
         self.threads = threads
         self.num_decoded = 0
+        self.damage = ""
         self._reformatter = VideoReformatter()  # one for all frames: making one is slow
         self._container = None
         self._file, self._owns_file = _open_source(source, self.name)

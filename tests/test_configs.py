@@ -16,7 +16,12 @@ from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.optim import build_optimizer, check_solver, lr_at
-from stts_slowfast.standalone.transforms import batch_mixer, train_transform, view_transform
+from stts_slowfast.standalone.transforms import (
+    batch_mixer,
+    prepare,
+    train_transform,
+    view_transform,
+)
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -154,7 +159,8 @@ def test_one_training_step_and_one_test_step(name):
     video = torch.randint(0, 256, (cfg.DATA.NUM_FRAMES, 3, 80, 90), dtype=torch.uint8)
     cfg.DATA.TRAIN_JITTER_SCALES = [72, 80]
     augment, mix = train_transform(cfg, "train"), batch_mixer(cfg)
-    clips, labels = torch.stack([augment(video), augment(video)]), torch.tensor([0, 3])
+    clips = prepare(torch.stack([augment(video), augment(video)]), cfg)
+    labels = torch.tensor([0, 3])
     clips, labels = mix(clips, labels) if mix else (clips, labels)
     loss = F.cross_entropy(model(clips), labels)
     loss.backward()
@@ -169,7 +175,7 @@ def test_one_training_step_and_one_test_step(name):
     model.eval()
     position = min(1, cfg.TEST.NUM_SPATIAL_CROPS - 1)
     with torch.no_grad():
-        logits = model(view_transform(cfg, position)(video)[None])
+        logits = model(prepare(view_transform(cfg, position)(video)[None], cfg))
     assert logits.shape == (1, cfg.MODEL.NUM_CLASSES) and logits.isfinite().all()
     kept = selections(model)
     frames, (_, after) = kept["time_0"], expected_steps(name)["time_0"]

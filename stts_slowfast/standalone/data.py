@@ -1,26 +1,28 @@
-"""Kinetics and Something-Something v2, from the lists that SlowFast reads to mini-batches of clips.
+"""Kinetics and Something-Something v2, from lists to mini-batches of clips.
 
 ``build_loader(cfg, split)`` gives batches ``(clips, labels, video_index, view_index)``: clips
-(B, 3, T, H, W) float32, and three (B,) long. A video that cannot be read is replaced by another in
-training and validation; in testing it comes as a clip of zeros with the label ``UNREADABLE``.
+(B, 3, T, H, W), and three (B,) long. Clips are uint8 pixels where nothing forbids it, else
+normalised float32; ``prepare(clips, cfg)`` makes either what a model takes, on any device. A video
+that cannot be read is replaced by another in training and validation; in testing its views are
+zeros with the label ``UNREADABLE``. ``loader.bad`` counts them.
 """
 
-import json
-import logging
-import os
+import contextlib
+import math
 import random
-from collections import defaultdict
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from iopath.common.file_io import g_pathmgr
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from stts_slowfast.standalone.badvideos import BadVideos, Finding, too_many
+from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list_ssv2
 from stts_slowfast.standalone.transforms import (
     batch_mixer,
+    prepare,
     train_transform,
     view_scale,
     view_transform,
@@ -34,157 +36,54 @@ from stts_slowfast.video import (
     segment_indices,
 )
 
-__all__ = ["UNREADABLE", "ClipDataset", "batch_mixer", "build_loader"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "batch_mixer", "build_loader", "prepare"]
 
 # The label of a test video that cannot be read: no prediction equals it, so it counts as wrong.
 UNREADABLE = -1
-# SlowFast tries 100 videos before it gives up; so many broken ones in a row are no accident.
-_NUM_RETRIES = 10
 
 
-class Entry(NamedTuple):
-    """A line of a list: a video file, or the image files of its frames; and its label."""
-
-    path: str
-    label: int
-    frames: tuple[str, ...] = ()
+# ---- reading a video ------------------------------------------------------------------------
 
 
-# ---- lists ----------------------------------------------------------------------------------
+def read_kinetics(cfg, entry: Entry, split: str, short_side: int):
+    """The clips of a video file, in one pass: a random one, or in testing NUM_ENSEMBLE_VIEWS.
 
-
-def list_kinetics(cfg, split: str) -> list[Entry]:
-    """Reads ``{split}.csv``: a line ``path label`` for each video (label 0 where there is none)."""
-    path = _data_file(cfg, f"{split}.csv", "a line 'path label' for each video")
-    separator = cfg.DATA.PATH_LABEL_SEPARATOR
-    entries = []
-    for number, line in _lines(path):
-        fields = line.split(separator)
-        if len(fields) > 3:
-            raise ValueError(
-                f"{path} line {number}: {line!r} has {len(fields)} fields: give path and label "
-                f"with DATA.PATH_LABEL_SEPARATOR ({separator!r}) between them and nowhere else"
-            )
-        label = _label(cfg, fields[-1] if len(fields) > 1 else "0", f"{path} line {number}")
-        entries.append(Entry(os.path.join(cfg.DATA.PATH_PREFIX, fields[0]), label))
-    return entries
-
-
-def list_ssv2(cfg, split: str) -> list[Entry]:
-    """Reads the labels, ``something-something-v2-{train,validation}.json`` (a list of ``id`` and
-    ``template``), and the frame list ``{train,val}.csv`` (a header, then
-    ``original_vido_id video_id frame_id path labels``). Testing is on the validation set."""
-    name = "train" if split == "train" else "validation"
-    labels = _read_json(cfg, "something-something-v2-labels.json", "label numbers by template")
-    videos = _read_json(cfg, f"something-something-v2-{name}.json", "id and template of videos")
-    frames = _frame_lists(cfg, "train.csv" if split == "train" else "val.csv")
-    entries = []
-    for number, video in enumerate(videos):
-        if not isinstance(video, dict) or not {"id", "template"} <= video.keys():
-            raise ValueError(
-                f"something-something-v2-{name}.json: entry {number} is {video!r}: "
-                "give each video an id and a template"
-            )
-        template = video["template"].replace("[", "").replace("]", "")
-        where = f"something-something-v2-{name}.json, video {video['id']}"
-        if template not in labels:
-            raise ValueError(f"{where}: template {template!r} has no label in the labels file")
-        label = _label(cfg, labels[template], where)
-        if video["id"] in frames:
-            entries.append(Entry(video["id"], label, tuple(frames[video["id"]])))
-    return entries
-
-
-def _frame_lists(cfg, name: str) -> dict[str, list[str]]:
-    path = _data_file(cfg, name, "the frame list that SlowFast's DATASET.md describes")
-    frames = defaultdict(list)
-    for number, line in _lines(path):
-        fields = line.split()
-        if fields[0] == "original_vido_id":
-            continue
-        if len(fields) != 5:
-            raise ValueError(
-                f"{path} line {number}: {line!r} has {len(fields)} fields: "
-                "expected original_vido_id video_id frame_id path labels"
-            )
-        frames[fields[0]].append(os.path.join(cfg.DATA.PATH_PREFIX, fields[3]))
-    return frames
-
-
-def _data_file(cfg, name: str, content: str) -> str:
-    folder = cfg.DATA.PATH_TO_DATA_DIR
-    if not folder:
-        raise ValueError(f"DATA.PATH_TO_DATA_DIR is empty: set it to the folder with {name}")
-    path = os.path.join(folder, name)
-    if not g_pathmgr.isfile(path):
-        found = "which has no" if g_pathmgr.isdir(folder) else "which does not exist, so no"
-        raise FileNotFoundError(
-            f"DATA.PATH_TO_DATA_DIR is {folder!r}, {found} {name}: write {content} there"
-        )
-    return path
-
-
-def _lines(path: str) -> list[tuple[int, str]]:
-    """Number and text of the lines that are not empty."""
-    with g_pathmgr.open(path, "r") as file:
-        try:
-            return [(n, line.strip()) for n, line in enumerate(file, 1) if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def _read_json(cfg, name: str, content: str):
-    path = _data_file(cfg, name, content)
-    with g_pathmgr.open(path, "r") as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _label(cfg, text: str | int, where: str) -> int:
-    try:
-        label = int(text)
-    except ValueError:
-        raise ValueError(f"{where}: the label {text!r} is not a whole number") from None
-    if not 0 <= label < cfg.MODEL.NUM_CLASSES:
-        raise ValueError(
-            f"{where}: the label is {label} but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, "
-            f"so labels are 0 .. {cfg.MODEL.NUM_CLASSES - 1}: mend the key or the list"
-        )
-    return label
-
-
-# ---- clips ----------------------------------------------------------------------------------
-
-
-def read_kinetics(cfg, entry: Entry, split: str, view: int, short_side: int) -> torch.Tensor:
-    """Frames (T, H, W, 3) uint8 of a video file: a random clip, or in testing view ``view``."""
-    target_fps = float(cfg.DATA.TARGET_FPS)
-    if split == "train" and cfg.DATA.TRAIN_JITTER_FPS > 0:
-        target_fps += random.uniform(0, cfg.DATA.TRAIN_JITTER_FPS)
+    Returns the frames (N, H, W, 3) uint8 that the clips need, each once; for each clip the places
+    of its frames among them; and what is damaged ("" if nothing is).
+    """
+    data, test = cfg.DATA, split == "test"
+    target_fps = float(data.TARGET_FPS)
+    if split == "train" and data.TRAIN_JITTER_FPS > 0:
+        target_fps += random.uniform(0, data.TRAIN_JITTER_FPS)
     threads = 0 if cfg.DATA_LOADER.ENABLE_MULTI_THREAD_DECODE else 1
     with Video(entry.path, threads=threads) as video:
-        size = clip_size(cfg.DATA.NUM_FRAMES, cfg.DATA.SAMPLING_RATE, video.fps, target_fps)
-        start, end = clip_span(
-            video.num_frames,
-            size,
-            view if split == "test" else -1,
-            cfg.TEST.NUM_ENSEMBLE_VIEWS,
-            cfg.DATA.USE_OFFSET_SAMPLING,
-        )
-        indices = frame_indices(start, end, cfg.DATA.NUM_FRAMES, video.num_frames)
-        return video.decode(indices, short_side)
+        size = clip_size(data.NUM_FRAMES, data.SAMPLING_RATE, video.fps, target_fps)
+        views = cfg.TEST.NUM_ENSEMBLE_VIEWS
+        spans = [
+            clip_span(video.num_frames, size, clip, views, data.USE_OFFSET_SAMPLING)
+            for clip in (range(views) if test else [-1])
+        ]
+        clips = [frame_indices(*span, data.NUM_FRAMES, video.num_frames) for span in spans]
+        wanted = sorted(set().union(*clips))
+        return video.decode(wanted, short_side), _places(wanted, clips), video.damage
 
 
-def read_ssv2(cfg, entry: Entry, split: str, view: int, short_side: int) -> torch.Tensor:
-    """Frames (T, H, W, 3) uint8 from image files, one of each segment of the video. BGR, as
-    SlowFast reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
+def read_ssv2(cfg, entry: Entry, split: str, short_side: int):
+    """As `read_kinetics`, from image files: one of each segment of the video. BGR, as SlowFast
+    reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
     indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train")
-    images = {index: _read_image(entry.frames[index]) for index in sorted(set(indices))}
-    return torch.stack([images[index] for index in indices]).flip(-1)
+    wanted = sorted(set(indices))
+    frames = torch.stack([_read_image(entry.frames[index]) for index in wanted]).flip(-1)
+    return frames, _places(wanted, [indices]) * _clips_in_time(cfg, split), ""
+
+
+def _places(wanted: list[int], clips: list[list[int]]) -> list[list[int]]:
+    place = {index: number for number, index in enumerate(wanted)}
+    return [[place[index] for index in clip] for clip in clips]
+
+
+def _clips_in_time(cfg, split: str) -> int:
+    return cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1
 
 
 def _read_image(path: str) -> torch.Tensor:
@@ -196,7 +95,7 @@ def _read_image(path: str) -> torch.Tensor:
         raise VideoError(path, reason) from error
 
 
-# What stands in TRAIN.DATASET and TEST.DATASET: how to list videos, and how to read a clip.
+# What stands in TRAIN.DATASET and TEST.DATASET: how to list videos, and how to read one.
 DATASETS: dict[str, tuple[Callable, Callable]] = {
     "kinetics": (list_kinetics, read_kinetics),
     "ssv2": (list_ssv2, read_ssv2),
@@ -206,10 +105,11 @@ DATASETS: dict[str, tuple[Callable, Callable]] = {
 class ClipDataset(Dataset):
     """Clips of the ``split`` ("train", "val" or "test") that ``cfg`` describes.
 
-    An item is one decoded video as (clips (S, 3, T, H, W) float32, labels (S,), video_index (S,),
-    view_index (S,)): S = AUG.NUM_SAMPLE differently augmented clips in training, else 1. In testing
-    there is an item for every view: ``view_index // NUM_SPATIAL_CROPS`` says which clip in time,
-    the rest which crop.
+    An item is a video, opened and decoded once, as (clips (S, 3, T, H, W), labels (S,),
+    video_index (S,), view_index (S,), list of `Finding`): S = AUG.NUM_SAMPLE differently augmented
+    clips in training, all views in testing, else 1. ``view_index // NUM_SPATIAL_CROPS`` says which
+    clip in time, the rest which crop. ``dataset[epoch, index]`` draws from RNG_SEED, epoch and
+    index alone; ``dataset[index]`` is that of epoch 0.
     """
 
     def __init__(self, cfg, split: str):
@@ -219,67 +119,77 @@ class ClipDataset(Dataset):
             raise ValueError(f"{key} is {name!r}: use one of {sorted(DATASETS)}")
         list_videos, self.read = DATASETS[name.lower()]
         self.cfg, self.split = cfg, split
-        self.videos: list[Entry] = list_videos(cfg, split)
-        if not self.videos:
+        self.videos: VideoList = list_videos(cfg, split)
+        if not len(self.videos):
             raise ValueError(
                 f"the {split} list in DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} "
                 "names no videos"
             )
         if split == "test":
-            self.num_views = cfg.TEST.NUM_ENSEMBLE_VIEWS * cfg.TEST.NUM_SPATIAL_CROPS
             self.transforms = _test_transforms(cfg)
             self.short_side = view_scale(cfg)
         else:
-            self.num_views = 1
             self.transforms = [train_transform(cfg, split)]
+            self.transforms *= cfg.AUG.NUM_SAMPLE if split == "train" else 1
             self.short_side = cfg.DATA.TRAIN_JITTER_SCALES[0]
-        self.num_samples = cfg.AUG.NUM_SAMPLE if split == "train" else 1
-        # Which videos were warned about; in shared memory, as workers live for an epoch.
-        self._warned = torch.zeros(len(self.videos), dtype=torch.bool).share_memory_()
+        self.num_views = _clips_in_time(cfg, split) * len(self.transforms) if split == "test" else 1
+        # What is known of each video, shared by all workers: 1 it can be read, 2 it cannot.
+        self.known = torch.zeros(len(self.videos), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.videos) * self.num_views
+        return len(self.videos)
 
-    def __getitem__(self, item: int):
-        index, view = divmod(item, self.num_views)
-        for _ in range(1 if self.split == "test" else _NUM_RETRIES):
-            try:
-                frames = self._read(index, view)
-                return self._item(frames, self.videos[index].label, index, view)
-            except VideoError as error:
-                self._warn(error, index)
-                last = error
-            if self.split != "test":
-                index = random.randrange(len(self.videos))
-        if self.split == "test":
-            return self._item(self._blank(), UNREADABLE, index, view)
-        raise VideoError(
-            last.name,
-            f"{last.reason}; so were {_NUM_RETRIES - 1} other videos of the {self.split} list. "
-            f"Is DATA.PATH_PREFIX ({self.cfg.DATA.PATH_PREFIX!r}) right?",
-        )
+    def __getitem__(self, key: int | tuple[int, int]):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        findings: list[Finding] = []
+        with _drawing_from(self.cfg.RNG_SEED, epoch, index):
+            while True:
+                try:
+                    return *self._read(index, findings), findings
+                except VideoError as error:
+                    entry = self.videos[index]
+                    reason = error.reason if error.name == entry.path else str(error)
+                    findings.append(Finding(index, entry.path, "unreadable", reason))
+                    self.known[index] = 2
+                    if self.split == "test":
+                        return *self._item(self._blank(), UNREADABLE, index), findings
+                    self._check_share(error)
+                while self.known[index] == 2:  # another one, but none that just failed
+                    index = random.randrange(len(self.videos))
 
-    def _read(self, index: int, view: int) -> torch.Tensor:
-        """(T, 3, H, W) uint8"""
-        clip = view // self.cfg.TEST.NUM_SPATIAL_CROPS
-        frames = self.read(self.cfg, self.videos[index], self.split, clip, self.short_side)
-        return frames.permute(0, 3, 1, 2)
+    def _read(self, index: int, findings: list[Finding]):
+        entry = self.videos[index]
+        frames, clips, damage = self.read(self.cfg, entry, self.split, self.short_side)
+        if damage:
+            findings.append(Finding(index, entry.path, "damaged", damage))
+        self.known[index] = 1
+        views = [
+            transform(frames[clip].permute(0, 3, 1, 2))[None]
+            for clip in clips
+            for transform in self.transforms
+        ]
+        return self._item(_joined(self.cfg, views), entry.label, index)
 
-    def _item(self, frames: torch.Tensor, label: int, index: int, view: int):
-        transform = self.transforms[view % len(self.transforms)]
-        clips = torch.stack([transform(frames) for _ in range(self.num_samples)])
-        numbers = torch.tensor([[label], [index], [view]]).expand(3, self.num_samples)
-        return clips, *numbers
+    def _item(self, clips: torch.Tensor, label: int, index: int):
+        count = len(clips)
+        views = torch.arange(count) if self.split == "test" else torch.zeros(count).long()
+        return clips, torch.full((count,), label), torch.full((count,), index), views
 
     def _blank(self) -> torch.Tensor:
-        side = self.short_side
-        return torch.zeros(self.cfg.DATA.NUM_FRAMES, 3, side, side, dtype=torch.uint8)
+        side = self.cfg.DATA.TEST_CROP_SIZE
+        shape = self.num_views, 3, self.cfg.DATA.NUM_FRAMES, side, side
+        return torch.zeros(shape, dtype=torch.uint8)
 
-    def _warn(self, error: VideoError, index: int) -> None:
-        if not self._warned[index]:
-            self._warned[index] = True
-            fate = "counts as wrong" if self.split == "test" else "another one takes its place"
-            logger.warning("%s; %s", error, fate)
+    def _check_share(self, error: VideoError) -> None:
+        bad, seen = int((self.known == 2).sum()), int((self.known > 0).sum())
+        limit = self.cfg.DATA.MAX_BAD_SHARE
+        if bad == len(self.videos) or too_many(bad, seen, len(self.videos), limit):
+            raise VideoError(
+                error.name,
+                f"{error.reason}; so were {bad - 1} other videos of the {seen} read from the "
+                f"{self.split} list, more than DATA.MAX_BAD_SHARE {limit:g} allows. "
+                f"Is DATA.PATH_PREFIX ({self.cfg.DATA.PATH_PREFIX!r}) right?",
+            )
 
 
 def _test_transforms(cfg) -> list[Callable]:
@@ -289,15 +199,116 @@ def _test_transforms(cfg) -> list[Callable]:
     return [view_transform(cfg, position) for position in ([1] if crops == 1 else range(crops))]
 
 
+@contextlib.contextmanager
+def _drawing_from(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Python's and PyTorch's generators start from these numbers; afterwards they are what they
+    were, so that reading in the training process itself changes nothing there."""
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    number = random.Random(f"{seed} {epoch} {index}").getrandbits(63)
+    random.seed(number)
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        torch.set_rng_state(torch_state)
+
+
 # ---- mini-batches ---------------------------------------------------------------------------
 
 
-def build_loader(cfg, split: str) -> DataLoader:
-    """Batches ``(clips, labels, video_index, view_index)`` of a split, as the head of this file
-    says; TRAIN.BATCH_SIZE / NUM_GPUS videos each (TEST.BATCH_SIZE in testing).
+class _Items(Sampler):
+    """``(epoch, item)`` of one process in one epoch, from the item ``start`` on. (No `set_epoch`:
+    Lightning would call it with a number of its own.)"""
 
-    Training shuffles and drops what does not fill a batch. Order and augmentation follow
-    RNG_SEED. Where several processes train, the caller puts a DistributedSampler in.
+    def __init__(self, size: int, rank: int, world: int, shuffle_seed: int | None):
+        self.size, self.rank, self.world = size, rank, world
+        self.shuffle_seed = shuffle_seed
+        self.epoch = self.start = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        start, self.start = self.start, 0
+        if self.shuffle_seed is None:
+            order = range(self.rank, self.size, self.world)
+        else:
+            generator = torch.Generator().manual_seed(self.shuffle_seed + self.epoch)
+            order = torch.randperm(self.size, generator=generator)
+            # Every process has as many: the first items come twice where they do not divide.
+            order = torch.cat([order, order[: -self.size % self.world]])[self.rank :: self.world]
+            order = order.tolist()
+        return ((self.epoch, item) for item in order[start:])
+
+    def __len__(self) -> int:
+        if self.shuffle_seed is None:
+            return len(range(self.rank, self.size, self.world))
+        return math.ceil(self.size / self.world)
+
+
+class ClipLoader(DataLoader):
+    """Batches ``(clips, labels, video_index, view_index)`` of this process' share of a split.
+
+    Order and draws follow from RNG_SEED, the epoch, the rank and the item: not from the number of
+    workers, nor from what was read before. ``bad`` counts what could not be read.
+    """
+
+    def __init__(self, dataset: ClipDataset, batch_videos: int | None, views: int, sampler, **keys):
+        super().__init__(dataset, batch_videos, sampler=sampler, collate_fn=self._collate, **keys)
+        self.views = views  # clips of a batch, where batches are cut out of videos' views
+        self.bad = BadVideos(dataset.cfg, dataset.split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is that of ``epoch``, from its first batch on."""
+        self.sampler.epoch, self.sampler.start = epoch, 0
+        self.bad.begin_epoch()
+
+    def skip(self, batches: int) -> None:
+        """The next iteration leaves out its first batches, which were seen before (training)."""
+        self.sampler.start = batches * self.batch_size
+
+    def __len__(self) -> int:
+        if self.batch_size is None:
+            return math.ceil(len(self.sampler) * self.dataset.num_views / self.views)
+        return super().__len__()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        batches = self._checked(super().__iter__())
+        return self._cut(batches) if self.batch_size is None else batches
+
+    def _checked(self, batches: Iterable) -> Iterator[tuple[torch.Tensor, ...]]:
+        for *batch, findings in batches:
+            self.bad.add(findings, self.sampler.epoch)
+            yield tuple(batch)
+
+    def _cut(self, videos: Iterable) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Batches of ``views`` clips, whatever number of them a video has."""
+        waiting, count = [], 0
+        for video in videos:
+            waiting.append(video)
+            count += len(video[1])
+            while count >= self.views:
+                whole = self._join(waiting)
+                yield tuple(part[: self.views] for part in whole)
+                waiting = [tuple(part[self.views :] for part in whole)]
+                count -= self.views
+        if count:
+            yield self._join(waiting)
+
+    def _join(self, items: list[tuple]) -> tuple[torch.Tensor, ...]:
+        clips, *numbers = zip(*items)
+        return _joined(self.dataset.cfg, clips), *(torch.cat(each) for each in numbers)
+
+    def _collate(self, items):
+        if self.batch_size is None:
+            return items
+        *parts, findings = zip(*items)
+        return *self._join(list(zip(*parts))), [each for found in findings for each in found]
+
+
+def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
+    """The loader of a split for process ``rank`` of ``world``: TRAIN.BATCH_SIZE / NUM_GPUS videos a
+    batch (in testing TEST.BATCH_SIZE / NUM_GPUS views; videos are not split between processes).
+
+    Training shuffles and drops what does not fill a batch; all processes have as many batches.
     """
     dataset = ClipDataset(cfg, split)
     node, key = (cfg.TEST, "TEST") if split == "test" else (cfg.TRAIN, "TRAIN")
@@ -307,26 +318,29 @@ def build_loader(cfg, split: str) -> DataLoader:
             f"{key}.BATCH_SIZE is {node.BATCH_SIZE} but NUM_GPUS is {cfg.NUM_GPUS}: "
             "give every GPU one video at least"
         )
-    train = split == "train"
-    if train and len(dataset) < batch_size:
+    train, test = split == "train", split == "test"
+    sampler = _Items(len(dataset), rank, world, cfg.RNG_SEED if train else None)
+    if train and len(sampler) < batch_size:
         raise ValueError(
             f"TRAIN.BATCH_SIZE is {node.BATCH_SIZE}, {batch_size} per GPU, but the train list has "
             f"{len(dataset)} videos: not one batch can be filled"
         )
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    return DataLoader(
+    workers = cfg.DATA_LOADER.NUM_WORKERS
+    return ClipLoader(
         dataset,
-        batch_size=batch_size,
-        shuffle=train,
+        None if test else batch_size,
+        batch_size,
+        sampler,
         drop_last=train,
-        num_workers=cfg.DATA_LOADER.NUM_WORKERS,
-        pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available(),
-        persistent_workers=split != "test" and cfg.DATA_LOADER.NUM_WORKERS > 0,
+        num_workers=workers,
+        pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available() and not test,
+        persistent_workers=not test and workers > 0,
         generator=torch.Generator().manual_seed(cfg.RNG_SEED + rank),
-        collate_fn=_collate,
     )
 
 
-def _collate(items):
-    """Joins the samples of all items: (B * S, ...)."""
-    return tuple(torch.cat(parts) for parts in zip(*items))
+def _joined(cfg, clips: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(B, 3, T, H, W) of several; where some are float, all of them are."""
+    if len({clip.dtype for clip in clips}) > 1:
+        clips = [prepare(clip, cfg) for clip in clips]
+    return torch.cat(clips) if len(clips) > 1 else clips[0]

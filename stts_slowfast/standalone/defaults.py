@@ -383,6 +383,16 @@ _C.TENSORBOARD.ENABLE = False
 # Folder in OUTPUT_DIR; empty for runs-DATASET.
 _C.TENSORBOARD.LOG_DIR = ""
 
+# Ours: what SlowFast has no key for
+# Share of the videos that training may find unreadable; above it the run stops.
+_C.DATA.MAX_BAD_SHARE = 0.5
+# Seconds that opening or reading a video may take; 0 for any time.
+_C.DATA.READ_TIMEOUT = 120.0
+# Turn videos as their display matrix says, as players do; SlowFast does not.
+_C.DATA.ROTATE = True
+# Test although videos cannot be read: they count as wrong.
+_C.TEST.ALLOW_MISSING = False
+
 # What only SlowFast can do: its switches are known, so that they can be refused
 _C.DETECTION = CfgNode({"ENABLE": False})
 _C.MASK = CfgNode({"ENABLE": False})

@@ -24,12 +24,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader
 
 from stts_slowfast import schedule
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.standalone import optim
-from stts_slowfast.standalone.data import UNREADABLE, batch_mixer, build_loader
+from stts_slowfast.standalone.data import UNREADABLE, batch_mixer, build_loader, prepare
 from stts_slowfast.standalone.defaults import check_choice
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
@@ -178,6 +178,7 @@ class Recognizer(lightning.LightningModule):
         # Every epoch has its own seed, so that a resumed run draws what the whole one would have.
         seed = (self.cfg.RNG_SEED * 1_000_003 + epoch * 1009 + self.global_rank) % 2**32
         lightning.seed_everything(seed, verbose=False)
+        self.trainer.datamodule.loaders["train"].set_epoch(epoch)
         last = epoch + 1 == self.cfg.SOLVER.MAX_EPOCH
         self.trainer.check_val_every_n_epoch = 1 if last else self.cfg.TRAIN.EVAL_PERIOD
 
@@ -189,7 +190,7 @@ class Recognizer(lightning.LightningModule):
         schedule.set_progress(self.model, self.epoch_exact / self.cfg.SOLVER.MAX_EPOCH)
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
-        clips, labels = batch[:2]
+        clips, labels = prepare(batch[0], self.cfg), batch[1]
         if self.mixer is not None:
             clips, labels = self.mixer(clips, labels)
         logits = self.model(clips)
@@ -272,7 +273,7 @@ class Recognizer(lightning.LightningModule):
     def _float32_logits(self, clips: Tensor) -> Tensor:
         """Validation and testing leave autocast, as in SlowFast."""
         with torch.autocast(self.device.type, enabled=False):
-            return self.model(clips.float()).float()
+            return self.model(prepare(clips, self.cfg)).float()
 
 
 class Clips(lightning.LightningDataModule):
@@ -281,53 +282,22 @@ class Clips(lightning.LightningDataModule):
     def __init__(self, cfg, environment: Shards, splits: Sequence[str]):
         super().__init__()
         self.cfg, self.environment = cfg, environment
-        self.loaders = {split: build_loader(cfg, split) for split in splits}
+        rank, world = environment.global_rank(), environment.world_size()
+        self.loaders = {split: build_loader(cfg, split, rank, world) for split in splits}
         self.datasets = {split: loader.dataset for split, loader in self.loaders.items()}
         for split, data in self.datasets.items():
             views = f" x {data.num_views} views" if split == "test" else ""
-            size = self.loaders[split].batch_size
+            size = self.loaders[split].views
             logger.info("%s: %d videos%s, batches of %d", split, len(data.videos), views, size)
 
     def train_dataloader(self) -> DataLoader:
-        # The order depends on seed and epoch alone; Lightning tells the sampler the epoch.
-        data, (rank, world) = self.datasets["train"], self._place()
-        return self._loader("train", DistributedSampler(data, world, rank, seed=self.cfg.RNG_SEED))
+        return self.loaders["train"]
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader("val", EveryNth(len(self.datasets["val"]), *self._place()))
+        return self.loaders["val"]
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader("test", EveryNth(len(self.datasets["test"]), *self._place()))
-
-    def _place(self) -> tuple[int, int]:
-        return self.environment.global_rank(), self.environment.world_size()
-
-    def _loader(self, split: str, sampler: Sampler) -> DataLoader:
-        loader = self.loaders[split]
-        return DataLoader(
-            loader.dataset,
-            batch_size=loader.batch_size,
-            sampler=sampler,
-            drop_last=loader.drop_last,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            collate_fn=loader.collate_fn,
-            # Workers that are started anew draw from this epoch's seed.
-            persistent_workers=split == "val" and loader.persistent_workers,
-        )
-
-
-class EveryNth(Sampler):
-    """Items ``rank``, ``rank + world``, ...: over all processes each one once, none repeated."""
-
-    def __init__(self, size: int, rank: int, world: int):
-        self.items = range(rank, size, world)
-
-    def __iter__(self):
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
+        return self.loaders["test"]
 
 
 class Checkpoints(Callback):

@@ -4,6 +4,7 @@ All but `batch_mixer` work on a clip (T, 3, H, W) and treat its frames alike. Wh
 from PyTorch's and Python's generators, which DataLoader seeds in every worker.
 """
 
+import functools
 import math
 import random
 import re
@@ -239,7 +240,7 @@ def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
     steps.append(v2.Normalize(cfg.DATA.MEAN, cfg.DATA.STD))
     if augment and cfg.AUG.RE_PROB > 0:
         steps.append(RandomErasing(cfg.AUG.RE_PROB, cfg.AUG.RE_MODE, cfg.AUG.RE_COUNT))
-    steps.append(_ToModel(cfg.DATA.REVERSE_INPUT_CHANNEL))
+    steps.append(functools.partial(_to_model, reverse=cfg.DATA.REVERSE_INPUT_CHANNEL))
     return v2.Compose(steps)
 
 
@@ -255,19 +256,39 @@ def _random_resized_crop(cfg) -> v2.RandomResizedCrop:
 
 
 def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """(T, 3, H, W) uint8 -> (3, T, TEST_CROP_SIZE, TEST_CROP_SIZE) float32: crop ``position`` of
-    NUM_SPATIAL_CROPS, or the centre where there is one."""
-    size = cfg.DATA.TEST_CROP_SIZE
-    scale = view_scale(cfg)
+    """(T, 3, H, W) uint8 -> (3, T, TEST_CROP_SIZE, TEST_CROP_SIZE): crop ``position`` of
+    NUM_SPATIAL_CROPS, or the centre where there is one. Still uint8 where the frames have the
+    right scale, else normalised float32: see `prepare`."""
+    size, scale = cfg.DATA.TEST_CROP_SIZE, view_scale(cfg)
     _check_crop("TRAIN_JITTER_SCALES", scale, "TEST_CROP_SIZE", size)
-    return v2.Compose(
-        [
-            v2.ToDtype(torch.float32, scale=True),
-            UniformCrop(scale, size, position),
-            v2.Normalize(cfg.DATA.MEAN, cfg.DATA.STD),
-            _ToModel(cfg.DATA.REVERSE_INPUT_CHANNEL),
-        ]
+    return functools.partial(_view, cfg, UniformCrop(scale, size, position))
+
+
+def _view(cfg, crop: UniformCrop, clip: torch.Tensor) -> torch.Tensor:
+    scaled = min(clip.shape[-2:]) == crop.scale
+    clip = crop(clip if scaled else F.to_dtype(clip, torch.float32, scale=True))
+    clip = _to_model(clip, cfg.DATA.REVERSE_INPUT_CHANNEL)
+    return clip if scaled else _normalized(clip, cfg)
+
+
+def prepare(clips: torch.Tensor, cfg) -> torch.Tensor:
+    """Clips (..., 3, T, H, W) as a model takes them: uint8 pixels become normalised float32 of the
+    same shape, float clips are normalised already and pass."""
+    if clips.is_floating_point():
+        return clips
+    pixels = torch.empty(clips.shape, dtype=torch.float32, device=clips.device)
+    return _normalized(pixels.copy_(clips).mul_(1 / 255), cfg)
+
+
+def _normalized(clips: torch.Tensor, cfg) -> torch.Tensor:
+    """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed, in place."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32).view(3, 1, 1, 1)
+        for values in (cfg.DATA.MEAN, cfg.DATA.STD)
     )
+    if cfg.DATA.REVERSE_INPUT_CHANNEL:
+        mean, std = mean.flip(0), std.flip(0)
+    return clips.sub_(mean.to(clips.device)).div_(std.to(clips.device))
 
 
 def view_scale(cfg) -> int:
@@ -278,15 +299,10 @@ def view_scale(cfg) -> int:
     return cfg.DATA.TRAIN_JITTER_SCALES[0]
 
 
-class _ToModel:
+def _to_model(clip: torch.Tensor, reverse: bool) -> torch.Tensor:
     """(T, 3, H, W) -> (3, T, H, W), in the order of channels that the model wants."""
-
-    def __init__(self, reverse: bool):
-        self.reverse = reverse
-
-    def __call__(self, clip: torch.Tensor) -> torch.Tensor:
-        clip = clip.transpose(0, 1)
-        return (clip.flip(0) if self.reverse else clip).contiguous()
+    clip = clip.transpose(0, 1)
+    return clip.flip(0) if reverse else clip
 
 
 def _check_crop(scale_key: str, scale: int, size_key: str, size: int) -> None:

@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
 
 def read_clip(cfg, path: str) -> torch.Tensor:
     """The middle clip and crop of a video, (3, T, H, W) float32, as in testing."""
-    from stts_slowfast.standalone.transforms import view_scale, view_transform
+    from stts_slowfast.standalone.transforms import prepare, view_scale, view_transform
 
     with Video(path) as video:
         if cfg.TEST.DATASET == "ssv2":
@@ -105,7 +105,7 @@ def read_clip(cfg, path: str) -> torch.Tensor:
         frames = video.decode(indices, view_scale(cfg))
     if cfg.TEST.DATASET == "ssv2":
         frames = frames.flip(-1)  # its images are read as BGR
-    return view_transform(cfg, 1)(frames.permute(0, 3, 1, 2))
+    return prepare(view_transform(cfg, 1)(frames.permute(0, 3, 1, 2)), cfg)
 
 
 @torch.no_grad()

@@ -1,9 +1,8 @@
 """Lists, clips and mini-batches of Kinetics and SSv2, on real files."""
 
 import json
-import logging
 import pickle
-import sys
+import random
 
 import av
 import numpy as np
@@ -12,9 +11,16 @@ import torch
 from PIL import Image
 
 from stts_slowfast.standalone import transforms
-from stts_slowfast.standalone.data import UNREADABLE, ClipDataset, batch_mixer, build_loader
+from stts_slowfast.standalone.badvideos import too_many
+from stts_slowfast.standalone.data import (
+    UNREADABLE,
+    ClipDataset,
+    batch_mixer,
+    build_loader,
+    prepare,
+)
 from stts_slowfast.standalone.defaults import get_cfg
-from stts_slowfast.video import VideoError
+from stts_slowfast.video import Video, VideoError, clip_span, frame_indices
 
 
 def write_video(path, num_frames=32, size=(48, 64), color=None):
@@ -51,11 +57,14 @@ def cfg(tmp_path):
     cfg.TRAIN.BATCH_SIZE = cfg.TEST.BATCH_SIZE = 4
     cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_SPATIAL_CROPS = 2, 3
     cfg.DATA_LOADER.NUM_WORKERS = 0
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
     return cfg
 
 
 def pixels(cfg, clips):
-    """Undoes the normalisation: 0..255."""
+    """The pixels 0..255 of clips, whose normalisation is undone."""
+    if clips.dtype == torch.uint8:
+        return clips.float()
     return (clips * cfg.DATA.STD[0] + cfg.DATA.MEAN[0]) * 255
 
 
@@ -93,11 +102,51 @@ def test_every_view_of_every_test_video_comes_once_in_order(cfg):
     assert views.tolist() == list(range(6)) * 6
 
 
+@pytest.mark.parametrize("batch", [1, 4, 12, 100])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_video_is_opened_once_for_all_its_views(cfg, batch, workers, monkeypatch):
+    cfg.TEST.BATCH_SIZE, cfg.DATA_LOADER.NUM_WORKERS = batch, workers
+    rewrite(cfg, "".join(f"{number}.mp4 0\n" for number in range(5)), "test.csv")
+    opened = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    class Counting(Video):
+        def __init__(self, *args, **keys):
+            opened[0] += 1
+            super().__init__(*args, **keys)
+
+    monkeypatch.setattr("stts_slowfast.standalone.data.Video", Counting)
+    loader = build_loader(cfg, "test")
+    batches = list(loader)
+    assert opened.item() == 5
+    sizes = [len(labels) for _, labels, *_ in batches]
+    assert sizes[:-1] == [batch] * (len(loader) - 1) and sum(sizes) == 30
+    assert len(sizes) == len(loader)
+
+
+@pytest.mark.parametrize("jitter", [32, 40])  # 40: some frames are scaled by the decoder
+@pytest.mark.parametrize("size", [(48, 64), (24, 40), (32, 50)])
+def test_views_equal_those_decoded_alone(cfg, tmp_path, size, jitter):
+    """By the formulas of one view on its own: decode, float, scale, crop, normalise."""
+    write_video(tmp_path / "videos" / "0.mp4", size=size)
+    cfg.DATA.MEAN, cfg.DATA.STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
+    cfg.DATA.TRAIN_JITTER_SCALES = [jitter, 48]
+    scale = transforms.view_scale(cfg)
+    clips = torch.cat([prepare(clips, cfg) for clips, *_ in build_loader(cfg, "test")])
+    for view in range(6):
+        with Video(tmp_path / "videos" / "0.mp4") as video:
+            span = clip_span(32, 16.0, view // 3, 2)
+            frames = video.decode(frame_indices(*span, 4, 32), scale).permute(0, 3, 1, 2)
+        frames = transforms.F.to_dtype(frames, torch.float32, scale=True)
+        crop = transforms.UniformCrop(scale, 32, view % 3)(frames)
+        expected = transforms.F.normalize(crop, cfg.DATA.MEAN, cfg.DATA.STD).transpose(0, 1)
+        assert torch.equal(clips[view], expected)
+
+
 def test_views_cover_the_video_in_time_and_space(cfg, tmp_path):
     write_video(tmp_path / "videos" / "0.mp4")
     cfg.DATA.USE_OFFSET_SAMPLING = True
     dataset = ClipDataset(cfg, "test")
-    clips = [pixels(cfg, dataset[view][0][0]) for view in range(6)]
+    clips = pixels(cfg, dataset[0][0])
     for view, start in ((2, 0), (5, 16)):  # the right crop lies in the bright half
         expected = 6.0 * (start + torch.tensor([0, 5, 10, 15]))
         torch.testing.assert_close(clips[view][0].amax((1, 2)), expected, atol=2, rtol=0)
@@ -112,23 +161,62 @@ def test_single_crop_is_the_centre(cfg):
     assert (clip[:, :15] < 110).all() and (clip[:, 17:] > 190).all()
 
 
-def test_seed_decides_order_and_augmentation_with_workers(cfg):
-    cfg.AUG.ENABLE = True
-    cfg.DATA_LOADER.NUM_WORKERS = 2
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_order_and_draws_follow_seed_epoch_and_item_alone(cfg, workers):
+    cfg.AUG.ENABLE, cfg.TRAIN.BATCH_SIZE = True, 2
+    cfg.DATA_LOADER.NUM_WORKERS = workers
 
-    def epoch(seed):
-        cfg.RNG_SEED = seed
-        return [batch[0] for batch in build_loader(cfg, "train")]
+    def epoch(number, skip=0, **keys):
+        for key, value in keys.items():
+            cfg[key] = value
+        loader = build_loader(cfg, "train")
+        torch.manual_seed(workers + 5)
+        loader.set_epoch(number)
+        loader.skip(skip)
+        return list(loader)
 
-    first, again, other = epoch(1), epoch(1), epoch(2)
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert not torch.equal(first[0], other[0])
+    def same(one, other):
+        return len(one) == len(other) and all(
+            torch.equal(a, b) for left, right in zip(one, other) for a, b in zip(left, right)
+        )
+
+    whole = epoch(3)
+    loader = build_loader(cfg, "train")  # as above, after other epochs
+    for number in range(4):
+        loader.set_epoch(number)
+        batches = list(loader)
+    assert same(whole, batches)
+    assert same(whole[1:], epoch(3, skip=1))
+    cfg.DATA_LOADER.NUM_WORKERS = 0
+    assert same(whole, epoch(3))
+    assert not same(whole, epoch(2)) and not same(whole, epoch(3, RNG_SEED=2))
+    cfg.RNG_SEED = 1
+    clips, _, videos, _ = whole[0]
+    assert torch.equal(ClipDataset(cfg, "train")[3, int(videos[0])][0][0], clips[0])
+
+
+def test_reading_leaves_the_generators_alone(cfg):
+    dataset = ClipDataset(cfg, "train")
+    states = random.getstate(), torch.get_rng_state()
+    dataset[0]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_processes_share_the_videos(cfg):
+    cfg.TRAIN.BATCH_SIZE = 1
+    for split in ("val", "test", "train"):
+        loaders = [build_loader(cfg, split, rank, 2) for rank in range(2)]
+        seen = [torch.cat([batch[2] for batch in loader]).unique() for loader in loaders]
+        assert sorted(torch.cat(seen).tolist()) == [0, 1, 2, 3, 4, 5]
+    lengths = {len(list(build_loader(cfg, "train", rank, 4))) for rank in range(4)}
+    assert lengths == {2}  # two videos come twice, so that no process waits for another
 
 
 def test_reversed_channels(cfg):
-    plain = ClipDataset(cfg, "test")[7][0]
+    cfg.DATA.MEAN = [0.3, 0.4, 0.5]
+    plain = prepare(ClipDataset(cfg, "test")[1][0], cfg)
     cfg.DATA.REVERSE_INPUT_CHANNEL = True
-    assert torch.equal(ClipDataset(cfg, "test")[7][0], plain.flip(1))
+    assert torch.equal(prepare(ClipDataset(cfg, "test")[1][0], cfg), plain.flip(1))
 
 
 def test_relative_scales_crop_and_resize(cfg):
@@ -141,37 +229,70 @@ def test_dataset_can_be_sent_to_another_process(cfg):
     cfg.AUG.ENABLE = True
     for split in ("train", "val", "test"):
         dataset = pickle.loads(pickle.dumps(ClipDataset(cfg, split)))
-        assert dataset[0][0].shape == (1, 3, 4, 32, 32)
+        assert dataset[0][0].shape == (6 if split == "test" else 1, 3, 4, 32, 32)
 
 
-def test_broken_video_is_replaced_in_training_and_named_once(cfg, tmp_path, caplog):
-    (tmp_path / "videos" / "2.mp4").write_bytes(b"broken" * 100)
-    dataset = ClipDataset(cfg, "train")
-    with caplog.at_level(logging.WARNING):
-        items = [dataset[2] for _ in range(3)]
-    assert all(item[2].item() != 2 and item[1].item() == item[2].item() % 3 for item in items)
-    assert [record.message.count("2.mp4") for record in caplog.records] == [1]
+# ---- what cannot be read
+
+
+def break_video(cfg, *numbers):
+    for number in numbers:
+        with open(f"{cfg.DATA.PATH_PREFIX}/{number}.mp4", "wb") as file:
+            file.write(b"broken" * 100)
+
+
+def written(cfg):
+    with open(f"{cfg.OUTPUT_DIR}/bad_videos.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_video_is_replaced_told_and_written_once(cfg, workers, caplog):
+    break_video(cfg, 2)
+    cfg.DATA_LOADER.NUM_WORKERS, cfg.TRAIN.BATCH_SIZE = workers, 2
+    loader = build_loader(cfg, "train")
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        _, labels, videos, _ = (torch.cat(parts) for parts in zip(*loader))
+        assert len(videos) == 6 and 2 not in videos and torch.equal(labels, videos % 3)
+        assert loader.bad.count() == {"unreadable": 1, "damaged": 0}
+    assert caplog.text.count("2.mp4 is unreadable") == 1
     assert "another one takes its place" in caplog.text
+    (record,) = written(cfg)
+    assert record["path"].endswith("2.mp4") and record["split"] == "train"
+    assert record["kind"] == "unreadable" and "not a video" in record["reason"]
+    next(iter(build_loader(cfg, "val")))  # another loader, of a resumed run
+    assert len(written(cfg)) == 1
 
 
-def test_broken_video_is_named_once_by_all_workers_and_epochs(cfg, tmp_path, capfd):
-    (tmp_path / "videos" / "2.mp4").write_bytes(b"broken" * 100)
-    cfg.DATA_LOADER.NUM_WORKERS = 2
-    handler = logging.StreamHandler(sys.stderr)
-    logging.getLogger("stts_slowfast").addHandler(handler)
-    dataset = ClipDataset(cfg, "val")
-    for _ in range(2):
-        loader = torch.utils.data.DataLoader(dataset, 1, num_workers=2, collate_fn=lambda x: x)
-        assert sum(len(batch) for batch in loader) == 6
-    logging.getLogger("stts_slowfast").removeHandler(handler)
-    assert capfd.readouterr().err.count("2.mp4") == 1
-
-
-def test_broken_video_counts_as_wrong_in_testing(cfg, tmp_path, caplog):
+def test_broken_video_is_unreadable_in_all_its_test_views(cfg, tmp_path, caplog):
     (tmp_path / "videos" / "2.mp4").unlink()
-    labels = torch.cat([batch[1] for batch in build_loader(cfg, "test")]).view(6, 6)
+    loader = build_loader(cfg, "test")
+    labels = torch.cat([batch[1] for batch in loader]).view(6, 6)
     assert (labels[2] == UNREADABLE).all() and (labels[[0, 1, 3, 4, 5]] >= 0).all()
     assert caplog.text.count("2.mp4") == 1 and "counts as wrong" in caplog.text
+    loader.bad.require_all(allow_missing=True)
+    with pytest.raises(ValueError, match=r"1 of the test videos .*ALLOW_MISSING.*\n.*2\.mp4: No"):
+        loader.bad.require_all(allow_missing=False)
+
+
+def test_training_goes_on_up_to_the_share_of_bad_videos_and_stops_above(cfg):
+    break_video(cfg, 0, 2, 4)
+    cfg.TRAIN.BATCH_SIZE = 2
+    for seed in range(5):
+        cfg.RNG_SEED = seed
+        videos = torch.cat([batch[2] for batch in build_loader(cfg, "train")])
+        assert set(videos.tolist()) == {1, 3, 5}
+    break_video(cfg, 5)
+    with pytest.raises(VideoError, match=r"3 other videos.*more than DATA\.MAX_BAD_SHARE 0\.5"):
+        list(build_loader(cfg, "train"))
+
+
+def test_the_share_of_bad_videos_is_judged_beyond_doubt():
+    assert not too_many(60, 100, 100_000, 0.5)  # luck
+    assert too_many(80, 100, 100_000, 0.5)
+    assert not too_many(50, 100, 100, 0.5)
+    assert too_many(51, 100, 100, 0.5)  # certain
 
 
 def test_only_broken_videos_end_with_one_error(cfg):
@@ -270,10 +391,10 @@ def ssv2(cfg, tmp_path):
 
 def test_ssv2_takes_a_frame_of_every_segment_in_rgb(ssv2):
     dataset = ClipDataset(ssv2, "test")
-    assert len(dataset) == 2 * 6
-    for item, (label, frames) in ((0, (1, [2, 7, 12, 16])), (6, (0, [1, 4, 7, 9]))):
-        clips, labels, _, _ = dataset[item]
-        assert labels.tolist() == [label]
+    assert len(dataset) == 2
+    for item, (label, frames) in enumerate([(1, [2, 7, 12, 16]), (0, [1, 4, 7, 9])]):
+        clips, labels, *_ = dataset[item]
+        assert labels.tolist() == [label] * 6
         red, green, _ = pixels(ssv2, clips[0])
         expected = 10.0 * torch.tensor(frames)
         torch.testing.assert_close(red.mean((1, 2)), expected, atol=0.1, rtol=0)
@@ -288,8 +409,9 @@ def test_ssv2_trains_and_validates(ssv2):
 
 def test_ssv2_names_the_missing_image(ssv2, tmp_path, caplog):
     (tmp_path / "videos" / "74225_4.png").write_bytes(b"no image")
-    assert ClipDataset(ssv2, "test")[6][1].tolist() == [UNREADABLE]
+    list(build_loader(ssv2, "test"))
     assert "74225_4.png" in caplog.text
+    assert ClipDataset(ssv2, "test")[1][1].tolist() == [UNREADABLE] * 6
 
 
 def test_ssv2_lists_are_checked(ssv2):
