@@ -1,7 +1,12 @@
-"""What changes while training runs: the noise of the selectors and the backbone's learning rate."""
+"""What changes while training runs: the noise of the selectors and the backbone's learning rate.
+
+A training loop calls `param_groups` when it makes its optimizer, `begin` when its weights are
+loaded, and `step` before every iteration.
+"""
 
 import logging
 import math
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -21,7 +26,7 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
     return initial * (1.0 - fraction) if decay == "linear" else initial
 
 
-def set_progress(model: nn.Module, fraction: float) -> None:
+def set_progress(model: nn.Module, fraction: float) -> float | None:
     """Sets every selector's sigma to what belongs to this point of training.
 
     It depends on nothing but the fraction, so a resumed run is where it was.
@@ -30,18 +35,24 @@ def set_progress(model: nn.Module, fraction: float) -> None:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
         fraction: 0 to 1 of training done.
 
+    Returns:
+        That sigma; None where there is no selector.
+
     Raises:
         ValueError: for a fraction outside 0 to 1.
     """
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction is {fraction!r}: the share of training done lies in 0 to 1")
+    noise = None
     for module in model.modules():
         if isinstance(module, Selector):
-            module.sigma.fill_(sigma(module.initial_sigma, module.sigma_decay, fraction))
+            noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
+            module.sigma.fill_(noise)
+    return noise
 
 
 def backbone_lr(lr: float, epoch: float, cfg) -> float:
-    """The backbone's learning rate, where the scorers' is ``lr`` (paper section 4.1).
+    """The rate of a backbone that is held back, where the scorers' is ``lr`` (paper section 4.1).
 
     Args:
         lr: what SlowFast's schedule gives for this epoch.
@@ -59,28 +70,17 @@ def param_groups(optimizer_groups: list[dict], model: nn.Module, cfg) -> list[di
     Args:
         optimizer_groups: groups as optimizers take them, ``params`` a list of parameters.
         model: with selectors in ``model.stts``.
-        cfg: with ``STTS`` and ``SOLVER.MAX_EPOCH``.
+        cfg: with ``STTS``.
 
     Returns:
-        Groups with the keys they had, and ``backbone``: whether :func:`backbone_lr` governs it.
-        Empty parts are left out. Where ``STTS.ENABLE`` is off, or no scorer learns (``uniform``,
-        ``random``, no selector at all), there is nothing to hold the backbone back for: the
-        groups are returned as they are.
+        Groups with the keys they had, and ``backbone``: whether they hold the backbone's
+        parameters. Empty parts are left out. Where ``STTS.ENABLE`` is off, or no scorer learns
+        (``uniform``, ``random``, no selector at all), there is nothing to hold the backbone back
+        for: the groups are returned as they are.
     """
-    scorers = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Selector)
-        for parameter in module.parameters()
-    }
+    scorers = {id(parameter) for parameter in _scorer_parameters(model)}
     if not cfg.STTS.ENABLE or not scorers:
         return optimizer_groups
-    if cfg.STTS.FREEZE_BACKBONE_EPOCHS >= cfg.SOLVER.MAX_EPOCH:
-        logger.warning(
-            "STTS.FREEZE_BACKBONE_EPOCHS is %g and SOLVER.MAX_EPOCH %g: only scorers will learn",
-            cfg.STTS.FREEZE_BACKBONE_EPOCHS,
-            cfg.SOLVER.MAX_EPOCH,
-        )
     groups = []
     for group in optimizer_groups:
         for backbone in (True, False):
@@ -90,25 +90,87 @@ def param_groups(optimizer_groups: list[dict], model: nn.Module, cfg) -> list[di
     return groups
 
 
-def set_group_lrs(groups: list[dict], lr: float, epoch: float, cfg) -> float:
-    """Writes the learning rate of this moment into the groups of :func:`param_groups`.
+def begin(groups: list[dict], trained: bool, cfg) -> None:
+    """Decides, once a run, whether the backbone is held back, and says so on one line.
+
+    It is where the backbone is trained and the scorers are not: the paper's recipe is one of
+    fine-tuning. From random weights everything learns at the schedule's rate. The decision is
+    stored in the groups as ``held_back``, so that the optimizer's state has it; groups that have it
+    already, which is a resumed run, stay what they are.
 
     Args:
-        groups: ``optimizer.param_groups``; each rate is multiplied by the group's ``layer_decay``,
-            as SlowFast does.
-        lr: the schedule's rate; epoch, cfg: see :func:`backbone_lr`.
+        groups: of :func:`param_groups`, after a resumed optimizer state was loaded.
+        trained: whether the run starts from trained weights.
+        cfg: with ``STTS`` and ``SOLVER.MAX_EPOCH``.
+    """
+    if not any("backbone" in group for group in groups):
+        return
+    resumed = all("held_back" in group for group in groups)
+    held_back = any(group["held_back"] for group in groups) if resumed else bool(trained)
+    for group in groups:
+        group["held_back"] = held_back
+    origin = (
+        "as this run began" if resumed else f"from {'trained' if trained else 'random'} weights"
+    )
+    if not held_back:
+        logger.info(
+            "STTS, %s: everything learns at the schedule's rate; STTS.FREEZE_BACKBONE_EPOCHS and "
+            "STTS.BACKBONE_LR are for fine-tuning (TRAIN.CHECKPOINT_FILE_PATH)",
+            origin,
+        )
+        return
+    logger.info(
+        "STTS, %s: the backbone's rate is 0 for %g epochs (STTS.FREEZE_BACKBONE_EPOCHS), then at "
+        "most %g of SOLVER.BASE_LR (STTS.BACKBONE_LR); the scorers' is the schedule's",
+        origin,
+        cfg.STTS.FREEZE_BACKBONE_EPOCHS,
+        cfg.STTS.BACKBONE_LR,
+    )
+    if cfg.STTS.FREEZE_BACKBONE_EPOCHS >= cfg.SOLVER.MAX_EPOCH:
+        logger.warning(
+            "STTS.FREEZE_BACKBONE_EPOCHS is %g and SOLVER.MAX_EPOCH %g: only scorers will learn",
+            cfg.STTS.FREEZE_BACKBONE_EPOCHS,
+            cfg.SOLVER.MAX_EPOCH,
+        )
+
+
+def step(model: nn.Module, groups: list[dict], lr: float, epoch: float, cfg) -> dict[str, float]:
+    """Sets what belongs to this iteration: every selector's sigma and every group's rate.
+
+    Args:
+        model: with selectors, wrapped (DDP) or not.
+        groups: ``optimizer.param_groups``, from :func:`param_groups` and :func:`begin`; each rate
+            is multiplied by the group's ``layer_decay``, as SlowFast does.
+        lr: the schedule's rate.
+        epoch: exact epoch, a fraction of it included.
+        cfg: with ``STTS``, ``SOLVER.BASE_LR`` and ``SOLVER.MAX_EPOCH``.
 
     Returns:
-        The backbone's rate.
+        What to log: ``sigma`` and ``backbone_lr``; nothing where the model has no scorer that
+        learns.
 
     Raises:
-        ValueError: where ``lr`` is not finite.
+        ValueError: where ``lr`` is not finite, or :func:`begin` has not been called.
     """
     if not math.isfinite(lr):
         raise ValueError(f"the learning rate is {lr} at epoch {epoch:.3f}: look at SOLVER.*")
-    held_back = any(group.get("backbone") for group in groups)
+    undecided = [group for group in groups if "backbone" in group and "held_back" not in group]
+    if undecided:
+        raise ValueError(
+            "nobody has said whether this run starts from trained weights: call "
+            "schedule.begin(groups, trained, cfg) before the first iteration"
+        )
+    held_back = any(group.get("held_back") for group in groups)
     backbone = backbone_lr(lr, epoch, cfg) if held_back else lr
     for group in groups:
         rate = backbone if group.get("backbone") else lr
         group["lr"] = rate * group.get("layer_decay", 1.0)
-    return backbone
+    noise = set_progress(model, min(epoch / cfg.SOLVER.MAX_EPOCH, 1.0))
+    learns = any(True for _ in _scorer_parameters(model))
+    return {"sigma": noise, "backbone_lr": backbone} if learns else {}
+
+
+def _scorer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, Selector):
+            yield from module.parameters()

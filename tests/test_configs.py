@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stts_slowfast import backbones
 from stts_slowfast.config import plan
 from stts_slowfast.hooks import selections
-from stts_slowfast.schedule import set_group_lrs, set_progress
+from stts_slowfast.schedule import begin, step
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
@@ -152,8 +152,8 @@ def test_one_training_step_and_one_test_step(name):
     model = build_model(cfg).train()
     optimizer = build_optimizer(model, cfg)
     epoch = cfg.STTS.FREEZE_BACKBONE_EPOCHS + 0.5
-    set_progress(model, epoch / cfg.SOLVER.MAX_EPOCH)
-    set_group_lrs(optimizer.param_groups, lr_at(epoch, cfg), epoch, cfg)
+    begin(optimizer.param_groups, True, cfg)
+    step(model, optimizer.param_groups, lr_at(epoch, cfg), epoch, cfg)
     before = {key: value.clone() for key, value in model.named_parameters()}
 
     video = torch.randint(0, 256, (cfg.DATA.NUM_FRAMES, 3, 80, 90), dtype=torch.uint8)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from stts_slowfast.hooks import attach
-from stts_slowfast.schedule import backbone_lr, param_groups, set_group_lrs, set_progress, sigma
+from stts_slowfast.schedule import backbone_lr, begin, param_groups, set_progress, sigma, step
 from stts_slowfast.standalone.model import build_model
 
 
@@ -56,14 +56,62 @@ def test_groups_split_into_backbone_and_scorers(tiny_cfg, model):
     scorers = {id(p) for p in model.stts.parameters()}
     assert all((id(p) in scorers) != g["backbone"] for g in groups for p in g["params"])
     assert sum(len(g["params"]) for g in groups) == len(params)
-    set_group_lrs(groups, 1e-3, 0.0, tiny_cfg)
+    begin(groups, True, tiny_cfg)
+    step(model, groups, 1e-3, 0.0, tiny_cfg)
     assert [g["lr"] for g in groups] == pytest.approx([0.0, 5e-4, 0.0, 1e-3])
+
+
+def test_from_random_weights_everything_learns_at_the_schedules_rate(tiny_cfg, model, caplog):
+    caplog.set_level("INFO")
+    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+    begin(groups, False, tiny_cfg)
+    assert step(model, groups, 1e-3, 0.0, tiny_cfg)["backbone_lr"] == 1e-3
+    assert [g["lr"] for g in groups] == [1e-3, 1e-3]
+    (record,) = caplog.records
+    assert "from random weights: everything learns at the schedule's rate" in record.message
+
+
+def test_from_trained_weights_the_papers_recipe_holds_and_is_told(tiny_cfg, model, caplog):
+    caplog.set_level("INFO")
+    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+    begin(groups, True, tiny_cfg)
+    (record,) = caplog.records
+    assert "from trained weights: the backbone's rate is 0 for 3 epochs" in record.message
+    half = tiny_cfg.SOLVER.MAX_EPOCH / 2
+    rate = tiny_cfg.STTS.BACKBONE_LR * tiny_cfg.SOLVER.BASE_LR
+    assert step(model, groups, 1.0, half, tiny_cfg) == pytest.approx(
+        {"sigma": 0.05, "backbone_lr": rate}
+    )
+    assert [g["lr"] for g in groups] == pytest.approx([rate, 1.0])
+    assert float(model.stts["time_0"].sigma) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_resumed_run_is_what_it_was(tiny_cfg, model, trained):
+    def optimizer():
+        groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+        return torch.optim.AdamW(groups, lr=1.0)
+
+    first = optimizer()
+    begin(first.param_groups, trained, tiny_cfg)
+    second = optimizer()
+    second.load_state_dict(first.state_dict())
+    begin(second.param_groups, True, tiny_cfg)  # it resumes from trained weights either way
+    step(model, second.param_groups, 1e-3, 0.0, tiny_cfg)
+    assert [g["lr"] for g in second.param_groups] == [0.0 if trained else 1e-3, 1e-3]
+
+
+def test_a_run_that_has_not_begun_is_refused(tiny_cfg, model):
+    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+    with pytest.raises(ValueError, match=r"call schedule.begin\(groups, trained, cfg\)"):
+        step(model, groups, 1e-3, 0.0, tiny_cfg)
 
 
 def test_frozen_backbone_does_not_move(tiny_cfg, model):
     groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
     optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=0.05)
-    set_group_lrs(optimizer.param_groups, 1e-2, 0.0, tiny_cfg)
+    begin(optimizer.param_groups, True, tiny_cfg)
+    step(model, optimizer.param_groups, 1e-2, 0.0, tiny_cfg)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(torch.randn(2, 3, 8, 32, 32)).square().sum().backward()
     optimizer.step()
@@ -83,23 +131,23 @@ def test_without_a_scorer_that_learns_the_backbone_is_not_held_back(tiny_cfg, sc
     tiny_cfg.STTS.TIME.SCORER = tiny_cfg.STTS.SPACE.SCORER = scorer
     model = build_model(tiny_cfg)
     groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
-    assert set_group_lrs(groups, 1e-3, 0.0, tiny_cfg) == 1e-3
+    begin(groups, True, tiny_cfg)
+    assert step(model, groups, 1e-3, 0.0, tiny_cfg) == {}
     assert [group["lr"] for group in groups] == [1e-3]
 
 
 def test_a_backbone_that_is_frozen_to_the_end_is_told(tiny_cfg, model, caplog):
-    groups = [{"params": list(model.parameters())}]
-    tiny_cfg.SOLVER.MAX_EPOCH = 4
-    param_groups(groups, model, tiny_cfg)
-    assert not caplog.records
-    tiny_cfg.SOLVER.MAX_EPOCH = 3
-    param_groups(groups, model, tiny_cfg)
+    for epochs, trained in ((4, True), (3, False), (3, True)):
+        assert not caplog.records
+        tiny_cfg.SOLVER.MAX_EPOCH = epochs
+        groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+        begin(groups, trained, tiny_cfg)
     assert "FREEZE_BACKBONE_EPOCHS is 3 and SOLVER.MAX_EPOCH 3" in caplog.text
 
 
-def test_a_learning_rate_that_is_no_number_is_refused(tiny_cfg):
+def test_a_learning_rate_that_is_no_number_is_refused(tiny_cfg, model):
     with pytest.raises(ValueError, match=r"learning rate is nan at epoch 1.5"):
-        set_group_lrs([], float("nan"), 1.5, tiny_cfg)
+        step(model, [], float("nan"), 1.5, tiny_cfg)
 
 
 def test_a_model_without_selectors_has_no_progress(tiny_cfg):

@@ -12,9 +12,6 @@ import sys
 from functools import partial
 
 # What happens after which module has been imported: functions of this package that take the module.
-# A hook on a module that is only half imported would run too early. That can happen where a module
-# of SlowFast is the first to import torch, so each of these either has torch imported before it (by
-# its parent package), or does not import it at all.
 HOOKS = {
     "detectron2": ["compat.mend_pkg_resources"],
     "slowfast": [
@@ -24,11 +21,17 @@ HOOKS = {
     ],
     "slowfast.config.defaults": ["plugin.add_config", "compat.mend_prefetch_key"],
     "slowfast.datasets.decoder": ["compat.mend_decoder"],
+    "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint"],
+    "slowfast.utils.logging": ["plugin.wrap_log"],
     "slowfast.models.video_model_builder": ["plugin.wrap_models", "compat.mend_cuda_synchronize"],
-    "slowfast.models.optimizer": ["plugin.wrap_optimizer", "plugin.wrap_log"],
+    "slowfast.models.optimizer": ["plugin.wrap_optimizer"],
 }
 
+# How the functions of HOOKS fared: their errors, None for success. What is not here never ran.
+results: dict[str, Exception | None] = {}
+
 _registered = False
+_half_imported: dict[str, list[str]] = {}
 
 
 def register() -> None:
@@ -38,7 +41,11 @@ def register() -> None:
 
 
 def register_hooks() -> None:
-    """Registers the post-import hooks, once; modules that are imported already get theirs now."""
+    """Registers the post-import hooks, once; modules that are imported already get theirs now.
+
+    A module of SlowFast may be the first to import torch, and is then only half imported here. Its
+    functions run as soon as another hook does, or when `finish` is called.
+    """
     global _registered
     if _registered:
         return
@@ -47,22 +54,61 @@ def register_hooks() -> None:
         from wrapt import register_post_import_hook
 
         for module_name, functions in HOOKS.items():
+            if _is_half_imported(module_name):
+                _half_imported[module_name] = functions
+                continue
             for function in functions:
-                register_post_import_hook(partial(_call, function), module_name)
+                register_post_import_hook(partial(_hook, function), module_name)
     except Exception as error:
         _complain("cannot wait for SlowFast", error)
+
+
+def finish() -> None:
+    """Runs what waits for modules that were half imported when torch was, where they are whole."""
+    for module_name in [name for name in _half_imported if not _is_half_imported(name)]:
+        for function in _half_imported.pop(module_name):
+            if module_name in sys.modules:  # its import may have failed
+                _call(function, sys.modules[module_name])
+
+
+def troubles() -> list[str]:
+    """What did not happen: ``plugin.wrap_models failed (KeyError: ...)``, ``... never ran``."""
+    finish()
+    found = []
+    for module_name, functions in HOOKS.items():
+        if module_name not in sys.modules or _is_half_imported(module_name):
+            continue
+        for function in functions:
+            if function not in results:
+                found.append(f"{function} never ran")
+            elif (error := results[function]) is not None:
+                found.append(f"{function} failed ({type(error).__name__}: {error})")
+    return found
+
+
+def _hook(function: str, module) -> None:
+    finish()
+    _call(function, module)
 
 
 def _call(function: str, module) -> None:
     """Imports and calls a function of this package; its failure is told, not raised.
 
-    SlowFast without STTS is worth more than a traceback out of its import statements.
+    SlowFast without STTS is worth more than a traceback out of its import statements; where a
+    config asks for STTS, `guard.confirm` stops the run.
     """
     file, name = function.split(".")
     try:
         getattr(importlib.import_module(f"{__package__}.{file}"), name)(module)
+        results[function] = None
     except Exception as error:
+        results[function] = error
         _complain(f"{function} failed on {module.__name__}", error)
+
+
+def _is_half_imported(module_name: str) -> bool:
+    spec = getattr(sys.modules.get(module_name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def _complain(what: str, error: Exception) -> None:

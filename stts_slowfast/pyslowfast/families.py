@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast import backbones
+from stts_slowfast.pyslowfast.weights import note_trained
 
 # What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
 ACTIVATIONS = {
@@ -69,8 +70,11 @@ def _builder(name: str):
         from stts_slowfast.checkpoints import load_pretrained
 
         model = backbones.build(cfg)
-        load_pretrained(model, cfg)
-        return SlowFastModel(model, cfg.MODEL.HEAD_ACT)
+        loaded = load_pretrained(model, cfg)
+        model = SlowFastModel(model, cfg.MODEL.HEAD_ACT)
+        if loaded is not None:
+            note_trained(model)
+        return model
 
     build.__name__ = name  # the registry's key
     return build

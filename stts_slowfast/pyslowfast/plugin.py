@@ -5,7 +5,6 @@ again without harm. With ``STTS.ENABLE`` False what SlowFast does is what it doe
 """
 
 import functools
-import importlib
 import weakref
 from decimal import Decimal
 
@@ -16,7 +15,8 @@ from stts_slowfast import backbones, schedule
 from stts_slowfast.config import add_stts_config, add_timesformer_config, add_video_swin_config
 from stts_slowfast.fused import configure
 from stts_slowfast.hooks import attach
-from stts_slowfast.pyslowfast import families
+from stts_slowfast.pyslowfast import families, weights
+from stts_slowfast.pyslowfast.wrap import wrap
 
 # What the run in this process stands at: `epoch` from get_epoch_lr, `sigma` and `backbone_lr` for
 # the log. SlowFast trains one model a process.
@@ -129,16 +129,16 @@ def pool_over_frames_left(head: nn.Module) -> None:
 
 def wrap_optimizer(optimizer_module) -> None:
     """``construct_optimizer``, ``get_epoch_lr`` and ``set_lr``, which the training loop calls."""
-    _wrap(optimizer_module, "construct_optimizer", _split_groups)
-    _wrap(optimizer_module, "get_epoch_lr", _note_epoch)
-    _wrap(optimizer_module, "set_lr", _set_rates_and_sigma)
+    wrap(optimizer_module, "construct_optimizer", _split_groups)
+    wrap(optimizer_module, "get_epoch_lr", _note_epoch)
+    wrap(optimizer_module, "set_lr", _set_rates_and_sigma)
 
 
 def _split_groups(construct_optimizer, model, cfg):
     optimizer = construct_optimizer(model, cfg)
     if _enabled(cfg):
         optimizer.param_groups[:] = schedule.param_groups(optimizer.param_groups, model, cfg)
-        optimizer.stts_run = (weakref.ref(model), cfg)
+        optimizer.stts_run, optimizer.stts_begun = (weakref.ref(model), cfg), False
     return optimizer
 
 
@@ -149,25 +149,24 @@ def _note_epoch(get_epoch_lr, cur_epoch, cfg):
 
 def _set_rates_and_sigma(set_lr, optimizer, new_lr):
     set_lr(optimizer, new_lr)
+    for key in ("sigma", "backbone_lr"):
+        _now.pop(key, None)
     model_ref, cfg = getattr(optimizer, "stts_run", (None, None))
     if cfg is None or "epoch" not in _now:
-        _now.pop("sigma", None)
         return
-    epoch = _now["epoch"]
-    fraction = min(epoch / cfg.SOLVER.MAX_EPOCH, 1.0)
-    schedule.set_progress(model_ref(), fraction)
-    rate = schedule.set_group_lrs(optimizer.param_groups, new_lr, epoch, cfg)
-    _now["sigma"] = schedule.sigma(cfg.STTS.SIGMA, cfg.STTS.SIGMA_DECAY, fraction)
-    _now["backbone_lr"] = rate
+    model, groups = model_ref(), optimizer.param_groups
+    if not optimizer.stts_begun:  # not before now are weights and optimizer state loaded
+        schedule.begin(groups, weights.is_trained(model), cfg)
+        optimizer.stts_begun = True
+    _now.update(schedule.step(model, groups, new_lr, _now["epoch"], cfg))
 
 
 # ---- log ------------------------------------------------------------------------------------
 
 
-def wrap_log(optimizer_module) -> None:
+def wrap_log(logging) -> None:
     """``slowfast.utils.logging.log_json_stats``: training gains ``sigma`` and ``backbone_lr``."""
-    package = optimizer_module.__name__.partition(".")[0]
-    _wrap(importlib.import_module(f"{package}.utils.logging"), "log_json_stats", _log_with_schedule)
+    wrap(logging, "log_json_stats", _log_with_schedule)
 
 
 def _log_with_schedule(log_json_stats, stats, *args, **kwargs):
@@ -181,17 +180,3 @@ def _log_with_schedule(log_json_stats, stats, *args, **kwargs):
 def _enabled(cfg) -> bool:
     # A config made before the node was there, by a script say, is one without selection.
     return "STTS" in cfg and cfg.STTS.ENABLE
-
-
-def _wrap(module, name: str, wrapper) -> None:
-    """Replaces ``module.name`` by ``wrapper(stock, ...)``, once."""
-    stock = getattr(module, name)
-    if hasattr(stock, "stock"):
-        return
-
-    @functools.wraps(stock)
-    def guest(*args, **kwargs):
-        return wrapper(stock, *args, **kwargs)
-
-    guest.stock = stock
-    setattr(module, name, guest)

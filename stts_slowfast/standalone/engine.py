@@ -152,6 +152,7 @@ class Recognizer(lightning.LightningModule):
 
     Attributes:
         lr: the schedule's learning rate in this iteration.
+        rates: what ``schedule.step`` says of it: ``sigma`` and ``backbone_lr``, or nothing.
         epoch_exact: epochs done before this iteration, a fraction of one included.
         stats: what :class:`Report` reads after each batch.
         result: of the last test.
@@ -166,6 +167,7 @@ class Recognizer(lightning.LightningModule):
         optimizer = optim.build_optimizer(self.model, self.cfg)
         if self.start.optimizer_state:
             optim.load_optimizer_state(optimizer, self.start.optimizer_state, self.start.path)
+        schedule.begin(optimizer.param_groups, self.start.trained, self.cfg)
         return optimizer
 
     def on_fit_start(self) -> None:
@@ -186,8 +188,7 @@ class Recognizer(lightning.LightningModule):
         self.epoch_exact = self.current_epoch + batch_idx / self.trainer.num_training_batches
         self.lr = optim.lr_at(self.epoch_exact, self.cfg)
         groups = self.optimizers().param_groups
-        self.backbone_lr = schedule.set_group_lrs(groups, self.lr, self.epoch_exact, self.cfg)
-        schedule.set_progress(self.model, self.epoch_exact / self.cfg.SOLVER.MAX_EPOCH)
+        self.rates = schedule.step(self.model, groups, self.lr, self.epoch_exact, self.cfg)
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         clips, labels = prepare(batch[0], self.cfg), batch[1]

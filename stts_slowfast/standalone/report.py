@@ -16,8 +16,6 @@ import torch
 from iopath.common.file_io import g_pathmgr
 from lightning.pytorch.callbacks import Callback
 
-from stts_slowfast import schedule
-
 logger = logging.getLogger(__name__)
 
 _FORMAT = "[%(asctime)s][%(levelname)s] %(filename)s: %(lineno)4d: %(message)s"
@@ -204,13 +202,7 @@ class Report(Callback):
             log_json_stats(stats, self.cfg.OUTPUT_DIR)
 
     def _rates(self, module) -> dict:
-        rates = {"lr": float(module.lr)}
-        if self.cfg.STTS.ENABLE:
-            stts, epoch = self.cfg.STTS, module.epoch_exact
-            fraction = epoch / self.cfg.SOLVER.MAX_EPOCH
-            rates["sigma"] = float(schedule.sigma(stts.SIGMA, stts.SIGMA_DECAY, fraction))
-            rates["backbone_lr"] = float(module.backbone_lr)
-        return rates
+        return {"lr": float(module.lr), **module.rates}
 
     # --- validation
 

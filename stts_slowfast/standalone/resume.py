@@ -16,12 +16,16 @@ logger = logging.getLogger(__name__)
 class Start:
     """Where training begins: epoch, and the optimizer's and the scaler's state to go on with.
 
-    ``path`` is the checkpoint it goes on from; None for weights alone.
+    ``path`` is the checkpoint it goes on from; None for weights alone. ``trained`` is whether there
+    are weights of any kind.
     """
 
-    def __init__(self, path: str | None = None, checkpoint: dict | None = None):
+    def __init__(
+        self, path: str | None = None, checkpoint: dict | None = None, trained: bool = False
+    ):
         checkpoint = checkpoint or {}
         self.path = path
+        self.trained = trained or path is not None
         if path and not isinstance(checkpoint.get("epoch"), int):
             raise ValueError(
                 f"{path} does not say after which epoch it was written: start from its weights "
@@ -73,11 +77,13 @@ def starting_point(cfg, model: nn.Module) -> Start:
         return Start(path, checkpoint)
     path = cfg.TRAIN.CHECKPOINT_FILE_PATH
     if not path:
-        return Start()
+        return Start(
+            trained=cfg.TIMESFORMER.PRETRAINED_MODEL != "" and cfg.MODEL.MODEL_NAME == "TimeSformer"
+        )
     checkpoint = _clear_names(read_checkpoint(path), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
     _load(cfg, model, checkpoint, path, "finetune")
     if cfg.TRAIN.CHECKPOINT_EPOCH_RESET or "epoch" not in checkpoint:
-        return Start()
+        return Start(trained=True)
     start = Start(path, checkpoint)
     if start.epoch >= cfg.SOLVER.MAX_EPOCH:
         raise ValueError(

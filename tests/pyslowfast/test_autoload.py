@@ -37,6 +37,7 @@ def get_epoch_lr(cur_epoch, cfg): return 1.0
 def set_lr(optimizer, new_lr): ...
 """,
     "slowfast/utils/__init__.py": "",
+    "slowfast/utils/checkpoint.py": "def load_checkpoint(path_to_checkpoint, model): return 0",
     "slowfast/utils/logging.py": """
 def log_json_stats(stats, output_dir=None): print(stats)
 """,
@@ -80,6 +81,21 @@ def test_hooks_run_when_slowfast_was_imported_before(checkout):
     assert output(code, checkout) == "True"
 
 
+def test_a_module_that_imports_torch_first_gets_its_hooks_when_it_is_whole(checkout):
+    (checkout / "slowfast/utils/logging.py").write_text(
+        # As `import torch` does with the entry point, in the middle of a module of SlowFast.
+        "import stts_slowfast.pyslowfast\ndef log_json_stats(stats, output_dir=None): ..."
+    )
+    code = """
+from slowfast.utils.logging import log_json_stats
+assert not hasattr(log_json_stats, "stock")
+import slowfast.utils.checkpoint
+print(hasattr(log_json_stats, "stock"))
+"""
+    done = python(code, checkout)
+    assert done.stdout.strip() == "True" and "failed" not in done.stderr, done.stderr
+
+
 def test_autoload_is_switched_off_by_the_environment(checkout):
     code = f"import stts_slowfast.pyslowfast; {PRINT_NODE}"
     assert output(code, checkout, STTS_AUTOLOAD="0") == "False"
@@ -91,10 +107,10 @@ import stts_slowfast.pyslowfast
 from stts_slowfast.pyslowfast import autoload, plugin
 autoload.register(); autoload._registered = False; autoload.register()
 import slowfast.config.defaults, slowfast.models.optimizer as optimizer
-import slowfast.utils.logging as log
+import slowfast.utils.logging as log, slowfast.utils.checkpoint as checkpoint
 from slowfast.models import MODEL_REGISTRY
 for function in (optimizer.construct_optimizer, optimizer.get_epoch_lr, optimizer.set_lr,
-                 log.log_json_stats, MODEL_REGISTRY.get):
+                 log.log_json_stats, checkpoint.load_checkpoint, MODEL_REGISTRY.get):
     assert not hasattr(function.stock, "stock"), function
 print(sorted(name for name, _ in MODEL_REGISTRY))
 """

@@ -8,8 +8,8 @@ from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import nn
 
-from stts_slowfast import hooks, schedule
-from stts_slowfast.pyslowfast import plugin
+from stts_slowfast import hooks
+from stts_slowfast.pyslowfast import plugin, weights
 from stts_slowfast.standalone.defaults import get_cfg
 
 
@@ -210,6 +210,7 @@ def step(optim, optimizer, epoch, cfg):
 def test_scorers_and_backbone_have_their_own_rates_and_sigma_decays(registry, cfg, optim):
     cfg.merge_from_list(["SOLVER.MAX_EPOCH", 10, "SOLVER.BASE_LR", 0.8])
     model = registry.get("Transformer")(cfg)
+    weights.note_trained(model)
     optimizer = optim.construct_optimizer(model, cfg)
     assert [group["backbone"] for group in optimizer.param_groups] == [True, False]
     step(optim, optimizer, 1.5, cfg)
@@ -236,21 +237,47 @@ def test_disabled_optimizers_are_stock(registry, cfg, optim):
     assert group["lr"] == cfg.SOLVER.BASE_LR * 0.5
 
 
-def test_optimizer_state_can_be_saved_and_resumed(registry, cfg, optim):
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_resumed_run_is_held_back_as_it_was(registry, cfg, optim, trained):
     model = registry.get("Transformer")(cfg)
-    state = optim.construct_optimizer(model, cfg).state_dict()
+    if trained:
+        weights.note_trained(model)
+    first = optim.construct_optimizer(model, cfg)
+    step(optim, first, 0.0, cfg)
+    state = first.state_dict()
+    model = registry.get("Transformer")(cfg)
     optimizer = optim.construct_optimizer(model, cfg)
     optimizer.load_state_dict(state)
+    weights.note_trained(model)
     step(optim, optimizer, 0.0, cfg)
-    assert optimizer.param_groups[0]["lr"] == 0.0
+    assert (optimizer.param_groups[0]["lr"] == 0.0) == trained
     assert set(state) == {"state", "param_groups"}
 
 
-def test_training_lines_gain_sigma_and_the_backbone_rate(registry, cfg, optim, monkeypatch):
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_model_is_trained_once_a_checkpoint_was_loaded_into_it(wrapped):
+    checkpoint = SimpleNamespace(load_checkpoint=lambda path, model, data_parallel=True: 7)
+    weights.wrap_load_checkpoint(checkpoint)
+    model = nn.Linear(1, 1)
+    outer = nn.DataParallel(model) if wrapped else model
+    assert not weights.is_trained(outer)
+    assert checkpoint.load_checkpoint("x.pyth", outer, wrapped) == 7
+    assert weights.is_trained(outer) and weights.is_trained(model)
+
+
+def test_the_line_says_once_where_a_run_starts_from(registry, cfg, optim, caplog):
+    caplog.set_level("INFO")
+    optimizer = optim.construct_optimizer(model := registry.get("Transformer")(cfg), cfg)
+    for epoch in (0.0, 0.5):
+        step(optim, optimizer, epoch, cfg)
+    assert caplog.text.count("from random weights: everything learns") == 1
+    del model
+
+
+def test_training_lines_gain_sigma_and_the_backbone_rate(registry, cfg, optim):
     lines = []
     log = SimpleNamespace(log_json_stats=lambda stats, output_dir=None: lines.append(stats))
-    monkeypatch.setattr(plugin.importlib, "import_module", lambda name: log)
-    plugin.wrap_log(SimpleNamespace(__name__="slowfast.models.optimizer"))
+    plugin.wrap_log(log)
     log.log_json_stats({"_type": "train_iter_"})
     model = registry.get("Transformer")(cfg)
     optimizer = optim.construct_optimizer(model, cfg)
@@ -262,6 +289,5 @@ def test_training_lines_gain_sigma_and_the_backbone_rate(registry, cfg, optim, m
     assert stats == {"_type": "train_epoch"}
     assert lines[0] == {"_type": "train_iter_"}
     assert float(lines[1]["sigma"]) == pytest.approx(0.05)
-    rate = schedule.backbone_lr(cfg.SOLVER.BASE_LR, epoch, cfg)
-    assert float(lines[1]["backbone_lr"]) == pytest.approx(rate)
+    assert float(lines[1]["backbone_lr"]) == pytest.approx(cfg.SOLVER.BASE_LR)
     assert lines[2] == {"_type": "val_epoch"}

@@ -77,7 +77,9 @@ def test_a_killed_run_resumes_and_is_tested(command, checkout, tmp_path):
     assert [line["sigma"] for line in train] == pytest.approx(
         [0.05, 0.05 * 2 / 3, 0.05 / 3], abs=1e-6
     )
-    assert all(0 < line["backbone_lr"] <= 0.0001 for line in train)
+    # It began from random weights, and the checkpoint that it goes on from does not change that.
+    assert all(line["backbone_lr"] == pytest.approx(line["lr"], abs=1e-5) for line in train)
+    assert "as this run began: everything learns" in log
     assert any(line.get("_type") == "val_epoch" for line in stats)
     (final,) = [line for line in stats if line.get("split") == "test_final"]
     assert 0 <= float(final["top1_acc"]) <= 100
@@ -91,8 +93,8 @@ def test_two_epochs_with_the_torchvision_backend(command, checkout, tmp_path):
     stats = json_stats(log)
     train = [line for line in stats if line.get("_type") == "train_iter_"]
     assert [line["epoch"] for line in train] == ["1/2"] * 3 + ["2/2"] * 3
-    # STTS.FREEZE_BACKBONE_EPOCHS is 0.5: two iterations of three.
-    assert [line["backbone_lr"] > 0 for line in train] == [False, False, True, True, True, True]
+    assert "from random weights: everything learns" in log
+    assert all(line["backbone_lr"] > 0 for line in train)
     sigmas = [0.1 * (1 - i / 6) for i in range(6)]
     assert [line["sigma"] for line in train] == pytest.approx(sigmas, abs=1e-6)
     assert sum(line.get("_type") == "val_epoch" for line in stats) == 2
@@ -101,6 +103,17 @@ def test_two_epochs_with_the_torchvision_backend(command, checkout, tmp_path):
         "checkpoint_epoch_00001.pyth",
         "checkpoint_epoch_00002.pyth",
     }
+
+
+def test_fine_tuning_holds_the_backbone_back(command, checkout, tmp_path):
+    run(command(tmp_path / "first", "STTS.ENABLE", "False", "TEST.ENABLE", "False"), checkout)
+    trained = tmp_path / "first" / "checkpoints" / "checkpoint_epoch_00002.pyth"
+    opts = ("TRAIN.CHECKPOINT_FILE_PATH", str(trained), "TRAIN.CHECKPOINT_EPOCH_RESET", "True")
+    log = run(command(tmp_path / "second", *opts, "TEST.ENABLE", "False"), checkout)
+    assert "from trained weights: the backbone's rate is 0 for 0.5 epochs" in log
+    train = [line for line in json_stats(log) if line.get("_type") == "train_iter_"]
+    # STTS.FREEZE_BACKBONE_EPOCHS is 0.5: two iterations of three.
+    assert [line["backbone_lr"] > 0 for line in train] == [False, False, True, True, True, True]
 
 
 def stts(*words: str, **env: str) -> subprocess.CompletedProcess:

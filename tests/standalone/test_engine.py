@@ -92,9 +92,9 @@ def test_training_and_testing_write_what_slowfast_writes(cfg):
     fields |= {"grad_norm", "gpu_mem", "top1_err", "top5_err", "sigma", "backbone_lr"}
     assert [set(s) for s in iterations] == [fields] * 6
     assert [s["epoch"] + " " + s["iter"] for s in iterations[2:4]] == ["1/2 3/3", "2/2 1/3"]
-    # sigma falls from 0.1 to 0 over 6 iterations; the backbone rests half an epoch of 3
+    # sigma falls from 0.1 to 0 over 6 iterations; from random weights the backbone never rests
     assert [s["sigma"] for s in iterations] == [0.1, 0.08333, 0.06667, 0.05, 0.03333, 0.01667]
-    assert [s["backbone_lr"] > 0 for s in iterations] == [False, False, True, True, True, True]
+    assert all(s["backbone_lr"] == s["lr"] for s in iterations)
     (val,) = json_stats(cfg, "val_epoch")  # after the last epoch alone: EVAL_PERIOD is 5
     assert val["epoch"] == "2/2" and val["min_top1_err"] == val["top1_err"]
     assert val["top1_err"] == pytest.approx(result["top1_err"], abs=1e-4)
@@ -110,6 +110,17 @@ def test_training_and_testing_write_what_slowfast_writes(cfg):
         round(result["top1_acc"] * NUM_VIDEOS / 100), abs=1e-4
     )
     assert result["clips_per_s"] > 0
+
+
+def test_fine_tuning_holds_the_backbone_back(cfg, tmp_path):
+    engine.train(cfg)
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = engine.last_checkpoint(cfg)
+    cfg.TRAIN.CHECKPOINT_EPOCH_RESET = True
+    cfg.OUTPUT_DIR = str(tmp_path / "tuned")
+    engine.train(cfg)
+    rates = [s["backbone_lr"] > 0 for s in json_stats(cfg, "train_iter_")]
+    # half an epoch of three iterations
+    assert rates == [False, False, True, True, True, True]
 
 
 def test_stopped_and_resumed_ends_where_the_whole_run_ends(cfg, tmp_path):
