@@ -1,6 +1,6 @@
 """``stts quickstart``: watch selection being learned, from video files to a table and a picture.
 
-Writes videos (`toyvideos`), trains a small MViT on all tokens, fine-tunes it with learned
+Writes videos (`makedata`), trains a small MViT on all tokens, fine-tunes it with learned
 selection, and tests both, and uniform and random selection of as many tokens in the model of the
 first training. Training and testing are those of ``stts run``; its config files stay in
 OUT/configs.
@@ -14,15 +14,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import yaml
 from lightning.pytorch.callbacks import Callback
 
 from stts_slowfast import selections
 from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.tools import toyvideos, visualize
+from stts_slowfast.tools import makedata, visualize
 
+KIND = "square"
 NAMES = ("all", "learned", "uniform", "random")
 KEEP_TIME = 0.25  # 2 of 8 frames of tokens
 KEEP_SPACE = 0.25  # a window of 4 x 4 of 8 x 8 tokens
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     size = SMOKE if args.smoke else FULL
     data_dir = os.path.join(args.out, "data")
     print(f"writing {size.num_train + size.num_test} videos to {data_dir}", flush=True)
-    toyvideos.write_dataset(data_dir, size.num_train, size.num_test, args.seed)
+    makedata.write_dataset(data_dir, KIND, size.num_train, size.num_test, args.seed)
     write_configs(args.out, size, args.seed)
     for name in NAMES:  # no more: there may be other runs beside them
         shutil.rmtree(os.path.join(args.out, "runs", name), ignore_errors=True)
@@ -83,70 +83,20 @@ def write_configs(out: str, size: Size, seed: int) -> None:
     """Writes ``OUT/configs/NAME.yaml`` for the four ``NAMES``: files as ``stts run`` takes them."""
     os.makedirs(os.path.join(out, "configs"), exist_ok=True)
     for name in NAMES:
-        config = _base_config(os.path.join(out, "data"), seed)
+        config = makedata.config(os.path.join(out, "data"), KIND, seed)
         config["OUTPUT_DIR"] = os.path.join(out, "runs", name)
         trained = _checkpoint(out, "all", size.epochs_all)
         if name == "all":
-            config["SOLVER"].update(BASE_LR=2e-3, MAX_EPOCH=size.epochs_all, WARMUP_EPOCHS=1.0)
+            config["SOLVER"]["MAX_EPOCH"] = size.epochs_all
         else:
             config["STTS"] = _stts(name)
         if name == "learned":
-            config["SOLVER"].update(BASE_LR=1e-3, MAX_EPOCH=size.epochs_learned)
+            config["SOLVER"].update(BASE_LR=1e-3, MAX_EPOCH=size.epochs_learned, WARMUP_EPOCHS=0.0)
             config["TRAIN"].update(CHECKPOINT_FILE_PATH=trained, CHECKPOINT_EPOCH_RESET=True)
         if name in ("uniform", "random"):
             config["TRAIN"]["ENABLE"] = False
             config["TEST"]["CHECKPOINT_FILE_PATH"] = trained
-        with open(_config_path(out, name), "w") as file:
-            yaml.safe_dump(config, file, sort_keys=False)
-
-
-def _base_config(data_dir: str, seed: int) -> dict:
-    side = toyvideos.SIDE
-    return {
-        "TRAIN": {"BATCH_SIZE": 32, "EVAL_PERIOD": 100, "CHECKPOINT_PERIOD": 100},
-        "DATA": {
-            "PATH_TO_DATA_DIR": data_dir,
-            "PATH_PREFIX": os.path.join(data_dir, "videos"),
-            "NUM_FRAMES": toyvideos.NUM_FRAMES // 2,
-            "SAMPLING_RATE": 2,
-            "TARGET_FPS": toyvideos.FPS,
-            "TRAIN_JITTER_SCALES": [side, side],
-            "TRAIN_CROP_SIZE": side,
-            "TEST_CROP_SIZE": side,
-            "INPUT_CHANNEL_NUM": [3],
-        },
-        "MODEL": {
-            "ARCH": "mvit",
-            "MODEL_NAME": "MViT",
-            "NUM_CLASSES": toyvideos.NUM_CLASSES,
-            "DROPOUT_RATE": 0.0,
-        },
-        "MVIT": {
-            "DEPTH": 4,
-            "EMBED_DIM": 32,
-            # A frame of tokens is of two frames of pixels and no others: what it shows is clear.
-            "PATCH_KERNEL": [2, 7, 7],
-            "PATCH_PADDING": [0, 3, 3],
-            "SEP_POS_EMBED": True,
-            "DROPPATH_RATE": 0.0,
-            "DIM_MUL": [[2, 2.0]],
-            "HEAD_MUL": [[2, 2.0]],
-            "POOL_Q_STRIDE": [[2, 1, 2, 2]],
-            "POOL_KV_STRIDE_ADAPTIVE": [2, 8, 8],
-            "POOL_KVQ_KERNEL": [3, 3, 3],
-        },
-        "SOLVER": {
-            "OPTIMIZING_METHOD": "adamw",
-            "COSINE_AFTER_WARMUP": True,
-            "WARMUP_START_LR": 1e-4,
-            "WEIGHT_DECAY": 0.05,
-            "CLIP_GRAD_L2NORM": 1.0,
-        },
-        "TEST": {"BATCH_SIZE": 16, "NUM_ENSEMBLE_VIEWS": 1, "NUM_SPATIAL_CROPS": 1},
-        "DATA_LOADER": {"NUM_WORKERS": 1},
-        "NUM_GPUS": 0,
-        "RNG_SEED": seed,
-    }
+        makedata.write_config(_config_path(out, name), config)
 
 
 def _stts(scorer: str) -> dict:
@@ -174,7 +124,7 @@ def _checkpoint(out: str, name: str, epochs: int) -> str:
 class KeptFrames(Callback):
     """Sums up, while a model is tested, how many of the frames that show the class it kept."""
 
-    def __init__(self, cfg, truth: dict[str, toyvideos.Truth]):
+    def __init__(self, cfg, truth: dict[str, makedata.Truth]):
         self.cfg, self.truth = cfg, truth
         self.kept = self.shown = 0
 
@@ -195,7 +145,7 @@ def run(out: str, name: str) -> dict:
     print(f"\n== {name}: stts run --cfg {_config_path(out, name)}", flush=True)
     if cfg.TRAIN.ENABLE:
         engine.train(cfg)
-    watch = KeptFrames(cfg, toyvideos.read_truth(cfg.DATA.PATH_TO_DATA_DIR))
+    watch = KeptFrames(cfg, makedata.read_truth(cfg.DATA.PATH_TO_DATA_DIR))
     tested = engine.test(cfg, callbacks=[watch] if cfg.STTS.ENABLE else [])
     return {
         "name": name,
@@ -206,10 +156,10 @@ def run(out: str, name: str) -> dict:
     }
 
 
-def shown_frames(cfg, truth: toyvideos.Truth) -> set[int]:
+def shown_frames(cfg, truth: makedata.Truth) -> set[int]:
     """The frames of tokens that show the class: those with a frame of pixels that does."""
     step = cfg.DATA.SAMPLING_RATE * cfg.MVIT.PATCH_STRIDE[0]
-    return set(range(truth.start // step, -(-truth.stop // step)))
+    return {frame // step for frame in truth.frames}
 
 
 # ---- what is told ---------------------------------------------------------------------------
@@ -220,7 +170,7 @@ def draw_picture(out: str, path: str, num_videos: int = 4) -> None:
     cfg = load_config(_config_path(out, "learned"))
     model = build_model(cfg)
     engine.load_for_test(cfg, model)
-    truth = toyvideos.read_truth(cfg.DATA.PATH_TO_DATA_DIR)
+    truth = makedata.read_truth(cfg.DATA.PATH_TO_DATA_DIR)
     strips = []
     for name in sorted(name for name in truth if name.startswith("test"))[:num_videos]:
         clip = visualize.read_clip(cfg, os.path.join(cfg.DATA.PATH_PREFIX, name))

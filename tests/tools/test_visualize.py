@@ -7,7 +7,7 @@ from PIL import Image
 
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.tools import cli, toyvideos, visualize
+from stts_slowfast.tools import cli, makedata, visualize
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_pictures_have_the_colours_of_the_video(cfg, tmp_path, dataset, reverse)
     cfg.TEST.DATASET, cfg.DATA.REVERSE_INPUT_CHANNEL = dataset, reverse
     red = np.zeros((16, 32, 32, 3), np.uint8)
     red[..., 0] = 250
-    toyvideos.write_video(str(tmp_path / "red.mp4"), red)
+    makedata.write_video(str(tmp_path / "red.mp4"), red)
     clip = visualize.read_clip(cfg, str(tmp_path / "red.mp4"))
     assert clip.shape == (3, 8, 32, 32)
     pictures = visualize.to_pictures(cfg, clip).float().mean((0, 1, 2))
@@ -93,7 +93,7 @@ def test_picture_marks_kept_frames_green_and_windows_red(tmp_path):
 def test_command_draws_ones_own_videos(cfg, tmp_path, capsys):
     generator = np.random.default_rng(0)
     for name in ("a.mp4", "b.mp4"):
-        toyvideos.write_video(str(tmp_path / name), toyvideos.draw_video(1, generator)[0])
+        makedata.write_video(str(tmp_path / name), makedata.draw_video("square", 1, generator)[0])
     (tmp_path / "model.yaml").write_text(cfg.dump())
     checkpoint = str(tmp_path / "model.pyth")
     save_checkpoint(checkpoint, build_model(cfg), cfg, 1)

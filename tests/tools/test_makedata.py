@@ -1,0 +1,165 @@
+"""The videos of each kind show what their truth says, there and nowhere else."""
+
+import numpy as np
+import pytest
+import torch
+
+from stts_slowfast.standalone.data import ClipDataset
+from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.tools import cli, makedata
+from stts_slowfast.video import decode_clip
+
+
+@pytest.fixture(scope="module", params=makedata.KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def data(kind, tmp_path_factory):
+    """Folder and truth of 8 training and 16 test videos."""
+    folder = tmp_path_factory.mktemp("data")
+    return folder, makedata.write_dataset(str(folder), kind, 8, 16, seed=0)
+
+
+def only(kind, *wanted):
+    if kind not in wanted:
+        pytest.skip(f"not about {kind}")
+
+
+def read(folder, name, number=32):
+    return decode_clip(folder / "videos" / name, range(number)).numpy().astype(int)
+
+
+def test_truth_is_remembered_and_depends_on_seed_split_and_number_alone(kind, data, tmp_path):
+    folder, truth = data
+    assert makedata.read_truth(str(folder)) == truth
+    fewer = makedata.write_dataset(str(tmp_path / "fewer"), kind, 4, 8, seed=0)
+    assert fewer == {name: truth[name] for name in fewer} and len(fewer) == 12
+    for name in fewer:
+        written = (folder / "videos" / name).read_bytes()
+        assert (tmp_path / "fewer" / "videos" / name).read_bytes() == written
+    assert makedata.write_dataset(str(tmp_path / "other"), kind, 4, 8, seed=1) != fewer
+
+
+def test_boxes_lie_in_the_frame_and_classes_come_equally_often(kind, data):
+    side = makedata.KINDS[kind].side
+    for true in data[1].values():
+        assert len(true.frames) == len(true.boxes) > 0
+        assert true.frames == sorted(set(true.frames)) and true.frames[-1] < 32
+        for top, left, height, width in true.boxes:
+            assert 0 <= top <= top + height <= side and 0 <= left <= left + width <= side
+    labels = [true.label for true in data[1].values()]
+    assert [labels.count(label) for label in range(8)] == [3] * 8
+
+
+def test_square_is_coloured_in_the_true_frames_and_place_alone(kind, data):
+    only(kind, "square")
+    folder, truth = data
+    hues = {}
+    for name, true in truth.items():
+        frames = read(folder, name)
+        colored = frames.max(-1) - frames.min(-1)
+        top, left, size, _ = true.boxes[0]
+        rows, columns = slice(top + 2, top + size - 2), slice(left + 2, left + size - 2)
+        assert len(true.frames) == 8
+        assert np.median(colored[true.frames, rows, columns]) > 100
+        hues.setdefault(true.label, []).append(frames[true.frames[1], rows, columns].mean((0, 1)))
+        # Chroma has half the resolution, so that colour runs over the border a little.
+        rows = slice(max(top - 3, 0), top + size + 3)
+        columns = slice(max(left - 3, 0), left + size + 3)
+        colored[true.frames, rows, columns] = 0
+        assert np.percentile(colored, 99.9) < 60
+    means = torch.tensor(np.array([np.mean(hues[label], axis=0) for label in range(8)]))
+    within = max(np.linalg.norm(hues[k] - means[k].numpy(), axis=1).max() for k in hues)
+    assert within < torch.cdist(means, means).fill_diagonal_(1e9).min() / 2
+
+
+def test_needle_is_the_glyph_for_an_eighth_and_its_cells_shuffled_else(kind, data):
+    only(kind, "needle")
+    folder, truth = data
+    for name, true in truth.items():
+        frames = read(folder, name)[..., 0]
+        assert len(true.frames) == 4 and true.boxes == [true.boxes[0]] * 4
+        top, left, size, _ = true.boxes[0]
+        cells = frames[true.frames[0], top : top + size, left : left + size]
+        cells = cells.reshape(5, size // 5, 5, size // 5).mean((1, 3))
+        assert ((cells > cells.mean()) == makedata.GLYPHS[true.label]).all()
+        best = [best_match(frame, makedata.GLYPHS[true.label], size // 5) for frame in frames[::4]]
+        assert np.argmax(best) == true.frames[0] // 4
+        # As bright at any time: only the shape tells.
+        light = (frames > 190).sum((1, 2))
+        assert abs(light[true.frames].mean() - light.mean()) < 0.25 * light.mean()
+
+
+def best_match(frame, glyph, cell):
+    """The highest correlation of a frame's places with a glyph."""
+    pattern = np.kron(glyph - glyph.mean(), np.ones((cell, cell)))
+    views = np.lib.stride_tricks.sliding_window_view(frame, pattern.shape)
+    return (views * pattern).sum((2, 3)).max()
+
+
+def test_motion_goes_the_way_of_the_class_in_the_true_frames(kind, data):
+    only(kind, "motion")
+    folder, truth = data
+    for name, true in truth.items():
+        bright = (read(folder, name)[..., 0] > 190).astype(float)
+        assert len(true.frames) == 16
+        assert np.diff(true.frames).tolist() == [1] * 15
+        shift = displacement(bright[true.frames[0]], bright[true.frames[8]])
+        angle = np.arctan2(*shift) / (np.pi / 4)
+        assert np.hypot(*shift) == pytest.approx(16, abs=2)
+        assert abs((angle - true.label + 4) % 8 - 4) < 0.3
+        top, left, height, width = true.boxes[0]
+        inside = bright[true.frames[0], top : top + height, left : left + width]
+        assert inside.sum() > 0.45 * bright[true.frames[0]].sum()
+
+
+def displacement(first, second):
+    """Rows and columns by which a picture whose borders meet has moved."""
+    product = np.fft.fft2(second) * np.fft.fft2(first).conj()
+    peak = np.unravel_index(np.fft.ifft2(product).real.argmax(), first.shape)
+    return [(place + size // 2) % size - size // 2 for place, size in zip(peak, first.shape)]
+
+
+def test_clutter_has_one_ring_with_a_single_gap_at_the_side_of_the_class(kind, data):
+    only(kind, "clutter")
+    folder, truth = data
+    for name, true in truth.items():
+        frame = read(folder, name)[..., 0].mean(0)
+        assert true.frames == list(range(32)) and true.boxes == [true.boxes[0]] * 32
+        top, left, size, _ = true.boxes[0]
+        light = [ring_light(frame, top, left, size, side) for side in range(8)]
+        assert np.argmin(light) == true.label
+        assert light[(true.label + 4) % 8] > light[true.label] + 50
+
+
+def ring_light(frame, top, left, size, side):
+    angle = side * np.pi / 4
+    row = top + (size - 1) / 2 + 0.375 * size * np.sin(angle)
+    column = left + (size - 1) / 2 + 0.375 * size * np.cos(angle)
+    return frame[round(row), round(column)]
+
+
+def test_command_writes_videos_and_the_config_that_learns_them(kind, tmp_path, capsys):
+    out = tmp_path / "a folder"
+    words = ["make-data", "--kind", kind, "--out", str(out), "--train", "8", "--test", "8"]
+    assert cli.main([*words, "--side", "48", "--frames", "16"]) == 0
+    path = out / "config.yaml"
+    assert f"stts run --cfg {path}" in capsys.readouterr().out
+    cfg = load_config(str(path))
+    for split in ("train", "test"):
+        clips, labels = ClipDataset(cfg, split)[3][:2]
+        assert clips.shape == (1, 3, 16, 48, 48) and labels.tolist() == [3]
+    # A flipped left would be a right.
+    assert cfg.DATA.RANDOM_FLIP is (kind == "square")
+
+
+def test_sizes_without_whole_tokens_are_refused(tmp_path, capsys):
+    words = ["make-data", "--kind", "needle", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--side", "50"]) == 2
+    assert "--side is 50: give a multiple of 16" in capsys.readouterr().err
+    assert cli.main([*words, "--frames", "8"]) == 2
+    assert cli.main([*words, "--test", "4"]) == 2
+    assert "--test is 4: give each of the 8 classes a video" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
