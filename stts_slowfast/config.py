@@ -1,6 +1,11 @@
 """The config nodes we add to SlowFast's: every key, its default, one comment each; STTS checked."""
 
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+from fvcore.common.config import CfgNode
 
 from stts_slowfast.topk import GRADIENTS
 
@@ -124,6 +129,105 @@ def window_stride(size: int, window: int, stride: int) -> int:
     return stride or max((size - window) // 2, 1)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the node ``STTS`` says, as plain values: each key of it, by its name in small letters.
+
+    ``time`` and ``space`` are the blocks with their shares, ``{4: 0.9}``; in the node they stand in
+    the lists ``BLOCKS`` and ``KEEP``.
+    """
+
+    time: Mapping[int, float]
+    space: Mapping[int, float]
+    time_scorer: str
+    space_scorer: str
+    space_stride: int
+    space_shared: bool
+    sigma: float
+    sigma_decay: str
+    num_samples: int
+    gradient: str
+    backbone_lr: float
+    freeze_backbone_epochs: float
+    fused_attention: bool
+    true_distances: bool
+
+    @classmethod
+    def of_node(cls, node) -> "Settings":
+        """The settings of a node ``cfg.STTS``.
+
+        Raises:
+            ValueError: where blocks and shares do not make pairs.
+        """
+        values = {"time": _shares("STTS.TIME", node.TIME), "space": _shares("STTS.SPACE", node.SPACE)}
+        for name in (leaf.name for leaf in fields(cls) if leaf.name not in values):
+            *room, leaf = _key(name).split(".")
+            values[name] = (node[room[0]] if room else node)[leaf]
+        return cls(**values)
+
+    @classmethod
+    def of_arguments(cls, **arguments) -> "Settings":
+        """The settings of plain keyword arguments.
+
+        What is left out has the node's default, but for blocks: nothing is selected unless named.
+
+        Raises:
+            TypeError: for a name that is none of the settings', with the nearest one.
+        """
+        known = [leaf.name for leaf in fields(cls)]
+        for name in arguments:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
+                raise TypeError(f"no argument is called {name!r}: {hint}")
+        for name in ("time", "space"):
+            arguments[name] = {} if arguments.get(name) is None else arguments[name]
+            if not isinstance(arguments[name], Mapping):
+                raise ValueError(f"{name} is {arguments[name]!r}: give shares by block, {{4: 0.9}}")
+        cfg = CfgNode()
+        add_stts_config(cfg)
+        return replace(cls.of_node(cfg.STTS), **arguments)
+
+    def check(
+        self, num_blocks: int, grids: Sequence[tuple[int, int, int]] | None = None
+    ) -> dict[str, tuple[tuple, tuple]]:
+        """Raises what :func:`validate_stts` raises; gives what :func:`plan` gives."""
+        for dimension, shares in (("TIME", self.time), ("SPACE", self.space)):
+            _check_shares(f"STTS.{dimension}", shares, num_blocks)
+        _one_of("STTS.TIME.SCORER", self.time_scorer, SCORERS)
+        _one_of("STTS.SPACE.SCORER", self.space_scorer, SCORERS)
+        _one_of("STTS.GRADIENT", self.gradient, GRADIENTS)
+        _one_of("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
+        _at_least("STTS.SIGMA", self.sigma, 0)
+        _at_least("STTS.NUM_SAMPLES", self.num_samples, 1)
+        _at_least("STTS.BACKBONE_LR", self.backbone_lr, 0)
+        _at_least("STTS.FREEZE_BACKBONE_EPOCHS", self.freeze_backbone_epochs, 0)
+        _at_least("STTS.SPACE.STRIDE", self.space_stride, 0)
+        for name in ("num_samples", "space_stride"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(
+                    f"STTS.{_key(name)} is {getattr(self, name)!r}: give a whole number"
+                )
+        for name in ("space_shared", "fused_attention", "true_distances"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"STTS.{_key(name)} is {getattr(self, name)!r}: give True or False"
+                )
+        return {} if grids is None else plan(self, grids)
+
+
+def _key(name: str) -> str:
+    """The node's key, behind ``STTS.``, of a setting."""
+    return re.sub("^(TIME|SPACE)_", r"\1.", name.upper())
+
+
+def as_arguments(message: str) -> str:
+    """A message about keys of the node, about plain arguments instead."""
+    names = {f"STTS.{_key(leaf.name)}": leaf.name for leaf in fields(Settings)}
+    names |= {f"STTS.{room}.{leaf}": room.lower() for room in ("TIME", "SPACE") for leaf in ("KEEP", "BLOCKS")}
+    return re.sub(r"STTS\.[A-Z_.]*[A-Z]", lambda key: names.get(key[0], key[0]), message)
+
+
 def validate_stts(
     node, num_blocks: int, grids: Sequence[tuple[int, int, int]] | None = None
 ) -> None:
@@ -138,30 +242,14 @@ def validate_stts(
     Raises:
         ValueError: naming the key, its value and what would be right.
     """
-    for dimension in ("TIME", "SPACE"):
-        _validate_dimension(f"STTS.{dimension}", node[dimension], num_blocks)
-    _one_of("STTS.GRADIENT", node.GRADIENT, GRADIENTS)
-    _one_of("STTS.SIGMA_DECAY", node.SIGMA_DECAY, SIGMA_DECAYS)
-    _at_least("STTS.SIGMA", node.SIGMA, 0)
-    _at_least("STTS.NUM_SAMPLES", node.NUM_SAMPLES, 1)
-    _at_least("STTS.BACKBONE_LR", node.BACKBONE_LR, 0)
-    _at_least("STTS.FREEZE_BACKBONE_EPOCHS", node.FREEZE_BACKBONE_EPOCHS, 0)
-    for key, value in (
-        ("STTS.NUM_SAMPLES", node.NUM_SAMPLES),
-        ("STTS.SPACE.STRIDE", node.SPACE.STRIDE),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{key} is {value!r}: give a whole number")
-    _at_least("STTS.SPACE.STRIDE", node.SPACE.STRIDE, 0)
-    if grids is not None:
-        plan(node, grids)
+    Settings.of_node(node).check(num_blocks, grids)
 
 
 def plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, tuple]]:
     """What each selector will do: its key to the grid before and the grid after it.
 
     Args:
-        node: ``cfg.STTS``.
+        node: ``cfg.STTS``, or the settings of one.
         grids: the token grid ``(T, H, W)`` that arrives at each block without selection.
 
     Returns:
@@ -170,22 +258,22 @@ def plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, 
     Raises:
         ValueError: where a share leaves no frame or no window.
     """
+    settings = node if isinstance(node, Settings) else Settings.of_node(node)
     steps = {}
     grid = tuple(grids[0])
     for block, full in enumerate(grids):
         if block:
             strides = [round(a / b) for a, b in zip(grids[block - 1], full)]
             grid = tuple(-(-size // stride) for size, stride in zip(grid, strides))
-        for dimension in ("TIME", "SPACE"):
-            if block in node[dimension].BLOCKS:
-                keep = node[dimension].KEEP[list(node[dimension].BLOCKS).index(block)]
+        for dimension, shares in (("TIME", settings.time), ("SPACE", settings.space)):
+            if block in shares:
                 before = grid
                 if dimension == "TIME":
-                    grid = (kept_frames(grid[0], keep), *grid[1:])
+                    grid = (kept_frames(grid[0], shares[block]), *grid[1:])
                 else:
-                    grid = (grid[0], *kept_window(*grid[1:], keep))
+                    grid = (grid[0], *kept_window(*grid[1:], shares[block]))
                 if min(grid) < 1:
-                    raise ValueError(nothing_left(dimension, keep, block, before))
+                    raise ValueError(nothing_left(dimension, shares[block], block, before))
                 steps[f"{dimension.lower()}_{block}"] = (before, grid)
     return steps
 
@@ -202,7 +290,8 @@ def nothing_left(dimension: str, keep: float, block: int, grid: Sequence[int]) -
     )
 
 
-def _validate_dimension(key: str, node, num_blocks: int) -> None:
+def _shares(key: str, node) -> dict:
+    """The blocks of a dimension's node with their shares."""
     for leaf in ("BLOCKS", "KEEP"):
         if not isinstance(node[leaf], (list, tuple)):
             raise ValueError(f"{key}.{leaf} is {node[leaf]!r}: give a list")
@@ -212,17 +301,22 @@ def _validate_dimension(key: str, node, num_blocks: int) -> None:
             f"{key}.KEEP has {len(keep)} values but {key}.BLOCKS has {len(blocks)}: "
             "give one share per block"
         )
-    if len(set(blocks)) != len(blocks):
-        raise ValueError(f"{key}.BLOCKS is {blocks}: name each block once")
     for block in blocks:
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise ValueError(f"{key}.BLOCKS names block {block!r}: give whole numbers")
+        if blocks.count(block) > 1:
+            raise ValueError(f"{key}.BLOCKS is {blocks}: name each block once")
+    return dict(zip(blocks, keep))
+
+
+def _check_shares(key: str, shares: Mapping, num_blocks: int) -> None:
+    for block, share in shares.items():
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < num_blocks:
             raise ValueError(
                 f"{key}.BLOCKS names block {block!r}: the model's blocks are 0 to {num_blocks - 1}"
             )
-    for share in keep if blocks else ():
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"{key}.KEEP holds {share!r}: a share lies above 0 and up to 1")
-    _one_of(f"{key}.SCORER", node.SCORER, SCORERS)
 
 
 def _one_of(key: str, value, known: Sequence[str]) -> None:
@@ -231,5 +325,5 @@ def _one_of(key: str, value, known: Sequence[str]) -> None:
 
 
 def _at_least(key: str, value, least: int) -> None:
-    if not isinstance(value, (int, float)) or not value >= least:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
         raise ValueError(f"{key} is {value!r}: it must be at least {least}")

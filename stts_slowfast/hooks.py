@@ -1,99 +1,222 @@
 """Puts selectors before a model's blocks, and takes them off: the one file that knows hooks."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from stts_slowfast.config import plan, validate_stts
-from stts_slowfast.hosts import find_blocks, input_channels, select
+from stts_slowfast import fused
+from stts_slowfast.config import Settings, as_arguments
+from stts_slowfast.hosts import Host, Tokens, find
 from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
 
 logger = logging.getLogger(__name__)
 
 
-class SelectTokens:
-    """Forward pre-hook that hands a block the tokens which its selector keeps.
+def select(selector: Selector, tokens: Tokens) -> Tokens:
+    """The tokens that a selector keeps, with the grid that says where they come from."""
+    choice = selector.choose(tokens.grid)
+    grid = selector.take(tokens.grid, choice)
+    if selector.dimension == "SPACE":
+        thw = tokens.thw.crop(choice.kept, tuple(grid.shape[2:4]))
+        return tokens._replace(grid=grid, thw=thw)
+    frames = None if tokens.frames is None else selector.take(tokens.frames, choice)
+    thw = tokens.thw.keep_frames(choice.kept)
+    return tokens._replace(grid=grid, thw=thw, frames=frames)
 
-    An object instead of a closure, so that a model with selectors can be copied and pickled: a
-    copied hook holds the copied selector.
+
+# Hooks are objects instead of closures, so that a model with selectors can be copied and pickled: a
+# copied hook holds the copied selectors.
+
+
+class BeforeBlock:
+    """Forward pre-hook that hands a block the tokens which its selectors keep."""
+
+    def __init__(self, host: Host, selectors: Sequence[Selector]):
+        self.host = host
+        self.selectors = tuple(selectors)
+
+    def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        tokens = self.host.read(args, kwargs)
+        for selector in getattr(block, "stts_replicas", self.selectors):
+            tokens = select(selector, tokens)
+        return self.host.write(tokens, args, kwargs)
+
+
+class AfterBlock:
+    """Forward hook that puts the grid which arrived at a block on what the block returns."""
+
+    def __init__(self, host: Host):
+        self.host = host
+
+    def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output):
+        thw = self.host.arrived(args, kwargs)
+        return None if thw is None else self.host.hand_on(output, thw)
+
+
+class ShareReplicas:
+    """Forward pre-hook on the model: tells a replica's blocks of the replica's selectors.
+
+    ``nn.DataParallel`` copies modules anew for every forward pass, but not the hooks on them.
     """
 
-    def __init__(self, selector: Selector):
-        self.selector = selector
+    def __init__(self, host: Host):
+        self.host = host
 
-    def __call__(self, block: nn.Module, args: tuple) -> tuple:
-        x, *rest = args
-        thw, *rest = rest or (None,)
-        x, thw = select(self.selector, x, thw)
-        return (x,) if thw is None else (x, thw, *rest)
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        if not getattr(model, "_is_replica", False):
+            return
+        for number, block in enumerate(self.host.blocks(model)):
+            block.stts_replicas = tuple(
+                selector for selector in model.stts.values() if selector.block == number
+            )
+
+
+HOOKS = (BeforeBlock, AfterBlock, ShareReplicas)
 
 
 def attach(
-    model: nn.Module, node, grids: Sequence[tuple[int, int, int]] | None = None
+    model: nn.Module,
+    node=None,
+    grids: Sequence[tuple[int, int, int]] | None = None,
+    *,
+    time: Mapping[int, float] | None = None,
+    space: Mapping[int, float] | None = None,
+    **keywords,
 ) -> nn.Module:
-    """Adds the selectors that an STTS node asks for; they live in ``model.stts``.
+    """Does all that an STTS node, or the same in plain arguments, asks for.
 
-    Works on every model whose blocks ``backbones.layout.find_blocks`` finds. Do it before the
-    optimizer and DDP are made, since selectors bring parameters. ``node.ENABLE`` is not looked at.
+    Selectors, which live in ``model.stts``, then fused modules and true distances. It works on
+    every model in which ``hosts.find`` finds blocks. Do it before the optimizer and DDP are made,
+    since selectors bring parameters. ``node.ENABLE`` is not looked at.
 
     Args:
         model: the model, changed in place.
-        node: ``cfg.STTS``.
+        node: ``cfg.STTS``; leave it out to give plain arguments.
         grids: the token grid ``(T, H, W)`` that arrives at each block without selection, where
             known (``backbones.block_grids(cfg)``): shares that leave nothing are then found now
             instead of in the first forward pass, and each selector is logged with its grids.
+        time: share of frames that goes on, by the block before which they are selected:
+            ``{0: 0.9}``.
+        space: share of a frame's tokens that goes on, likewise: ``{4: 0.9}``.
+        **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
+            ``space_scorer``, ``space_stride``, ``space_shared``, ``sigma``, ``num_samples``,
+            ``fused_attention`` and so on (``config.Settings``).
 
     Returns:
         The same model. ``model.stts`` is an ``nn.ModuleDict`` with keys such as ``time_0`` and
-        ``space_4``, in the order in which they run.
+        ``space_4``, in the order in which they run; ``model.stts.settings`` what was asked for.
 
     Raises:
         ValueError: where the model has selectors already, has no blocks that can be selected
-            before, or the node is not valid for it.
+            before, or what is asked for is not valid for it.
+        TypeError: for arguments beside a node, none at all, or one of an unknown name.
     """
     if isinstance(getattr(model, "stts", None), nn.ModuleDict):
         raise ValueError(
             f"this {type(model).__name__} has selectors already ({', '.join(model.stts)}): "
             "call detach(model) first"
         )
-    blocks = find_blocks(model)
-    validate_stts(node, len(blocks), grids)
-    steps = plan(node, grids) if grids is not None else {}
-    stts = nn.ModuleDict()
-    for number, block in enumerate(blocks):
-        for kind in (TemporalSelector, SpatialSelector):
-            dimension = node[kind.dimension]
-            if number not in dimension.BLOCKS:
-                continue
-            keep = float(dimension.KEEP[list(dimension.BLOCKS).index(number)])
-            selector = kind(input_channels(block), number, keep, node)
-            parameter = next(block.parameters())
-            selector.to(parameter.device, parameter.dtype).train(model.training)
-            stts[f"{kind.dimension.lower()}_{number}"] = selector
+    host, blocks = find(model)
+    settings, steps = _settings(node, len(blocks), grids, time=time, space=space, **keywords)
+    stts = _make_selectors(host, blocks, settings, model.training)
     # Only now, when nothing can fail any more: an error leaves the model as it was.
-    for key, selector in stts.items():
-        blocks[selector.block].register_forward_pre_hook(SelectTokens(selector))
-        scorer = node[selector.dimension].SCORER
-        logger.info(_describe(key, selector, scorer, steps.get(key)))
     model.stts = stts
+    _register(model, host, blocks, stts)
+    for key, selector in stts.items():
+        scorer = getattr(settings, f"{selector.dimension.lower()}_scorer")
+        logger.info(_describe(key, selector, scorer, steps.get(key)))
+    try:
+        count = fused.configure(model, settings.fused_attention, settings.true_distances)
+    except Exception:
+        _remove(model, blocks)
+        raise
+    if settings.fused_attention and not count:
+        logger.warning(
+            "STTS.FUSED_ATTENTION is True, but nothing in this %s can be fused: it runs as it is",
+            type(model).__name__,
+        )
     return model
 
 
+def _settings(node, num_blocks: int, grids, **arguments) -> tuple[Settings, dict]:
+    """What was asked for, checked, and its plan."""
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if node is not None:
+        if arguments:
+            raise TypeError(f"give a node, or {', '.join(arguments)}, not both")
+        settings = Settings.of_node(node)
+        return settings, settings.check(num_blocks, grids)
+    if "time" not in arguments and "space" not in arguments:
+        raise TypeError("give a node, or what to select: attach(model, time={0: 0.9})")
+    try:
+        settings = Settings.of_arguments(**arguments)
+        return settings, settings.check(num_blocks, grids)
+    except ValueError as error:
+        raise ValueError(as_arguments(str(error))) from None
+
+
+def _make_selectors(
+    host: Host, blocks: Sequence[nn.Module], settings: Settings, training: bool
+) -> nn.ModuleDict:
+    stts = nn.ModuleDict()
+    stts.settings = settings
+    operator = {
+        "sigma": settings.sigma,
+        "sigma_decay": settings.sigma_decay,
+        "num_samples": settings.num_samples,
+        "gradient": settings.gradient,
+    }
+    window = {"stride": settings.space_stride, "shared": settings.space_shared}
+    for number, block in enumerate(blocks):
+        for kind, shares, scorer, more in (
+            (TemporalSelector, settings.time, settings.time_scorer, {}),
+            (SpatialSelector, settings.space, settings.space_scorer, window),
+        ):
+            if number in shares:
+                keep, channels = float(shares[number]), host.channels(block)
+                selector = kind(channels, number, keep, scorer, **more, **operator)
+                parameter = next(block.parameters())
+                selector.to(parameter.device, parameter.dtype).train(training)
+                stts[selector.key] = selector
+    return stts
+
+
+def _register(
+    model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: nn.ModuleDict
+) -> None:
+    first = min((selector.block for selector in stts.values()), default=len(blocks))
+    for number, block in enumerate(blocks):
+        selectors = [selector for selector in stts.values() if selector.block == number]
+        if selectors or (number > first and host.tells_every_block):
+            block.register_forward_pre_hook(BeforeBlock(host, selectors), with_kwargs=True)
+        # Nothing of ours comes behind the last block.
+        if first <= number < len(blocks) - 1 and type(host).hand_on is not Host.hand_on:
+            block.register_forward_hook(AfterBlock(host), with_kwargs=True)
+    model.register_forward_pre_hook(ShareReplicas(host))
+
+
+def _remove(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    for module in (model, *blocks):
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = getattr(module, kind)
+            for hook_id, hook in list(hooks.items()):
+                if isinstance(hook, HOOKS):
+                    del hooks[hook_id]
+                    getattr(module, f"{kind}_with_kwargs").pop(hook_id, None)
+    del model.stts
+
+
 def detach(model: nn.Module) -> nn.Module:
-    """Takes the selectors off again; the model computes what it did before ``attach``.
+    """Takes off again what ``attach`` did: the model has its own modules and computes as before.
 
     Raises:
         ValueError: where the model has no selectors.
     """
     model = _unwrap(model)
-    for selector in _selectors(model).values():
-        selector.kept = None  # fused attention asks for it; now everything arrives
-    for block in find_blocks(model):
-        for hook_id, hook in list(block._forward_pre_hooks.items()):
-            if isinstance(hook, SelectTokens):
-                del block._forward_pre_hooks[hook_id]
-    del model.stts
+    _selectors(model)
+    fused.restore(model)
+    _remove(model, find(model)[1])
     return model
 
 
@@ -108,6 +231,8 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: where the model has no selectors, or has not run since they were attached.
     """
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError("replicas of nn.DataParallel forget what they kept: run model.module alone")
     kept = {key: selector.kept for key, selector in _selectors(_unwrap(model)).items()}
     missing = [key for key, value in kept.items() if value is None]
     if missing:

@@ -1,5 +1,7 @@
 """Temporal and spatial selectors: a token grid in, a smaller token grid out."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -9,33 +11,61 @@ from stts_slowfast.scorers import FRAME_SCORERS, WINDOW_SCORERS, normalize
 from stts_slowfast.topk import full_precision, hard_topk, perturbed_topk
 
 
+class Choice(NamedTuple):
+    """What a selector chose.
+
+    Attributes:
+        kept: indices of frames ``(B, k)``, or windows ``(B*T, 4)`` as top, left, height and width;
+            in training, what the scores without noise keep.
+        weights: float32 indicators over the candidates, for a soft choice; None for a hard one.
+    """
+
+    kept: Tensor
+    weights: Tensor | None
+
+
 class Selector(nn.Module):
     """What both selectors share: a scorer, the perturbed maximum's settings, and the last choice.
 
     A selector works in two steps, so that what rides along with a grid can be selected with it:
-    :meth:`choose` scores the grid, :meth:`take` applies the choice. In training a choice is soft
-    (float32 indicators over the candidates), in evaluation it is hard (indices).
+    :meth:`choose` scores the grid, :meth:`take` applies the choice. In training a choice is soft,
+    in evaluation it is hard.
 
     Attributes:
-        kept: what the last forward kept (LongTensor), in training by the unperturbed scores.
+        kept: what the last forward kept, for people who look (``hooks.selections``); nothing that
+            is computed reads it.
         sigma: 0-dim buffer, the present noise level; see ``schedule.set_progress``.
     """
 
     dimension: str
 
-    def __init__(self, scorer: nn.Module, block: int, keep: float, node):
+    def __init__(
+        self,
+        scorer: nn.Module,
+        block: int,
+        keep: float,
+        sigma: float = 0.1,
+        sigma_decay: str = "linear",
+        num_samples: int = 500,
+        gradient: str = "exact",
+    ):
         super().__init__()
         self.scorer = scorer
         self.block = block
         # In billionths: torch.compile takes a module's whole numbers for constants, but its floats
         # for variables as soon as two selectors differ, and no shape can depend on those.
         self.keep_billionths = round(keep * 10**9)
-        self.num_samples = node.NUM_SAMPLES
-        self.gradient = node.GRADIENT
-        self.initial_sigma = float(node.SIGMA)
-        self.sigma_decay = node.SIGMA_DECAY
+        self.num_samples = num_samples
+        self.gradient = gradient
+        self.initial_sigma = float(sigma)
+        self.sigma_decay = sigma_decay
         self.register_buffer("sigma", torch.tensor(self.initial_sigma), persistent=False)
         self.kept: Tensor | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in ``model.stts``: ``time_0``, ``space_4``."""
+        return f"{self.dimension.lower()}_{self.block}"
 
     @property
     def keep(self) -> float:
@@ -60,7 +90,8 @@ class TemporalSelector(Selector):
         channels: channels of a token.
         block: the block in front of which the selector sits.
         keep: share of the arriving frames that goes on.
-        node: ``cfg.STTS``.
+        scorer: what scores a frame, a name of ``scorers.FRAME_SCORERS``.
+        **settings: of the operator, see :class:`Selector`.
 
     Shapes: grid ``(B, T, H, W, C)`` in, ``(B, int(T * keep), H, W, C)`` out; ``kept`` is
     ``(B, int(T * keep))``, ascending indices into the frames that arrived.
@@ -68,27 +99,29 @@ class TemporalSelector(Selector):
 
     dimension = "TIME"
 
-    def __init__(self, channels: int, block: int, keep: float, node):
-        super().__init__(FRAME_SCORERS[node.TIME.SCORER](channels), block, keep, node)
+    def __init__(
+        self, channels: int, block: int, keep: float, scorer: str = "learned", **settings
+    ):
+        super().__init__(FRAME_SCORERS[scorer](channels), block, keep, **settings)
 
-    def choose(self, grid: Tensor) -> Tensor:
-        """Indicators ``(B, k, T)`` in training, indices ``(B, k)`` in evaluation."""
+    def choose(self, grid: Tensor) -> Choice:
+        """Indices ``(B, k)``, and in training weights ``(B, k, T)``."""
         k = kept_frames(grid.shape[1], self.keep)
         if k < 1:
             raise ValueError(nothing_left("TIME", self.keep, self.block, grid.shape[1:4]))
         with full_precision(grid):
             scores = normalize(self.scorer(grid, k))
-            self.kept = hard_topk(scores.detach(), k)
-            return self.indicators(scores, k) if self.training else self.kept
+            self.kept = kept = hard_topk(scores.detach(), k)
+            return Choice(kept, self.indicators(scores, k) if self.training else None)
 
-    def take(self, frames: Tensor, choice: Tensor) -> Tensor:
+    def take(self, frames: Tensor, choice: Choice) -> Tensor:
         """Applies a choice to ``frames`` ``(B, T, ...)``."""
-        if choice.is_floating_point():
+        if choice.weights is not None:
             with full_precision(frames):
-                mixed = torch.bmm(choice.to(frames.dtype), frames.flatten(2))
+                mixed = torch.bmm(choice.weights.to(frames.dtype), frames.flatten(2))
             return mixed.unflatten(2, frames.shape[2:])
         clips = torch.arange(frames.shape[0], device=frames.device)[:, None]
-        return frames[clips, choice]
+        return frames[clips, choice.kept]
 
 
 class SpatialSelector(Selector):
@@ -99,7 +132,10 @@ class SpatialSelector(Selector):
         block: the block in front of which the selector sits.
         keep: share of a frame's tokens that goes on; the window's sides are
             ``config.kept_window``'s.
-        node: ``cfg.STTS``.
+        scorer: what scores a window, a name of ``scorers.WINDOW_SCORERS``.
+        stride: tokens between neighbouring windows; 0 for ``config.window_stride``'s default.
+        shared: one window for all frames of a clip, its score the mean over the frames.
+        **settings: of the operator, see :class:`Selector`.
 
     Shapes: grid ``(B, T, H, W, C)`` in, ``(B, T, h, w, C)`` out; ``kept`` is ``(B*T, 4)``: top,
     left, height and width in tokens of the grid that arrived.
@@ -107,13 +143,22 @@ class SpatialSelector(Selector):
 
     dimension = "SPACE"
 
-    def __init__(self, channels: int, block: int, keep: float, node):
-        super().__init__(WINDOW_SCORERS[node.SPACE.SCORER](channels), block, keep, node)
-        self.stride = node.SPACE.STRIDE
-        self.shared = node.SPACE.SHARED
+    def __init__(
+        self,
+        channels: int,
+        block: int,
+        keep: float,
+        scorer: str = "learned",
+        stride: int = 0,
+        shared: bool = False,
+        **settings,
+    ):
+        super().__init__(WINDOW_SCORERS[scorer](channels), block, keep, **settings)
+        self.stride = stride
+        self.shared = shared
 
-    def choose(self, grid: Tensor) -> Tensor:
-        """Indicators ``(B*T, windows)`` in training, windows ``(B*T, 4)`` in evaluation."""
+    def choose(self, grid: Tensor) -> Choice:
+        """Windows ``(B*T, 4)``, and in training weights ``(B*T, windows)``."""
         batch, frames, height, width = grid.shape[:4]
         window = kept_window(height, width, self.keep)
         if min(window) < 1:
@@ -129,23 +174,23 @@ class SpatialSelector(Selector):
             top = best.div(columns, rounding_mode="floor") * steps[0]
             left = best.remainder(columns) * steps[1]
             sides = [torch.full_like(top, side) for side in window]
-            self.kept = torch.stack([top, left, *sides], dim=1)
+            self.kept = kept = torch.stack([top, left, *sides], dim=1)
             if not self.training:
-                return self.kept
-            return self._per_frame(self.indicators(scores, 1).squeeze(1), frames)
+                return Choice(kept, None)
+            return Choice(kept, self._per_frame(self.indicators(scores, 1).squeeze(1), frames))
 
-    def take(self, grid: Tensor, choice: Tensor) -> Tensor:
+    def take(self, grid: Tensor, choice: Choice) -> Tensor:
         """Applies a choice to ``grid`` ``(B, T, H, W, C)``."""
         window = kept_window(*grid.shape[2:4], self.keep)
-        if choice.is_floating_point():
-            weights = choice.to(grid.dtype).unflatten(0, grid.shape[:2])
+        if choice.weights is not None:
+            weights = choice.weights.to(grid.dtype).unflatten(0, grid.shape[:2])
             return _MixWindows.apply(grid, weights, window, self._steps(grid))
         batch, frames = grid.shape[:2]
         device = grid.device
         # Four index tensors that broadcast to (B, T, h, w): one copy, whatever the strides.
         clips = torch.arange(batch, device=device).view(-1, 1, 1, 1)
         times = torch.arange(frames, device=device).view(-1, 1, 1)
-        top, left = choice[:, :2].view(batch, frames, 2).unbind(2)
+        top, left = choice.kept[:, :2].view(batch, frames, 2).unbind(2)
         rows = top[:, :, None] + torch.arange(window[0], device=device)  # (B, T, h)
         columns = left[:, :, None] + torch.arange(window[1], device=device)  # (B, T, w)
         return grid[clips, times, rows[..., None], columns[..., None, :]]

@@ -1,93 +1,132 @@
-"""How a model's tokens lie: finds its selectable blocks, and turns tokens into a grid and back.
+"""How a model's tokens lie, a file a host: where its blocks are, its grid read and written back.
 
-Four layouts are known, told apart by the number of tokens that arrive with a grid ``(T, H, W)``:
-
-====================  =====================  ============================================
-tokens                shape                  who
-====================  =====================  ============================================
-plain                 ``(B, T*H*W, C)``      ViT with mean pooling
-one cls token         ``(B, 1+T*H*W, C)``    MViT, ViT, TimeSformer (divided, joint)
-a cls token a frame   ``(B, T*(1+H*W), C)``  TimeSformer (space only)
-the grid              ``(B, T, H, W, C)``    Video Swin
-====================  =====================  ============================================
+A host knows one way in which blocks are called. Selection sits between the tokens that arrive at a
+block and the call: ``read(args, kwargs)`` turns the call's arguments into :class:`Tokens`, selectors
+make them fewer, ``write(tokens, args, kwargs)`` turns them into the arguments of the smaller call.
+Where the tokens lie travels with them as a ``grid.Grid``: in an argument, where the call has one
+for it (``thw``), else as :func:`remember`'s mark on the tensor; a host whose calls say nothing of
+the grid starts from the model's config, which it reads in ``__init__``. Behind the first selection,
+``hand_on`` puts the grid on what a stock block returns, since that knows nothing of it; and a host
+with ``tells_every_block`` has ``write`` called at each later block as well, to tell it the places
+that are left (a ``position_mask``, say). A host holds numbers and no modules, so that it is copied
+and pickled with the model. Others register theirs with ``@HOSTS.register()``; the one that was
+registered last and finds blocks in a model is its host.
 """
 
-from torch import Tensor, cat, nn
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
+
+from stts_slowfast.grid import Grid
+
+HOSTS = Registry("HOSTS")
+
+
+class Tokens(NamedTuple):
+    """The tokens that arrive at a block.
+
+    Attributes:
+        grid: ``(B, T, H, W, C)``.
+        thw: sizes of the grid, and where it comes from.
+        clip: ``(B, n, C)``, cls tokens of the whole clip; None without.
+        frames: ``(B, T, n, C)``, cls tokens of each frame, which go with their frame; None without.
+    """
+
+    grid: Tensor
+    thw: Grid
+    clip: Tensor | None = None
+    frames: Tensor | None = None
+
+
+class Host:
+    """What all hosts share; a host is made for one model.
+
+    Args:
+        model: what selection is attached to.
+    """
+
+    tells_every_block = False
+
+    def __init__(self, model: nn.Module):
+        pass
+
+    @staticmethod
+    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+        """The blocks before which tokens can be selected, in order; none in a foreign model."""
+        raise NotImplementedError
+
+    def channels(self, block: nn.Module) -> int:
+        """Channels of the tokens that arrive at a block: the width of its first LayerNorm.
+
+        Raises:
+            ValueError: where the block has no LayerNorm.
+        """
+        for module in block.modules():
+            if isinstance(module, nn.LayerNorm):
+                return module.normalized_shape[-1]
+        raise ValueError(
+            f"cannot tell the width of the tokens that arrive at {type(block).__name__}: "
+            "it has no LayerNorm"
+        )
+
+    def read(self, args: tuple, kwargs: dict) -> Tokens:
+        """The tokens of a block's call.
+
+        Raises:
+            ValueError: where they do not fit the grid.
+        """
+        raise NotImplementedError
+
+    def write(self, tokens: Tokens, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of the call with these tokens instead."""
+        raise NotImplementedError
+
+    def arrived(self, args: tuple, kwargs: dict) -> Grid | None:
+        """The grid that travelled to a block's call; None where nothing was selected before."""
+        return None
+
+    def hand_on(self, output, thw: Grid):
+        """What a block returns, with the grid ``thw`` (the block's own, before pooling) on it."""
+        return output
+
+
+def remember(x: Tensor, thw: Grid) -> Tensor:
+    """Marks a tensor of tokens with its grid, for hosts whose calls have no place for it."""
+    x.stts_grid = thw
+    return x
+
+
+def remembered(x: Tensor) -> Grid | None:
+    """What :func:`remember` marked a tensor with; None where it did not."""
+    return getattr(x, "stts_grid", None)
+
+
+def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
+    """The host of a model, and the model's blocks.
+
+    Raises:
+        ValueError: where no host finds blocks in it.
+    """
+    for _, host in reversed(list(HOSTS)):
+        blocks = list(host.blocks(model))
+        if blocks:
+            return host(model), blocks
+    raise ValueError(
+        f"{type(model).__name__} has no blocks to select tokens before: STTS works on models with "
+        "`blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on Video Swin, and "
+        "on what is registered in stts_slowfast.hosts.HOSTS"
+    )
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model before which tokens can be selected, in order.
 
-    ``model.blocks`` where there is one (MViT, TimeSformer, ViT); the stages of ``model.features``
-    of torchvision's ``SwinTransformer3d``.
-
     Raises:
-        ValueError: where the model has neither.
+        ValueError: where no host finds blocks in it.
     """
-    blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks):
-        return list(blocks)
-    features = getattr(model, "features", None)
-    if isinstance(features, nn.Sequential):
-        stages = [child for child in features if isinstance(child, nn.Sequential)]
-        if stages:
-            return stages
-    raise ValueError(
-        f"{type(model).__name__} has no blocks to select tokens before: STTS works on models with "
-        "`blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), and on Video Swin"
-    )
+    return find(model)[1]
 
 
-def input_channels(block: nn.Module) -> int:
-    """Channels of the tokens that arrive at a block: the width of its first LayerNorm.
-
-    Raises:
-        ValueError: where the block has no LayerNorm.
-    """
-    for module in block.modules():
-        if isinstance(module, nn.LayerNorm):
-            return module.normalized_shape[-1]
-    raise ValueError(
-        f"cannot tell the width of the tokens that arrive at {type(block).__name__}: "
-        "it has no LayerNorm"
-    )
-
-
-def select(selector: nn.Module, x: Tensor, thw=None):
-    """Runs a selector on tokens in any of the layouts.
-
-    Args:
-        selector: a ``TemporalSelector`` or ``SpatialSelector``.
-        x: tokens, see the table above.
-        thw: tuple or list of the grid's ``T, H, W``; None where ``x`` is the grid.
-
-    Returns:
-        The tokens that go on, and their ``thw``, of the type that came in (None for a grid).
-
-    Raises:
-        ValueError: where the number of tokens fits none of the layouts.
-    """
-    if thw is None:
-        if x.dim() != 5:
-            raise ValueError(f"without thw tokens must be (B, T, H, W, C), not {tuple(x.shape)}")
-        return selector(x), None
-    frames, height, width = (int(size) for size in thw)
-    extra = x.shape[1] - frames * height * width
-    if x.dim() != 3 or extra not in (0, 1, frames):
-        raise ValueError(
-            f"tokens of shape {tuple(x.shape)} do not make a grid of {frames}x{height}x{width}, "
-            "with or without cls token"
-        )
-    if extra <= 1:
-        cls, grid = x[:, :extra], x[:, extra:].unflatten(1, (frames, height, width))
-        grid = selector(grid)
-        x = grid.flatten(1, 3)
-        x = cat([cls, x], dim=1) if extra else x
-    else:
-        x = x.unflatten(1, (frames, 1 + height * width))
-        cls, grid = x[:, :, :1], x[:, :, 1:].unflatten(2, (height, width))
-        choice = selector.choose(grid)
-        grid = selector.take(grid, choice)
-        cls = selector.take(cls, choice) if selector.dimension == "TIME" else cls
-        x = cat([cls, grid.flatten(2, 3)], dim=2).flatten(1, 2)
-    return x, type(thw)(grid.shape[1:4])
+from stts_slowfast.hosts import thw, video_swin  # noqa: E402, F401  they register themselves

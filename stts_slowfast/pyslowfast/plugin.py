@@ -13,7 +13,6 @@ from torch import nn
 
 from stts_slowfast import backbones, schedule
 from stts_slowfast.config import add_stts_config, add_timesformer_config, add_video_swin_config
-from stts_slowfast.fused import configure
 from stts_slowfast.hooks import attach
 from stts_slowfast.pyslowfast import families, weights
 from stts_slowfast.pyslowfast.wrap import wrap
@@ -108,8 +107,6 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
         raise ValueError(f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}: {error}") from error
     if cfg.DETECTION.ENABLE:
         pool_over_frames_left(model.head)
-    if cfg.STTS.FUSED_ATTENTION:
-        configure(model, True, cfg.STTS.TRUE_DISTANCES)
     return model
 
 

@@ -27,6 +27,6 @@ def build_model(cfg) -> nn.Module:
     load_pretrained(model, cfg)
     if cfg.STTS.ENABLE:
         attach(model, cfg.STTS, backbones.block_grids(cfg))
-    if cfg.STTS.FUSED_ATTENTION:
+    elif cfg.STTS.FUSED_ATTENTION:
         configure(model, True, cfg.STTS.TRUE_DISTANCES)
     return model
