@@ -159,7 +159,10 @@ class Settings:
         Raises:
             ValueError: where blocks and shares do not make pairs.
         """
-        values = {"time": _shares("STTS.TIME", node.TIME), "space": _shares("STTS.SPACE", node.SPACE)}
+        values = {
+            "time": _shares("STTS.TIME", node.TIME),
+            "space": _shares("STTS.SPACE", node.SPACE),
+        }
         for name in (leaf.name for leaf in fields(cls) if leaf.name not in values):
             *room, leaf = _key(name).split(".")
             values[name] = (node[room[0]] if room else node)[leaf]
@@ -224,7 +227,11 @@ def _key(name: str) -> str:
 def as_arguments(message: str) -> str:
     """A message about keys of the node, about plain arguments instead."""
     names = {f"STTS.{_key(leaf.name)}": leaf.name for leaf in fields(Settings)}
-    names |= {f"STTS.{room}.{leaf}": room.lower() for room in ("TIME", "SPACE") for leaf in ("KEEP", "BLOCKS")}
+    names |= {
+        f"STTS.{room}.{leaf}": room.lower()
+        for room in ("TIME", "SPACE")
+        for leaf in ("KEEP", "BLOCKS")
+    }
     return re.sub(r"STTS\.[A-Z_.]*[A-Z]", lambda key: names.get(key[0], key[0]), message)
 
 

@@ -232,7 +232,9 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
         ValueError: where the model has no selectors, or has not run since they were attached.
     """
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise ValueError("replicas of nn.DataParallel forget what they kept: run model.module alone")
+        raise ValueError(
+            "replicas of nn.DataParallel forget what they kept: run model.module alone"
+        )
     kept = {key: selector.kept for key, selector in _selectors(_unwrap(model)).items()}
     missing = [key for key, value in kept.items() if value is None]
     if missing:

@@ -99,9 +99,7 @@ class TemporalSelector(Selector):
 
     dimension = "TIME"
 
-    def __init__(
-        self, channels: int, block: int, keep: float, scorer: str = "learned", **settings
-    ):
+    def __init__(self, channels: int, block: int, keep: float, scorer: str = "learned", **settings):
         super().__init__(FRAME_SCORERS[scorer](channels), block, keep, **settings)
 
     def choose(self, grid: Tensor) -> Choice:

@@ -1,17 +1,8 @@
 import pytest
 import torch
-from fvcore.common.config import CfgNode
 from torch.nn import functional as F
 
-from stts_slowfast.config import add_stts_config
-from stts_slowfast.selectors import SpatialSelector, TemporalSelector
-
-
-@pytest.fixture
-def node():
-    cfg = CfgNode()
-    add_stts_config(cfg)
-    return cfg.STTS
+from stts_slowfast.selectors import Choice, SpatialSelector, TemporalSelector
 
 
 class FixedScores(torch.nn.Module):
@@ -25,8 +16,8 @@ class FixedScores(torch.nn.Module):
         return self.scores
 
 
-def test_temporal_selection_keeps_the_best_frames_in_order(node):
-    selector = TemporalSelector(4, 0, 0.5, node).eval()
+def test_temporal_selection_keeps_the_best_frames_in_order():
+    selector = TemporalSelector(4, 0, 0.5).eval()
     selector.scorer = FixedScores(torch.tensor([[0.1, 0.9, 0.3, 0.8], [0.9, 0.0, 0.1, 0.2]]))
     grid = torch.randn(2, 4, 3, 3, 4)
     kept = selector(grid)
@@ -34,28 +25,26 @@ def test_temporal_selection_keeps_the_best_frames_in_order(node):
     assert torch.equal(kept[0], grid[0, [1, 3]]) and torch.equal(kept[1], grid[1, [0, 3]])
 
 
-def test_training_mixes_frames_by_their_indicators(node):
-    node.SIGMA = 0.5
-    selector = TemporalSelector(4, 0, 0.5, node).train()
+def test_training_mixes_frames_by_their_indicators():
+    selector = TemporalSelector(4, 0, 0.5, sigma=0.5).train()
     grid = torch.randn(2, 4, 3, 3, 4)
-    indicators = selector.choose(grid)
-    mixed = selector.take(grid, indicators)
-    torch.testing.assert_close(mixed, torch.einsum("bkt,bthwc->bkhwc", indicators, grid))
+    choice = selector.choose(grid)
+    mixed = selector.take(grid, choice)
+    torch.testing.assert_close(mixed, torch.einsum("bkt,bthwc->bkhwc", choice.weights, grid))
     assert not torch.equal(mixed, selector.eval()(grid))
 
 
-def test_without_noise_training_equals_evaluation(node):
+def test_without_noise_training_equals_evaluation():
     grid = torch.randn(2, 4, 6, 6, 4)
-    for selector in (TemporalSelector(4, 0, 0.5, node), SpatialSelector(4, 0, 0.5, node)):
+    for selector in (TemporalSelector(4, 0, 0.5), SpatialSelector(4, 0, 0.5)):
         selector.sigma.fill_(0.0)
         torch.testing.assert_close(selector.train()(grid), selector.eval()(grid))
 
 
 @pytest.mark.parametrize("height, width", [(5, 5), (4, 7)])
 @pytest.mark.parametrize("stride", [0, 2])
-def test_spatial_selection_crops_the_best_window(node, height, width, stride):
-    node.SPACE.STRIDE = stride
-    selector = SpatialSelector(4, 0, 0.5, node).eval()
+def test_spatial_selection_crops_the_best_window(height, width, stride):
+    selector = SpatialSelector(4, 0, 0.5, stride=stride).eval()
     grid = torch.randn(2, 3, height, width, 4)
     kept = selector(grid)
     frames = grid.flatten(0, 1)
@@ -65,8 +54,8 @@ def test_spatial_selection_crops_the_best_window(node, height, width, stride):
         assert torch.equal(kept.flatten(0, 1)[i], expected)
 
 
-def test_the_kept_window_is_the_one_with_the_highest_mean_score(node):
-    selector = SpatialSelector(4, 0, 0.5, node).eval()
+def test_the_kept_window_is_the_one_with_the_highest_mean_score():
+    selector = SpatialSelector(4, 0, 0.5).eval()
     grid = torch.randn(2, 3, 6, 6, 4)
     selector(grid)
     tokens = selector.scorer.network(grid.flatten(0, 1).flatten(1, 2)).view(6, 6, 6)
@@ -75,24 +64,22 @@ def test_the_kept_window_is_the_one_with_the_highest_mean_score(node):
         assert (h, w) == (4, 4) and means[i, top, left] == means[i].max()
 
 
-def test_shared_windows_are_the_same_in_all_frames(node):
-    node.SPACE.SHARED = True
-    selector = SpatialSelector(4, 0, 0.5, node)
+def test_shared_windows_are_the_same_in_all_frames():
+    selector = SpatialSelector(4, 0, 0.5, shared=True)
     grid = torch.randn(2, 3, 6, 6, 4)
     own = selector.scorer(grid, (4, 4), (1, 1)).view(2, 3, 9).mean(dim=1).argmax(dim=1)
     assert selector.eval()(grid).shape == (2, 3, 4, 4, 4)
     kept = selector.kept.view(2, 3, 4)
     assert (kept == kept[:, :1]).all()
     assert (kept[:, 0, 0] * 3 + kept[:, 0, 1]).tolist() == own.tolist()
-    indicators = selector.train().choose(grid).view(2, 3, 9)
+    indicators = selector.train().choose(grid).weights.view(2, 3, 9)
     assert torch.equal(indicators, indicators[:, :1].expand(-1, 3, -1))
 
 
 @pytest.mark.parametrize("height, width, stride", [(6, 6, 0), (5, 8, 2)])
-def test_mixed_windows_equal_the_unfolded_sum(node, height, width, stride):
+def test_mixed_windows_equal_the_unfolded_sum(height, width, stride):
     """Against every window cut out by ``unfold``, values and gradients in float64."""
-    node.SPACE.STRIDE = stride
-    selector = SpatialSelector(4, 0, 0.5, node)
+    selector = SpatialSelector(4, 0, 0.5, stride=stride)
     grid = torch.randn(2, 3, height, width, 4, dtype=torch.float64, requires_grad=True)
     (side_h, side_w), (step_h, step_w) = (
         selector.eval()(grid.float()).shape[2:4],
@@ -102,7 +89,7 @@ def test_mixed_windows_equal_the_unfolded_sum(node, height, width, stride):
     weights = torch.rand(6, windows.shape[2] * windows.shape[3], dtype=torch.float64)
     weights.requires_grad_()
     expected = torch.einsum("btn,btnchw->bthwc", weights.view(2, 3, -1), windows.flatten(2, 3))
-    mixed = selector.take(grid, weights)
+    mixed = selector.take(grid, Choice(None, weights))
     torch.testing.assert_close(mixed, expected)
     upstream = torch.randn_like(expected)
     ours = torch.autograd.grad(mixed, (grid, weights), upstream)
@@ -110,17 +97,17 @@ def test_mixed_windows_equal_the_unfolded_sum(node, height, width, stride):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_keeping_everything_changes_nothing(node):
+def test_keeping_everything_changes_nothing():
     grid = torch.randn(2, 4, 5, 5, 4)
     for kind in (TemporalSelector, SpatialSelector):
-        selector = kind(4, 0, 1.0, node)
+        selector = kind(4, 0, 1.0)
         assert torch.equal(selector.eval()(grid), grid)
         assert torch.equal(selector.train()(grid), grid)
 
 
 @pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
-def test_every_parameter_gets_a_gradient_at_any_sigma(node, kind):
-    selector, grid = kind(4, 0, 0.5, node), torch.randn(2, 4, 6, 6, 4)
+def test_every_parameter_gets_a_gradient_at_any_sigma(kind):
+    selector, grid = kind(4, 0, 0.5), torch.randn(2, 4, 6, 6, 4)
     for sigma in (0.1, 0.0):
         selector.zero_grad()
         selector.sigma.fill_(sigma)
@@ -131,9 +118,9 @@ def test_every_parameter_gets_a_gradient_at_any_sigma(node, kind):
 
 
 @pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
-def test_scores_are_float32_under_autocast(node, kind):
+def test_scores_are_float32_under_autocast(kind):
     """bfloat16 has eight bits: scores in it would tie, and autocast would change what is kept."""
-    selector, grid = kind(16, 0, 0.5, node).eval(), torch.randn(4, 8, 6, 6, 16)
+    selector, grid = kind(16, 0, 0.5).eval(), torch.randn(4, 8, 6, 6, 16)
     selector(grid)
     kept = selector.kept
     with torch.autocast("cpu", torch.bfloat16):
@@ -142,15 +129,15 @@ def test_scores_are_float32_under_autocast(node, kind):
 
 
 @pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
-def test_low_precision_grids_keep_their_dtype(node, kind):
-    selector, grid = kind(16, 0, 0.5, node), torch.randn(2, 4, 6, 6, 16, dtype=torch.bfloat16)
+def test_low_precision_grids_keep_their_dtype(kind):
+    selector, grid = kind(16, 0, 0.5), torch.randn(2, 4, 6, 6, 16, dtype=torch.bfloat16)
     for mode in (True, False):
         assert selector.train(mode)(grid).dtype == torch.bfloat16
     assert selector.to(torch.bfloat16)(grid).dtype == torch.bfloat16
 
 
-def test_a_share_that_leaves_nothing_is_named_when_it_happens(node):
+def test_a_share_that_leaves_nothing_is_named_when_it_happens():
     with pytest.raises(ValueError, match=r"STTS.TIME.KEEP 0.1 leaves no frame of the 4 frames"):
-        TemporalSelector(4, 0, 0.1, node)(torch.randn(1, 4, 2, 2, 4))
+        TemporalSelector(4, 0, 0.1)(torch.randn(1, 4, 2, 2, 4))
     with pytest.raises(ValueError, match=r"STTS.SPACE.KEEP 0.1 leaves no window of the 2x2"):
-        SpatialSelector(4, 3, 0.1, node)(torch.randn(1, 4, 2, 2, 4))
+        SpatialSelector(4, 3, 0.1)(torch.randn(1, 4, 2, 2, 4))

@@ -122,8 +122,8 @@ class FusedAttention(_View):
 
     Args:
         stock: the module to stand in for.
-        selectors: the token selectors in front of it, earliest first, whose ``kept`` says where
-            the arriving tokens come from; empty to treat the arriving grid as whole.
+        selectors: the token selectors in front of it, earliest first; empty to treat the arriving
+            grid as whole, whatever it says of where it comes from.
 
     Shapes: tokens ``(B, [1+]T*H*W, C)`` and ``(T, H, W)`` in; tokens and their grid out.
     """
@@ -147,7 +147,7 @@ class FusedAttention(_View):
         scale, channels = self.softmax_scale(), q.shape[3]
         query, key, value = q, k, v
         if folded:
-            query, key, value = self._fold(q, k * scale, v, tuple(thw), q_thw, k_thw)
+            query, key, value = self._fold(q, k * scale, v, thw, q_thw, k_thw)
             scale = 1.0
         out = _attend(query, key, value, scale)[..., :channels]  # (B, N, heads, D)
         residual = self.residual()
@@ -201,7 +201,7 @@ class FusedAttention(_View):
             y = cat([first, y], dim=1)
         return y, grid
 
-    def _fold(self, q: Tensor, k: Tensor, v: Tensor, thw: tuple, q_thw: tuple, k_thw: tuple):
+    def _fold(self, q: Tensor, k: Tensor, v: Tensor, thw, q_thw: tuple, k_thw: tuple):
         """Adds the channels whose inner product is the relative position term.
 
         ``q (B, N, heads, D)`` gains its products with the table rows of every key place along
@@ -213,7 +213,7 @@ class FusedAttention(_View):
         for axis, table in enumerate(self.tables()):
             if table is None:
                 continue
-            rows = self._rows(axis, table, thw[axis], q_thw[axis], k_thw[axis]).to(q.dtype)
+            rows = self._rows(axis, table, thw, q_thw[axis], k_thw[axis]).to(q.dtype)
             products.append(_products(patches, rows, axis))
             shape = [1, 1, 1, k_thw[axis]]
             shape[axis] = k_thw[axis]
@@ -226,15 +226,15 @@ class FusedAttention(_View):
         places = places[None, :, None].expand(*k.shape[:3], -1)
         return cat([q, products], dim=3), cat([k, places], dim=3), F.pad(v, (0, extra + pad))
 
-    def _rows(self, axis: int, table: Tensor, size: int, q_size: int, k_size: int) -> Tensor:
+    def _rows(self, axis: int, table: Tensor, thw, q_size: int, k_size: int) -> Tensor:
         """Table rows ``(q_size, k_size, D)`` of every query and key place along an axis.
 
         In time after a selection ``(B, q_size, k_size, D)``, since every clip keeps other frames.
         """
         pools = [pool for pool, _ in self.pools()[:2]]
-        whole = size
+        whole = size = thw[axis]
         if axis == 0:
-            frames = self._kept_frames(size)
+            frames = getattr(thw, "frames", None) if self.selectors else None
             strided = any(_geometry(pool)[1][0] > 1 for pool in pools)
             if frames is not None and not strided:
                 distances = frames[:, :, None] - frames[:, None, :] + len(table) // 2
@@ -246,14 +246,6 @@ class FusedAttention(_View):
         q_whole, k_whole = (_pooled_size(whole, pool, axis) for pool in pools)
         distances = self.distances(q_whole, k_whole, table.device)[:q_size, :k_size].long()
         return _interpolate(table, 2 * max(q_whole, k_whole) - 1)[distances]
-
-    def _kept_frames(self, frames: int) -> Tensor | None:
-        """Where in the clip the arriving frames lie, ``(B, frames)``; None where all arrive."""
-        kept = None
-        for selector in self.selectors:
-            if selector.dimension == "TIME":
-                kept = selector.kept if kept is None else kept.gather(1, selector.kept)
-        return kept if kept is not None and kept.shape[1] == frames else None
 
 
 class _TorchvisionAttention(FusedAttention):

@@ -92,7 +92,9 @@ def depthwise(x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tenso
 def _dtype(x: Tensor) -> torch.dtype:
     """What a linear layer of ``x`` computes in."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.is_meta or not torch.is_autocast_enabled(device):  # the meta device has no autocast
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _settings(norm: nn.LayerNorm | None) -> tuple:

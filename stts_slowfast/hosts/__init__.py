@@ -1,8 +1,8 @@
 """How a model's tokens lie, a file a host: where its blocks are, its grid read and written back.
 
-A host knows one way in which blocks are called. Selection sits between the tokens that arrive at a
-block and the call: ``read(args, kwargs)`` turns the call's arguments into :class:`Tokens`, selectors
-make them fewer, ``write(tokens, args, kwargs)`` turns them into the arguments of the smaller call.
+A host knows one way in which blocks are called. Selection sits between the tokens that arrive at
+a block and the call: ``read(args, kwargs)`` turns the call's arguments into :class:`Tokens`,
+selectors make them fewer, ``write(tokens, args, kwargs)`` makes the arguments of the smaller call.
 Where the tokens lie travels with them as a ``grid.Grid``: in an argument, where the call has one
 for it (``thw``), else as :func:`remember`'s mark on the tensor; a host whose calls say nothing of
 the grid starts from the model's config, which it reads in ``__init__``. Behind the first selection,
@@ -129,4 +129,4 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return find(model)[1]
 
 
-from stts_slowfast.hosts import thw, video_swin  # noqa: E402, F401  they register themselves
+from stts_slowfast.hosts import blocks_with_grid, video_swin  # noqa: E402, F401  they register themselves
