@@ -26,7 +26,8 @@ class Grid(tuple):
     def __new__(
         cls, sizes: Sequence[int], frames: Tensor | None = None, windows: Tensor | None = None
     ) -> "Grid":
-        grid = super().__new__(cls, sizes)
+        # While a model is traced, sizes are tensors.
+        grid = super().__new__(cls, [int(size) for size in sizes])
         grid.frames, grid.windows = frames, windows
         return grid
 
@@ -55,8 +56,8 @@ class Grid(tuple):
         A pooled frame or window lies where the middle of what it was pooled from lies, in tokens
         of the pooled grid.
         """
-        sizes = tuple(int(size) for size in sizes)
-        if sizes == tuple(self):
+        sizes = Grid(sizes)
+        if sizes == self:
             return self
         time, rows, columns = (max(round(a / b), 1) for a, b in zip(self, sizes))
         frames, windows = self.frames, self.windows

@@ -33,7 +33,7 @@ class BlocksWithGrid(Host):
         x, sizes = args[0], _thw(args, kwargs)
         if sizes is None:
             raise ValueError("a block was called without thw: the grid of its tokens is not known")
-        thw = sizes if isinstance(sizes, Grid) else Grid(int(size) for size in sizes)
+        thw = sizes if isinstance(sizes, Grid) else Grid(sizes)
         frames, height, width = thw
         extra = x.shape[1] - frames * height * width
         if x.dim() != 3 or extra not in (0, 1, frames):
