@@ -13,17 +13,20 @@ from functools import partial
 
 # What happens after which module has been imported: functions of this package that take the module.
 HOOKS = {
-    "detectron2": ["compat.mend_pkg_resources"],
+    "detectron2": ["compat.imports.mend_pkg_resources"],
     "slowfast": [
-        "compat.mend_vision_imports",
-        "compat.mend_ava_evaluation",
-        "compat.explain_missing_packages",
+        "compat.imports.mend_vision_imports",
+        "compat.imports.mend_ava_evaluation",
+        "compat.imports.explain_missing_packages",
     ],
-    "slowfast.config.defaults": ["plugin.add_config", "compat.mend_prefetch_key"],
-    "slowfast.datasets.decoder": ["compat.mend_decoder"],
+    "slowfast.config.defaults": ["plugin.add_config", "compat.config.mend_prefetch_key"],
+    "slowfast.datasets.decoder": ["decoder.mend_decoder"],
     "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint"],
     "slowfast.utils.logging": ["plugin.wrap_log"],
-    "slowfast.models.video_model_builder": ["plugin.wrap_models", "compat.mend_cuda_synchronize"],
+    "slowfast.models.video_model_builder": [
+        "plugin.wrap_models",
+        "compat.devices.mend_cuda_synchronize",
+    ],
     "slowfast.models.optimizer": ["plugin.wrap_optimizer"],
 }
 
@@ -97,7 +100,7 @@ def _call(function: str, module) -> None:
     SlowFast without STTS is worth more than a traceback out of its import statements; where a
     config asks for STTS, `guard.confirm` stops the run.
     """
-    file, name = function.split(".")
+    file, _, name = function.rpartition(".")
     try:
         getattr(importlib.import_module(f"{__package__}.{file}"), name)(module)
         results[function] = None

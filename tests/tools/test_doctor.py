@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from stts_slowfast.pyslowfast import compat
+from stts_slowfast.pyslowfast import autoload, compat
 from stts_slowfast.tools import doctor
 
 LOG = "stts_slowfast: mended decoder: both backends\nModuleNotFoundError: no detectron2\n"
@@ -59,5 +59,6 @@ def test_it_passes_where_nothing_is_missing(monkeypatch, capsys):
 
 
 def test_every_mend_has_its_line():
-    mends = {name.removeprefix("mend_") for name in vars(compat) if name.startswith("mend_")}
+    hooks = [name.rpartition(".")[2] for names in autoload.HOOKS.values() for name in names]
+    mends = {name.removeprefix("mend_") for name in hooks if name.startswith("mend_")}
     assert mends == set(compat.MENDS)
