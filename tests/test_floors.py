@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stts_slowfast"
 FLOORS = [
-    {"config", "grid", "topk", "video"},
+    {"config", "grid", "keys", "topk", "video"},
     {"scorers"},
     {"selectors"},
     {"backbones", "hosts"},

@@ -4,9 +4,6 @@ A file for SlowFast is a file for us: keys that nothing here reads are known all
 only SlowFast can do is refused by name instead of being ignored.
 """
 
-import contextlib
-import difflib
-from ast import literal_eval
 from collections.abc import Iterable, Iterator, Sequence
 
 import yaml
@@ -17,6 +14,7 @@ from stts_slowfast.config import (
     add_timesformer_config,
     add_video_swin_config,
 )
+from stts_slowfast.keys import all_keys, nearest, read_value
 
 _C = CfgNode()
 
@@ -462,15 +460,6 @@ _OPTIONAL = {
     "SOLVER.CLIP_GRAD_VAL": float,
 }
 
-_TYPE_NAMES = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    tuple: "a list",
-}
-
 
 def get_cfg() -> CfgNode:
     """A copy of the defaults: SlowFast's keys, and the nodes STTS, TIMESFORMER and VIDEO_SWIN."""
@@ -555,37 +544,12 @@ def _set(cfg: CfgNode, key: str, value, where: str) -> None:
     if known is _MISSING:
         if key.split(".")[0] in _NOT_READ:
             return
-        raise ValueError(f"unknown config key {key}{where}; {_nearest(key)}")
+        raise ValueError(f"unknown config key {key}{where}; {nearest(key, all_keys(_C))}")
     if isinstance(known, CfgNode):
         raise ValueError(f"{key}{where} is a group of keys: give one of {_names(known, key)}")
     node, _, leaf = key.rpartition(".")
-    (_get(cfg, node) if node else cfg)[leaf] = _coerce(key, value, where)
-
-
-def _coerce(key: str, value, where: str):
-    """A value as the key's type: text is read as Python would, a whole number is a number."""
-    default = _get(_C, key)
-    wanted = _OPTIONAL.get(key) or type(default)
-    given = value
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = literal_eval(value)
-        if wanted is str and not isinstance(value, str):
-            value = given
-    if value is None and key in _OPTIONAL:
-        return None
-    if value is None and wanted is str:
-        return ""  # a key that was left empty in a file
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if wanted in (list, tuple) and isinstance(value, (list, tuple)):
-        value = wanted(value)
-    if type(value) is not wanted:
-        also = " or None" if key in _OPTIONAL else ""
-        raise ValueError(
-            f"{key}{where} is {given!r}: it takes {_TYPE_NAMES[wanted]}{also}, such as {default!r}"
-        )
-    return value
+    value = read_value(key, value, _get(_C, key), where, _OPTIONAL.get(key))
+    (_get(cfg, node) if node else cfg)[leaf] = value
 
 
 _MISSING = object()
@@ -601,23 +565,3 @@ def _get(cfg: CfgNode, key: str):
 
 def _names(node: CfgNode, prefix: str) -> str:
     return ", ".join(f"{prefix}.{name}" for name in node)
-
-
-def _nearest(key: str) -> str:
-    """Names the known key that looks most like ``key``; one of the same node, if it can be."""
-    known = list(_all_keys(_C))
-    node, _, leaf = key.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == node}
-    if near := difflib.get_close_matches(leaf, siblings, 1):
-        return f"did you mean {siblings[near[0]]}?"
-    same_name = [k for k in known if k.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(key, same_name or known, 1, cutoff=0.0)
-    return f"the nearest known key is {near[0]}"
-
-
-def _all_keys(node: CfgNode, prefix: str = "") -> Iterable[str]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _all_keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"

@@ -1,0 +1,72 @@
+"""Values and names of config keys as people write them: read leniently, refused helpfully."""
+
+import contextlib
+import difflib
+from ast import literal_eval
+from collections.abc import Iterable
+
+_TYPE_NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    tuple: "a list",
+}
+
+
+def read_value(key: str, value, default, where: str = "", optional: type | None = None):
+    """A value as the key's type: text is read as Python would, a whole number is a number.
+
+    Args:
+        key: full name, for messages.
+        value: from a file, or a word of a command line.
+        default: the key's default, which has its type.
+        where: where the value stands, for messages: ``" in run.yaml"``.
+        optional: for a key that may be None, the type of its other values.
+
+    Raises:
+        ValueError: for a value of another type, with the default as an example.
+    """
+    wanted = optional or type(default)
+    given = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = literal_eval(value)
+        if wanted is str and not isinstance(value, str):
+            value = given
+    if value is None and optional:
+        return None
+    if value is None and wanted is str:
+        return ""  # a key that was left empty in a file
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if wanted in (list, tuple) and isinstance(value, (list, tuple)):
+        value = wanted(value)
+    if type(value) is not wanted:
+        also = " or None" if optional else ""
+        raise ValueError(
+            f"{key}{where} is {given!r}: it takes {_TYPE_NAMES[wanted]}{also}, such as {default!r}"
+        )
+    return value
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Names the known key that looks most like ``key``; one of the same node, if it can be."""
+    known = list(known)
+    node, _, leaf = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == node}
+    if near := difflib.get_close_matches(leaf, siblings, 1):
+        return f"did you mean {siblings[near[0]]}?"
+    same_name = [k for k in known if k.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(key, same_name or known, 1, cutoff=0.0)
+    return f"the nearest known key is {near[0]}"
+
+
+def all_keys(node, prefix: str = "") -> Iterable[str]:
+    """Full names of all keys in a config node, in its order."""
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from all_keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
