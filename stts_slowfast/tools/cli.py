@@ -13,6 +13,7 @@ COMMANDS = {
     "run": ("stts_slowfast.tools.run", "train and test by SlowFast config files"),
     "quickstart": ("stts_slowfast.tools.quickstart", "watch selection being learned on real video"),
     "make-data": ("stts_slowfast.tools.makedata", "write small videos on which looking is hard"),
+    "study": ("stts_slowfast.tools.study", "measure whether selection wins, at every budget"),
     "visualize": ("stts_slowfast.tools.visualize", "show what was kept of a video"),
     "bench": ("stts_slowfast.tools.bench", "compare speed, memory and cost of models"),
     "export": ("stts_slowfast.tools.export", "write a model for torch.export or ONNX"),

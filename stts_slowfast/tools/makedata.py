@@ -164,13 +164,13 @@ def _texture(rng: np.random.Generator, num_frames: int, side: int) -> np.ndarray
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side))
     spectrum = np.fft.rfft2(rng.normal(size=(side, side))) / (frequency + 2 / side)
     clouds = np.fft.irfft2(spectrum, (side, side))
-    clouds *= 22 / clouds.std()
+    clouds *= 12 / clouds.std()
     velocity = rng.uniform(-1.5, 1.5, size=2)
     moved = [
         np.roll(clouds, np.round(velocity * number).astype(int), (0, 1))
         for number in range(num_frames)
     ]
-    return 110 + np.stack(moved) + rng.normal(0, 6, (num_frames, side, side))
+    return 110 + np.stack(moved) + rng.normal(0, 4, (num_frames, side, side))
 
 
 def _paste(frame: np.ndarray, picture: np.ndarray, top: int, left: int) -> None:
@@ -275,22 +275,20 @@ def _visible(top: int, left: int, size: int, side: int) -> Box:
 
 
 def _draw_clutter(label, rng, num_frames, side):
-    """Nine rings that tremble where they are; eight have two gaps that face each other, one has a
-    gap on one side alone: which side is the class."""
+    """Nine rings that tremble together; eight have two gaps that face each other, one has a gap on
+    one side alone: which side is the class."""
     frames = _texture(rng, num_frames, side)
     token = side // GRID
     size, turns = 2 * token - 1, rng.permutation(8)
-    chosen, boxes = int(rng.integers(9)), {}
+    chosen = int(rng.integers(9))
     corners = [(3 * token * row, 3 * token * column) for row in range(3) for column in range(3)]
+    sheet = np.zeros((side, side))
     for place, (top, left) in enumerate(corners):
         gaps = [label] if place == chosen else [turns[place % 8], turns[place % 8] + 4]
-        picture = _ring(size, gaps)
-        for number in range(num_frames):
-            shift = rng.integers(2, size=2)
-            _paste(frames[number], picture, top + shift[0], left + shift[1])
-            if place == chosen:
-                boxes[number] = (top, left, size + 1, size + 1)
-    return frames, boxes
+        _paste(sheet, _ring(size, gaps), top, left)
+    for frame in frames:
+        frame += np.roll(sheet, rng.integers(2, size=2), (0, 1))
+    return frames, dict.fromkeys(range(num_frames), (*corners[chosen], size + 1, size + 1))
 
 
 def _ring(size: int, gaps: Iterable[int]) -> np.ndarray:

@@ -1,0 +1,375 @@
+"""``stts study``: does selection win on your model and videos? Budgets x scorers, one table.
+
+Every row is one line of OUT/study.csv and one file in OUT/rows: a study that was stopped goes on
+where it was, and rows can be added to it.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import nn
+
+from stts_slowfast import backbones, build_model, load_config, load_weights
+from stts_slowfast.checkpoints import read_checkpoint, write_whole
+from stts_slowfast.config import validate_stts
+from stts_slowfast.tools.cli import add_opts
+from stts_slowfast.tools.evaluate import TestClips, evaluate
+
+SHARES = (0.75, 0.5, 0.25)
+SCORERS = ("learned", "change", "uniform", "random")
+COLUMNS = (
+    *("name", "dimension", "time", "space", "scorer", "trained", "seed"),
+    *("top1", "top5", "gflops", "clips_per_s", "agreement", "frame_recall", "box_recall"),
+)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to select.
+
+    Attributes:
+        time, space: shares of frames and of a frame's tokens that are left in the end; None where
+            nothing is selected there.
+        scorer: of both; "all" keeps all tokens.
+        trained: fine-tuned by the recipe, or the checkpoint as it is.
+        seed: of what is random, in training or in testing.
+    """
+
+    time: float | None
+    space: float | None
+    scorer: str
+    trained: bool = False
+    seed: int = 0
+
+    @property
+    def dimension(self) -> str:
+        selected = [name for name in ("time", "space") if getattr(self, name) is not None]
+        return "both" if len(selected) == 2 else "".join(selected) or "none"
+
+    @property
+    def name(self) -> str:
+        shares = (f"{d}{getattr(self, d):g}-" for d in ("time", "space") if getattr(self, d))
+        trained = "-trained" if self.trained else ""
+        return f"{''.join(shares)}{self.scorer}{trained}-seed{self.seed}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``stts study``."""
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="config of model and data")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weights; TEST.CHECKPOINT_FILE_PATH else"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
+    kept = {"type": float, "nargs": "*", "default": SHARES, "metavar": "SHARE"}
+    parser.add_argument("--time", **kept, help="budgets: shares of frames")
+    parser.add_argument("--space", **kept, help="shares of each frame's tokens")
+    both = [f"{share}x{share}" for share in SHARES]
+    parser.add_argument(
+        "--both", nargs="*", default=both, metavar="TIMExSPACE", help="shares of both at once"
+    )
+    parser.add_argument("--scorers", nargs="+", default=SCORERS, metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3, help="for rows in which chance has a part")
+    parser.add_argument("--train", action="store_true", help="fine-tune a row of each kind, too")
+    parser.add_argument(
+        "--recipe",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys and values for --train alone, such as SOLVER.MAX_EPOCH 10",
+    )
+    add_opts(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures the rows that are not there yet, and writes table and plot.
+
+    Raises:
+        ValueError: for a budget, scorer, config or checkpoint that cannot be used.
+    """
+    cfg = load_config(args.cfg, args.opts)
+    recipe = load_config(args.cfg, [*args.opts, *args.recipe])
+    path = args.checkpoint or cfg.TEST.CHECKPOINT_FILE_PATH or cfg.TRAIN.CHECKPOINT_FILE_PATH
+    if not path:
+        raise ValueError("no checkpoint is named: give --checkpoint or TEST.CHECKPOINT_FILE_PATH")
+    rows = plan_rows(cfg, args)
+    rows = [row for row in rows if row.trained or can_score(cfg, row, path)]
+    os.makedirs(os.path.join(args.out, "rows"), exist_ok=True)
+    results = run_rows(cfg, recipe, path, rows, args.out)
+    write_results(args.out, results)
+    print(table(results))
+    print(f"wrote {', '.join(os.path.join(args.out, f'study.{end}') for end in ENDINGS)}")
+    return 0
+
+
+# ---- rows -----------------------------------------------------------------------------------
+
+
+def plan_rows(cfg, args: argparse.Namespace) -> list[Row]:
+    """The rows that are asked for, each checked against the model.
+
+    Raises:
+        ValueError: naming the budget or scorer that cannot be.
+    """
+    budgets = [(share, None) for share in args.time] + [(None, share) for share in args.space]
+    for text in args.both:
+        try:
+            time, space = map(float, text.split("x"))
+        except ValueError:
+            raise ValueError(f"--both {text}: give shares such as 0.5x0.25") from None
+        budgets.append((time, space))
+    if args.seeds < 1:
+        raise ValueError(f"--seeds is {args.seeds}: give 1 at least")
+    rows = [Row(None, None, "all")]
+    for time, space in budgets:
+        rows += [Row(time, space, scorer) for scorer in args.scorers]
+    grids = backbones.block_grids(cfg)
+    for row in rows[1:]:
+        validate_stts(row_config(cfg, row).STTS, len(grids), grids)
+    if args.train:
+        rows += [replace(row, trained=True) for row in rows]
+    return [row for one in rows for row in with_seeds(one, args.seeds)]
+
+
+def with_seeds(row: Row, seeds: int) -> Iterable[Row]:
+    """A row for each seed where chance has a part in it."""
+    chance = row.trained or row.scorer == "random"
+    return [replace(row, seed=seed) for seed in range(seeds if chance else 1)]
+
+
+def row_config(cfg, row: Row):
+    """The config of a row. Where several blocks select, each keeps the same share."""
+    cfg = cfg.clone()
+    cfg.RNG_SEED += row.seed
+    cfg.STTS.ENABLE = row.scorer != "all"
+    for name in ("time", "space") if cfg.STTS.ENABLE else ():
+        node, share = cfg.STTS[name.upper()], getattr(row, name)
+        if share is None:
+            node.BLOCKS, node.KEEP = [], []
+        elif not node.BLOCKS:
+            raise ValueError(
+                f"a budget for {name} is asked for, but STTS.{name.upper()}.BLOCKS is empty: name "
+                f"a block there, or give --{name} without a share and no --both"
+            )
+        else:
+            node.KEEP = [share ** (1 / len(node.BLOCKS))] * len(node.BLOCKS)
+            node.SCORER = row.scorer
+    return cfg
+
+
+def can_score(cfg, row: Row, path: str) -> bool:
+    """Whether a checkpoint has the weights of a row's scorers; where not, says so."""
+    if row.scorer != "learned":
+        return True
+    missing = load(build_model(row_config(cfg, row)), path)
+    if missing:
+        print(f"left out: {row.name}, {path} has no weights of {missing[0]}", file=sys.stderr)
+    return not missing
+
+
+def load(model: nn.Module, path: str) -> list[str]:
+    """Loads a checkpoint of either engine; returns the scorers' parameters that it lacks.
+
+    Raises:
+        ValueError: where it is of another backbone.
+    """
+    loaded = load_weights(model, read_checkpoint(path))
+    lost = [name for name in loaded.missing if not name.startswith("stts.")]
+    if lost or loaded.mismatched:
+        raise ValueError(f"{path} is not of this config's model: {loaded}")
+    return list(loaded.missing)
+
+
+# ---- running them ---------------------------------------------------------------------------
+
+
+def run_rows(cfg, recipe, path: str, rows: Sequence[Row], out: str) -> list[dict]:
+    """The results of all rows; those that OUT/rows has are not measured again."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
+
+    clips = TestClips(cfg)
+    device = "cuda" if cfg.NUM_GPUS > 0 and torch.cuda.is_available() else "cpu"
+    columns = [SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn()]
+    console = Console(stderr=True)
+    results = []
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress, quiet_logs():
+        task = progress.add_task("rows", total=len(rows))
+        batches = progress.add_task("batches", total=len(clips))
+        for row in rows:
+            progress.update(task, description=row.name)
+            file = os.path.join(out, "rows", f"{row.name}.json")
+            config = row_config(recipe if row.trained else cfg, row)
+            key = fingerprint(config, path)
+            result = read_row(file, key)
+            if result is None:
+                weights = path
+                if row.trained:
+                    weights = fine_tune(config, path, os.path.join(out, "runs", row.name), progress)
+                progress.reset(batches)
+                result = measure(config, row, weights, clips, device, progress, batches)
+                write_json(file, {"key": key, **result})
+            results.append(result)
+            progress.advance(task)
+    return results
+
+
+def fine_tune(cfg, path: str, folder: str, progress) -> str:
+    """Trains a row's model from the checkpoint; goes on with what is there. Returns its weights."""
+    from stts_slowfast.standalone import engine
+
+    cfg.OUTPUT_DIR, cfg.TRAIN.ENABLE = folder, True
+    cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.TRAIN.CHECKPOINT_EPOCH_RESET = path, True
+    progress.stop()  # training has a bar of its own
+    try:
+        return engine.train(cfg)["checkpoint"]
+    finally:
+        progress.start()
+
+
+def measure(cfg, row: Row, path: str, clips: TestClips, device, progress, task) -> dict:
+    """Tests a row's model; returns its line of the table and what it keeps."""
+    from stts_slowfast.standalone.flops import count_gflops
+
+    model = build_model(cfg)
+    if load(model, path):
+        raise ValueError(f"{path} has no weights of the scorers of {row.name}")
+    size = cfg.DATA.TEST_CROP_SIZE
+    gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
+    torch.manual_seed(cfg.RNG_SEED)
+    model.to(device)
+    found = evaluate(cfg, model, clips, clips.videos, lambda: progress.advance(task))
+    names = {"name": row.name, "dimension": row.dimension}
+    return {**names, **asdict(row), "gflops": round(gflops, 5), **found}
+
+
+def fingerprint(cfg, path: str) -> str:
+    """Of all that a row's result depends on: config and checkpoint."""
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = cfg.TEST.CHECKPOINT_FILE_PATH = cfg.TRAIN.CHECKPOINT_FILE_PATH = ""
+    about = os.stat(path)
+    text = f"{cfg.dump()} {about.st_size} {about.st_mtime_ns}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_row(path: str, key: str) -> dict | None:
+    """A row that was measured before, if by the same config and checkpoint."""
+    try:
+        with open(path) as file:
+            result = json.load(file)
+    except FileNotFoundError:
+        return None
+    return result if result.pop("key") == key else None
+
+
+class quiet_logs:
+    """Keeps a run's lines out of the terminal; they go to its ``stdout.log`` as always."""
+
+    def __enter__(self):
+        self.handler = logging.NullHandler()
+        logging.getLogger().addHandler(self.handler)
+
+    def __exit__(self, *_):
+        logging.getLogger().removeHandler(self.handler)
+
+
+# ---- what is told ---------------------------------------------------------------------------
+
+ENDINGS = ("csv", "json", "png")
+
+
+def write_results(out: str, results: Sequence[dict]) -> None:
+    """Writes OUT/study.csv, .json and .png."""
+    write_json(os.path.join(out, "study.json"), results)
+    write_whole(os.path.join(out, "study.csv"), lambda path: _write_csv(path, results))
+    write_whole(os.path.join(out, "study.png"), lambda path: plot(results, path))
+
+
+def write_json(path: str, value) -> None:
+    """Writes JSON, whole or not at all."""
+
+    def write(partial: str) -> None:
+        with open(partial, "w") as file:
+            json.dump(value, file, indent=1)
+
+    write_whole(path, write)
+
+
+def _write_csv(path: str, results: Sequence[dict]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(results)
+
+
+def over_seeds(results: Sequence[dict]) -> list[dict]:
+    """Rows that differ in their seed alone as one: means, ``top1_std``, ``seeds``."""
+    groups: dict[str, list[dict]] = {}
+    for row in results:
+        groups.setdefault(row["name"].rpartition("-seed")[0], []).append(row)
+    merged = []
+    for name, rows in groups.items():
+        means = {}
+        for column in COLUMNS[7:]:
+            values = [row[column] for row in rows if row[column] is not None]
+            means[column] = sum(values) / len(values) if values else None
+        spread = torch.tensor([row["top1"] for row in rows]).std(correction=min(len(rows) - 1, 1))
+        merged.append(
+            {**rows[0], "name": name, **means, "top1_std": spread.item(), "seeds": len(rows)}
+        )
+    return merged
+
+
+def table(results: Sequence[dict]) -> str:
+    """The rows as Markdown, a line for all seeds of a row."""
+    columns = [c for c in COLUMNS[7:] if any(row[c] is not None for row in results)]
+    lines = [["row", *columns], ["---"] + ["---:"] * len(columns)]
+    for row in over_seeds(results):
+        cells = ["" if row[c] is None else f"{row[c]:.4g}" for c in columns]
+        if row["seeds"] > 1:
+            cells[0] = f"{row['top1']:.1f} ± {row['top1_std']:.1f}"
+        lines.append([row["name"], *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def plot(results: Sequence[dict], path: str) -> None:
+    """Draws accuracy against GFLOPs: a panel a dimension, a line a scorer."""
+    from matplotlib.figure import Figure
+
+    rows = over_seeds(results)
+    dimensions = [d for d in ("time", "space", "both") if any(r["dimension"] == d for r in rows)]
+    panels = max(len(dimensions), 1)
+    figure = Figure(figsize=(4.4 * panels, 4), layout="constrained")
+    for axes, dimension in zip(
+        figure.subplots(1, panels, sharey=True, squeeze=False)[0], dimensions or ["none"]
+    ):
+        lines: dict[tuple, list] = {}
+        for row in rows:
+            if row["dimension"] in (dimension, "none"):
+                lines.setdefault((row["scorer"], row["trained"]), []).append(row)
+        for number, ((scorer, trained), points) in enumerate(lines.items()):
+            points.sort(key=lambda row: row["gflops"])
+            if scorer == "all":
+                axes.axhline(points[0]["top1"], color="grey", linestyle=":", linewidth=1)
+            axes.errorbar(
+                [row["gflops"] for row in points],
+                [row["top1"] for row in points],
+                [row["top1_std"] for row in points],
+                marker="*" if scorer == "all" else "o",
+                color=f"C{(['all', *SCORERS].index(scorer) if scorer in SCORERS else number)}",
+                linestyle="-" if trained else "--",
+                label=f"{scorer}, fine-tuned" if trained else scorer,
+            )
+        axes.set(title=dimension, xlabel="GFLOPs / clip")
+        axes.set_xlim(left=0)
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("top-1 (%)")
+    figure.savefig(path, dpi=120, format="png")

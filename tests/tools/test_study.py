@@ -1,0 +1,154 @@
+"""A study measures what it says, once, and goes on where it stopped."""
+
+import csv
+import json
+
+import pytest
+
+from stts_slowfast import build_model, load_config
+from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.standalone import engine
+from stts_slowfast.tools import cli, makedata, study
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos, a config with both selections, and a checkpoint with and one without scorers."""
+    folder = tmp_path_factory.mktemp("study")
+    makedata.write_dataset(str(folder), "square", 32, 16, seed=0)
+    keys = makedata.config(str(folder), "square", 0)
+    keys["STTS"] = {"TIME": {"BLOCKS": [0]}, "SPACE": {"BLOCKS": [0], "STRIDE": 1}}
+    keys["MVIT"]["DEPTH"] = 3
+    keys["DATA_LOADER"]["NUM_WORKERS"] = 0
+    makedata.write_config(str(folder / "config.yaml"), keys)
+    for name, enable in (("scorers.pyth", True), ("plain.pyth", False)):
+        cfg = load_config(str(folder / "config.yaml"), ["STTS.ENABLE", enable])
+        save_checkpoint(str(folder / name), build_model(cfg), cfg, 1)
+    return folder
+
+
+def words(folder, out, *more, checkpoint="scorers.pyth"):
+    words = ["study", "--cfg", str(folder / "config.yaml"), "--out", str(out)]
+    return [*words, "--checkpoint", str(folder / checkpoint), *more]
+
+
+SMALL = ("--time", "0.5", "--space", "--both", "0.25x0.25", "--seeds", "2")
+
+
+def test_rows_are_budgets_by_scorers_and_seeds(folder, tmp_path, capsys):
+    scorers = ["--scorers", "learned", "uniform", "random"]
+    assert cli.main(words(folder, tmp_path, *SMALL, *scorers)) == 0
+    results = json.loads((tmp_path / "study.json").read_text())
+    assert [row["name"] for row in results] == [
+        "all-seed0",
+        *(
+            f"{budget}-{name}"
+            for budget in ("time0.5", "time0.25-space0.25")
+            for name in ("learned-seed0", "uniform-seed0", "random-seed0", "random-seed1")
+        ),
+    ]
+    everything, half, quarter = (results[number] for number in (0, 1, 5))
+    assert quarter["gflops"] < half["gflops"] < everything["gflops"]
+    assert everything["frames_kept"] == [1] * 8 and everything["frame_recall"] == 1
+    for row in results:
+        assert 0 <= row["top1"] <= row["top5"] <= 100 and row["clips_per_s"] > 0
+        assert sum(row["frames_kept"]) == pytest.approx(8 * (row["time"] or 1), abs=1e-2)
+    uniform, first, second = results[2:5]
+    assert uniform["frames_kept"] == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert first["frames_kept"] != second["frames_kept"]
+    inside = results[6]["tokens_kept"]  # the middle 4x4 of 8x8
+    assert [row[4] for row in inside] == [0, 0, 1, 1, 1, 1, 0, 0]
+    with open(tmp_path / "study.csv") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in results]
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    told = capsys.readouterr().out
+    assert "| time0.5-learned |" in told and "±" in told and str(tmp_path / "study.csv") in told
+
+
+def test_a_row_is_what_stts_run_tests(folder, tmp_path):
+    more = ("--time", "0.5", "--space", "--both", "--scorers", "learned")
+    assert cli.main(words(folder, tmp_path, *more)) == 0
+    row = json.loads((tmp_path / "study.json").read_text())[1]
+    path = str(folder / "scorers.pyth")
+    opts = ["TEST.CHECKPOINT_FILE_PATH", path, "OUTPUT_DIR", str(tmp_path), "STTS.ENABLE", True]
+    opts += ["STTS.TIME.KEEP", [0.5], "STTS.SPACE.KEEP", [1.0]]
+    tested = engine.test(load_config(str(folder / "config.yaml"), opts))
+    assert tested["top1_acc"] == pytest.approx(row["top1"], abs=1e-2)
+    assert tested["top5_acc"] == pytest.approx(row["top5"], abs=1e-2)
+
+
+def test_a_row_that_is_done_is_not_done_again(folder, tmp_path, monkeypatch):
+    measured = []
+
+    def count(cfg, row, *rest):
+        measured.append(row.name)
+        return whole(cfg, row, *rest)
+
+    whole = study.measure
+    monkeypatch.setattr(study, "measure", count)
+    more = ("--time", "0.5", "--space", "--both", "--scorers", "uniform")
+    assert cli.main(words(folder, tmp_path, *more)) == 0
+    before = json.loads((tmp_path / "study.json").read_text())
+    assert measured == ["all-seed0", "time0.5-uniform-seed0"]
+    (tmp_path / "rows" / "all-seed0.json").unlink()
+    assert cli.main(words(folder, tmp_path, *more)) == 0
+    assert measured[2:] == ["all-seed0"]
+    assert json.loads((tmp_path / "study.json").read_text())[1] == before[1]
+    # Another checkpoint, or another config: another result.
+    assert cli.main(words(folder, tmp_path, *more, checkpoint="plain.pyth")) == 0
+    assert len(measured) == 5
+    opts = ("--opts", "STTS.TRUE_DISTANCES", "False")
+    assert cli.main(words(folder, tmp_path, *more, *opts, checkpoint="plain.pyth")) == 0
+    assert len(measured) == 7
+
+
+def test_learned_rows_need_weights(folder, tmp_path, capsys):
+    more = ("--time", "0.5", "--space", "--both", "--scorers", "learned", "uniform")
+    assert cli.main(words(folder, tmp_path, *more, checkpoint="plain.pyth")) == 0
+    results = json.loads((tmp_path / "study.json").read_text())
+    assert [row["scorer"] for row in results] == ["all", "uniform"]
+    told = capsys.readouterr().err
+    assert "left out: time0.5-learned-seed0" in told and "has no weights of stts.time_0" in told
+
+
+def test_train_fine_tunes_every_row_by_the_recipe(folder, tmp_path, capsys):
+    more = ["--time", "0.5", "--space", "--both", "--scorers", "learned", "--seeds", "1", "--train"]
+    recipe = ["--recipe", "SOLVER.MAX_EPOCH", "1", "SOLVER.BASE_LR", "1e-2"]
+    recipe += ["STTS.FREEZE_BACKBONE_EPOCHS", "0.0", "SOLVER.WARMUP_EPOCHS", "0.0"]
+    assert cli.main(words(folder, tmp_path, *more, *recipe, checkpoint="plain.pyth")) == 0
+    results = json.loads((tmp_path / "study.json").read_text())
+    assert [(row["scorer"], row["trained"]) for row in results] == [
+        *(("all", False), ("all", True), ("learned", True)),
+    ]
+    for row in results[1:]:
+        run = tmp_path / "runs" / row["name"]
+        assert (run / "checkpoints" / "checkpoint_epoch_00001.pyth").is_file()
+        assert not (run / "checkpoints" / "checkpoint_epoch_00002.pyth").exists()
+        assert '"train_epoch"' in (run / "json_stats.log").read_text()
+    assert "json_stats" not in capsys.readouterr().out
+
+
+def test_shares_of_several_blocks_leave_the_budget(folder):
+    opts = ["STTS.TIME.BLOCKS", [0, 1], "STTS.TIME.KEEP", [1.0, 1.0]]
+    cfg = load_config(str(folder / "config.yaml"), opts)
+    node = study.row_config(cfg, study.Row(0.25, None, "uniform")).STTS
+    assert node.TIME.KEEP == [0.5, 0.5] and node.SPACE.BLOCKS == []
+    assert cfg.STTS.TIME.KEEP == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--time", "0.01"], "STTS.TIME.KEEP 0.01 leaves no frame"),
+        (["--both", "0.5"], "--both 0.5: give shares such as"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--scorers", "best"], "'best'"),
+        (["--opts", "STTS.TIME.BLOCKS", "[]"], "STTS.TIME.BLOCKS is empty: name a block"),
+        (["--opts", "MVIT.EMBED_DIM", "16"], "is not of this config's model"),
+    ],
+)
+def test_mistakes_show_before_anything_is_measured(folder, tmp_path, capsys, more, message):
+    scorers = [] if "--scorers" in more else ["--scorers", "learned"]
+    assert cli.main(words(folder, tmp_path / "out", *scorers, *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
