@@ -1,4 +1,4 @@
-"""The config nodes we add to SlowFast's: every key, its default, one comment each; STTS checked."""
+"""The node ``STTS``: every key, its default, one comment each; checks; what a share keeps."""
 
 import difflib
 import re
@@ -64,50 +64,6 @@ def add_stts_config(cfg) -> None:
     # After a selection, relative positions use the true distances in the video; False stretches
     # the tables over what is left, as SlowFast does for any smaller input.
     cfg.STTS.TRUE_DISTANCES = True
-
-
-def add_timesformer_config(cfg) -> None:
-    """Adds the node ``TIMESFORMER``, TimeSformer-B by default; does nothing where it is there."""
-    if "TIMESFORMER" in cfg:
-        return
-    cfg.TIMESFORMER = type(cfg)()
-    # divided_space_time, joint_space_time or space_only.
-    cfg.TIMESFORMER.ATTENTION_TYPE = "divided_space_time"
-    # A ViT or TimeSformer checkpoint to start from; empty for random weights.
-    cfg.TIMESFORMER.PRETRAINED_MODEL = ""
-    # Side of a patch, in pixels.
-    cfg.TIMESFORMER.PATCH_SIZE = 16
-    # Width of the tokens.
-    cfg.TIMESFORMER.EMBED_DIM = 768
-    # Number of blocks.
-    cfg.TIMESFORMER.DEPTH = 12
-    # Attention heads per block.
-    cfg.TIMESFORMER.NUM_HEADS = 12
-    # Width of the MLP's hidden layer, in widths of the tokens.
-    cfg.TIMESFORMER.MLP_RATIO = 4.0
-    # Bias in the projections to queries, keys and values.
-    cfg.TIMESFORMER.QKV_BIAS = True
-    # Stochastic depth of the last block; earlier ones have linearly less.
-    cfg.TIMESFORMER.DROPPATH_RATE = 0.1
-
-
-def add_video_swin_config(cfg) -> None:
-    """Adds the node ``VIDEO_SWIN``, Video Swin-T by default; does nothing where it is there."""
-    if "VIDEO_SWIN" in cfg:
-        return
-    cfg.VIDEO_SWIN = type(cfg)()
-    # Frames, height and width of a patch.
-    cfg.VIDEO_SWIN.PATCH_SIZE = [2, 4, 4]
-    # Width of the tokens in the first stage; it doubles from stage to stage.
-    cfg.VIDEO_SWIN.EMBED_DIM = 96
-    # Blocks per stage.
-    cfg.VIDEO_SWIN.DEPTHS = [2, 2, 6, 2]
-    # Attention heads per stage.
-    cfg.VIDEO_SWIN.NUM_HEADS = [3, 6, 12, 24]
-    # Frames, height and width of an attention window, in tokens.
-    cfg.VIDEO_SWIN.WINDOW_SIZE = [8, 7, 7]
-    # Stochastic depth of the last block; earlier ones have linearly less.
-    cfg.VIDEO_SWIN.DROPPATH_RATE = 0.1
 
 
 def kept_frames(frames: int, keep: float) -> int:

@@ -1,26 +1,38 @@
-"""One file a family: builds it from a SlowFast config, and says how its tokens lie."""
+"""One file a family: its node, how it is built, how its tokens lie, how its parameters are named.
 
-import importlib
+A family is a record in :data:`FAMILIES`; a new one is a file here and its name in the import below,
+or a file elsewhere that registers its record before the config is read.
+"""
 
 from torch import nn
 
-# MODEL.MODEL_NAME -> the family's file. Each has build(cfg), the model that maps clips
-# (B, 3, T, H, W) to logits (B, MODEL.NUM_CLASSES), and block_grids(cfg), the token grid (T, H, W)
-# that arrives at each block.
-FAMILIES = {
-    "MViT": "mvit",
-    "TimeSformer": "timesformer",
-    "VideoSwin": "video_swin",
-}
+from stts_slowfast.backbones import mvit, timesformer, video_swin  # noqa: F401  they register
+from stts_slowfast.backbones.family import FAMILIES, Family, Format
+from stts_slowfast.backbones.recompute import detach_backbone, recompute
+
+__all__ = ["FAMILIES", "Family", "Format", "add_configs", "block_grids", "build", "family_of"]
+
+
+def add_configs(cfg) -> None:
+    """Adds the nodes of all families to a config; does nothing where they are there."""
+    for _, family in FAMILIES:
+        family.add_config(cfg)
 
 
 def build(cfg) -> nn.Module:
     """Builds ``cfg.MODEL.MODEL_NAME`` without selectors, with random weights.
 
+    ``MODEL.ACT_CHECKPOINT`` and ``MODEL.DETACH_FINAL_FC`` are honoured for every family.
+
     Raises:
         ValueError: for an unknown name or a setting that the family cannot express.
     """
-    return _family(cfg).build(cfg)
+    model = family_of(cfg).build(cfg)
+    if cfg.MODEL.get("DETACH_FINAL_FC"):
+        detach_backbone(model, cfg)
+    if cfg.MODEL.get("ACT_CHECKPOINT"):
+        recompute(model)
+    return model
 
 
 def block_grids(cfg) -> list[tuple[int, int, int]]:
@@ -29,14 +41,13 @@ def block_grids(cfg) -> list[tuple[int, int, int]]:
     Raises:
         ValueError: for an unknown ``MODEL.MODEL_NAME``.
     """
-    return _family(cfg).block_grids(cfg)
+    return family_of(cfg).block_grids(cfg)
 
 
-def _family(cfg):
+def family_of(cfg) -> Family:
+    """The family of ``cfg.MODEL.MODEL_NAME``; raises ``ValueError`` for an unknown name."""
     name = cfg.MODEL.MODEL_NAME
     if name not in FAMILIES:
-        raise ValueError(f"MODEL.MODEL_NAME is {name!r}: use one of {', '.join(FAMILIES)}")
-    file = FAMILIES[name]
-    if file == "mvit" and importlib.import_module(f"{__name__}.vit").is_plain_vit(cfg):
-        file = "vit"  # what torchvision's MViT cannot express
-    return importlib.import_module(f"{__name__}.{file}")
+        known = ", ".join(known for known, _ in FAMILIES)
+        raise ValueError(f"MODEL.MODEL_NAME is {name!r}: use one of {known}")
+    return FAMILIES.get(name)

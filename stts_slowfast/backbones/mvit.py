@@ -1,10 +1,13 @@
 """MViT and MViTv2: torchvision's, built from SlowFast's MVIT, DATA and MODEL nodes.
 
-With parameters renamed one to one (see ``checkpoints.py``) it computes what SlowFast's does.
+With parameters renamed one to one (see ``mvit_names.py``) it computes what SlowFast's does.
 """
 
 from torch import nn
 from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+from stts_slowfast.backbones import mvit_names, vit
+from stts_slowfast.backbones.family import FAMILIES, Family
 
 # What torchvision's MViT cannot express, and what it has instead.
 _FIXED = {
@@ -32,16 +35,18 @@ _ENTRIES = {
 }
 
 
-def build(cfg) -> MViT:
-    """MViT (arXiv 2104.11227) or MViTv2 (arXiv 2112.01526) with random weights.
+def build(cfg) -> MViT | vit.ViT:
+    """MViT (arXiv 2104.11227), MViTv2 (arXiv 2112.01526) or a plain ViT, with random weights.
 
     Returns:
-        torchvision's ``MViT``: clips ``(B, 3, NUM_FRAMES, CROP, CROP)`` to logits
-        ``(B, NUM_CLASSES)``.
+        torchvision's ``MViT``, or our ``ViT`` where nothing is pooled: clips
+        ``(B, 3, NUM_FRAMES, CROP, CROP)`` to logits ``(B, NUM_CLASSES)``.
 
     Raises:
         ValueError: for a setting of the ``MVIT`` node that torchvision's MViT does not have.
     """
+    if vit.is_plain_vit(cfg):  # which torchvision's MViT cannot express
+        return vit.build(cfg)
     mvit = cfg.MVIT
     _check(cfg)
     model = MViT(
@@ -71,6 +76,8 @@ def build(cfg) -> MViT:
 
 def block_grids(cfg) -> list[tuple[int, int, int]]:
     """The token grid that arrives at each block: the patches, divided by the query strides."""
+    if vit.is_plain_vit(cfg):
+        return vit.block_grids(cfg)
     size = cfg.DATA.TRAIN_CROP_SIZE
     strides = list(cfg.MVIT.PATCH_STRIDE)
     strides = [1, *strides] if cfg.MVIT.PATCH_2D else strides
@@ -205,3 +212,19 @@ def _check(cfg) -> None:
                 f"{list(mvit.PATCH_PADDING)} and PATCH_STRIDE {list(mvit.PATCH_STRIDE)} does not "
                 f"make {size // stride} patches of {size}: pad by half the kernel"
             )
+
+
+FAMILIES.register(
+    Family(
+        "MViT",
+        build,
+        block_grids,
+        models=(MViT, vit.ViT),
+        formats=mvit_names.FORMATS,
+        from_slowfast=mvit_names.from_slowfast,
+        to_slowfast=mvit_names.to_slowfast,
+        facts={"pool_norm_eps": mvit_names.EPS_TODAY},
+        read_facts=mvit_names.read_facts,
+        set_facts=mvit_names.set_facts,
+    )
+)

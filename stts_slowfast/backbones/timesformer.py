@@ -11,7 +11,34 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from stts_slowfast.backbones.family import FAMILIES, Family, Format
+from stts_slowfast.backbones.names import State, has, patches_are, without_prefix
 from stts_slowfast.backbones.vit import Attention, Block, LayerNorm, Mlp, drop_path_rates
+
+
+def add_config(cfg) -> None:
+    """Adds the node ``TIMESFORMER``, TimeSformer-B by default; does nothing where it is there."""
+    if "TIMESFORMER" in cfg:
+        return
+    cfg.TIMESFORMER = type(cfg)()
+    # divided_space_time, joint_space_time or space_only.
+    cfg.TIMESFORMER.ATTENTION_TYPE = "divided_space_time"
+    # A ViT or TimeSformer checkpoint to start from; empty for random weights.
+    cfg.TIMESFORMER.PRETRAINED_MODEL = ""
+    # Side of a patch, in pixels.
+    cfg.TIMESFORMER.PATCH_SIZE = 16
+    # Width of the tokens.
+    cfg.TIMESFORMER.EMBED_DIM = 768
+    # Number of blocks.
+    cfg.TIMESFORMER.DEPTH = 12
+    # Attention heads per block.
+    cfg.TIMESFORMER.NUM_HEADS = 12
+    # Width of the MLP's hidden layer, in widths of the tokens.
+    cfg.TIMESFORMER.MLP_RATIO = 4.0
+    # Bias in the projections to queries, keys and values.
+    cfg.TIMESFORMER.QKV_BIAS = True
+    # Stochastic depth of the last block; earlier ones have linearly less.
+    cfg.TIMESFORMER.DROPPATH_RATE = 0.1
 
 
 class DividedBlock(nn.Module):
@@ -220,3 +247,76 @@ def block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:
     """The token grid (T, H, W) that arrives at each block without selection."""
     side = cfg.DATA.TRAIN_CROP_SIZE // cfg.TIMESFORMER.PATCH_SIZE
     return [(cfg.DATA.NUM_FRAMES, side, side)] * cfg.TIMESFORMER.DEPTH
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def resize_timesformer(state: State, model: TimeSformer) -> State:
+    """Resamples position and time embeddings to the model's number of patches and frames."""
+    state = dict(state)
+    side = round((model.pos_embed.shape[1] - 1) ** 0.5)
+    if "pos_embed" in state:
+        state["pos_embed"] = resize_positions(state["pos_embed"], (side, side))
+    if "time_embed" in state and model.attention_type != "space_only":
+        state["time_embed"] = resize_times(state["time_embed"], model.time_embed.shape[1])
+    return state
+
+
+def start_time(state: State, model: TimeSformer) -> State:
+    """Adds a start for what image weights do not have, so that the model starts as the image model.
+
+    Time embeddings are zero; attention over time is a copy of attention over space, and its last
+    layer is zero.
+    """
+    new = {}
+    for key, value in model.state_dict().items():
+        if key == "time_embed" or ".temporal_fc." in key:
+            new[key] = torch.zeros_like(value, device="cpu")
+        elif ".temporal_" in key:
+            image = state.get(key.replace(".temporal_", "."))
+            if image is not None:
+                new[key] = image.clone()
+    return {**state, **new}
+
+
+def _has_time(state: State) -> bool:
+    return has(state, r"(model\.)?(time_embed$|blocks\.\d+\.temporal_)")
+
+
+def from_slowfast(state: State, model: nn.Module) -> State:
+    """Positions and times of the model's size; what image weights lack comes last."""
+    if not isinstance(model, TimeSformer):
+        return state
+    state = resize_timesformer(state, model)
+    return state if _has_time(state) else start_time(state, model)
+
+
+FORMATS = {
+    "timesformer": Format(
+        "a TimeSformer",
+        lambda state: patches_are(state, 4) and _has_time(state),
+        lambda state, selectors: without_prefix(state, "model."),
+        lambda state: {f"model.{key}": value for key, value in state.items()},
+        "timesformer",
+        "model_state",
+    ),
+    "vit-image": Format(
+        "ViT image weights (or a space-only TimeSformer)",
+        lambda state: patches_are(state, 4) and has(state, r"(model\.)?pos_embed$"),
+        lambda state, selectors: without_prefix(state, "model."),
+    ),
+}
+
+FAMILIES.register(
+    Family(
+        "TimeSformer",
+        build,
+        block_grids,
+        add_config,
+        models=(TimeSformer,),
+        formats=FORMATS,
+        from_slowfast=from_slowfast,
+        pretrained=lambda cfg: cfg.TIMESFORMER.PRETRAINED_MODEL,
+    )
+)

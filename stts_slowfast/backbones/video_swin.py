@@ -4,10 +4,42 @@ Between the stages the tokens lie on their grid, (B, T, H, W, C), without a clas
 patch merging belongs to the way to the next stage, so that a selector sees the grid its stage sees.
 """
 
+import re
+
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformerBlock
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
+
+from stts_slowfast.backbones.family import FAMILIES, Family, Format
+from stts_slowfast.backbones.names import (
+    HAS_AUTHORS_SCORER,
+    State,
+    has,
+    layer_of,
+    replace_prefix,
+    selectors_from_authors,
+    selectors_to_authors,
+)
+
+
+def add_config(cfg) -> None:
+    """Adds the node ``VIDEO_SWIN``, Video Swin-T by default; does nothing where it is there."""
+    if "VIDEO_SWIN" in cfg:
+        return
+    cfg.VIDEO_SWIN = type(cfg)()
+    # Frames, height and width of a patch.
+    cfg.VIDEO_SWIN.PATCH_SIZE = [2, 4, 4]
+    # Width of the tokens in the first stage; it doubles from stage to stage.
+    cfg.VIDEO_SWIN.EMBED_DIM = 96
+    # Blocks per stage.
+    cfg.VIDEO_SWIN.DEPTHS = [2, 2, 6, 2]
+    # Attention heads per stage.
+    cfg.VIDEO_SWIN.NUM_HEADS = [3, 6, 12, 24]
+    # Frames, height and width of an attention window, in tokens.
+    cfg.VIDEO_SWIN.WINDOW_SIZE = [8, 7, 7]
+    # Stochastic depth of the last block; earlier ones have linearly less.
+    cfg.VIDEO_SWIN.DROPPATH_RATE = 0.1
 
 
 class CroppedWindowAttention(ShiftedWindowAttention3d):
@@ -66,3 +98,90 @@ def block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:
         grids.append((t, h, w))
         h, w = -(-h // 2), -(-w // 2)  # patch merging pads odd sides
     return grids
+
+
+# --- Video Swin: mmaction's names and torchvision's ---------------------------------------------
+
+_SWIN_BLOCK = re.compile(r"^layers\.(\d+)\.blocks\.(\d+)\.(.+)$")
+_SWIN_MERGE = re.compile(r"^layers\.(\d+)\.downsample\.(.+)$")
+_FEATURES = re.compile(r"^features\.(\d+)\.(?:(\d+)\.)?(.+)$")
+_SWIN_MLP = {"mlp.fc1.": "mlp.0.", "mlp.fc2.": "mlp.3."}
+
+
+def swin_from_mmaction(state: State) -> State:
+    """Video Swin's parameters from mmaction's names, prefixed or not, to torchvision's."""
+    renamed = {}
+    for key, value in state.items():
+        key = key.removeprefix("backbone.").replace("cls_head.fc_cls.", "head.")
+        if match := _SWIN_BLOCK.match(key):
+            stage, block, rest = match.groups()
+            key = f"features.{2 * int(stage)}.{block}.{replace_prefix(rest, _SWIN_MLP)}"
+        elif match := _SWIN_MERGE.match(key):
+            key = f"features.{2 * int(match.group(1)) + 1}.{match.group(2)}"
+        renamed[key] = value
+    return renamed
+
+
+def swin_to_mmaction(state: State) -> State:
+    """The inverse of :func:`swin_from_mmaction`, with mmaction's prefixes."""
+    mlp = {ours: theirs for theirs, ours in _SWIN_MLP.items()}
+    renamed = {}
+    for key, value in state.items():
+        match = _FEATURES.match(key)
+        if match and int(match.group(1)) % 2 == 0:
+            stage, block, rest = match.groups()
+            key = f"layers.{int(stage) // 2}.blocks.{block}.{replace_prefix(rest, mlp)}"
+        elif match:
+            key = f"layers.{int(match.group(1)) // 2}.downsample.{match.group(3)}"
+        head = key.startswith("head.")
+        renamed[key.replace("head.", "cls_head.fc_cls.") if head else f"backbone.{key}"] = value
+    return renamed
+
+
+_BLOCKS = r"(backbone\.)?layers\.\d+\.blocks\."
+
+FORMATS = {
+    "authors-swin": Format(
+        "an STTS authors' Video Swin",
+        lambda state: has(state, _BLOCKS) and has(state, HAS_AUTHORS_SCORER),
+        lambda state, selectors: selectors_from_authors(swin_from_mmaction(state), selectors),
+        lambda state: swin_to_mmaction(selectors_to_authors(state)),
+        "authors",
+        "state_dict",
+    ),
+    "mmaction-swin": Format(
+        "an mmaction Video Swin",
+        lambda state: has(state, _BLOCKS),
+        lambda state, selectors: swin_from_mmaction(state),
+        swin_to_mmaction,
+        "mmaction",
+        "state_dict",
+    ),
+    "torchvision-swin": Format(
+        "a torchvision Video Swin",
+        lambda state: has(state, r"features\.\d+\.\d+\.attn\."),
+        lambda state, selectors: state,
+        dict,
+        "torchvision",
+    ),
+}
+
+
+def layer(name: str, depth: int) -> int:
+    """The stage for ``SOLVER.LAYER_DECAY``; patch merging belongs to the stage that it leads to."""
+    if match := _FEATURES.match(name):
+        return (int(match.group(1)) + 1) // 2 + 1
+    return layer_of(name, depth)
+
+
+FAMILIES.register(
+    Family(
+        "VideoSwin",
+        build,
+        block_grids,
+        add_config,
+        models=(SwinTransformer3d,),
+        formats=FORMATS,
+        layer=layer,
+    )
+)

@@ -5,14 +5,8 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from stts_slowfast.checkpoints.formats import (
-    AUTHORS_SCORER,
-    State,
-    is_standalone,
-    recognize,
-    state_dict_of,
-    to_model,
-)
+from stts_slowfast.backbones.names import AUTHORS_SCORER, State
+from stts_slowfast.checkpoints.formats import is_standalone, recognize, state_dict_of, to_model
 
 _SCORER = re.compile(r"^stts\.(time|space)_(\d+)\.")
 _BLOCK = re.compile(r"^(?:model\.)?(?:blocks|features|layers)\.(\d+)\.")

@@ -55,7 +55,7 @@ class SlowFastModel(nn.Module):
 
 def register(registry) -> None:
     """Adds the families that ``MODEL_REGISTRY`` does not have; does nothing where it has them."""
-    for name in backbones.FAMILIES:
+    for name, _ in backbones.FAMILIES:
         if name not in registry:
             registry.register(_builder(name))
 

@@ -12,7 +12,7 @@ import wrapt
 from torch import nn
 
 from stts_slowfast import backbones, schedule
-from stts_slowfast.config import add_stts_config, add_timesformer_config, add_video_swin_config
+from stts_slowfast.config import add_stts_config
 from stts_slowfast.hooks import attach
 from stts_slowfast.pyslowfast import families, weights
 from stts_slowfast.pyslowfast.wrap import wrap
@@ -28,8 +28,7 @@ _now = {}
 def add_config(defaults) -> None:
     """Adds the node ``STTS``, and those of our backbones, to ``slowfast.config.defaults._C``."""
     add_stts_config(defaults._C)
-    add_timesformer_config(defaults._C)
-    add_video_swin_config(defaults._C)
+    backbones.add_configs(defaults._C)
 
 
 # ---- models ---------------------------------------------------------------------------------

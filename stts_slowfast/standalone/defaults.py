@@ -9,11 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import yaml
 from fvcore.common.config import CfgNode
 
-from stts_slowfast.config import (
-    add_stts_config,
-    add_timesformer_config,
-    add_video_swin_config,
-)
+from stts_slowfast.backbones import add_configs
+from stts_slowfast.config import add_stts_config
 from stts_slowfast.keys import all_keys, nearest, read_value
 
 _C = CfgNode()
@@ -399,8 +396,7 @@ _C.DEMO = CfgNode({"ENABLE": False})
 _C.MULTIGRID = CfgNode({"SHORT_CYCLE": False, "LONG_CYCLE": False})
 
 add_stts_config(_C)
-add_timesformer_config(_C)
-add_video_swin_config(_C)
+add_configs(_C)
 
 # Nodes of SlowFast, or of its files, with keys that none of the models here reads.
 _NOT_READ = (

@@ -6,14 +6,14 @@ import torch
 import yaml
 from iopath.common.file_io import g_pathmgr
 
-from stts_slowfast.checkpoints.formats import (
-    TARGETS,
+from stts_slowfast.checkpoints import (
     convert,
     load_weights,
     read_checkpoint,
     state_dict_of,
     write_whole,
 )
+from stts_slowfast.checkpoints.formats import targets
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--to",
-        choices=sorted({name for name, _ in TARGETS}),
+        choices=targets(),
         default="slowfast",
         help="the format to write (default: slowfast, which the runner and SlowFast read)",
     )

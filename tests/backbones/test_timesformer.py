@@ -12,12 +12,13 @@ from fvcore.nn import FlopCountAnalysis
 from stts_slowfast.backbones.timesformer import (
     BLOCKS,
     TimeSformer,
+    add_config,
     block_grids,
     build,
     resize_positions,
     resize_times,
 )
-from stts_slowfast.config import add_stts_config, add_timesformer_config
+from stts_slowfast.config import add_stts_config
 from stts_slowfast.hooks import attach, selections
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -173,7 +174,7 @@ def config():
     cfg = CfgNode()
     cfg.DATA = CfgNode({"NUM_FRAMES": 4, "TRAIN_CROP_SIZE": 32})
     cfg.MODEL = CfgNode({"NUM_CLASSES": 7, "DROPOUT_RATE": 0.0})
-    add_timesformer_config(cfg)
+    add_config(cfg)
     return cfg
 
 
@@ -189,7 +190,7 @@ def test_config_builds_the_model_it_describes():
 def test_config_node_is_added_once():
     cfg = config()
     cfg.TIMESFORMER.DEPTH = 5
-    add_timesformer_config(cfg)
+    add_config(cfg)
     assert cfg.TIMESFORMER.DEPTH == 5
 
 

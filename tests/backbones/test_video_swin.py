@@ -11,9 +11,14 @@ from torchvision.models.video import swin3d_t
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from stts_slowfast import backbones
-from stts_slowfast.backbones.video_swin import CroppedWindowAttention, block_grids, build
+from stts_slowfast.backbones.video_swin import (
+    CroppedWindowAttention,
+    add_config,
+    block_grids,
+    build,
+)
 from stts_slowfast.checkpoints import load_weights
-from stts_slowfast.config import add_stts_config, add_video_swin_config
+from stts_slowfast.config import add_stts_config
 from stts_slowfast.hooks import attach, selections
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -23,7 +28,7 @@ def config(embed_dim=16, depths=(2, 2), heads=(2, 4), window=(2, 4, 4), frames=8
     cfg = CfgNode()
     cfg.DATA = CfgNode({"NUM_FRAMES": frames, "TRAIN_CROP_SIZE": size})
     cfg.MODEL = CfgNode({"MODEL_NAME": "VideoSwin", "NUM_CLASSES": 5, "DROPOUT_RATE": 0.5})
-    add_video_swin_config(cfg)
+    add_config(cfg)
     add_stts_config(cfg)
     cfg.VIDEO_SWIN.EMBED_DIM = embed_dim
     cfg.VIDEO_SWIN.DEPTHS, cfg.VIDEO_SWIN.NUM_HEADS = list(depths), list(heads)
@@ -171,7 +176,7 @@ def test_every_parameter_learns_with_selectors():
 def test_defaults_are_torchvisions_swin_t():
     cfg = config()
     del cfg["VIDEO_SWIN"]
-    add_video_swin_config(cfg)
+    add_config(cfg)
     cfg.MODEL.NUM_CLASSES = 400
     with torch.device("meta"):
         ours, theirs = backbones.build(cfg), swin3d_t()

@@ -4,29 +4,27 @@ from torch import nn
 from torchvision.models.video import mvit_v1_b, mvit_v2_s, swin3d_b, swin3d_t
 
 from stts_slowfast import backbones
-from stts_slowfast.backbones.timesformer import TimeSformer
-from stts_slowfast.checkpoints.formats import (
-    FORMATS,
-    load_weights,
-    mvit_from_slowfast,
-    mvit_to_slowfast,
-    read_checkpoint,
-    recognize,
-    save_checkpoint,
-    selectors_from_authors,
-    selectors_to_authors,
-    swin_from_mmaction,
+from stts_slowfast.backbones.mvit_names import (
+    pytorchvideo_from_slowfast,
+    torchvision_from_slowfast,
+    torchvision_to_slowfast,
 )
+from stts_slowfast.backbones.names import selectors_from_authors, selectors_to_authors
+from stts_slowfast.backbones.timesformer import TimeSformer
+from stts_slowfast.backbones.video_swin import swin_from_mmaction
+from stts_slowfast.checkpoints import load_weights, read_checkpoint, recognize, save_checkpoint
 from stts_slowfast.hooks import attach, selections
 from stts_slowfast.standalone.defaults import get_cfg
 from stts_slowfast.standalone.model import build_model
+
+FORMATS = {key: known for _, family in backbones.FAMILIES for key, known in family.formats.items()}
 
 
 @pytest.mark.parametrize("name", ["slowfast_mvit_v1", "slowfast_mvit_v2"])
 def test_names_go_to_torchvision_and_back(golden, name):
     weights = golden(name).weights
-    there = mvit_from_slowfast(weights)
-    back = mvit_to_slowfast(there)
+    there = torchvision_from_slowfast(weights)
+    back = torchvision_to_slowfast(there)
     assert not set(there) & set(weights) - {
         k for k in weights if "norm" in k or "qkv" in k or "rel_pos" in k
     }
@@ -296,7 +294,12 @@ FILES = {
     "authors-mvit": lambda golden: golden("official_stts_mvit").weights,
     "authors-swin": lambda golden: mmaction_weights(golden, "official_stts_videoswin"),
     "mmaction-swin": lambda golden: mmaction_weights(golden, "videoswin"),
-    "torchvision-mvit": lambda golden: mvit_from_slowfast(golden("slowfast_mvit_v2").weights),
+    "pytorchvideo-mvit": lambda golden: pytorchvideo_from_slowfast(
+        golden("slowfast_mvit_v1").weights
+    ),
+    "torchvision-mvit": lambda golden: torchvision_from_slowfast(
+        golden("slowfast_mvit_v2").weights
+    ),
     "torchvision-swin": lambda golden: swin_from_mmaction(golden("videoswin").weights),
     "timesformer": lambda golden: {
         f"model.{k}": v for k, v in golden("timesformer_divided_space_time").weights.items()

@@ -1,0 +1,93 @@
+"""How parameters are named: helpers for renaming state dicts, and the STTS authors' scorers."""
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+def has(state: State, pattern: str) -> bool:
+    """Whether a name in ``state`` begins with the regular expression."""
+    return any(re.match(pattern, key) for key in state)
+
+
+def patches_are(state: State, dims: int) -> bool:
+    """Whether the patch embedding's weight has so many dimensions: 4 in images, 5 in clips."""
+    weight = state.get("patch_embed.proj.weight", state.get("model.patch_embed.proj.weight"))
+    return weight is not None and weight.dim() == dims
+
+
+def without_prefix(state: State, prefix: str) -> State:
+    """``state`` with ``prefix`` taken off the names that have it."""
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+
+
+def replace_prefix(key: str, prefixes: dict[str, str]) -> str:
+    """Replaces how ``key`` begins, after the ``blocks.N.`` where there is one."""
+    match = _BLOCK.match(key)
+    block = match.group() if match else ""
+    rest = key.removeprefix(block)
+    for old, new in prefixes.items():
+        if rest.startswith(old):
+            return block + new + rest.removeprefix(old)
+    return key
+
+
+def layer_of(name: str, depth: int) -> int:
+    """0 for what comes before the blocks, then 1 to ``depth``, ``depth + 1`` for what is after."""
+    if match := _BLOCK.match(name):
+        return int(match.group(1)) + 1
+    before = name.startswith(("pos_embed", "time_embed", "patch_embed"))
+    return 0 if before or name in ("cls_token", "mask_token") else depth + 1
+
+
+# --- the STTS authors' score predictors ---------------------------------------------------------
+
+AUTHORS_SCORER = re.compile(
+    r"^(time|space)_score_predictor\.(\d+)\.score_network\.(in_conv|out_conv)\.(.+)$"
+)
+_OUR_SCORER = re.compile(r"^stts\.((time|space)_\d+)\.scorer\.network\.(embed|score)\.(.+)$")
+_SCORER_PARTS = {"in_conv": "embed", "out_conv": "score"}
+HAS_AUTHORS_SCORER = r"(backbone\.)?(time|space)_score_predictor\."
+
+
+def selectors_from_authors(state: State, selectors: Sequence[str]) -> State:
+    """The authors' ``{time,space}_score_predictor.{n}`` under our selectors' names.
+
+    Args:
+        state: parameters.
+        selectors: the model's selectors, such as ``["time_0", "space_4"]``: ``n`` counts the
+            selections of a dimension in order, our names say the block.
+    """
+    renamed = {}
+    for key, value in state.items():
+        match = AUTHORS_SCORER.match(key)
+        if match:
+            dimension, number, part, rest = match.groups()
+            ours = [name for name in selectors if name.startswith(f"{dimension}_")]
+            if int(number) < len(ours):
+                key = f"stts.{ours[int(number)]}.scorer.network.{_SCORER_PARTS[part]}.{rest}"
+        renamed[key] = value
+    return renamed
+
+
+def selectors_to_authors(state: State) -> State:
+    """The inverse of :func:`selectors_from_authors`."""
+    parts = {ours: theirs for theirs, ours in _SCORER_PARTS.items()}
+    order: dict[str, list[str]] = {"time": [], "space": []}
+    renamed = {}
+    for key, value in state.items():
+        match = _OUR_SCORER.match(key)
+        if match:
+            name, dimension, part, rest = match.groups()
+            if name not in order[dimension]:
+                order[dimension].append(name)
+            number = order[dimension].index(name)
+            key = f"{dimension}_score_predictor.{number}.score_network.{parts[part]}.{rest}"
+        renamed[key] = value
+    return renamed

@@ -1,0 +1,61 @@
+"""``MODEL.ACT_CHECKPOINT`` and ``MODEL.DETACH_FINAL_FC`` for every family: what training keeps."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from stts_slowfast.hosts import find_blocks
+
+
+class _Recomputed:
+    """A block's ``forward`` whose activations are computed again in the backward pass.
+
+    It stands in front of ``forward`` alone: hooks, and so selectors, run once. An object instead of
+    a closure, so that a copied or pickled model holds its own.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+
+    def __call__(self, *args, **kwargs):
+        forward = type(self.block).forward
+        if not (self.block.training and torch.is_grad_enabled()):
+            return forward(self.block, *args, **kwargs)
+        return checkpoint(forward, self.block, *args, use_reentrant=False, **kwargs)
+
+
+def recompute(model: nn.Module) -> nn.Module:
+    """Has training compute the activations of every block twice instead of keeping them, in place.
+
+    Gradients are the same; random draws inside a block, such as stochastic depth, are repeated.
+    """
+    for block in find_blocks(model):
+        # A stage of Video Swin is a sequence of blocks, of which one at a time is computed again.
+        for part in block if isinstance(block, nn.Sequential) else [block]:
+            part.forward = _Recomputed(part)
+    return model
+
+
+def detach_backbone(model: nn.Module, cfg) -> nn.Module:
+    """Leaves the classifier ``model.head`` alone to train, in place.
+
+    Raises:
+        ValueError: where scorers are to be learned, which no gradient would reach.
+    """
+    learned = [
+        f"STTS.{dimension}.SCORER"
+        for dimension in ("TIME", "SPACE")
+        if "STTS" in cfg
+        and cfg.STTS.ENABLE
+        and cfg.STTS[dimension].BLOCKS
+        and cfg.STTS[dimension].SCORER == "learned"
+    ]
+    if learned and cfg.TRAIN.ENABLE:
+        raise ValueError(
+            "MODEL.DETACH_FINAL_FC is True: the head alone would learn, and no gradient reaches "
+            f"the scorers of {' and '.join(learned)}; set MODEL.DETACH_FINAL_FC False, with "
+            "STTS.BACKBONE_LR 0.0 to keep the backbone as it is, or scorers that need no training"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+    return model
