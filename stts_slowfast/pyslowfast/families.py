@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast import backbones
+from stts_slowfast.hosts import find_blocks
 from stts_slowfast.pyslowfast.weights import note_trained
 
 # What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
@@ -78,3 +79,28 @@ def _builder(name: str):
 
     build.__name__ = name  # the registry's key
     return build
+
+
+def decay_by_layer(groups: list[dict], model: nn.Module, cfg) -> list[dict]:
+    """``SOLVER.LAYER_DECAY`` for the families here: SlowFast's own rule reads ``MVIT.DEPTH``.
+
+    Args:
+        groups: the optimizer's, as ``construct_optimizer`` makes them.
+        model: wrapped for several GPUs or not.
+
+    Returns:
+        The groups split so that ``layer_decay`` follows the family's own layers; as they were for
+        models of SlowFast's own, and without decay.
+    """
+    model = getattr(model, "module", model)
+    if cfg.SOLVER.LAYER_DECAY == 1.0 or not isinstance(model, SlowFastModel):
+        return groups
+    layer, depth = backbones.family_of(cfg).layer, len(find_blocks(model))
+    layers = {id(p): layer(name, depth) for name, p in model.named_parameters()}
+    split = []
+    for group in groups:
+        for number in sorted({layers[id(p)] for p in group["params"]}):
+            params = [p for p in group["params"] if layers[id(p)] == number]
+            decay = cfg.SOLVER.LAYER_DECAY ** (depth + 1 - number)
+            split.append({**group, "params": params, "layer_decay": decay})
+    return split

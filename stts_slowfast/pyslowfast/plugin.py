@@ -132,6 +132,7 @@ def wrap_optimizer(optimizer_module) -> None:
 
 def _split_groups(construct_optimizer, model, cfg):
     optimizer = construct_optimizer(model, cfg)
+    optimizer.param_groups[:] = families.decay_by_layer(optimizer.param_groups, model, cfg)
     if _enabled(cfg):
         optimizer.param_groups[:] = schedule.param_groups(optimizer.param_groups, model, cfg)
         optimizer.stts_run, optimizer.stts_begun = (weakref.ref(model), cfg), False

@@ -145,7 +145,7 @@ _C.MODEL.DROPCONNECT_RATE = 0.0
 _C.MODEL.FC_INIT_STD = 0.01
 # How logits become predictions in evaluation.
 _C.MODEL.HEAD_ACT = "softmax"
-# Recompute activations in the backward pass to save memory; only in SlowFast.
+# Compute activations again in the backward pass to save memory.
 _C.MODEL.ACT_CHECKPOINT = False
 # Train the head alone.
 _C.MODEL.DETACH_FINAL_FC = False
@@ -431,8 +431,6 @@ _ONLY_IN_SLOWFAST = {
     "DEMO.ENABLE": "the demo",
     "DETECTION.ENABLE": "detection",
     "MASK.ENABLE": "masked pretraining",
-    "MODEL.ACT_CHECKPOINT": "recomputing activations",
-    "MODEL.DETACH_FINAL_FC": "training the head alone",
     "MODEL.FROZEN_BN": "frozen batch norm",
     "MODEL.HEAD_ACT": "another activation of the head",
     "MULTIGRID.LONG_CYCLE": "multigrid training",

@@ -11,6 +11,7 @@ from bisect import bisect_right
 import torch
 from torch import Tensor, nn
 
+from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import slowfast_state
 from stts_slowfast.hosts import find_blocks
 from stts_slowfast.schedule import param_groups
@@ -113,10 +114,11 @@ def groups(model: nn.Module, cfg) -> list[dict]:
     """SlowFast's parameter groups, with its keys ``weight_decay`` and ``layer_decay``.
 
     ``SOLVER.LAYER_DECAY`` 1: batch norm, the parameters that decay, the ones that do not. Below 1:
-    these last two for every block, its rate smaller by that factor for every block above it.
+    these last two for every block (a stage of Video Swin), its rate smaller by that factor for
+    every block above it.
     """
     layered = cfg.SOLVER.LAYER_DECAY < 1.0
-    depth = len(find_blocks(model))
+    depth, layer_of = len(find_blocks(model)), family_of(cfg).layer
     spared = _spared(model, cfg)
     batch_norm = _batch_norm_parameters(model)
     found: dict[tuple[int, int], dict] = {}
@@ -129,7 +131,7 @@ def groups(model: nn.Module, cfg) -> list[dict]:
         kind, weight_decay = (2, 0.0) if zero else (1, cfg.SOLVER.WEIGHT_DECAY)
         if id(parameter) in batch_norm:
             kind, weight_decay = 0, cfg.BN.WEIGHT_DECAY
-        layer = _layer(name, depth) if layered else depth + 1
+        layer = layer_of(name, depth) if layered else depth + 1
         group = {
             "params": [],
             "weight_decay": weight_decay,
@@ -147,14 +149,6 @@ def _batch_norm_parameters(model: nn.Module) -> set[int]:
         if isinstance(module, nn.modules.batchnorm._NormBase)
         for parameter in module.parameters(recurse=False)
     }
-
-
-def _layer(name: str, depth: int) -> int:
-    """0 for what comes before the blocks, then 1 to ``depth``, ``depth + 1`` for what is after."""
-    if match := _BLOCK.match(name):
-        return int(match.group(1)) + 1
-    before = name.startswith(("pos_embed", "patch_embed")) or name in ("cls_token", "mask_token")
-    return 0 if before else depth + 1
 
 
 def _spared(model: nn.Module, cfg) -> list[str]:

@@ -40,7 +40,8 @@ def common(cfg, ours):
     """What both configs know."""
     node = ours.clone()
     for key, value in ours.items():
-        node[key] = common(cfg[key], value) if isinstance(value, type(ours)) else cfg[key]
+        if key in cfg:  # what only we have keeps its default
+            node[key] = common(cfg[key], value) if isinstance(value, type(ours)) else cfg[key]
     return node
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stts_slowfast as stts
+from stts_slowfast import backbones
 from stts_slowfast.pyslowfast import launch
 
 
@@ -132,6 +133,44 @@ def test_our_families_are_in_the_registry(get_cfg, build, name):
 
     groups = construct_optimizer(model, cfg).param_groups
     assert {group["backbone"] for group in groups} == {True, False}
+
+    cfg.SOLVER.LAYER_DECAY = 0.5
+    groups = construct_optimizer(model, cfg).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay = {names[id(p)]: group["layer_decay"] for group in groups for p in group["params"]}
+    assert set(decay) == set(names.values()) and len(decay) == sum(len(g["params"]) for g in groups)
+    depth = 3 if name == "TimeSformer" else 4
+    layer = backbones.family_of(cfg).layer
+    assert decay == {n: 0.5 ** (depth + 1 - layer(n, depth)) for n in decay}
+    assert decay["patch_embed.proj.weight"] == 0.5 ** (depth + 1)
+    assert decay["head.weight"] == 1.0 == decay["stts.space_1.scorer.network.embed.0.weight"]
+
+
+@pytest.mark.parametrize("name", ["TimeSformer", "VideoSwin"])
+def test_our_families_recompute_and_train_the_head_alone(get_cfg, build, name):
+    opts = (
+        "TIMESFORMER.EMBED_DIM 24 TIMESFORMER.NUM_HEADS 2 TIMESFORMER.DEPTH 3 "
+        "TIMESFORMER.PATCH_SIZE 8 VIDEO_SWIN.EMBED_DIM 12 VIDEO_SWIN.DEPTHS [1,1,1,1] "
+        "VIDEO_SWIN.NUM_HEADS [1,2,2,2] VIDEO_SWIN.WINDOW_SIZE [2,4,4] STTS.ENABLE False "
+        "TIMESFORMER.DROPPATH_RATE 0.0 VIDEO_SWIN.DROPPATH_RATE 0.0 MODEL.DROPOUT_RATE 0.0"
+    )
+    cfg = get_cfg("MODEL.MODEL_NAME", name, "MODEL.ACT_CHECKPOINT", True, *opts.split())
+    model, clips = build(cfg).train(), inputs_for(cfg)
+    runs = []
+    inner = model.blocks[0].norm1 if name == "TimeSformer" else model.features[0][0].norm1
+    inner.register_forward_hook(lambda *_: runs.append(1))
+    model(clips).square().sum().backward()
+    assert len(runs) == 2, "once forward, once for the backward pass"
+
+    cfg.MODEL.DETACH_FINAL_FC = True
+    model = build(cfg).train()
+    model(clips).square().sum().backward()
+    learned = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert learned == {"head.weight", "head.bias"}
+    from slowfast.models.optimizer import construct_optimizer
+
+    groups = construct_optimizer(model, cfg).param_groups
+    assert sum(len(group["params"]) for group in groups) == 2
 
 
 # ---- detection ------------------------------------------------------------------------------

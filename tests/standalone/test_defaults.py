@@ -110,7 +110,7 @@ def test_nodes_of_other_models_are_ignored(write):
         ("SOLVER: {CLIP_GRAD_L2NORM: yes}", r"CLIP_GRAD_L2NORM.*a number or None"),
         ("MVIT: {REV: {ENABLE: True}}", r"MVIT\.REV\.ENABLE is True: reversible MViT is only in"),
         ("TRAIN: {CHECKPOINT_TYPE: caffe2}", r"TRAIN\.CHECKPOINT_TYPE is 'caffe2'"),
-        ("MODEL: {ACT_CHECKPOINT: True}", r"MODEL\.ACT_CHECKPOINT is True: recomputing"),
+        ("MODEL: {FROZEN_BN: True}", r"MODEL\.FROZEN_BN is True: frozen"),
         ("DATA: {DUMMY_LOAD: True}", r"DATA\.DUMMY_LOAD is True"),
         ("TRAIN: [", r"config\.yaml is not YAML"),
         ("- 1", r"KEY: VALUE"),
