@@ -2,6 +2,7 @@ import copy
 import io
 import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,9 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import mvit_v1_b, mvit_v2_s
 
-from stts_slowfast import backbones
+from stts_slowfast import backbones, hosts
 from stts_slowfast.config import add_stts_config
-from stts_slowfast.fused.attention import fuse_attention
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.schedule import set_progress
 
@@ -199,28 +199,248 @@ def test_ddp_without_unused_parameters(model, clips, tmp_path):
         dist.destroy_process_group()
 
 
-def test_activation_checkpointing_gives_the_same_gradients(model, clips):
-    """The noise of the first pass comes again when a block is computed a second time."""
-    model.train()
-    for module in model.modules():
-        if hasattr(module, "p"):
-            module.p = 0.0
-    checkpointed = copy.deepcopy(model)
+@pytest.fixture
+def relative(golden):
+    """MViTv2 whose frames and windows are selected twice: attention reads the grid that travels."""
+    cfg = golden("slowfast_mvit_v2").cfg()
+    # Without strides in time, distances are read at the kept frames of each clip.
+    cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE = [1, 4, 4]
+    cfg.MVIT.DROPPATH_RATE, cfg.STTS.NUM_SAMPLES = 0.0, 20
+    cfg.STTS.TIME.BLOCKS, cfg.STTS.TIME.KEEP = [0, 1], [0.75, 0.7]
+    cfg.STTS.SPACE.BLOCKS, cfg.STTS.SPACE.KEEP = [1], [0.7]
+    model = backbones.build(cfg)
+    for name, parameter in model.named_parameters():
+        if "rel_pos" in name:
+            nn.init.normal_(parameter, std=0.5)
+    attach(model, cfg.STTS, backbones.block_grids(cfg))
+    for parameter in model.stts.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def seen_grids(model):
+    """The grid at every block of the last forward pass."""
+    grids = {}
+    for number, block in enumerate(hosts.find_blocks(model)):
+        block.register_forward_pre_hook(
+            lambda block, args, number=number: grids.update({number: args[1]})
+        )
+    return grids
+
+
+def test_the_grid_travels_in_the_coordinates_of_the_clip(relative, clips):
+    grids = seen_grids(relative)
+    relative(clips)
+    kept = selections(relative)
+    frames = kept["time_0"].gather(1, kept["time_1"])
+    windows = kept["space_1"].view(2, 2, 4)
+    assert torch.equal(grids[0].frames, kept["time_0"]) and grids[0].windows is None
+    for number in range(1, len(relative.blocks)):
+        assert torch.equal(grids[number].frames, frames)
+        scale = 8 // {1: 8, 2: 4, 3: 4}[number]
+        assert torch.equal(grids[number].windows[..., :2], windows[..., :2] // scale)
+        assert grids[number].windows[0, 0, 2:].tolist() == list(grids[number][1:])
+
+
+def test_one_model_in_two_threads(relative):
+    """Each thread's attention reads where its own tokens come from."""
+    batches = [torch.randn(2, 3, 8, 32, 32) for _ in range(12)]
+    with torch.no_grad():
+        expected = [relative(batch) for batch in batches]
+
+        def run(number):
+            with torch.no_grad():
+                return number, relative(batches[number])
+
+        with ThreadPoolExecutor(4) as pool:
+            for number, out in pool.map(run, list(range(12)) * 5):
+                torch.testing.assert_close(out, expected[number], rtol=1e-5, atol=1e-5)
+
+
+def torchs_checkpoint(block, x, thw):
+    return checkpoint(block, x, thw, use_reentrant=False)
+
+
+def reentrant_checkpoint(block, x, thw):
+    return checkpoint(block, x, thw, use_reentrant=True)
+
+
+def fairscales_checkpoint(block, x, thw):
+    wrapper = pytest.importorskip("fairscale.nn.checkpoint").checkpoint_wrapper
+    if "forward" not in vars(block):
+        wrapper(block)
+    return block(x, thw)
+
+
+@pytest.mark.parametrize(
+    "through", [torchs_checkpoint, reentrant_checkpoint, fairscales_checkpoint]
+)
+def test_two_passes_before_one_backward_under_checkpointing(relative, through):
+    """What is computed again has the noise and the places of its own pass, not of the last one."""
+    batches = [torch.randn(2, 3, 8, 32, 32) for _ in range(2)]
     grads = []
-    for which in (model, checkpointed):
+    for call in (lambda block, x, thw: block(x, thw), through):
+        model = copy.deepcopy(relative).train()
         torch.manual_seed(3)
-        x = which.pos_encoding(which.conv_proj(clips).flatten(2).transpose(1, 2))
-        thw = (4, 8, 8)
-        for block in which.blocks:
-            if which is checkpointed:
-                x, thw = checkpoint(block, x, thw, use_reentrant=False)
-            else:
-                x, thw = block(x, thw)
-        which.head(which.norm(x)[:, 0]).square().sum().backward()
-        grads.append({name: p.grad for name, p in which.named_parameters()})
-    assert grads[0].keys() == grads[1].keys()
+        loss = 0
+        for clips in batches:
+            x = model.pos_encoding(model.conv_proj(clips).flatten(2).transpose(1, 2))
+            thw = (4, 8, 8)
+            for block in model.blocks:
+                x, thw = call(block, x, thw)
+            loss = loss + model.head(model.norm(x)[:, 0]).square().sum()
+        loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(grad is not None for grad in grads[0].values())
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name])
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+def replicate(model):
+    """What ``nn.DataParallel`` makes of a model for each device, with parameters of its own."""
+    modules = list(model.modules())
+    twins = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, twin in twins.items():
+        for name, child in module._modules.items():
+            twin._modules[name] = child and twins[child]
+        for name, parameter in module._parameters.items():
+            setattr(twin, name, None if parameter is None else parameter.detach().clone())
+        for name, buffer in module._buffers.items():
+            twin._buffers[name] = None if buffer is None else buffer.clone()
+    return twins[model]
+
+
+def test_replicas_of_data_parallel_use_their_own_selectors(model, clips):
+    """The hooks of a replica are the model's: its selectors lie on another device."""
+    expected = model(clips)
+    replica = replicate(model)
+    for selector in model.stts.values():
+        selector.scorer = None  # whoever asks the model's selectors fails
+    torch.testing.assert_close(replica(clips), expected)
+    assert not hasattr(model.blocks[0], "stts_replicas")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_data_parallel_on_a_gpu(relative, clips):
+    expected = relative(clips)
+    parallel = nn.DataParallel(relative.cuda(), device_ids=[0, 0])
+    out = parallel(clips.cuda()).cpu()
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"run model\.module alone"):
+        selections(parallel)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_grids_that_travel_compile_without_graph_breaks(relative, clips, mode):
+    compiled = torch.compile(relative.train(mode), fullgraph=True, backend="aot_eager")
+    out = compiled(clips)
+    if mode:
+        out.sum().backward()
+        assert all(parameter.grad is not None for parameter in relative.parameters())
+    else:
+        torch.testing.assert_close(out, relative(clips), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*kept")
+def test_grids_that_travel_are_exported(relative, clips, strict):
+    program = torch.export.export(relative, (clips,), strict=strict).module()
+    other = torch.randn_like(clips)
+    torch.testing.assert_close(program(other), relative(other), rtol=1e-4, atol=1e-5)
+
+
+def test_grids_that_travel_are_traced_for_counting(relative, clips):
+    from fvcore.nn import FlopCountAnalysis
+
+    whole = detach(copy.deepcopy(relative))
+    counts = [
+        FlopCountAnalysis(which, clips).unsupported_ops_warnings(False).total()
+        for which in (relative, whole)
+    ]
+    assert 0 < counts[0] < counts[1]
+
+
+def test_detach_gives_back_the_stock_modules(relative, clips):
+    stock = [type(module) for module in detach(copy.deepcopy(relative)).modules()]
+    assert any(kind not in stock for kind in map(type, relative.modules()))  # it was fused
+    detached = detach(relative)
+    assert not any("stts_slowfast" in type(module).__module__ for module in detached.modules())
+    for module in detached.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+        assert not module._forward_pre_hooks_with_kwargs and not module._forward_hooks_with_kwargs
+    assert torch.isfinite(detached(clips)).all()
+
+
+class Layers(nn.Module):
+    """Layers called with hidden states alone, as Hugging Face's: the config knows the grid."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.seen = None
+
+        def forward(self, hidden_states, position_mask=None):
+            self.seen = tuple(hidden_states.shape), position_mask
+            return hidden_states + self.norm(hidden_states)
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.ModuleList(self.Layer() for _ in range(4))
+        self.grid = (4, 5, 5)
+
+    def forward(self, x):
+        again = self.training and not torch.compiler.is_compiling()
+        for layer in self.layer:
+            x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+        return x
+
+
+class LayersHost(hosts.Host):
+    tells_every_block = True
+
+    def __init__(self, model):
+        self.grid = model.grid
+
+    @staticmethod
+    def blocks(model):
+        return getattr(model, "layer", ())
+
+    def arrived(self, args, kwargs):
+        return hosts.remembered(args[0])
+
+    def read(self, args, kwargs):
+        thw = self.arrived(args, kwargs) or hosts.Grid(self.grid)
+        return hosts.Tokens(args[0].unflatten(1, tuple(thw)), thw)
+
+    def write(self, tokens, args, kwargs):
+        x = hosts.remember(tokens.grid.flatten(1, 3), tokens.thw)
+        return (x,), {**kwargs, "position_mask": tokens.thw.frames}
+
+    def hand_on(self, output, thw):
+        return hosts.remember(output, thw)
+
+
+@pytest.fixture
+def layers_host():
+    hosts.HOSTS.register(LayersHost)
+    yield
+    del hosts.HOSTS._obj_map["LayersHost"]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("compiling", [True, False])
+def test_a_grid_travels_on_tokens_where_the_call_has_no_place_for_it(layers_host, mode, compiling):
+    model = attach(Layers(), time={1: 0.5}, space={2: 0.4}, num_samples=5).train(mode)
+    run = torch.compile(model, fullgraph=True, backend="eager") if compiling else model
+    out = run(torch.randn(2, 100, 8))
+    frames = selections(model)["time_1"]
+    shapes, masks = zip(*(layer.seen for layer in model.layer))
+    assert shapes == ((2, 100, 8), (2, 50, 8), (2, 18, 8), (2, 18, 8))
+    assert masks[0] is None and all(torch.equal(mask, frames) for mask in masks[1:])
+    if mode:
+        out.sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_autocast_runs_in_training_and_evaluation(model, clips):
@@ -266,16 +486,76 @@ def test_a_width_no_scorer_can_have_leaves_the_model_as_it_was(tiny_cfg):
     assert not hasattr(model, "stts") and not any(b._forward_pre_hooks for b in model.blocks)
 
 
-def test_fused_attention_forgets_selectors_that_are_detached(golden, clips):
-    cfg = golden("slowfast_mvit_v2").cfg()
-    cfg.STTS.TIME.KEEP, cfg.STTS.SPACE.BLOCKS = [1.0], []
-    # Without strides in time, distances are read at the kept frames of each clip.
-    cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE = [1, 4, 4]
-    model = attach(backbones.build(cfg), cfg.STTS).eval()
-    fuse_attention(model)
-    with torch.no_grad():
-        whole = model(clips)
-        torch.testing.assert_close(detach(model)(clips[:1]), whole[:1], rtol=1e-5, atol=1e-5)
+def test_plain_arguments_are_the_node(plain, tiny_cfg, clips):
+    node = tiny_cfg.STTS
+    node.TIME.SCORER, node.SPACE.SHARED, node.SPACE.STRIDE = "uniform", True, 2
+    node.SIGMA, node.GRADIENT, node.FUSED_ATTENTION = 0.3, "diagonal", False
+    by_node = attach(copy.deepcopy(plain), node)
+    by_words = attach(
+        plain, time={0: 0.5}, space={2: 0.6}, time_scorer="uniform", space_shared=True,
+        space_stride=2, sigma=0.3, gradient="diagonal", fused_attention=False, num_samples=50,
+    )  # fmt: skip
+    assert by_words.stts.settings == by_node.stts.settings
+    assert [type(m) for m in by_words.modules()] == [type(m) for m in by_node.modules()]
+    by_words.load_state_dict(by_node.state_dict())
+    assert torch.equal(by_words(clips), by_node(clips))
+
+
+def test_every_key_of_the_node_is_an_argument(plain, tiny_cfg):
+    names = set()
+    for key, value in tiny_cfg.STTS.items():
+        for leaf in value if isinstance(value, dict) else [None]:
+            name = key if leaf is None else f"{key}_{leaf}"
+            names.add(key if leaf in ("BLOCKS", "KEEP") else name)
+    names = {name.lower() for name in names - {"ENABLE"}}
+    settings = attach(plain, tiny_cfg.STTS).stts.settings
+    assert names == set(vars(settings))
+    again = attach(detach(plain), **{name: getattr(settings, name) for name in names})
+    assert again.stts.settings == settings
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"time": {9: 0.5}}, ValueError, "^time names block 9: the model's blocks are 0 to 3"),
+        ({"space": {2: 1.5}}, ValueError, r"^space holds 1.5: a share lies above 0"),
+        ({"time": [0.5]}, ValueError, r"time is \[0.5\]: give shares by block, {4: 0.9}"),
+        ({"time": {0: 0.5}, "time_scorer": "x"}, ValueError, "^time_scorer is 'x': use one of"),
+        ({"time": {0: 0.5}, "sigma": -1}, ValueError, "^sigma is -1"),
+        ({"time": {0: 0.5}, "sigmas": 1}, TypeError, "'sigmas': did you mean sigma?"),
+        ({"sigma": 0.1}, TypeError, "give a node, or what to select"),
+        ({}, TypeError, "give a node, or what to select"),
+    ],
+)
+def test_bad_arguments_are_named(plain, arguments, error, message):
+    with pytest.raises(error, match=message):
+        attach(plain, **arguments)
+    assert not hasattr(plain, "stts")
+
+
+def test_a_node_beside_arguments_is_refused(plain, tiny_cfg):
+    with pytest.raises(TypeError, match="give a node, or time, not both"):
+        attach(plain, tiny_cfg.STTS, time={0: 0.5})
+
+
+def test_fusion_that_fails_leaves_the_model_as_it_was(plain, tiny_cfg, clips, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no")
+
+    before = plain(clips)
+    monkeypatch.setattr("stts_slowfast.fused.configure", fail)
+    with pytest.raises(RuntimeError):
+        attach(plain, tiny_cfg.STTS)
+    assert not hasattr(plain, "stts") and torch.equal(plain(clips), before)
+
+
+def test_what_cannot_be_fused_is_told(tiny_cfg, plain, caplog):
+    tiny_cfg.STTS.SPACE.BLOCKS = []
+    attach(plain, tiny_cfg.STTS)
+    assert not caplog.records
+    attach(AnyBlocks(0), tiny_cfg.STTS)
+    (record,) = caplog.records
+    assert "STTS.FUSED_ATTENTION is True, but nothing in this AnyBlocks" in record.message
 
 
 def test_each_selector_is_logged_with_its_tokens(plain, tiny_cfg, caplog):

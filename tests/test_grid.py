@@ -1,0 +1,59 @@
+"""Where tokens come from, in tokens of the grid that would arrive without selection."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from stts_slowfast.grid import Grid
+
+
+def rows(*windows):
+    return torch.tensor(windows)
+
+
+def test_a_grid_is_a_tuple_of_whole_numbers():
+    grid = Grid([torch.tensor(4), 3, 2])
+    t, h, w = grid
+    assert grid == (4, 3, 2) and (t, h, w) == (4, 3, 2) and all(type(n) is int for n in grid)
+    assert grid.frames is None and grid.windows is None
+
+
+def test_frames_of_frames_are_frames_of_the_clip():
+    grid = Grid((8, 4, 4)).keep_frames(torch.tensor([[1, 3, 6, 7], [0, 2, 4, 5]]))
+    assert grid == (4, 4, 4)
+    twice = grid.keep_frames(torch.tensor([[0, 2], [1, 3]]))
+    assert twice == (2, 4, 4) and twice.frames.tolist() == [[1, 6], [2, 5]]
+    assert grid.frames.tolist() == [[1, 3, 6, 7], [0, 2, 4, 5]]
+
+
+def test_windows_in_windows_are_windows_of_the_frame():
+    grid = Grid((2, 8, 8)).crop(rows([1, 2, 5, 5], [3, 0, 5, 5]), (5, 5))
+    twice = grid.crop(rows([1, 0, 3, 3], [0, 2, 3, 3]), (3, 3))
+    assert twice == (2, 3, 3)
+    assert twice.windows.tolist() == [[[2, 2, 3, 3], [3, 2, 3, 3]]]
+
+
+def test_windows_follow_their_frames():
+    grid = Grid((3, 8, 8)).crop(rows([0, 0, 5, 5], [1, 1, 5, 5], [2, 2, 5, 5]), (5, 5))
+    grid = grid.keep_frames(torch.tensor([[0, 2]]))
+    assert grid == (2, 5, 5) and grid.windows.tolist() == [[[0, 0, 5, 5], [2, 2, 5, 5]]]
+
+
+def test_pooling_scales_windows_and_frames():
+    grid = Grid((4, 6, 6), torch.tensor([[0, 3, 6, 9]]))
+    grid = grid.crop(rows(*[[2, 4, 6, 6]] * 4), (6, 6))
+    space = grid.pooled([4, 3, 3])
+    assert space == (4, 3, 3) and space.frames is grid.frames
+    assert space.windows.tolist() == [[[1, 2, 3, 3]] * 4]
+    time = grid.pooled((2, 6, 6))
+    assert time.frames.tolist() == [[0, 3]] and time.windows.tolist() == [[[2, 4, 6, 6]] * 2]
+    assert grid.pooled((4, 6, 6)) is grid
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))])
+def test_copies_know_where_they_come_from(duplicate):
+    grid = duplicate(Grid((2, 4, 4), torch.tensor([[1, 3]]), torch.zeros(1, 2, 4)))
+    assert type(grid) is Grid and grid == (2, 4, 4)
+    assert grid.frames.tolist() == [[1, 3]] and grid.windows.shape == (1, 2, 4)
