@@ -8,6 +8,7 @@ zeros with the label ``UNREADABLE``. ``loader.bad`` counts them.
 """
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ from stts_slowfast.video import (
     clip_span,
     frame_indices,
     segment_indices,
+    within,
 )
 
 __all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "batch_mixer", "build_loader", "prepare"]
@@ -45,33 +47,35 @@ UNREADABLE = -1
 # ---- reading a video ------------------------------------------------------------------------
 
 
-def read_kinetics(cfg, entry: Entry, split: str, short_side: int):
+def read_kinetics(cfg, entry: Entry, split: str, short_side: int, rng):
     """The clips of a video file, in one pass: a random one, or in testing NUM_ENSEMBLE_VIEWS.
 
+    ``rng`` is a `random.Random` of this item's own: a reading that was given up may still draw.
     Returns the frames (N, H, W, 3) uint8 that the clips need, each once; for each clip the places
     of its frames among them; and what is damaged ("" if nothing is).
     """
     data, test = cfg.DATA, split == "test"
     target_fps = float(data.TARGET_FPS)
     if split == "train" and data.TRAIN_JITTER_FPS > 0:
-        target_fps += random.uniform(0, data.TRAIN_JITTER_FPS)
+        target_fps += rng.uniform(0, data.TRAIN_JITTER_FPS)
     threads = 0 if cfg.DATA_LOADER.ENABLE_MULTI_THREAD_DECODE else 1
-    with Video(entry.path, threads=threads) as video:
+    with Video(entry.path, threads=threads, rotate=data.ROTATE) as video:
         size = clip_size(data.NUM_FRAMES, data.SAMPLING_RATE, video.fps, target_fps)
         views = cfg.TEST.NUM_ENSEMBLE_VIEWS
         spans = [
-            clip_span(video.num_frames, size, clip, views, data.USE_OFFSET_SAMPLING)
+            clip_span(video.num_frames, size, clip, views, data.USE_OFFSET_SAMPLING, rng)
             for clip in (range(views) if test else [-1])
         ]
         clips = [frame_indices(*span, data.NUM_FRAMES, video.num_frames) for span in spans]
         wanted = sorted(set().union(*clips))
-        return video.decode(wanted, short_side), _places(wanted, clips), video.damage
+        frames = video.decode(wanted, short_side)
+        return frames, _places(wanted, clips), video.damage
 
 
-def read_ssv2(cfg, entry: Entry, split: str, short_side: int):
+def read_ssv2(cfg, entry: Entry, split: str, short_side: int, rng):
     """As `read_kinetics`, from image files: one of each segment of the video. BGR, as SlowFast
     reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
-    indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train")
+    indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train", rng)
     wanted = sorted(set(indices))
     frames = torch.stack([_read_image(entry.frames[index]) for index in wanted]).flip(-1)
     return frames, _places(wanted, [indices]) * _clips_in_time(cfg, split), ""
@@ -159,7 +163,10 @@ class ClipDataset(Dataset):
 
     def _read(self, index: int, findings: list[Finding]):
         entry = self.videos[index]
-        frames, clips, damage = self.read(self.cfg, entry, self.split, self.short_side)
+        read = functools.partial(
+            self.read, self.cfg, entry, self.split, self.short_side, random.Random(random.random())
+        )
+        frames, clips, damage = within(self.cfg.DATA.READ_TIMEOUT, entry.path, read)
         if damage:
             findings.append(Finding(index, entry.path, "damaged", damage))
         self.known[index] = 1

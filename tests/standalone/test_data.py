@@ -1,8 +1,10 @@
 """Lists, clips and mini-batches of Kinetics and SSv2, on real files."""
 
 import json
+import os
 import pickle
 import random
+import time
 
 import av
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stts_slowfast.standalone import transforms
+from stts_slowfast.standalone import data, transforms
 from stts_slowfast.standalone.badvideos import too_many
 from stts_slowfast.standalone.data import (
     UNREADABLE,
@@ -293,6 +295,60 @@ def test_the_share_of_bad_videos_is_judged_beyond_doubt():
     assert too_many(80, 100, 100_000, 0.5)
     assert not too_many(50, 100, 100, 0.5)
     assert too_many(51, 100, 100, 0.5)  # certain
+
+
+def test_a_damaged_video_is_used_counted_and_written(cfg, tmp_path):
+    path = tmp_path / "videos" / "2.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=30, options={"g": "8"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for number in range(64):
+            image = np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    loader = build_loader(cfg, "test")
+    labels = torch.cat([labels for _, labels, *_ in loader])
+    assert (labels >= 0).all() and loader.bad.count() == {"unreadable": 0, "damaged": 1}
+    loader.bad.require_all(allow_missing=False)
+    (record,) = written(cfg)
+    assert record["kind"] == "damaged" and "ends early" in record["reason"]
+
+
+def test_a_pipe_and_a_hung_file_do_not_stop_a_run(cfg, tmp_path, monkeypatch):
+    (tmp_path / "videos" / "2.mp4").unlink()
+    os.mkfifo(tmp_path / "videos" / "2.mp4")
+    real = data.Video
+
+    def hung(path, **keys):
+        if path.endswith("3.mp4"):
+            time.sleep(20)
+        return real(path, **keys)
+
+    monkeypatch.setattr(data, "Video", hung)
+    cfg.DATA.READ_TIMEOUT = 0.5
+    start = time.perf_counter()
+    loader = build_loader(cfg, "val")
+    assert not {2, 3} & set(torch.cat([videos for _, _, videos, _ in loader]).tolist())
+    assert time.perf_counter() - start < 15
+    reasons = " ".join(record["reason"] for record in written(cfg))
+    assert "no regular file" in reasons and "DATA.READ_TIMEOUT 0.5" in reasons
+
+
+def test_videos_are_turned_unless_told(cfg, tmp_path):
+    with av.open(str(tmp_path / "videos" / "0.mp4"), "w") as container:
+        stream = container.add_stream("libx264rgb", rate=30, options={"qp": "0"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "rgb24"
+        stream.set_display_rotation(180)
+        image = np.zeros((48, 64, 3), np.uint8)
+        image[:, :32] = 200
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    centre = ClipDataset(cfg, "test")[0][0][1, 0, 0].float()
+    cfg.DATA.ROTATE = False
+    stored = ClipDataset(cfg, "test")[0][0][1, 0, 0].float()
+    assert centre[:, :8].mean() < 5 and centre[:, -8:].mean() > 195
+    assert stored[:, :8].mean() > 195 and stored[:, -8:].mean() < 5
 
 
 def test_only_broken_videos_end_with_one_error(cfg):

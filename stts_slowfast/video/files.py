@@ -1,0 +1,86 @@
+"""Opening what a video is in: a path, bytes or an open file; and waiting for it only so long."""
+
+import io
+import os
+import stat
+import threading
+from collections.abc import Callable
+from typing import BinaryIO
+
+from iopath.common.file_io import g_pathmgr
+
+Source = str | os.PathLike | bytes | BinaryIO
+
+
+class VideoError(RuntimeError):
+    """A video that cannot be read; ``name`` is the file, ``reason`` what is wrong with it."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"cannot read video {name}: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self):  # keeps both arguments on the way out of a DataLoader's worker
+        return type(self), (self.name, self.reason)
+
+
+def source_name(source: Source) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return str(getattr(source, "name", f"<{type(source).__name__}>"))
+
+
+def open_source(source: Source, name: str) -> tuple[BinaryIO, bool]:
+    """A seekable binary file, and whether closing it is our business."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source), True
+    if not isinstance(source, str | os.PathLike):
+        return source, False
+    path = os.fspath(source)
+    try:
+        if not _is_regular(path):  # opening a pipe waits for its other end, perhaps for ever
+            raise VideoError(name, "it is no regular file")
+        return g_pathmgr.open(path, "rb"), True
+    except OSError as error:
+        raise VideoError(name, error.strerror or str(error)) from error
+
+
+def _is_regular(path: str) -> bool:
+    if not os.path.exists(path):  # nothing, or something that only iopath knows
+        return True
+    return stat.S_ISREG(os.stat(path).st_mode)
+
+
+def identity(source: Source) -> tuple | None:
+    """What stays the same as long as a file does; None for what is no local file."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    try:
+        found = os.stat(source)
+    except OSError:
+        return None
+    return os.path.abspath(source), found.st_size, found.st_mtime_ns
+
+
+def within(seconds: float, name: str, read: Callable):
+    """What ``read()`` returns or raises, or VideoError where it takes longer than ``seconds``
+    (0: any time). A hung mount can be waited for, but not interrupted: the thread that reads is
+    left behind, and ends when the mount answers."""
+    if not seconds:
+        return read()
+    outcome: list = []
+
+    def work() -> None:
+        try:
+            outcome.append((read(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True, name=f"reading {name}")
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise VideoError(name, f"reading it takes more than DATA.READ_TIMEOUT {seconds:g} s")
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,66 @@
+"""Which frames make up a clip: the rules of SlowFast's ``datasets/decoder.py`` and
+``datasets/ssv2.py``, as pure functions of numbers."""
+
+import math
+import random
+
+import numpy as np
+import torch
+
+
+def clip_size(num_frames: int, sampling_rate: float, fps: float, target_fps: float = 30.0) -> float:
+    """Length of a clip in frames of the file, at least 1 (``decoder.decode``).
+
+    ``num_frames`` frames, ``sampling_rate`` apart when played at ``target_fps``; ``fps`` is the
+    file's own rate. SlowFast's ``DATA.TRAIN_JITTER_FPS`` adds ``uniform(0, jitter)`` to
+    ``target_fps`` in training.
+    """
+    return max(1.0, sampling_rate * num_frames / target_fps * fps)
+
+
+def clip_span(
+    num_video_frames: float,
+    size: float,
+    clip_idx: int = -1,
+    num_clips: int = 1,
+    use_offset: bool = False,
+    rng=random,
+) -> tuple[float, float]:
+    """First and last frame of a clip of ``size`` frames (``decoder.get_start_end_idx``).
+
+    ``clip_idx`` -1 takes a random clip; 0 .. ``num_clips - 1`` the uniform views of testing
+    (``TEST.NUM_ENSEMBLE_VIEWS``), spread up to the last possible start with ``use_offset``
+    (``DATA.USE_OFFSET_SAMPLING``; the centre where there is one view), else from the first frame
+    on. Positions are fractional, and the end lies beyond the video where it is shorter than the
+    clip: `frame_indices` clamps. ``rng`` has ``uniform``, like `random.Random`.
+    """
+    room = max(num_video_frames - size, 0)
+    if clip_idx == -1:
+        start = rng.uniform(0, room)
+    elif not use_offset:
+        start = room * clip_idx / num_clips
+    elif num_clips == 1:
+        start = math.floor(room / 2)
+    else:
+        start = clip_idx * math.floor(room / (num_clips - 1))
+    return start, start + size - 1
+
+
+def frame_indices(start: float, end: float, num_frames: int, num_video_frames: int) -> list[int]:
+    """``num_frames`` indices evenly from ``start`` to ``end``, inside the video, rounded down
+    (``decoder.temporal_sampling``); a video shorter than its clip repeats its last frame."""
+    positions = torch.linspace(start, end, num_frames).clamp(0, num_video_frames - 1)
+    return positions.long().tolist()
+
+
+def segment_indices(
+    num_video_frames: int, num_frames: int, train: bool = False, rng=random
+) -> list[int]:
+    """One frame out of each of ``num_frames`` equal segments (``ssv2.Ssv2.get_seq_frames``).
+
+    In training a random frame of the segment, both borders included (``rng.randint``), else its
+    middle.
+    """
+    borders = np.round(np.arange(num_frames + 1) * (float(num_video_frames - 1) / num_frames))
+    pairs = zip(borders[:-1].astype(int).tolist(), borders[1:].astype(int).tolist())
+    return [rng.randint(low, high) if train else (low + high) // 2 for low, high in pairs]
