@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -144,14 +145,21 @@ def draw_video(
 
 def write_video(path: str, frames: np.ndarray) -> None:
     """Writes frames (T, H, W, 3) uint8 as H.264."""
-    with av.open(path, "w") as container:
-        # x264's mbtree reads memory that nobody wrote: with it, files differ from time to time.
-        options = {"crf": "20", "g": "16", "x264-params": "mbtree=0"}
-        stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.height, stream.width = frames.shape[1:3]
+    write_frames(path, frames, FPS)
+
+
+def write_frames(path: str, frames: Iterable[np.ndarray], fps: float) -> None:
+    """Writes frames (H, W, 3) uint8, of even sides, as H.264 in MP4."""
+    # x264's mbtree reads memory that nobody wrote: with it, files differ from time to time.
+    options = {"crf": "20", "g": "16", "x264-params": "mbtree=0"}
+    with av.open(path, "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        for frame in frames:
+        for number, frame in enumerate(frames):
+            if not number:
+                stream.height, stream.width = frame.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 

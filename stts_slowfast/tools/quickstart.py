@@ -21,6 +21,7 @@ from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import makedata, visualize
+from stts_slowfast.tools.filmstrip import draw
 
 KIND = "square"
 NAMES = ("all", "learned", "uniform", "random")
@@ -174,11 +175,11 @@ def draw_picture(out: str, path: str, num_videos: int = 4) -> None:
     strips = []
     for name in sorted(name for name in truth if name.startswith("test"))[:num_videos]:
         clip = visualize.read_clip(cfg, os.path.join(cfg.DATA.PATH_PREFIX, name))
-        probs = visualize.predict(model, clip)
-        title = f"{name}, class {truth[name].label}: predicted {int(probs.argmax())}"
+        seen = visualize.look(cfg, model, clip)
+        title = f"{name}, class {truth[name].label}: {visualize.predicted(seen.probs, None)}"
         shown = shown_frames(cfg, truth[name])
-        strips.append(visualize.make_strip(cfg, model, clip, title, sorted(shown)))
-    visualize.draw(strips, path)
+        strips.append(visualize.make_strip(cfg, clip, seen, title, sorted(shown)))
+    draw(strips, path)
 
 
 def print_table(results: Sequence[dict]) -> None:

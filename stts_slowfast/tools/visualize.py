@@ -1,17 +1,29 @@
-"""``stts visualize``: a film strip of a video that shows which frames and windows were kept."""
+"""``stts visualize``: which frames and windows of a video were kept, as film strip or as video."""
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from stts_slowfast import backbones
 from stts_slowfast.config import plan
 from stts_slowfast.hooks import selections
+from stts_slowfast.scorers import normalize
 from stts_slowfast.tools.cli import add_opts
+from stts_slowfast.tools.filmstrip import (
+    WHOLE,
+    Shown,
+    Strip,
+    Window,
+    center_crop,
+    draw,
+    write_dimmed,
+)
 from stts_slowfast.video import (
     Video,
     VideoError,
@@ -21,112 +33,233 @@ from stts_slowfast.video import (
     segment_indices,
 )
 
-# Top, left, height and width as shares of the frame.
-Window = tuple[float, float, float, float]
-WHOLE: Window = (0.0, 0.0, 1.0, 1.0)
-
-
-@dataclass
-class Strip:
-    """A row of the picture.
-
-    Attributes:
-        title: what stands above it.
-        frames: (T, H, W, 3) uint8, one picture for each frame of tokens.
-        kept: the frames that all selectors kept, and of each the window that went on.
-        marked: frames to point at, such as those that show the class.
-    """
-
-    title: str
-    frames: torch.Tensor
-    kept: dict[int, Window]
-    marked: Sequence[int] = field(default_factory=tuple)
+TOP = 3  # classes that are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``stts visualize``."""
     parser.add_argument("--cfg", required=True, metavar="FILE", help="config of the model")
     parser.add_argument("--video", nargs="+", required=True, metavar="FILE", help="videos to show")
-    parser.add_argument("--out", required=True, metavar="PNG", help="picture to write")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="picture of all videos, or .mp4: the video itself with what was dropped dimmed",
+    )
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",
         help="weights; else TEST.CHECKPOINT_FILE_PATH, else the last in OUTPUT_DIR",
     )
+    parser.add_argument(
+        "--classes", metavar="FILE", help="names: a line each, or JSON (list, or name: number)"
+    )
+    parser.add_argument(
+        "--views", type=int, default=1, metavar="N", help="clips of a video; 1: its middle"
+    )
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
     add_opts(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draws the middle clip of every video, as the model sees it.
+    """Shows clips of every video, as the model sees them in its middle crop.
 
     A video that cannot be read is named and left out.
 
     Raises:
-        ValueError: where that goes for all of them.
+        ValueError: where that goes for all of them, or the file to write is there already.
     """
+    from stts_slowfast.checkpoints import write_whole
     from stts_slowfast.standalone.defaults import load_config
     from stts_slowfast.standalone.model import build_model
     from stts_slowfast.standalone.resume import load_for_test
 
+    film = args.out.lower().endswith(".mp4")
+    check_output(args.out, args.force)
+    for path in args.video:
+        if os.path.realpath(path) == os.path.realpath(args.out):
+            raise ValueError(f"{path} would be written over itself: name another --out")
+    if film and len(args.video) > 1:
+        raise ValueError(f"{args.out} shows one video: {len(args.video)} are given")
+    if args.views < 1:
+        raise ValueError(f"--views is {args.views}: give 1 at least")
     cfg = load_config(args.cfg, args.opts)
+    names = read_classes(args.classes, cfg.MODEL.NUM_CLASSES) if args.classes else None
     if args.checkpoint:
         cfg.TEST.CHECKPOINT_FILE_PATH = args.checkpoint
     model = build_model(cfg)
     load_for_test(cfg, model)
-    strips = []
+    strips, shown = [], []
     for path in args.video:
         try:
-            clip = read_clip(cfg, path)
+            views = read_views(cfg, path, args.views)
         except VideoError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        probs = predict(model, clip)
-        title = f"{os.path.basename(path)}: class {int(probs.argmax())} ({probs.max():.0%})"
-        strips.append(make_strip(cfg, model, clip, title))
+        looks = [look(cfg, model, view.clip) for view in views]
+        mean = torch.stack([each.probs for each in looks]).mean(0)
+        for number, (view, each) in enumerate(zip(views, looks)):
+            title = f"{os.path.basename(path)}: {predicted(mean, names)}" if not number else ""
+            if len(views) > 1:
+                of = f"view {number + 1} of {len(views)}: {predicted(each.probs, names)}"
+                title = f"{title}     {of}".strip()
+            strips.append(make_strip(cfg, view.clip, each, title))
+            shown.append(Shown(view.indices, len(strips[-1].frames), each.kept, view.crop))
     if not strips:
         raise ValueError("none of the videos could be read")
-    draw(strips, args.out)
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    if film:
+        with Video(args.video[0]) as video:
+            write_whole(args.out, lambda path: write_dimmed(path, video, shown))
+        print(strips[0].title)
+    else:
+        ending = os.path.splitext(args.out)[1][1:].lower() or "png"
+        write_whole(args.out, lambda path: draw(strips, path, ending))
     print(f"wrote {args.out}")
     return 0
 
 
+def check_output(path: str, force: bool) -> None:
+    """Refuses to write over a file unasked.
+
+    Raises:
+        ValueError: where there is one.
+    """
+    if os.path.lexists(path) and not force:
+        raise ValueError(f"{path} is there already: name another, or add --force")
+
+
+def read_classes(path: str, num_classes: int) -> list[str]:
+    """Names of classes by number.
+
+    Raises:
+        ValueError: where the file is neither, or has another number of classes.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if path.endswith(".json"):
+        try:
+            names = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if isinstance(names, dict):
+            numbers = {str(value): key for key, value in names.items()}  # name: number, or
+            numbers = numbers if "0" in numbers else names  # number: name
+            names = [numbers.get(str(number)) for number in range(len(numbers))]
+    else:
+        names = text.splitlines()
+    if not isinstance(names, list) or len(names) != num_classes or None in names:
+        count = len(names) if isinstance(names, list) else "no"
+        raise ValueError(
+            f"{path} names {count} classes but MODEL.NUM_CLASSES is {num_classes}: give one name "
+            f"for each number 0 .. {num_classes - 1}"
+        )
+    return [str(name) for name in names]
+
+
+def predicted(probs: torch.Tensor, names: Sequence[str] | None) -> str:
+    """The most probable classes in words."""
+    best = probs.topk(min(TOP, len(probs)))
+    return ", ".join(
+        f"{names[number] if names else f'class {number}'} {share:.0%}"
+        for share, number in zip(best.values.tolist(), best.indices.tolist())
+    )
+
+
+# ---- clips ----------------------------------------------------------------------------------
+
+
+@dataclass
+class View:
+    """A clip (3, T, H, W) float32 as in testing, the video's frames and the part that it shows."""
+
+    clip: torch.Tensor
+    indices: list[int]
+    crop: Window
+
+
 def read_clip(cfg, path: str) -> torch.Tensor:
     """The middle clip and crop of a video, (3, T, H, W) float32, as in testing."""
+    return read_views(cfg, path, 1)[0].clip
+
+
+def read_views(cfg, path: str, number: int) -> list[View]:
+    """Clips of a video from its first to its last frames, or the middle one; middle crops."""
     from stts_slowfast.standalone.transforms import prepare, view_scale, view_transform
 
+    data, ssv2 = cfg.DATA, cfg.TEST.DATASET == "ssv2"
+    scale = view_scale(cfg)
     with Video(path) as video:
-        if cfg.TEST.DATASET == "ssv2":
-            indices = segment_indices(video.num_frames, cfg.DATA.NUM_FRAMES)
+        if ssv2:  # every view would be the same
+            clips = [segment_indices(video.num_frames, data.NUM_FRAMES)]
         else:
-            data = cfg.DATA
             size = clip_size(data.NUM_FRAMES, data.SAMPLING_RATE, video.fps, data.TARGET_FPS)
-            start, end = clip_span(video.num_frames, size, 0, 1, use_offset=True)
-            indices = frame_indices(start, end, data.NUM_FRAMES, video.num_frames)
-        frames = video.decode(indices, view_scale(cfg))
-    if cfg.TEST.DATASET == "ssv2":
-        frames = frames.flip(-1)  # its images are read as BGR
-    return prepare(view_transform(cfg, 1)(frames.permute(0, 3, 1, 2)), cfg)
+            offset = number == 1 or data.USE_OFFSET_SAMPLING
+            spans = [clip_span(video.num_frames, size, v, number, offset) for v in range(number)]
+            clips = [frame_indices(*span, data.NUM_FRAMES, video.num_frames) for span in spans]
+        wanted = sorted(set().union(*clips))
+        frames = video.decode(wanted, scale)
+    frames = frames.flip(-1) if ssv2 else frames  # its images are read as BGR
+    crop = center_crop(*frames.shape[1:3], scale, data.TEST_CROP_SIZE)
+    transform = view_transform(cfg, 1)
+    views = []
+    for indices in clips:
+        chosen = frames[[wanted.index(index) for index in indices]]
+        views.append(View(prepare(transform(chosen.permute(0, 3, 1, 2)), cfg), indices, crop))
+    return views
+
+
+@dataclass
+class Look:
+    """What a model makes of a clip: probabilities (classes,), kept frames and windows, and the
+    frames' scores in 0..1 where it scores them."""
+
+    probs: torch.Tensor
+    kept: dict[int, Window]
+    scores: list[float] | None
 
 
 @torch.no_grad()
-def predict(model: torch.nn.Module, clip: torch.Tensor) -> torch.Tensor:
-    """Probabilities (num_classes,) of one clip; ``selections(model)`` is then about this clip."""
+def look(cfg, model: torch.nn.Module, clip: torch.Tensor) -> Look:
+    """Runs a model on a clip (3, T, H, W)."""
     device = next(model.parameters()).device
-    return model.eval()(clip[None].to(device)).softmax(1)[0].cpu()
-
-
-def make_strip(
-    cfg, model: torch.nn.Module, clip: torch.Tensor, title: str, marked: Sequence[int] = ()
-) -> Strip:
-    """The row of a clip (3, T, H, W), the last that the model has run on, alone in its batch."""
-    num_frames = backbones.block_grids(cfg)[0][0]
-    # The picture of a frame of tokens is the middle one of the frames of pixels that it is of.
-    middles = (torch.arange(num_frames) * 2 + 1) * clip.shape[1] // (2 * num_frames)
+    with _frame_scores(model) as scores:
+        probs = model.eval()(clip[None].to(device)).softmax(1)[0].cpu()
     if cfg.STTS.ENABLE:
         kept = kept_regions(cfg, selections(model))
     else:
-        kept = dict.fromkeys(range(num_frames), WHOLE)
-    return Strip(title, to_pictures(cfg, clip[:, middles]), kept, marked)
+        kept = dict.fromkeys(range(backbones.block_grids(cfg)[0][0]), WHOLE)
+    return Look(probs, kept, scores[0] if scores else None)
+
+
+@contextmanager
+def _frame_scores(model: torch.nn.Module) -> Iterator[list[list[float]]]:
+    """While it is open, collects what the first selector of frames gives the frames of a clip."""
+    scores = []
+    selectors = getattr(model, "stts", {})
+    first = next((selector for key, selector in selectors.items() if key.startswith("time")), None)
+    if first is None:
+        yield scores
+        return
+
+    def remember(scorer, args, output):
+        scores.append(normalize(output.float())[0].tolist())
+
+    handle = first.scorer.register_forward_hook(remember)
+    try:
+        yield scores
+    finally:
+        handle.remove()
+
+
+def make_strip(
+    cfg, clip: torch.Tensor, what: Look, title: str, marked: Sequence[int] = ()
+) -> Strip:
+    """The row of a clip (3, T, H, W)."""
+    num_frames = backbones.block_grids(cfg)[0][0]
+    # The picture of a frame of tokens is the middle one of the frames of pixels that it is of.
+    middles = (torch.arange(num_frames) * 2 + 1) * clip.shape[1] // (2 * num_frames)
+    return Strip(title, to_pictures(cfg, clip[:, middles]), what.kept, marked, what.scores)
 
 
 def kept_regions(cfg, kept: dict[str, torch.Tensor], item: int = 0) -> dict[int, Window]:
@@ -168,45 +301,3 @@ def to_pictures(cfg, clip: torch.Tensor) -> torch.Tensor:
     clip = clip.flip(0) if is_bgr else clip
     mean, std = (torch.tensor(value).view(3, 1, 1, 1) for value in (cfg.DATA.MEAN, cfg.DATA.STD))
     return (clip * std + mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
-
-
-def draw(strips: Sequence[Strip], path: str) -> None:
-    """Writes the picture: kept frames framed in green with their window, dropped ones dim."""
-    from matplotlib.figure import Figure
-
-    columns = max(len(strip.frames) for strip in strips)
-    figure = Figure(figsize=(1.3 * columns, 1.65 * len(strips)), layout="constrained")
-    rows = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
-    for row, strip in zip(rows, strips):
-        row.suptitle(strip.title, fontsize=9, x=0.01, ha="left")
-        axes = row.subplots(1, columns, squeeze=False)[0]
-        for number, axis in enumerate(axes):
-            axis.set(xticks=[], yticks=[])
-            axis.set_frame_on(number < len(strip.frames))
-            if number < len(strip.frames):
-                _draw_frame(axis, strip, number)
-    legend = "green: frame kept (dim: dropped)     red: window that went on"
-    if any(strip.marked for strip in strips):
-        legend += "     \N{BLACK UP-POINTING TRIANGLE}: shows the class"
-    figure.supxlabel(legend, fontsize=8)
-    folder = os.path.dirname(path)
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def _draw_frame(axis, strip: Strip, number: int) -> None:
-    from matplotlib.patches import Rectangle
-
-    height, width = strip.frames.shape[1:3]
-    window = strip.kept.get(number)
-    axis.imshow(strip.frames[number].numpy(), alpha=1.0 if window else 0.25)
-    for spine in axis.spines.values():
-        spine.set(color="tab:green" if window else "0.8", linewidth=3 if window else 0.5)
-    if window and window != WHOLE:
-        top, left, tall, wide = window
-        corner, size = (left * width - 0.5, top * height - 0.5), (wide * width, tall * height)
-        axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=4))
-        axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor="tab:red", linewidth=2))
-    label = f"{number} \N{BLACK UP-POINTING TRIANGLE}" if number in strip.marked else f"{number}"
-    axis.set_xlabel(label, fontsize=7, labelpad=2)

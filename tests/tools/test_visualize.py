@@ -1,4 +1,6 @@
-"""Film strips show what selectors kept, in the right places."""
+"""Film strips and films show what selectors kept, in the right places."""
+
+import json
 
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ from PIL import Image
 
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.tools import cli, makedata, visualize
+from stts_slowfast.tools import cli, filmstrip, makedata, visualize
+from stts_slowfast.video import Video
 
 
 @pytest.fixture
@@ -48,15 +51,20 @@ def test_later_selections_work_inside_earlier_ones(cfg):
     }
 
 
-def test_strip_shows_the_frames_of_the_clip(cfg):
+def test_strip_shows_the_frames_of_the_clip_and_their_scores(cfg):
     model = build_model(cfg)
     clip = torch.arange(8.0).view(1, 8, 1, 1).expand(3, 8, 32, 32) * 10 / 255
     clip = (clip - cfg.DATA.MEAN[0]) / cfg.DATA.STD[0]
-    assert visualize.predict(model, clip).sum().item() == pytest.approx(1)
-    strip = visualize.make_strip(cfg, model, clip, "a clip")
+    seen = visualize.look(cfg, model, clip)
+    assert seen.probs.sum().item() == pytest.approx(1)
+    strip = visualize.make_strip(cfg, clip, seen, "a clip")
     assert strip.frames.shape == (4, 32, 32, 3)
     assert strip.frames[:, 0, 0, 0].tolist() == [10, 30, 50, 70]
     assert sorted(strip.kept) == model.stts["time_0"].kept[0].tolist()
+    # The frames kept are those that score best; looking leaves no hook behind.
+    best = torch.tensor(strip.scores).topk(2).indices.sort().values
+    assert best.tolist() == sorted(strip.kept) and 0 == min(strip.scores) < max(strip.scores) <= 1
+    assert not model.stts["time_0"].scorer._forward_hooks
 
 
 @pytest.mark.parametrize("dataset", ["kinetics", "ssv2"])
@@ -74,37 +82,99 @@ def test_pictures_have_the_colours_of_the_video(cfg, tmp_path, dataset, reverse)
 
 def test_without_selection_every_frame_is_kept_whole(cfg):
     cfg.STTS.ENABLE = False
-    strip = visualize.make_strip(cfg, build_model(cfg), torch.zeros(3, 8, 32, 32), "a clip")
-    assert strip.kept == dict.fromkeys(range(4), visualize.WHOLE)
+    clip = torch.zeros(3, 8, 32, 32)
+    seen = visualize.look(cfg, build_model(cfg), clip)
+    strip = visualize.make_strip(cfg, clip, seen, "a clip")
+    assert strip.scores is None
+    assert strip.kept == dict.fromkeys(range(4), filmstrip.WHOLE)
 
 
-def test_picture_marks_kept_frames_green_and_windows_red(tmp_path):
-    frames = torch.full((4, 32, 32, 3), 128, dtype=torch.uint8)
-    strip = visualize.Strip("a clip", frames, {1: (0.25, 0.25, 0.5, 0.5)}, [1])
-    visualize.draw([strip], str(tmp_path / "new" / "strip.png"))
-    image = np.array(Image.open(tmp_path / "new" / "strip.png").convert("RGB")).astype(int)
-    red, green, blue = image.reshape(-1, 3).T
-    green_pixels = ((green > 120) & (red < 80) & (blue < 80)).sum()
-    red_pixels = ((red > 180) & (green < 80) & (blue < 80)).sum()
-    assert green_pixels > 200 and red_pixels > 100
-    assert (abs(red - 128) < 3).sum() > 1000  # the kept frame is not dimmed
-
-
-def test_command_draws_ones_own_videos(cfg, tmp_path, capsys):
+@pytest.fixture
+def words(cfg, tmp_path):
+    """The command up to its videos; there are two with odd names."""
     generator = np.random.default_rng(0)
-    for name in ("a.mp4", "b.mp4"):
-        makedata.write_video(str(tmp_path / name), makedata.draw_video("square", 1, generator)[0])
+    for name in ("a $x$ \udcff\n.mp4", "b.mp4"):
+        frames = makedata.draw_video("square", 1, generator)[0]
+        makedata.write_video(str(tmp_path / name), frames)
     (tmp_path / "model.yaml").write_text(cfg.dump())
-    checkpoint = str(tmp_path / "model.pyth")
-    save_checkpoint(checkpoint, build_model(cfg), cfg, 1)
-    out = tmp_path / "strip.png"
-    videos = [str(tmp_path / name) for name in ("a.mp4", "b.mp4")]
-    words = ["visualize", "--cfg", str(tmp_path / "model.yaml"), "--checkpoint", checkpoint]
-    assert cli.main([*words, "--video", *videos, "--out", str(out)]) == 0
+    save_checkpoint(str(tmp_path / "model.pyth"), build_model(cfg), cfg, 1)
+    words = ["visualize", "--cfg", str(tmp_path / "model.yaml")]
+    return [*words, "--checkpoint", str(tmp_path / "model.pyth"), "--video"]
+
+
+def test_command_draws_ones_own_videos(words, tmp_path, capsys):
+    out = tmp_path / "new" / "strip.png"
+    videos = [str(tmp_path / name) for name in ("a $x$ \udcff\n.mp4", "b.mp4")]
+    assert cli.main([*words, *videos, "--out", str(out)]) == 0
     assert f"wrote {out}" in capsys.readouterr().out
-    assert Image.open(out).size[0] > 400
+    size = Image.open(out).size
+    assert size[0] > 400
     missing = str(tmp_path / "c.mp4")
-    assert cli.main([*words, "--video", missing, *videos, "--out", str(out)]) == 0
+    out = tmp_path / "views.png"
+    more = ["--views", "3", "--out", str(out)]
+    assert cli.main([*words, missing, *videos, *more]) == 0
     assert "left out: " in capsys.readouterr().err
-    assert cli.main([*words, "--video", str(tmp_path / "c.mp4"), "--out", str(out)]) == 2
+    assert Image.open(out).size[1] > 2.5 * size[1]  # a row for each view
+    assert cli.main([*words, str(tmp_path / "c.mp4"), "--out", str(tmp_path / "c.png")]) == 2
     assert "c.mp4: No such file" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_unasked(words, tmp_path, capsys):
+    out = tmp_path / "strip.png"
+    out.write_text("mine")
+    command = [*words, str(tmp_path / "b.mp4"), "--out", str(out)]
+    assert cli.main(command) == 2
+    assert f"{out} is there already: name another, or add --force" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    video = tmp_path / "b.mp4"
+    assert cli.main([*command[:-1], str(video), "--force"]) == 2
+    assert "would be written over itself" in capsys.readouterr().err
+    assert cli.main([*command, "--force"]) == 0
+    assert Image.open(out).format == "PNG"
+
+
+def test_film_is_the_video_with_what_was_dropped_dimmed(cfg, words, tmp_path, monkeypatch, capsys):
+    white = np.full((20, 48, 64, 3), 250, np.uint8)
+    makedata.write_video(str(tmp_path / "white.mp4"), white)
+    kept = {1: (0.0, 0.0, 1.0, 1.0), 2: (0.5, 0.5, 0.5, 0.5)}
+    monkeypatch.setattr(visualize, "kept_regions", lambda *_: kept)
+    out = tmp_path / "film.mp4"
+    opts = ["--opts", "DATA.SAMPLING_RATE", "2", "DATA.TARGET_FPS", "16"]
+    assert cli.main([*words, str(tmp_path / "white.mp4"), "--out", str(out), *opts]) == 0
+    with Video(str(out)) as film:
+        assert (film.num_frames, film.fps) == (20, 16)
+        frames = film.decode(range(20))[..., 0].float()
+    # The clip is of frames 2 to 16; the crop is the middle square of 48 pixels.
+    assert frames.shape == (20, 48, 64)
+    bright = (frames > 150).float()
+    shares = bright.mean((1, 2)).tolist()
+    first = next(number for number, share in enumerate(shares) if share)
+    whole, quarter = 48 * 48 / (48 * 64), 24 * 24 / (48 * 64)
+    assert 4 <= first <= 7
+    assert shares[first : first + 4] == pytest.approx([whole] * 4, abs=0.03)
+    assert shares[first + 4 : first + 8] == pytest.approx([quarter] * 4, abs=0.03)
+    assert sum(shares[:first] + shares[first + 8 :]) == 0
+    assert bright[first + 1, :, 9:55].all() and not bright[first + 1, :, :7].any()
+    assert not bright[first + 5, :23].any() and bright[first + 5, 26:, 34:54].all()
+    assert cli.main([*words, "a.mp4", "b.mp4", "--out", str(tmp_path / "two.mp4")]) == 2
+    assert "shows one video: 2 are given" in capsys.readouterr().err
+
+
+def test_classes_are_named(tmp_path):
+    probs = torch.tensor([0.1, 0.7, 0.2])
+    assert visualize.predicted(probs, None) == "class 1 70%, class 2 20%, class 0 10%"
+    names = ["cat", "dog", "a cow"]
+    for file, text in (
+        ("lines.txt", "cat\ndog\na cow\n"),
+        ("list.json", json.dumps(names)),
+        ("numbers.json", json.dumps({"dog": 1, "cat": 0, "a cow": 2})),
+        ("keys.json", json.dumps({"0": "cat", "1": "dog", "2": "a cow"})),
+    ):
+        (tmp_path / file).write_text(text)
+        assert visualize.read_classes(str(tmp_path / file), 3) == names
+        with pytest.raises(ValueError, match=r"names 3 classes but MODEL\.NUM_CLASSES is 4"):
+            visualize.read_classes(str(tmp_path / file), 4)
+    assert visualize.predicted(probs, names).startswith("dog 70%")
+    (tmp_path / "wrong.json").write_text(json.dumps({"cat": 0, "dog": 3, "cow": 2}))
+    with pytest.raises(ValueError, match="one name for each number"):
+        visualize.read_classes(str(tmp_path / "wrong.json"), 3)
