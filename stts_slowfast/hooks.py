@@ -32,14 +32,22 @@ def select(selector: Selector, tokens: Tokens) -> Tokens:
 class BeforeBlock:
     """Forward pre-hook that hands a block the tokens which its selectors keep."""
 
-    def __init__(self, host: Host, selectors: Sequence[Selector]):
+    def __init__(self, host: Host, selectors: Sequence[Selector], behind: bool):
         self.host = host
         self.selectors = tuple(selectors)
+        self.behind = behind  # a selection, so that a grid must have travelled here
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if self.behind and self.host.arrived(args, kwargs) is None:
+            raise ValueError(
+                f"the tokens that arrive at this {type(block).__name__} do not say where they lie, "
+                "though some were dropped before: something between two blocks made new tensors "
+                "(checkpointing with use_reentrant=True around whole blocks does)"
+            )
         tokens = self.host.read(args, kwargs)
         for selector in getattr(block, "stts_replicas", self.selectors):
             tokens = select(selector, tokens)
+        self.host.tell(block, tokens.thw)
         return self.host.write(tokens, args, kwargs)
 
 
@@ -129,7 +137,7 @@ def attach(
     try:
         count = fused.configure(model, settings.fused_attention, settings.true_distances)
     except Exception:
-        _remove(model, blocks)
+        _remove(model, host, blocks)
         raise
     if settings.fused_attention and not count:
         logger.warning(
@@ -185,18 +193,22 @@ def _make_selectors(
 def _register(
     model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: nn.ModuleDict
 ) -> None:
+    host.prepare(blocks)
+    travels = type(host).hand_on is not Host.hand_on
     first = min((selector.block for selector in stts.values()), default=len(blocks))
     for number, block in enumerate(blocks):
         selectors = [selector for selector in stts.values() if selector.block == number]
         if selectors or (number > first and host.tells_every_block):
-            block.register_forward_pre_hook(BeforeBlock(host, selectors), with_kwargs=True)
+            before = BeforeBlock(host, selectors, behind=travels and number > first)
+            block.register_forward_pre_hook(before, with_kwargs=True)
         # Nothing of ours comes behind the last block.
-        if first <= number < len(blocks) - 1 and type(host).hand_on is not Host.hand_on:
+        if travels and first <= number < len(blocks) - 1:
             block.register_forward_hook(AfterBlock(host), with_kwargs=True)
     model.register_forward_pre_hook(ShareReplicas(host))
 
 
-def _remove(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+def _remove(model: nn.Module, host: Host, blocks: Sequence[nn.Module]) -> None:
+    host.restore(blocks)
     for module in (model, *blocks):
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = getattr(module, kind)
@@ -216,7 +228,7 @@ def detach(model: nn.Module) -> nn.Module:
     model = _unwrap(model)
     _selectors(model)
     fused.restore(model)
-    _remove(model, find(model)[1])
+    _remove(model, *find(model))
     return model
 
 

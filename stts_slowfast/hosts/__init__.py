@@ -7,10 +7,10 @@ Where the tokens lie travels with them as a ``grid.Grid``: in an argument, where
 for it (``thw``), else as :func:`remember`'s mark on the tensor; a host whose calls say nothing of
 the grid starts from the model's config, which it reads in ``__init__``. Behind the first selection,
 ``hand_on`` puts the grid on what a stock block returns, since that knows nothing of it; and a host
-with ``tells_every_block`` has ``write`` called at each later block as well, to tell it the places
-that are left (a ``position_mask``, say). A host holds numbers and no modules, so that it is copied
-and pickled with the model. Others register theirs with ``@HOSTS.register()``; the one that was
-registered last and finds blocks in a model is its host.
+with ``tells_every_block`` has ``write`` and ``tell`` called at each later block as well, to tell it
+the places that are left (a ``position_mask``, say). A host holds numbers and no modules, so that it
+is copied and pickled with the model. Others register theirs with ``@HOSTS.register()``; the one
+that was registered last and finds blocks in a model is its host.
 """
 
 from collections.abc import Sequence
@@ -83,6 +83,16 @@ class Host:
         """The arguments of the call with these tokens instead."""
         raise NotImplementedError
 
+    def prepare(self, blocks: Sequence[nn.Module]) -> None:
+        """What a host must change in a model's blocks before selectors stand in front of them."""
+
+    @staticmethod
+    def restore(blocks: Sequence[nn.Module]) -> None:
+        """Takes back what :meth:`prepare` did."""
+
+    def tell(self, block: nn.Module, thw: Grid) -> None:
+        """Tells a block that reads its grid from itself which one its call will bring."""
+
     def arrived(self, args: tuple, kwargs: dict) -> Grid | None:
         """The grid that travelled to a block's call; None where nothing was selected before."""
         return None
@@ -103,6 +113,17 @@ def remembered(x: Tensor) -> Grid | None:
     return getattr(x, "stts_grid", None)
 
 
+def is_a(model: nn.Module, library: str, *names: str) -> bool:
+    """Whether a model's class, or one it comes from, is one of ``names`` in a library.
+
+    A library that nobody uses need not be imported, nor installed, to be told from the others.
+    """
+    return any(
+        kind.__name__ in names and kind.__module__.partition(".")[0] == library
+        for kind in type(model).__mro__
+    )
+
+
 def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     """The host of a model, and the model's blocks.
 
@@ -115,8 +136,9 @@ def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
             return host(model), blocks
     raise ValueError(
         f"{type(model).__name__} has no blocks to select tokens before: STTS works on models with "
-        "`blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on Video Swin, and "
-        "on what is registered in stts_slowfast.hosts.HOSTS"
+        "`blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on Video Swin, on "
+        "VideoMAE, ViViT, V-JEPA 2 and TimeSformer of transformers, on timm's VisionTransformer, "
+        "and on what is registered in stts_slowfast.hosts.HOSTS"
     )
 
 
@@ -129,4 +151,13 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return find(model)[1]
 
 
-from stts_slowfast.hosts import blocks_with_grid, video_swin  # noqa: E402, F401  they register themselves
+# They register themselves.
+from stts_slowfast.hosts import (  # noqa: E402, F401
+    blocks_with_grid,
+    hf_timesformer,
+    timm_vit,
+    video_swin,
+    videomae,
+    vivit,
+    vjepa2,
+)

@@ -1,0 +1,68 @@
+"""TimeSformer of transformers: tokens in the order (h, w, t), layers that ask the config for it.
+
+A layer with divided attention reads ``num_frames`` and the width of a frame from the config that
+all layers share. Behind a selection fewer arrive, so each such layer gets a view of the config with
+its own two numbers; the config itself, other models and what is saved stay as they are.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from stts_slowfast.grid import Grid
+from stts_slowfast.hosts import HOSTS, is_a
+from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, patches
+
+
+class LayerConfig:
+    """A view of a config that has the sizes of one layer's grid as of its last call."""
+
+    def __init__(self, config):
+        self.shared = config
+        self.num_frames, self.image_size = config.num_frames, config.image_size
+
+    def __getattr__(self, name: str):
+        if name == "shared" or name.startswith("__"):  # while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+@HOSTS.register()
+class HFTimeSformer(TokensAlone):
+    """``TimesformerModel`` and ``TimesformerForVideoClassification``."""
+
+    tells_every_block = True
+    prefix = 1
+
+    def __init__(self, model: nn.Module):
+        config = model.config
+        self.sizes = patches(config.num_frames, config.image_size, 1, config.patch_size)
+        self.patch_size = config.patch_size
+        # With attention in space only, each frame is an entry of the batch with its cls token.
+        self.by_frame = config.attention_type == "space_only"
+
+    @staticmethod
+    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+        if not is_a(model, "transformers", "TimesformerPreTrainedModel"):
+            return ()
+        return inner(model).encoder.layer
+
+    def prepare(self, blocks: Sequence[nn.Module]) -> None:
+        for block in blocks:
+            block.config = LayerConfig(block.config)
+
+    @staticmethod
+    def restore(blocks: Sequence[nn.Module]) -> None:
+        for block in blocks:
+            block.config = block.config.shared
+
+    def tell(self, block: nn.Module, thw: Grid) -> None:
+        frames, _, width = thw
+        block.config.num_frames, block.config.image_size = frames, width * self.patch_size
+
+    def unfold(self, x: Tensor, thw: Grid) -> Tensor:
+        frames, height, width = thw
+        return x.unflatten(1, (height, width, frames)).permute(0, 3, 1, 2, 4)
+
+    def fold(self, grid: Tensor) -> Tensor:
+        return grid.permute(0, 2, 3, 1, 4).flatten(1, 3)

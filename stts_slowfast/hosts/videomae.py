@@ -1,0 +1,27 @@
+"""VideoMAE of transformers: no cls token, the grid is the config's, each layer takes tokens alone.
+
+Its head reads the mean of the tokens that are left, or (``use_mean_pooling`` False) the first one.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from stts_slowfast.hosts import HOSTS, is_a
+from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, patches
+
+
+@HOSTS.register()
+class VideoMAE(TokensAlone):
+    """``VideoMAEModel`` and ``VideoMAEForVideoClassification``."""
+
+    def __init__(self, model: nn.Module):
+        config = model.config
+        self.sizes = patches(
+            config.num_frames, config.image_size, config.tubelet_size, config.patch_size
+        )
+
+    @staticmethod
+    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+        names = ("VideoMAEModel", "VideoMAEForVideoClassification")
+        return inner(model).encoder.layer if is_a(model, "transformers", *names) else ()

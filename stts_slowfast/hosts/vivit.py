@@ -1,0 +1,24 @@
+"""ViViT of transformers: a cls token, then the grid of the config's tubelets, in ``layers``."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from stts_slowfast.hosts import HOSTS, is_a
+from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, patches
+
+
+@HOSTS.register()
+class ViViT(TokensAlone):
+    """``VivitModel`` and ``VivitForVideoClassification``."""
+
+    prefix = 1
+
+    def __init__(self, model: nn.Module):
+        config = model.config
+        frames, *patch = config.tubelet_size
+        self.sizes = patches(config.num_frames, config.image_size, frames, patch)
+
+    @staticmethod
+    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+        return inner(model).layers if is_a(model, "transformers", "VivitPreTrainedModel") else ()

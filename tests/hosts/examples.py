@@ -1,0 +1,124 @@
+"""Small models with random weights, one a host, and what it takes to run each."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+WIDTH = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+
+
+class Example(NamedTuple):
+    """A model of a host in evaluation, its clips, and how to get logits out of both."""
+
+    model: nn.Module
+    clips: Tensor
+    logits: Callable[[nn.Module, Tensor], Tensor]
+
+
+def hugging(name: str, model: str, size: dict, seed: int, **more) -> Example:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = getattr(transformers, f"{name}Config")(**WIDTH, **size, num_labels=5, **more)
+    model = getattr(transformers, f"{name}{model}")(config).eval()
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():  # biases and cls tokens that start at 0 hide mistakes
+        parameter.data.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
+    clips = torch.randn(2, 8, 3, 32, 32, generator=draw)
+    if model.base_model_prefix in model._modules:
+        return Example(model, clips, lambda model, clips: model(clips).logits)
+    return Example(model, clips, lambda model, clips: model(clips).last_hidden_state)
+
+
+def videomae(model="ForVideoClassification", **more):
+    size = {"num_frames": 8, "image_size": 32, "patch_size": 8, "intermediate_size": 48}
+    return hugging("VideoMAE", model, size, 1, **more)
+
+
+def vivit():
+    size = {"num_frames": 8, "image_size": 32, "tubelet_size": [2, 8, 8], "intermediate_size": 48}
+    return hugging("Vivit", "ForVideoClassification", size, 2)
+
+
+def vjepa2():
+    size = {"frames_per_clip": 8, "crop_size": 32, "patch_size": 8, "mlp_ratio": 2.0}
+    pooler = {"num_pooler_layers": 1, "pred_num_hidden_layers": 1, "pred_hidden_size": 24}
+    return hugging("VJEPA2", "ForVideoClassification", size | pooler, 3, pred_num_attention_heads=2)
+
+
+def timesformer(attention="divided_space_time", model="ForVideoClassification"):
+    size = {"num_frames": 8, "image_size": 32, "patch_size": 8, "intermediate_size": 48}
+    return hugging("Timesformer", model, size, 4, attention_type=attention)
+
+
+def timm_vit(**more):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(5)
+    model = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5, **more
+    ).eval()
+    return model, torch.randn(2, 8, 3, 32, 32)
+
+
+def timm_frames(**more):
+    model, clips = timm_vit(**more)
+    model.num_frames = 8
+
+    def logits(model, clips):
+        return model(clips.flatten(0, 1)).unflatten(0, (len(clips), -1)).mean(1)
+
+    return Example(model, clips, logits)
+
+
+class Tubelets(nn.Module):
+    """Patches of two frames, as an ``embed_layer`` for timm."""
+
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, **unused):
+        super().__init__()
+        self.grid_size = (4, img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1] * self.grid_size[2]
+        kernel = (2, patch_size, patch_size)
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel, kernel)
+
+    def forward(self, clips):
+        return self.proj(clips).flatten(2).transpose(1, 2)
+
+
+def timm_tubelets():
+    model, clips = timm_vit(embed_layer=Tubelets)
+    return Example(model, clips.transpose(1, 2), lambda model, clips: model(clips))
+
+
+def pytorchvideo():
+    vit = pytest.importorskip(
+        "pytorchvideo.models.vision_transformers", reason="pytorchvideo is not installed"
+    )
+    torch.manual_seed(6)
+    model = vit.create_multiscale_vision_transformers(
+        spatial_size=32,
+        temporal_size=8,
+        depth=4,
+        patch_embed_dim=24,
+        conv_patch_embed_stride=(2, 8, 8),
+        num_heads=2,
+        head_num_classes=5,
+        head_dropout_rate=0.0,
+    ).eval()
+    return Example(model, torch.randn(2, 3, 8, 32, 32), lambda model, clips: model(clips))
+
+
+EXAMPLES = {
+    "videomae": videomae,
+    "videomae-token": lambda: videomae(use_mean_pooling=False),
+    "videomae-model": lambda: videomae("Model"),
+    "vivit": vivit,
+    "vjepa2": vjepa2,
+    "timesformer-divided": timesformer,
+    "timesformer-joint": lambda: timesformer("joint_space_time"),
+    "timesformer-space": lambda: timesformer("space_only"),
+    "timm-frames": timm_frames,
+    "timm-registers": lambda: timm_frames(reg_tokens=2, global_pool="avg"),
+    "timm-tubelets": timm_tubelets,
+    "pytorchvideo": pytorchvideo,
+}

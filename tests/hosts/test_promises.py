@@ -1,0 +1,165 @@
+"""What holds for every host: each test runs with each of the models in conftest.py."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+
+from stts_slowfast.hooks import attach, detach, selections
+from stts_slowfast.standalone.flops import count_gflops
+from tests.hosts.examples import EXAMPLES
+
+SELECTION = {"time": {0: 0.5, 2: 0.5}, "space": {1: 0.6, 2: 0.5}, "num_samples": 20}
+
+
+def select(model, **changes):
+    return attach(model, **{**SELECTION, "fused_attention": False, **changes})
+
+
+def differentiate(example, seed=0):
+    torch.manual_seed(seed)
+    example.model.zero_grad()
+    example.logits(example.model, example.clips).square().mean().backward()
+    return {
+        name: p.grad.clone() for name, p in example.model.named_parameters() if p.grad is not None
+    }
+
+
+def test_keeping_all_changes_no_bit(example):
+    plain = example.logits(example.model, example.clips)
+    select(example.model, time={0: 1.0, 2: 1.0}, space={1: 1.0, 2: 1.0})
+    assert torch.equal(example.logits(example.model, example.clips), plain)
+
+
+def test_detaching_gives_the_model_back(example):
+    plain, state = example.logits(example.model, example.clips), set(example.model.state_dict())
+    attributes = {name: set(vars(m)) for name, m in example.model.named_modules()}
+    select(example.model)
+    assert not torch.equal(example.logits(example.model, example.clips), plain)
+    detach(example.model)
+    assert torch.equal(example.logits(example.model, example.clips), plain)
+    assert set(example.model.state_dict()) == state
+    assert {name: set(vars(m)) for name, m in example.model.named_modules()} == attributes
+
+
+def test_selections_say_what_was_kept(example):
+    select(example.model)
+    with torch.no_grad():
+        example.logits(example.model, example.clips)
+    kept = selections(example.model)
+    assert list(kept) == ["time_0", "space_1", "time_2", "space_2"]
+    frames = len(kept["time_0"][0])
+    assert frames in (2, 4) and kept["time_2"].shape == (2, frames // 2)
+    assert (kept["time_0"].diff(dim=1) > 0).all()
+    assert kept["space_1"].shape == (2 * frames, 4) and (kept["space_1"][:, 2:] == 3).all()
+    assert kept["space_2"].shape == (frames, 4) and (kept["space_2"][:, 2:] == 2).all()
+
+
+def test_gradients_reach_every_scorer(example):
+    select(example.model).train()
+    gradients = differentiate(example)
+    for key, selector in example.model.stts.items():
+        for name, _ in selector.scorer.named_parameters():
+            gradient = gradients[f"stts.{key}.scorer.{name}"]
+            assert gradient.isfinite().all()
+            # A bias of the last layer moves all scores alike, and normalising undoes that.
+            assert gradient.abs().sum() > 0 or gradient.numel() == 1, (key, name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_are_the_same_with_checkpointing(example, reentrant):
+    model = select(example.model).train()
+    plain = differentiate(example)
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    elif hasattr(model, "set_grad_checkpointing"):
+        if reentrant:
+            pytest.skip("timm itself calls a block anew with tokens that have lost their mark")
+        model.set_grad_checkpointing()
+    else:
+        pytest.skip("this host has no gradient checkpointing")
+    again = differentiate(example)
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, again[name]), name
+
+
+def test_compiles_to_one_graph(example):
+    select(example.model)
+    plain = example.logits(example.model, example.clips)
+    torch._dynamo.reset()
+    compiled = torch.compile(example.model, fullgraph=True, backend="eager")
+    assert torch.equal(example.logits(compiled, example.clips), plain)
+
+
+@pytest.mark.parametrize("name", ["videomae", "timesformer-divided", "vjepa2"])
+def test_gradients_of_the_compiled_model(name):
+    example = EXAMPLES[name]()
+    select(example.model).train()
+    plain = differentiate(example)
+    torch._dynamo.reset()
+    compiled = torch.compile(example.model, fullgraph=True, backend="eager")
+    compiled.zero_grad()
+    torch.manual_seed(0)
+    example.logits(compiled, example.clips).square().mean().backward()
+    for name, parameter in example.model.named_parameters():
+        if name in plain:
+            torch.testing.assert_close(parameter.grad, plain[name], msg=name)
+
+
+def test_flops_fall(example):
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, clips):
+            return example.logits(self.model, clips)
+
+    before = count_gflops(Logits(example.model), example.clips[:1])
+    select(example.model)
+    after = count_gflops(Logits(example.model), example.clips[:1])
+    assert 0 < after < 0.6 * before
+
+
+def test_two_threads_do_not_meet(example):
+    select(example.model)
+    clips = [torch.randn_like(example.clips) for _ in range(2)]
+    with torch.no_grad():
+        alone = [example.logits(example.model, clip) for clip in clips]
+    wrong = []
+
+    def run(clip, expected):
+        with torch.no_grad():
+            for _ in range(30):
+                if not torch.equal(example.logits(example.model, clip), expected):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(clips, alone)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, "pickle"])
+def test_copies_select_by_themselves(example, how):
+    model = select(example.model)
+    plain = example.logits(model, example.clips)
+    if how == "pickle":
+        if "Tubelets" in str(model):
+            pytest.skip("pickled by the test module's name, which says nothing of a host")
+        twin = pickle.load(io.BytesIO(pickle.dumps(model)))
+    else:
+        twin = how(model)
+    assert torch.equal(example.logits(twin, example.clips), plain)
+    for parameter in twin.stts.parameters():
+        parameter.data.normal_()
+    assert not torch.equal(example.logits(twin, example.clips), plain)
+    assert torch.equal(example.logits(model, example.clips), plain)
+    detach(twin)
+    assert torch.equal(example.logits(model, example.clips), plain)
