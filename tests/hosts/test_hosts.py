@@ -1,0 +1,35 @@
+"""How the host of a model is told."""
+
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from stts_slowfast.hosts import find, is_a
+
+
+class VisionTransformer(nn.Module):
+    """Has timm's name, and nothing else of it."""
+
+
+def test_a_class_of_the_same_name_from_elsewhere_is_another():
+    with pytest.raises(ValueError, match="VisionTransformer has no blocks to select tokens before"):
+        find(VisionTransformer())
+    assert is_a(VisionTransformer(), __name__, "VisionTransformer")
+
+
+def test_what_comes_from_a_known_class_is_known(example):
+    kind = type(example.model)
+    example.model.__class__ = type("Mine", (kind,), {"__module__": "mine"})
+    assert len(find(example.model)[1]) == 4
+
+
+def test_no_library_is_imported_to_tell_a_host():
+    code = (
+        "import sys, torchvision; from stts_slowfast.hosts import find;"
+        "find(torchvision.models.video.mvit_v1_b());"
+        "print([name for name in ('transformers', 'timm', 'pytorchvideo') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
