@@ -16,7 +16,7 @@ class VisionTransformer(nn.Module):
 def test_a_class_of_the_same_name_from_elsewhere_is_another():
     with pytest.raises(ValueError, match="VisionTransformer has no blocks to select tokens before"):
         find(VisionTransformer())
-    assert is_a(VisionTransformer(), __name__, "VisionTransformer")
+    assert is_a(VisionTransformer(), __name__.partition(".")[0], "VisionTransformer")
 
 
 def test_what_comes_from_a_known_class_is_known(example):
