@@ -1,25 +1,100 @@
-"""What makes a model faster and never changes its numbers: attention, blocks, a CPU's operators."""
+"""What makes a model faster, or its relative positions true, and never changes anything else."""
+
+import logging
 
 from torch import nn
 
-from stts_slowfast.fused.attention import fuse_attention, unfuse_attention
+from stts_slowfast.fused import pytorchvideo  # noqa: F401  it adds its views
+from stts_slowfast.fused.attention import AttentionView
+from stts_slowfast.fused.torchvision import SwinAttention
+from stts_slowfast.fused.views import BLOCKS, PARTS, READERS, Request, View, differs
+from stts_slowfast.hosts import find_blocks
+
+logger = logging.getLogger(__name__)
+
+# The parameters by which attention is known to have relative positions.
+_TABLES = ("rel_pos_t", "rel_pos_h", "rel_pos_w", "relative_position_bias_table")
 
 
 def configure(model: nn.Module, fuse: bool, true_distances: bool) -> int:
     """Gives a model's attention what a node asks for, in place; calling it again starts afresh.
 
+    Modules are replaced by views of them. Parameters and buffers stay the same objects under the
+    same names. What cannot be computed by other means exactly (pooling before the projection,
+    unshared convolutions, norms other than LayerNorm), or turns out to differ, stays stock. With
+    either value of ``fuse`` the model's numbers are the same.
+
     Args:
-        model: with its selectors in place.
-        fuse: ``STTS.FUSED_ATTENTION``.
-        true_distances: ``STTS.TRUE_DISTANCES``.
+        model: with its selectors in place, which hand ``Grid``s to its blocks.
+        fuse: ``STTS.FUSED_ATTENTION``: faster attention and blocks, wherever their parts have no
+            hooks and were not wrapped or replaced.
+        true_distances: ``STTS.TRUE_DISTANCES``: after a selection, relative positions are those
+            between the tokens that are left; False stretches the tables over what is left, as the
+            stock modules do for any smaller input.
 
     Returns:
         How many attention modules were replaced.
     """
     restore(model)
-    return fuse_attention(model, true_distances) if fuse else 0
+    request = Request(fuse, true_distances, _cropped(model), _readers(model))
+    problems = {}
+    for kinds in (PARTS, BLOCKS):
+        for parent, name, child in _children(model):
+            kind = next((kind for kind in kinds if kind.knows(child, parent, name)), None)
+            view = kind and kind.of(child, request)
+            if view is None:
+                continue
+            problem = differs(view)
+            if problem:
+                problems.setdefault(type(child).__name__, problem)
+            else:
+                parent._modules[name] = view
+    for name, problem in problems.items():
+        logger.warning(f"{name} stays as it is, for what would replace it differs: {problem}")
+    views = [m for m in model.modules() if isinstance(m, (AttentionView, SwinAttention))]
+    if fuse and not any(view.fuse for view in views if isinstance(view, AttentionView)):
+        logger.info(f"STTS.FUSED_ATTENTION is True, but {type(model).__name__} has nothing to fuse")
+    strange = _strange_positions(model) - problems.keys()
+    if true_distances and strange and hasattr(model, "stts"):
+        names = ", ".join(sorted(strange))
+        logger.warning(f"STTS.TRUE_DISTANCES is True, but is not for {names}, which is unknown")
+    return len(views)
 
 
 def restore(model: nn.Module) -> None:
     """Puts the stock modules back, the very objects that ``configure`` replaced."""
-    unfuse_attention(model)
+    for parent, name, child in _children(model):
+        if isinstance(child, View):
+            parent._modules[name] = child.stock
+
+
+def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+    ]
+
+
+def _cropped(model: nn.Module) -> set[nn.Module]:
+    """The modules of the blocks that run behind a selection of windows."""
+    keys = [key.split("_") for key in getattr(model, "stts", ())]
+    first = min((int(number) for kind, number in keys if kind == "space"), default=None)
+    blocks = [] if first is None else find_blocks(model)[first:]
+    return {module for block in blocks for module in block.modules()}
+
+
+def _readers(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, nn.Module]]:
+    found = [(module, reader(module)) for module in model.modules() for reader in READERS]
+    return {find_blocks(module)[-1]: (module, norm) for module, norm in found if norm is not None}
+
+
+def _strange_positions(model: nn.Module) -> set[str]:
+    """The classes in a model that have relative positions, and that no view knows."""
+    return {
+        type(module).__name__
+        for module in model.modules()
+        if any(module._parameters.get(name) is not None for name in _TABLES)
+        and not isinstance(module, View)
+        and not any(kind.knows(module, module, "") for kind in PARTS)
+    }

@@ -23,6 +23,7 @@ HOOKS = {
     "slowfast.datasets.decoder": ["decoder.mend_decoder"],
     "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint"],
     "slowfast.utils.logging": ["plugin.wrap_log"],
+    "slowfast.models.attention": ["fused.register"],
     "slowfast.models.video_model_builder": [
         "plugin.wrap_models",
         "compat.devices.mend_cuda_synchronize",

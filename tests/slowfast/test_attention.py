@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stts_slowfast.fused.attention import FusedAttention, fuse_attention
+from stts_slowfast.fused import configure
+from stts_slowfast.fused.attention import AttentionView
 
 KERNELS = {"kernel_q": (3, 3, 3), "kernel_kv": (3, 3, 3), "stride_kv": (1, 4, 4)}
 RELATIVE = {"rel_pos_spatial": True, "rel_pos_temporal": True, "residual_pooling": True}
@@ -49,7 +50,7 @@ def test_equals_slowfast(make, options, size):
     inputs = [x, *holder.parameters()]
     stock, stock_thw = holder["attn"](x, [4, size, size])
     stock_grads = torch.autograd.grad(stock.square().sum(), inputs)
-    assert fuse_attention(holder) == 1
+    assert configure(holder, True, True) == 1
     fused, thw = holder["attn"](x, [4, size, size])
     assert thw == stock_thw and type(thw) is list
     torch.testing.assert_close(fused, stock)
@@ -59,8 +60,8 @@ def test_equals_slowfast(make, options, size):
 @pytest.mark.parametrize("mode", ["conv", "conv_unshared"])
 def test_pooling_before_the_projection_stays_stock(make, mode):
     holder = make(pool_first=True, mode=mode)
-    assert fuse_attention(holder) == 0
-    assert not isinstance(holder["attn"], FusedAttention)
+    assert configure(holder, True, True) == 0
+    assert not isinstance(holder["attn"], AttentionView)
 
 
 @pytest.mark.parametrize("recipe", ["MVIT_B_16x4_CONV", "MVITv2_S_16x4"])
@@ -73,5 +74,5 @@ def test_stock_recipes_are_fused(get_cfg, build, recipe):
     clips = torch.randn(1, 3, 8, 64, 64)
     with torch.no_grad():
         stock = model([clips])
-        assert fuse_attention(model) == len(model.blocks)
+        assert configure(model, True, True) == len(model.blocks)
         torch.testing.assert_close(model([clips]), stock, rtol=1e-5, atol=1e-5)

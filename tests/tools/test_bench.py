@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from stts_slowfast.fused.attention import FusedAttention
+from stts_slowfast.fused.attention import AttentionView
 from stts_slowfast.tools import bench, cli
 
 
@@ -31,7 +31,7 @@ def test_row_says_what_is_built(config, enable, fused):
     model, shape = bench.build(row, "cpu")
     assert shape == (3, 8, 32, 32)
     assert hasattr(model, "stts") is enable
-    assert any(isinstance(m, FusedAttention) for m in model.modules()) is fused
+    assert any(isinstance(m, AttentionView) for m in model.modules()) is fused
 
 
 def test_whole_run(config, tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stts_slowfast.checkpoints import save_checkpoint
-from stts_slowfast.fused.attention import fuse_attention
+from stts_slowfast.fused import configure
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import cli, export
 
@@ -28,7 +28,7 @@ def model(tiny_cfg):
     model = build_model(tiny_cfg)
     for parameter in model.stts.parameters():
         nn.init.normal_(parameter, std=0.3)
-    fuse_attention(model)
+    configure(model, True, True)
     return model
 
 

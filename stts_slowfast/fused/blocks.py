@@ -1,0 +1,178 @@
+"""Fused blocks around pooling attention: what they make in between is kept once, or not at all.
+
+Besides, two of their neighbours that PyTorch computes slowly on a CPU: the convolution that makes
+the tokens, and the pooling of the residual.
+"""
+
+import torch
+from torch import Tensor, cat, nn
+from torch.nn import functional as F
+from torchvision.models.video.mvit import MViT, Pool
+
+from stts_slowfast.fused import cpu
+from stts_slowfast.fused.attention import AttentionView, geometry
+from stts_slowfast.fused.views import PARTS, Request, View, untouched
+
+
+class BlockView(View):
+    """Stands in for an MViT block around fused attention, whose names a subclass knows.
+
+    Args:
+        stock: the block to stand in for.
+        model: the model whose last block it is, where that drops all tokens but the cls; then the
+            cls token comes out alone.
+        reader: the child of ``model`` that reads the tokens.
+
+    Shapes: tokens ``(B, [1+]T*H*W, C)`` and ``(T, H, W)`` in; tokens and their grid out.
+    """
+
+    # The child that is stochastic depth.
+    stochastic: str
+
+    def __init__(self, stock: nn.Module, model=None, reader=None):
+        super().__init__(stock, model=model, reader=reader)
+
+    @classmethod
+    def of(cls, stock: nn.Module, request: Request) -> "BlockView | None":
+        if not (request.fuse and untouched(stock, hooks=False) and cls.fits(stock)):
+            return None
+        # Patches' queries, and all that follows from them, can be left out where nobody reads them,
+        # but not where parameters serve those alone: every parameter must get a gradient.
+        cls_asks = not stock.attn.has_positions() and stock.attn.pool_q is None
+        return cls(stock, *request.readers.get(stock, ()) if cls_asks else ())
+
+    @classmethod
+    def fits(cls, block: nn.Module) -> bool:
+        """Whether the parts are of the kinds that can be rearranged exactly."""
+        first, activation, second, *dropouts = cls.mlp_layers(block) or (None,) * 3
+        return (
+            isinstance(block.attn, AttentionView)
+            and block.attn.fuse
+            and type(block.norm1) is type(block.norm2) is nn.LayerNorm
+            and all(norm.elementwise_affine for norm in (block.norm1, block.norm2))
+            and type(first) is type(second) is nn.Linear
+            and type(activation) is nn.GELU
+            and activation.approximate == "none"
+            and all(dropout.p == 0.0 for dropout in dropouts)
+            and cls.drops_clips(getattr(block, cls.stochastic))
+        )
+
+    @classmethod
+    def drops_clips(cls, module: nn.Module) -> bool:
+        """Whether stochastic depth multiplies each clip by one number, and does nothing else."""
+        raise NotImplementedError
+
+    @staticmethod
+    def mlp_layers(block: nn.Module) -> list[nn.Module]:
+        """The first linear layer, the activation, the second linear layer and dropouts."""
+        raise NotImplementedError
+
+    def projection(self) -> tuple[nn.Module | None, bool]:
+        """What changes the width of the residual, if anything, and whether before the MLP."""
+        raise NotImplementedError
+
+    def skip_pool(self) -> nn.Module | None:
+        """What pools the residual, if anything."""
+        raise NotImplementedError
+
+    def examples(self, generator: torch.Generator) -> list[tuple]:
+        return self.attn.examples(generator)
+
+    def ways(self) -> list:
+        return [self.fused, self._cls_beside_patches] if self.reader is not None else [self.fused]
+
+    def _cls_beside_patches(self, x: Tensor, thw) -> Tensor:
+        return cat([self.fused(x, thw, True)[0], self.fused(x, thw)[0][:, 1:]], dim=1)
+
+    def is_fused(self) -> bool:
+        return super().is_fused() and self.fits(self)
+
+    def forward(self, x: Tensor, thw):
+        if not thw or not self.is_fused():
+            return self.stock.forward(x, thw)
+        return self.fused(x, thw, self._cls_alone())
+
+    def fused(self, x: Tensor, thw, cls_alone: bool = False):
+        y, norm = (x, self.norm1) if cpu.in_pieces(x) else (self.norm1(x), None)
+        out, thw_new = self.attn.fused(y, thw, norm, cls_alone)
+        project, in_attention = self.projection()
+        if project is not None and in_attention:
+            x = cpu.linear(y, project.weight, project.bias, norm)
+            project = None
+        drop = getattr(self, self.stochastic)
+        x = (x[:, :1] if cls_alone else self._skip(x, tuple(thw))) + drop(out)
+        ones = x.new_ones(len(x), 1, 1)
+        scale = drop(ones)  # what stochastic depth multiplies each clip with
+        scale = None if scale is ones else scale
+        first, _, second, *_ = self.mlp_layers(self)
+        return cpu.residual_mlp(x, self.norm2, first, second, project, scale), thw_new
+
+    def _cls_alone(self) -> bool:
+        """Whether nobody reads more of what comes out than the cls token."""
+        reader, model = self.reader, self.model
+        if reader is None or not any(child is reader for child in model._modules.values()):
+            return False
+        return not self._forward_hooks and "forward" not in model.__dict__ and untouched(reader)
+
+    def _skip(self, x: Tensor, thw: tuple) -> Tensor:
+        """Pools the residual ``(B, [1+]T*H*W, C)`` over the grid."""
+        pool = self.skip_pool()
+        if pool is None:
+            return x
+        cls = x.shape[1] - thw[0] * thw[1] * thw[2]
+        y = pool(x[:, cls:].unflatten(1, thw).permute(0, 4, 1, 2, 3))
+        y = y.permute(0, 2, 3, 4, 1).flatten(1, 3)
+        return cat([x[:, :cls], y], dim=1) if cls else y
+
+
+class PatchProjection(View):
+    """Stands in for the convolution that makes tokens; on a CPU they come out channels-last.
+
+    So they lie as ``(B, T*H*W, C)`` needs them, and are not copied to get there.
+    """
+
+    @classmethod
+    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        torchvision = isinstance(parent, MViT) and name == "conv_proj"
+        if not torchvision and (type(parent).__name__, name) != ("PatchEmbed", "proj"):
+            return False
+        return type(module) is nn.Conv3d and module.padding_mode == "zeros"
+
+    def examples(self, generator: torch.Generator) -> list[tuple]:
+        sizes = [2 * size + 1 for size in self.kernel_size]
+        return [(torch.randn(2, self.in_channels, *sizes, generator=generator),)]
+
+    def fused(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if x.device.type == "cpu":
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        settings = self.stride, self.padding, self.dilation, self.groups
+        return F.conv3d(x, weight, self.bias, *settings)
+
+
+class SkipPool(View):
+    """Stands in for a block's ``MaxPool3d`` on the residual: pools frames, with channels last.
+
+    PyTorch's own is not vectorised on a CPU.
+    """
+
+    @classmethod
+    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        if type(module) is not nn.MaxPool3d or module.return_indices or module.ceil_mode:
+            return False
+        skips = name == "pool_skip" or (isinstance(parent, Pool) and name == "pool")
+        return skips and geometry(module)[0][0] == geometry(module)[1][0] == 1
+
+    def examples(self, generator: torch.Generator) -> list[tuple]:
+        return [(torch.randn(2, 3, 2, 9, 7, generator=generator),)]
+
+    def fused(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return self.stock.forward(x)
+        frames = x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)  # (B*T, C, H, W)
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+        frames = cpu.max_pool(frames, *(s if isinstance(s, int) else s[1:] for s in sizes))
+        return frames.permute(0, 2, 3, 1).unflatten(0, (len(x), -1)).permute(0, 4, 1, 2, 3)
+
+
+PARTS += [PatchProjection, SkipPool]

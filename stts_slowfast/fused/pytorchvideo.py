@@ -1,0 +1,98 @@
+"""pytorchvideo's MViT: the views of its attention and blocks. It need not be installed."""
+
+from torch import Tensor, cat, nn
+
+from stts_slowfast.fused import cpu
+from stts_slowfast.fused.attention import AttentionView, fusible, inner, split
+from stts_slowfast.fused.blocks import BlockView
+from stts_slowfast.fused.views import BLOCKS, PARTS, READERS
+
+
+def is_a(module: nn.Module, name: str) -> bool:
+    """Whether the class of a module, or one that it derives from, has this dotted name."""
+    return name in [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+
+
+class PyTorchVideoAttention(AttentionView):
+    """Stands in for ``pytorchvideo.layers.attention.MultiScaleAttention``."""
+
+    @classmethod
+    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        return is_a(module, "pytorchvideo.layers.attention.MultiScaleAttention")
+
+    @classmethod
+    def fits(cls, attn: nn.Module) -> bool:
+        if attn.pool_first:
+            return False
+        linears = [attn.q, attn.k, attn.v] if attn.separate_qkv else [attn.qkv]
+        return all(fusible(linear, cls.pools(attn)) for linear in linears)
+
+    def channels(self) -> int:
+        linear = self.q if self.separate_qkv or self.pool_first else self.qkv
+        return inner(linear, "in_features").in_features
+
+    def projections(self):
+        if self.separate_qkv:
+            biases = [linear.bias for linear in (self.k, self.v)]
+            kv = cat([self.k.weight, self.v.weight]), None if None in biases else cat(biases)
+            return (self.q.weight, self.q.bias), kv
+        return split(self.qkv)
+
+    def pools(self):
+        return [(getattr(self, f"pool_{x}"), getattr(self, f"norm_{x}", None)) for x in "qkv"]
+
+    def tables(self):
+        return None, None, None
+
+    def has_cls(self) -> bool:
+        return self.has_cls_embed
+
+    def softmax_scale(self) -> float:
+        return self.scale
+
+    def residual(self) -> str:
+        return "all" if self.residual_pool else "none"
+
+    def output(self, x: Tensor) -> Tensor:
+        x = cpu.linear(x, self.proj.weight, self.proj.bias)
+        return self.proj_drop(x) if hasattr(self, "proj_drop") else x
+
+
+class PyTorchVideoBlock(BlockView):
+    """Stands in for ``pytorchvideo.layers.attention.MultiScaleBlock``."""
+
+    stochastic = "drop_path"
+
+    @classmethod
+    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        return is_a(module, "pytorchvideo.layers.attention.MultiScaleBlock")
+
+    @classmethod
+    def drops_clips(cls, module: nn.Module) -> bool:
+        return type(module) is nn.Identity or is_a(module, "pytorchvideo.layers.drop_path.DropPath")
+
+    @staticmethod
+    def mlp_layers(block: nn.Module) -> list[nn.Module]:
+        mlp = block.mlp
+        dropouts = [part for part in mlp.children() if isinstance(part, nn.Dropout)]
+        return [mlp.fc1, mlp.act, mlp.fc2, *dropouts]
+
+    def projection(self) -> tuple[nn.Module | None, bool]:
+        return self.proj if self.dim != self.dim_out else None, self.dim_mul_in_att
+
+    def skip_pool(self) -> nn.Module | None:
+        return self.pool_skip
+
+
+def reader(model: nn.Module) -> nn.Module | None:
+    """What reads the tokens of the last block, where the head takes the cls token alone."""
+    if not is_a(model, "pytorchvideo.models.vision_transformers.MultiscaleVisionTransformers"):
+        return None
+    pool = getattr(model.head, "sequence_pool", None)
+    cls_alone = is_a(pool, "pytorchvideo.models.head.SequencePool") and pool.mode == "cls"
+    return model.norm_embed if cls_alone and type(model.norm_embed) is nn.LayerNorm else None
+
+
+PARTS.append(PyTorchVideoAttention)
+BLOCKS.append(PyTorchVideoBlock)
+READERS.append(reader)

@@ -1,0 +1,153 @@
+"""torchvision's MViT and Video Swin: the views of their attention and blocks."""
+
+import torch
+from torch import Tensor, arange, nn
+from torchvision.models.video.mvit import MultiscaleAttention, MultiscaleBlock, MViT
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
+from torchvision.ops import MLP, StochasticDepth
+
+from stts_slowfast.fused import cpu
+from stts_slowfast.fused.attention import AttentionView, fusible, inner, split
+from stts_slowfast.fused.blocks import BlockView
+from stts_slowfast.fused.views import BLOCKS, PARTS, READERS, Request, View
+
+
+class TorchvisionAttention(AttentionView):
+    """Stands in for ``torchvision.models.video.mvit.MultiscaleAttention``."""
+
+    @classmethod
+    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        return isinstance(module, MultiscaleAttention)
+
+    @staticmethod
+    def fits(attn: nn.Module) -> bool:
+        pools = [pool for pool in (attn.pool_q, attn.pool_k, attn.pool_v) if pool is not None]
+        if any(pool.norm_before_pool or len(pool.norm_act or ()) > 1 for pool in pools):
+            return False
+        return fusible(attn.qkv, TorchvisionAttention.pools(attn))
+
+    def channels(self) -> int:
+        return inner(self.qkv, "in_features").in_features
+
+    def projections(self):
+        return split(self.qkv)
+
+    def pools(self):
+        pools = (self.pool_q, self.pool_k, self.pool_v)
+        return [
+            (None, None)
+            if pool is None
+            else (pool.pool, pool.norm_act[0] if pool.norm_act else None)
+            for pool in pools
+        ]
+
+    def tables(self):
+        return self.rel_pos_t, self.rel_pos_h, self.rel_pos_w
+
+    def has_cls(self) -> bool:
+        return True
+
+    def softmax_scale(self) -> float:
+        return self.scaler
+
+    def residual(self) -> str:
+        if not self.residual_pool:
+            return "none"
+        return "all" if self.residual_with_cls_embed else "patches"
+
+    def output(self, x: Tensor) -> Tensor:
+        linear, *dropout = self.project
+        x = cpu.linear(x, linear.weight, linear.bias)
+        return dropout[0](x) if dropout else x
+
+    def project_and_pool(self, x: Tensor, thw: tuple):
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, heads, N, D)
+        grid = tuple(thw)
+        k, k_thw = (k, grid) if self.pool_k is None else self.pool_k(k, grid)
+        v = v if self.pool_v is None else self.pool_v(v, grid)[0]
+        q, q_thw = (q, grid) if self.pool_q is None else self.pool_q(q, grid)
+        return *(t.transpose(1, 2) for t in (q, k, v)), q_thw, k_thw
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.project(x)
+
+    @staticmethod
+    def distances(q_size: int, k_size: int, device) -> Tensor:
+        """``_add_rel_pos``'s rows, in its order of float operations, before truncation."""
+        q_ratio, k_ratio = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
+        q = arange(q_size, device=device)[:, None] * q_ratio
+        return q - (arange(k_size, device=device) + (1.0 - k_size)) * k_ratio
+
+
+class TorchvisionBlock(BlockView):
+    """Stands in for ``torchvision.models.video.mvit.MultiscaleBlock``."""
+
+    stochastic = "stochastic_depth"
+
+    @classmethod
+    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        return isinstance(module, MultiscaleBlock)
+
+    @classmethod
+    def drops_clips(cls, module: nn.Module) -> bool:
+        return type(module) is StochasticDepth
+
+    @staticmethod
+    def mlp_layers(block: nn.Module) -> list[nn.Module]:
+        layers = list(block.mlp) if isinstance(block.mlp, MLP) else []
+        dropouts = [layer for layer in layers if isinstance(layer, nn.Dropout)]
+        return [layer for layer in layers if not isinstance(layer, nn.Dropout)] + dropouts
+
+    def projection(self) -> tuple[nn.Module | None, bool]:
+        return self.project, self.proj_after_attn
+
+    def skip_pool(self) -> nn.Module | None:
+        return self.pool_skip and self.pool_skip.pool
+
+
+class SwinAttention(View):
+    """Stands in for ``ShiftedWindowAttention3d`` behind a selection of windows.
+
+    Its relative positions stay true where the grid is smaller than an attention window. The stock
+    module, like Video Swin, then takes the first rows of its index, which belong to other places
+    unless only frames are missing.
+
+    Shapes: tokens ``(B, T, H, W, C)`` in and out.
+    """
+
+    @classmethod
+    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        return isinstance(module, ShiftedWindowAttention3d)
+
+    @classmethod
+    def of(cls, stock: nn.Module, request: Request) -> "SwinAttention | None":
+        return cls(stock) if request.true_distances and stock in request.cropped else None
+
+    def examples(self, generator: torch.Generator) -> list[tuple]:
+        whole, channels = self.window_size, inner(self.qkv, "in_features").in_features
+        grids = [whole, [1, *whole[1:]], [size + 1 for size in whole]]
+        return [(torch.randn(1, *grid, channels, generator=generator),) for grid in grids]
+
+    def ways(self) -> list:
+        return [self.forward]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return type(self.stock).forward(self, x)
+
+    def get_relative_position_bias(self, window_size: list[int]) -> Tensor:
+        """The bias (1, heads, N, N) of a window of N tokens, (frames, rows, columns)."""
+        t, h, w = window_size
+        index = self.relative_position_index.view(*self.window_size, *self.window_size)
+        index = index[:t, :h, :w, :t, :h, :w].reshape(t * h * w, t * h * w)
+        return self.relative_position_bias_table[index].permute(2, 0, 1)[None]
+
+
+def reader(model: nn.Module) -> nn.Module | None:
+    """What reads the tokens of the last block, of which ``MViT`` keeps the cls token alone."""
+    return model.norm if type(model) is MViT and "forward" not in vars(model) else None
+
+
+PARTS += [TorchvisionAttention, SwinAttention]
+BLOCKS += [TorchvisionBlock]
+READERS.append(reader)

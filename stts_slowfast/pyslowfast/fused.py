@@ -1,0 +1,98 @@
+"""SlowFast's MViT: the views of its attention and blocks."""
+
+from torch import Tensor, arange, nn
+
+from stts_slowfast.fused.pytorchvideo import PyTorchVideoAttention, PyTorchVideoBlock
+from stts_slowfast.fused.views import BLOCKS, PARTS, READERS
+
+# The modules `slowfast.models.attention`, by whatever names they are imported.
+_hosts = []
+
+
+def register(attention_module) -> None:
+    """Makes the modules of ``slowfast.models.attention`` known to ``fused.configure``."""
+    if attention_module not in _hosts:
+        _hosts.append(attention_module)
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    return any(isinstance(module, getattr(host, name)) for host in _hosts)
+
+
+class SlowFastAttention(PyTorchVideoAttention):
+    """Stands in for ``slowfast.models.attention.MultiScaleAttention``."""
+
+    @classmethod
+    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        return _is_a(module, "MultiScaleAttention")
+
+    def tables(self):
+        return tuple(getattr(self, f"rel_pos_{axis}", None) for axis in "thw")
+
+    def residual(self) -> str:
+        if not self.residual_pooling:
+            return "none"
+        return "patches" if self.has_cls_embed else "all"
+
+    def project_and_pool(self, x: Tensor, thw: tuple):
+        parts = [x.unflatten(2, (self._groups(), -1)).transpose(1, 2)] * 3  # (B, groups, N, D)
+        if self.separate_qkv and not self.pool_first:
+            parts = [self._heads(layer(x)).transpose(1, 2) for layer in (self.q, self.k, self.v)]
+        elif not self.pool_first:
+            parts = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        pooled = [
+            _hosts[0].attention_pool(part, pool, thw, has_cls_embed=self.has_cls_embed, norm=norm)
+            for part, (pool, norm) in zip(parts, self.pools())
+        ]
+        parts = [part.transpose(1, 2) for part, _ in pooled]  # (B, N, groups, D)
+        if self.pool_first:
+            layers = (self.q, self.k, self.v)
+            parts = [self._heads(layer(t.flatten(2))) for layer, t in zip(layers, parts)]
+        return *parts, pooled[0][1], pooled[1][1]
+
+    def _groups(self) -> int:
+        return 1 if self.mode == "conv_unshared" else self.num_heads
+
+    def finish(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        return self.proj_drop(x) if self.drop_rate > 0.0 else x
+
+    @staticmethod
+    def distances(q_size: int, k_size: int, device) -> Tensor:
+        """``cal_rel_pos_spatial``'s rows, in its order of float operations, before truncation."""
+        q_ratio, k_ratio = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
+        q = arange(q_size, device=device)[:, None] * q_ratio
+        return q - arange(k_size, device=device) * k_ratio + (k_size - 1) * k_ratio
+
+
+class SlowFastBlock(PyTorchVideoBlock):
+    """Stands in for ``slowfast.models.attention.MultiScaleBlock``."""
+
+    @classmethod
+    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        return _is_a(module, "MultiScaleBlock")
+
+    @classmethod
+    def drops_clips(cls, module: nn.Module) -> bool:
+        return type(module) is nn.Identity or _is_a(module, "DropPath")
+
+    @classmethod
+    def fits(cls, block: nn.Module) -> bool:
+        return super().fits(block) and block.gamma_1 is block.gamma_2 is None
+
+    def projection(self) -> tuple[nn.Module | None, bool]:
+        return getattr(self, "proj", None), self.dim_mul_in_att
+
+
+def reader(model: nn.Module) -> nn.Module | None:
+    """What reads the tokens of the last block, where ``MViT`` keeps the cls token alone."""
+    kind = type(model)
+    if kind.__name__ != "MViT" or not kind.__module__.endswith("models.video_model_builder"):
+        return None
+    all_tokens = model.enable_detection or model.use_mean_pooling or model.enable_rev
+    return model.norm if model.cls_embed_on and not all_tokens else None
+
+
+PARTS.append(SlowFastAttention)
+BLOCKS.append(SlowFastBlock)
+READERS.append(reader)
