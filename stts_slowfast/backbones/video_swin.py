@@ -7,9 +7,8 @@ patch merging belongs to the way to the next stage, so that a selector sees the 
 import re
 
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
-from torchvision.models.swin_transformer import SwinTransformerBlock
-from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
+from torch import nn
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from stts_slowfast.backbones.family import FAMILIES, Family, Format
 from stts_slowfast.backbones.names import (
@@ -42,25 +41,6 @@ def add_config(cfg) -> None:
     cfg.VIDEO_SWIN.DROPPATH_RATE = 0.1
 
 
-class CroppedWindowAttention(ShiftedWindowAttention3d):
-    """Window attention whose relative positions stay true where the grid is smaller than a window.
-
-    torchvision, like Video Swin, then takes the first rows of its index, which belong to other
-    places unless only frames are missing. After a spatial selection grids get that small.
-    """
-
-    def get_relative_position_bias(self, window_size: list[int]) -> Tensor:
-        """The bias (1, heads, N, N) of a window of N tokens, (frames, rows, columns)."""
-        t, h, w = window_size
-        index = self.relative_position_index.view(*self.window_size, *self.window_size)
-        index = index[:t, :h, :w, :t, :h, :w].reshape(t * h * w, t * h * w)
-        return self.relative_position_bias_table[index].permute(2, 0, 1)[None]
-
-
-def _cropped_block(*args, **kwargs) -> SwinTransformerBlock:
-    return SwinTransformerBlock(*args, **{**kwargs, "attn_layer": CroppedWindowAttention})
-
-
 def build(cfg: CfgNode) -> SwinTransformer3d:
     """The Video Swin of a config's VIDEO_SWIN and MODEL nodes; clip (B, 3, T, H, W) to logits."""
     node = cfg.VIDEO_SWIN
@@ -77,16 +57,10 @@ def build(cfg: CfgNode) -> SwinTransformer3d:
         window_size=list(node.WINDOW_SIZE),
         stochastic_depth_prob=node.DROPPATH_RATE,
         num_classes=cfg.MODEL.NUM_CLASSES,
-        block=_cropped_block if _selects_windows(cfg) else None,
     )
     # torchvision has no dropout before the head; here it changes no parameter's name
     model.avgpool = nn.Sequential(model.avgpool, nn.Dropout(cfg.MODEL.DROPOUT_RATE))
     return model
-
-
-def _selects_windows(cfg: CfgNode) -> bool:
-    stts = cfg.get("STTS")
-    return bool(stts and stts.ENABLE and stts.TRUE_DISTANCES and stts.SPACE.BLOCKS)
 
 
 def block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:

@@ -47,8 +47,8 @@ class AttentionView(View):
         return view if fuse or (view.has_positions() and request.true_distances) else None
 
     def examples(self, generator: torch.Generator) -> list[tuple]:
-        tokens = int(self.has_cls()) + 2 * 9 * 7
-        return [(torch.randn(2, tokens, self.channels(), generator=generator), (2, 9, 7))]
+        tokens = int(self.has_cls()) + 5 * 9 * 7
+        return [(torch.randn(2, tokens, self.channels(), generator=generator), (5, 9, 7))]
 
     def ways(self) -> list:
         fused = [self.fused] if self.fuse else []

@@ -8,15 +8,9 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 from torchvision.models.video import swin3d_t
-from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from stts_slowfast import backbones
-from stts_slowfast.backbones.video_swin import (
-    CroppedWindowAttention,
-    add_config,
-    block_grids,
-    build,
-)
+from stts_slowfast.backbones.video_swin import add_config, block_grids, build
 from stts_slowfast.checkpoints import load_weights
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.hooks import attach, selections
@@ -135,32 +129,6 @@ def test_temporal_selection_before_stage_0_equals_a_shorter_clip():
     del model.stts
     model.features[0]._forward_pre_hooks.clear()
     torch.testing.assert_close(logits, model(clip[:, :, frames]), atol=1e-5, rtol=0)
-
-
-def test_relative_positions_stay_true_in_a_cropped_window():
-    attention = CroppedWindowAttention(8, [2, 4, 4], [0, 0, 0], 2)
-    stock = ShiftedWindowAttention3d(8, [2, 4, 4], [0, 0, 0], 2)
-    stock.load_state_dict(attention.state_dict())
-    for window in ([2, 4, 4], [1, 4, 4]):  # whole, and with frames missing: torchvision is right
-        ours, theirs = (a.get_relative_position_bias(window) for a in (attention, stock))
-        assert torch.equal(ours, theirs)
-
-    bias = attention.get_relative_position_bias([2, 3, 2])[0].view(2, 2, 3, 2, 2, 3, 2)
-    table = attention.relative_position_bias_table.view(3, 7, 7, 2)  # (frames, rows, columns) apart
-    for query in ((0, 0, 0), (1, 2, 1)):
-        for key in ((0, 1, 1), (1, 0, 0)):
-            apart = [q - k for q, k in zip(query, key)]
-            expected = table[apart[0] + 1, apart[1] + 3, apart[2] + 3]
-            assert torch.equal(bias[(slice(None), *query, *key)], expected)
-
-
-@pytest.mark.parametrize(("space", "true_distances"), [([1], True), ([], True), ([1], False)])
-def test_only_spatial_selection_changes_torchvisions_attention(space, true_distances):
-    cfg = config()
-    cfg.STTS.ENABLE, cfg.STTS.SPACE.BLOCKS, cfg.STTS.TRUE_DISTANCES = True, space, true_distances
-    kinds = {type(block.attn) for stage in build(cfg).features[::2] for block in stage}
-    changed = bool(space) and true_distances
-    assert kinds == {CroppedWindowAttention if changed else ShiftedWindowAttention3d}
 
 
 def test_every_parameter_learns_with_selectors():
