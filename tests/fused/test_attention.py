@@ -10,10 +10,8 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.video.mvit import (
-    MSBlockConfig,
     MultiscaleAttention,
     MultiscaleBlock,
-    MViT,
 )
 
 from stts_slowfast.backbones import block_grids, build
@@ -22,49 +20,14 @@ from stts_slowfast.fused.attention import AttentionView
 from stts_slowfast.hooks import attach, selections
 
 
-def mvit(relative: bool, residual_with_cls: bool = False, dropout: float = 0.0) -> MViT:
-    """Three blocks on 4x16x16 tokens that pool keys by 8, 4 and 1, queries by 1, 2 and 2."""
-    kernel = [3, 3, 3]
-    blocks = [
-        MSBlockConfig(1, 8, 16, kernel if relative else [], kernel, [1, 1, 1], [1, 8, 8]),
-        MSBlockConfig(2, 16, 16, kernel, kernel, [1, 2, 2], [1, 4, 4]),
-        MSBlockConfig(2, 16, 16, kernel, kernel, [1, 2, 2], [1, 1, 1]),
-    ]
-    if not relative:
-        blocks[0].stride_q = []
-    model = MViT(
-        (64, 64),
-        8,
-        blocks,
-        residual_pool=relative,
-        residual_with_cls_embed=residual_with_cls,
-        rel_pos_embed=relative,
-        proj_after_attn=relative,
-        dropout=dropout,
-        num_classes=5,
-    )
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-@pytest.fixture
-def clips():
-    return torch.randn(2, 3, 8, 64, 64)
-
-
-def outputs_and_gradients(model, clips):
-    out = model(clips)
-    out.square().sum().backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    return out.detach(), grads
-
-
 @pytest.mark.parametrize(
     ("relative", "residual_with_cls"), [(False, False), (True, False), (True, True)]
 )
-def test_outputs_and_gradients_are_the_stock_ones(relative, residual_with_cls, clips):
+def test_outputs_and_gradients_are_the_stock_ones(
+    outputs_and_gradients, mvit, relative, residual_with_cls, clips
+):
+    outputs_and_gradients, mvit, relative, residual_with_cls, clips
+):
     model = mvit(relative, residual_with_cls)
     stock, stock_grads = outputs_and_gradients(model, clips)
     assert configure(model, True, True) == 3
@@ -77,7 +40,7 @@ def test_outputs_and_gradients_are_the_stock_ones(relative, residual_with_cls, c
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_exact_in_double_precision(relative, clips):
+def test_exact_in_double_precision(outputs_and_gradients, mvit, relative, clips):
     model = mvit(relative).double()
     stock, stock_grads = outputs_and_gradients(model, clips.double())
     configure(model, True, True)
@@ -112,7 +75,7 @@ def test_any_kernel_and_stride(kernel, stride_q, stride_kv):
     )
 
 
-def test_parameters_keep_their_names_order_and_identity(clips):
+def test_parameters_keep_their_names_order_and_identity(mvit, clips):
     model = mvit(True)
     before = list(model.named_parameters())
     keys = list(model.state_dict())
@@ -130,7 +93,7 @@ def test_parameters_keep_their_names_order_and_identity(clips):
     torch.testing.assert_close(model(clips), loaded, rtol=1e-5, atol=1e-5)
 
 
-def test_unfused_model_follows_what_happened_while_fused(clips):
+def test_unfused_model_follows_what_happened_while_fused(mvit, clips):
     model = mvit(True)
     configure(model, True, True)
     model.double().train()
@@ -141,7 +104,7 @@ def test_unfused_model_follows_what_happened_while_fused(clips):
     model(clips.double())
 
 
-def test_what_cannot_be_fused_stays_stock():
+def test_what_cannot_be_fused_stays_stock(mvit):
     model = mvit(False)
     model.blocks[0].attn.pool_k.norm_act[0] = nn.BatchNorm3d(16)
     model.blocks[1].attn.qkv = nn.Sequential(model.blocks[1].attn.qkv)
@@ -250,7 +213,7 @@ def strides(attn):
     return [1 if pool is None else pool.pool.stride[1] for pool in (attn.pool_q, attn.pool_k)]
 
 
-def test_true_distances_differ_from_stretched_ones_only_after_a_selection(selecting):
+def test_true_distances_differ_from_stretched_ones_only_after_a_selection(mvit, selecting):
     model, whole = selecting(), mvit(True)
     clips = torch.randn(SMALL)
     tokens = torch.randn(1, 1 + 3 * 10 * 10, 8)
@@ -263,7 +226,7 @@ def test_true_distances_differ_from_stretched_ones_only_after_a_selection(select
     assert torch.equal(outputs[True][1], outputs[False][1])
 
 
-def test_flops_are_counted_as_for_the_stock_model(clips):
+def test_flops_are_counted_as_for_the_stock_model(mvit, clips):
     model = mvit(True)
 
     def count():
@@ -306,7 +269,7 @@ def test_copies_follow_their_own_selectors(selecting, how):
     assert "stock" not in " ".join(model.state_dict())
 
 
-def test_autocast(clips):
+def test_autocast(outputs_and_gradients, mvit, clips):
     model = mvit(True)
     exact = model(clips)
     with torch.autocast("cpu", torch.bfloat16):
@@ -320,7 +283,7 @@ def test_autocast(clips):
     assert error <= 2 * (stock - exact).abs().max() + 0.01
 
 
-def test_activation_checkpointing(clips):
+def test_activation_checkpointing(mvit, clips):
     model = mvit(True)
     configure(model, True, True)
     attn = model.blocks[0].attn
@@ -333,7 +296,7 @@ def test_activation_checkpointing(clips):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_without_graph_breaks(backend):
+def test_compiles_without_graph_breaks(mvit, backend):
     model = mvit(True)
     configure(model, True, True)
     block = model.blocks[1]
@@ -350,7 +313,7 @@ def test_compiles_without_graph_breaks(backend):
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
-def test_compiles_to_native_code():
+def test_compiles_to_native_code(mvit):
     model = mvit(False)
     configure(model, True, True)
     x = torch.randn(2, 1 + 4 * 16 * 16, 16)
@@ -378,7 +341,7 @@ def test_compiles_with_selection(selecting, training):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("relative", [False, True])
-def test_no_score_matrix_on_cuda(relative, clips):
+def test_no_score_matrix_on_cuda(mvit, relative, clips):
     model = mvit(relative).cuda().half()
     configure(model, True, True)
     with (
@@ -390,7 +353,7 @@ def test_no_score_matrix_on_cuda(relative, clips):
         assert torch.isfinite(model(clips.cuda().half())).all()
 
 
-def test_skip_pooling_is_the_stock_one():
+def test_skip_pooling_is_the_stock_one(mvit):
     model = mvit(False)
     x = torch.randn(2, 1 + 4 * 15 * 13, 16, requires_grad=True)
 
@@ -408,7 +371,7 @@ def test_skip_pooling_is_the_stock_one():
     assert type(model.blocks[1].pool_skip.pool) is nn.MaxPool3d
 
 
-def test_what_happens_to_a_part_of_a_fused_block_counts(clips):
+def test_what_happens_to_a_part_of_a_fused_block_counts(mvit, clips):
     model = mvit(False)
     configure(model, True, True)
     plain = model(clips)
@@ -425,7 +388,7 @@ def test_what_happens_to_a_part_of_a_fused_block_counts(clips):
     model(clips)
 
 
-def test_blocks_with_dropout_stay_stock():
+def test_blocks_with_dropout_stay_stock(mvit):
     model = mvit(False)
     for block in model.blocks:
         block.mlp[2].p = 0.1
@@ -435,7 +398,7 @@ def test_blocks_with_dropout_stay_stock():
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_stochastic_depth_drops_the_same(relative, clips):
+def test_stochastic_depth_drops_the_same(outputs_and_gradients, mvit, relative, clips):
     model = mvit(relative).train()
     for block in model.blocks:
         block.stochastic_depth.p = 0.5
@@ -462,7 +425,7 @@ def last_tokens(model, clips):
     return tokens
 
 
-def test_last_block_computes_what_the_head_reads(clips):
+def test_last_block_computes_what_the_head_reads(outputs_and_gradients, mvit, clips):
     model = mvit(False)
     model.blocks[2].attn.pool_q = model.blocks[2].pool_skip = None
     everything = last_tokens(model, clips)
@@ -479,7 +442,7 @@ def test_last_block_computes_what_the_head_reads(clips):
         handle.remove()
 
 
-def test_last_block_keeps_tokens_that_its_parameters_serve(clips):
+def test_last_block_keeps_tokens_that_its_parameters_serve(outputs_and_gradients, mvit, clips):
     model = mvit(True)
     configure(model, True, True)
     assert last_tokens(model, clips) == [1 + 4 * 4 * 4]
@@ -487,7 +450,7 @@ def test_last_block_keeps_tokens_that_its_parameters_serve(clips):
     assert all(grad is not None for grad in grads.values())
 
 
-def test_patches_come_out_channels_last(clips):
+def test_patches_come_out_channels_last(mvit, clips):
     model = mvit(False)
     stock = model.conv_proj(clips)
     configure(model, True, True)

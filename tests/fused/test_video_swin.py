@@ -1,4 +1,4 @@
-"""Video Swin's windows keep true relative positions behind a selection of windows, and only there."""
+"""Video Swin's windows keep true distances behind a selection of windows, and only there."""
 
 import pytest
 import torch
