@@ -26,8 +26,6 @@ from stts_slowfast.hooks import attach, selections
 def test_outputs_and_gradients_are_the_stock_ones(
     outputs_and_gradients, mvit, relative, residual_with_cls, clips
 ):
-    outputs_and_gradients, mvit, relative, residual_with_cls, clips
-):
     model = mvit(relative, residual_with_cls)
     stock, stock_grads = outputs_and_gradients(model, clips)
     assert configure(model, True, True) == 3

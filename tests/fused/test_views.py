@@ -189,8 +189,6 @@ def test_a_subclass_is_fused_where_it_computes_the_same(mvit, clips, caplog):
 def test_a_formula_that_changed_in_this_process_is_not_believed(
     mvit, kind, fuse, clips, monkeypatch
 ):
-    mvit, kind, fuse, clips, monkeypatch
-):
     configure(mvit(True), fuse, True)  # compared, and found equal
     forward = kind.forward
 
