@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 # Elements that are made at a time on a CPU: 8 MiB of float32.
 AT_ONCE = 2**21
-_WIDE = 64
 
 
 def in_pieces(x: Tensor) -> bool:
@@ -122,61 +121,6 @@ def _normalize_backward(
     return grad_x.to(x.dtype), *grads
 
 
-def _by_convolution(x: Tensor) -> bool:
-    """Whether to compute ``F.linear`` and its gradients as a pointwise convolution.
-
-    oneDNN spreads those better over the cores of a CPU than PyTorch's matrix product does, and adds
-    the bias on the way: a fifth less time on two cores of an AMD EPYC. Not so for few channels.
-    """
-    wide = x.shape[-1] >= _WIDE and x.numel() > 0
-    return wide and in_pieces(x) and x.dtype == torch.float32
-
-
-def _image(x: Tensor) -> Tensor:
-    """Tokens ``(..., C)`` as an image ``(1, C, 1, tokens)``, channels-last in memory."""
-    return x.contiguous().view(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``."""
-    if not _by_convolution(x):
-        return F.linear(x, weight, bias)
-    image = F.conv2d(_image(x), weight[:, :, None, None], bias)
-    return image.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
-
-
-def _grad_x(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of ``F.linear`` by its input; of ``x`` only the shape is looked at."""
-    if not _by_convolution(grad):
-        return grad @ weight
-    return _convolution_backward(grad, x, weight, 0).permute(0, 2, 3, 1).reshape(x.shape)
-
-
-def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of ``F.linear`` by its weight."""
-    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    if not _by_convolution(grad) or len(x) < 8 * max(grad.shape[1], x.shape[1]):
-        return grad.t() @ x
-    weight = x.new_empty(grad.shape[1], x.shape[1])
-    return _convolution_backward(grad, x, weight, 1)[:, :, 0, 0]
-
-
-def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
-    return torch.ops.aten.convolution_backward(
-        _image(grad),
-        _image(x),
-        weight[:, :, None, None],
-        None,
-        (1, 1),
-        (0, 0),
-        (1, 1),
-        False,
-        (0, 0),
-        1,
-        (which == 0, which == 1, False),
-    )[which]
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, places, rows):
@@ -188,7 +132,7 @@ class _Linear(torch.autograd.Function):
             piece = tokens[part]
             if norm_weight is not None:
                 piece = _normalize(piece, norm_weight, norm_bias, eps)[0].to(weight.dtype)
-            out = _put(out, part, _product(piece, weight, bias), len(tokens))
+            out = _put(out, part, F.linear(piece, weight, bias), len(tokens))
         return out.view(*read.shape[:2], -1)
 
     @staticmethod
@@ -205,10 +149,10 @@ class _Linear(torch.autograd.Function):
                 norm = _normalize(piece, norm_weight, norm_bias, ctx.eps)
                 piece = norm[0].to(weight.dtype)
             if needed[4]:
-                grad_weight = _add(grad_weight, _grad_weight(grad, piece))
+                grad_weight = _add(grad_weight, grad.t() @ piece)
             if not any(needed[:3]):
                 continue
-            grad = _grad_x(grad, piece, weight)
+            grad = grad @ weight
             if norm_weight is not None:
                 grad, by_weight, by_bias = _normalize_backward(
                     grad, tokens[part], norm, norm_weight, norm_bias
@@ -234,11 +178,11 @@ class _ResidualMLP(torch.autograd.Function):
         scale = _per_token(scale, x)
         for part in _parts_of(tokens, rows):
             piece = _normalize(tokens[part], norm_weight, norm_bias, eps)[0].to(weight_1.dtype)
-            hidden = _product(piece, weight_1, bias_1)
-            y = _product(F.gelu(hidden), weight_2, bias_2)
+            hidden = F.linear(piece, weight_1, bias_1)
+            y = F.linear(F.gelu(hidden), weight_2, bias_2)
             if scale is not None:
                 y *= scale[part]
-            y = y + (tokens[part] if weight_p is None else _product(piece, weight_p, bias_p))
+            y = y + (tokens[part] if weight_p is None else F.linear(piece, weight_p, bias_p))
             out = _put(out, part, y, len(tokens))
         kept = hidden if rows >= len(tokens) else None
         ctx.save_for_backward(
@@ -259,26 +203,26 @@ class _ResidualMLP(torch.autograd.Function):
         for part in _parts_of(tokens, ctx.rows):
             norm = _normalize(tokens[part], norm_weight, norm_bias, ctx.eps)
             piece = norm[0].to(weight_1.dtype)
-            hidden = _product(piece, weight_1, bias_1) if kept is None else kept
+            hidden = F.linear(piece, weight_1, bias_1) if kept is None else kept
             grad = grad_output[part] if scale is None else grad_output[part] * scale[part]
             grad = grad.to(weight_1.dtype)
             if needed[7]:
-                grads[7] = _add(grads[7], _grad_weight(grad, F.gelu(hidden)))
+                grads[7] = _add(grads[7], grad.t() @ F.gelu(hidden))
             if needed[8]:
                 grads[8] = _add(grads[8], grad.sum(0))
-            grad = torch.ops.aten.gelu_backward(_grad_x(grad, hidden, weight_2), hidden)
+            grad = torch.ops.aten.gelu_backward(grad @ weight_2, hidden)
             if needed[5]:
-                grads[5] = _add(grads[5], _grad_weight(grad, piece))
+                grads[5] = _add(grads[5], grad.t() @ piece)
             if needed[6]:
                 grads[6] = _add(grads[6], grad.sum(0))
-            grad = _grad_x(grad, piece, weight_1)
+            grad = grad @ weight_1
             if weight_p is not None:
                 by_out = grad_output[part].to(weight_1.dtype)
                 if needed[9]:
-                    grads[9] = _add(grads[9], _grad_weight(by_out, piece))
+                    grads[9] = _add(grads[9], by_out.t() @ piece)
                 if needed[10]:
                     grads[10] = _add(grads[10], by_out.sum(0))
-                grad = grad + _grad_x(by_out, piece, weight_p)
+                grad = grad + by_out @ weight_p
             grad, by_weight, by_bias = _normalize_backward(
                 grad, tokens[part], norm, norm_weight, norm_bias
             )
