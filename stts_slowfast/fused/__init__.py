@@ -4,9 +4,8 @@ import logging
 
 from torch import nn
 
-from stts_slowfast.fused import pytorchvideo  # noqa: F401  it adds its views
+from stts_slowfast.fused import pytorchvideo, torchvision  # noqa: F401  they add their views
 from stts_slowfast.fused.attention import AttentionView
-from stts_slowfast.fused.torchvision import SwinAttention
 from stts_slowfast.fused.views import BLOCKS, PARTS, READERS, Request, View, differs
 from stts_slowfast.hosts import find_blocks
 
@@ -33,7 +32,7 @@ def configure(model: nn.Module, fuse: bool, true_distances: bool) -> int:
             stock modules do for any smaller input.
 
     Returns:
-        How many attention modules were replaced.
+        How many attention modules were fused with ``fuse``; without, how many were replaced.
     """
     restore(model)
     request = Request(fuse, true_distances, _cropped(model), _readers(model))
@@ -51,14 +50,12 @@ def configure(model: nn.Module, fuse: bool, true_distances: bool) -> int:
                 parent._modules[name] = view
     for name, problem in problems.items():
         logger.warning(f"{name} stays as it is, for what would replace it differs: {problem}")
-    views = [m for m in model.modules() if isinstance(m, (AttentionView, SwinAttention))]
-    if fuse and not any(view.fuse for view in views if isinstance(view, AttentionView)):
-        logger.info(f"STTS.FUSED_ATTENTION is True, but {type(model).__name__} has nothing to fuse")
     strange = _strange_positions(model) - problems.keys()
     if true_distances and strange and hasattr(model, "stts"):
         names = ", ".join(sorted(strange))
         logger.warning(f"STTS.TRUE_DISTANCES is True, but is not for {names}, which is unknown")
-    return len(views)
+    views = [module for module in model.modules() if isinstance(module, AttentionView)]
+    return sum(view.fuse for view in views) if fuse else len(views)
 
 
 def restore(model: nn.Module) -> None:

@@ -283,7 +283,7 @@ def _rows_read(size: int, kernel: int, stride: int, device) -> Tensor:
 def _moved(thw, sizes) -> tuple | list:
     """The grid of the output, of the type of the grid that came in."""
     if isinstance(thw, Grid):
-        return Grid(sizes, thw.frames if sizes[0] == thw[0] else None, thw.windows)
+        return thw.pooled(sizes)
     return type(thw)(sizes)
 
 

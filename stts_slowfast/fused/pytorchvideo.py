@@ -20,6 +20,9 @@ class PyTorchVideoAttention(AttentionView):
     def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
         return is_a(module, "pytorchvideo.layers.attention.MultiScaleAttention")
 
+    def forward(self, x: Tensor, thw_shape):
+        return super().forward(x, thw_shape)
+
     @classmethod
     def fits(cls, attn: nn.Module) -> bool:
         if attn.pool_first:
@@ -66,6 +69,9 @@ class PyTorchVideoBlock(BlockView):
     @classmethod
     def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
         return is_a(module, "pytorchvideo.layers.attention.MultiScaleBlock")
+
+    def forward(self, x: Tensor, thw_shape=None):
+        return super().forward(x, thw_shape)
 
     @classmethod
     def drops_clips(cls, module: nn.Module) -> bool:

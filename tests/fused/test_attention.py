@@ -136,7 +136,7 @@ SMALL = (2, 3, 8, 32, 32)
 @pytest.mark.parametrize("relative", [False, True])
 def test_with_selection_stretched_tables_give_the_stock_output(selecting, relative):
     model = selecting(relative)
-    unfuse_attention(model)
+    restore(model)
     clips = torch.randn(SMALL)
     stock = model(clips)
     configure(model, True, False)

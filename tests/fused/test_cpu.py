@@ -3,20 +3,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stts_slowfast.fused import cpu as kernels
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    """Few channels, computed as many are."""
-    monkeypatch.setattr(kernels, "_WIDE", 1)
+from stts_slowfast.fused import cpu
 
 
 @pytest.fixture(params=["whole", "pieces"])
 def at_once(request, monkeypatch):
     """As one piece, and in pieces of 5 tokens of 8 channels, 1 token of an MLP."""
     if request.param == "pieces":
-        monkeypatch.setattr(kernels, "AT_ONCE", 40)
+        monkeypatch.setattr(cpu, "AT_ONCE", 40)
     return request.param
 
 
@@ -55,19 +49,9 @@ def test_linear(dtype, bias, places, normed, at_once):
     x = torch.randn(2, 11, 8, dtype=dtype, requires_grad=True)
     places = None if places is None else torch.tensor(places)
     parameters = [x, *layer.parameters(), *(norm.parameters() if normed else ())]
-    ours = results(lambda: kernels.linear(x, layer.weight, layer.bias, norm, places), *parameters)
+    ours = results(lambda: cpu.linear(x, layer.weight, layer.bias, norm, places), *parameters)
     theirs = results(lambda: layer(taken(norm(x) if normed else x, places)), *parameters)
     assert_same(ours, theirs, dtype)
-
-
-@pytest.mark.parametrize("at_least", [1, 64])
-def test_linear_of_many_tokens(at_least, monkeypatch):
-    monkeypatch.setattr(kernels, "_WIDE", at_least)
-    layer = layers(nn.Linear(3, 5))
-    x = torch.randn(2, 100, 3, requires_grad=True)
-    parameters = [x, *layer.parameters()]
-    ours = results(lambda: kernels.linear(x, layer.weight, layer.bias), *parameters)
-    assert_same(ours, results(lambda: layer(x), *parameters), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -93,7 +77,7 @@ def test_residual_mlp(dtype, projected, scaled, at_once):
         return (project(y) if projected else x) + (out * scale if scaled else out)
 
     def fused():
-        return kernels.residual_mlp(x, norm, first, second, project, scale)
+        return cpu.residual_mlp(x, norm, first, second, project, scale)
 
     assert_same(results(fused, *parameters), results(plain, *parameters), dtype)
 
@@ -115,7 +99,7 @@ def test_residual_mlp_keeps_its_hidden_layer_at_most_once(at_once):
     norm, first, second = layers(nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8))
     x = torch.randn(2, 11, 8, requires_grad=True)
     weights = sum(p.numel() for module in (norm, first, second) for p in module.parameters())
-    kept = saved_numbers(lambda: kernels.residual_mlp(x, norm, first, second))
+    kept = saved_numbers(lambda: cpu.residual_mlp(x, norm, first, second))
     assert kept <= weights + 22 * 8 + (22 * 32 if at_once == "whole" else 0)
     assert kept < saved_numbers(lambda: x + second(F.gelu(first(norm(x))))) - 22 * 32
 
@@ -125,7 +109,7 @@ def test_frozen_layers_pass_gradients_on():
     for module in (norm, first, second):
         module.requires_grad_(False)
     x = torch.randn(2, 11, 8, requires_grad=True)
-    kernels.residual_mlp(x, norm, first, second).sum().backward()
+    cpu.residual_mlp(x, norm, first, second).sum().backward()
     (expected,) = torch.autograd.grad((x + second(F.gelu(first(norm(x))))).sum(), x)
     torch.testing.assert_close(x.grad, expected)
     assert all(p.grad is None for module in (norm, first, second) for p in module.parameters())
@@ -136,8 +120,8 @@ def test_autocast_computes_products_in_bfloat16():
     x = torch.randn(2, 11, 8, requires_grad=True)
     parameters = [x, *norm.parameters(), *first.parameters(), *second.parameters()]
     with torch.autocast("cpu", torch.bfloat16):
-        y = kernels.linear(x, first.weight, first.bias, norm)
-        out = kernels.residual_mlp(x, norm, first, second)
+        y = cpu.linear(x, first.weight, first.bias, norm)
+        out = cpu.residual_mlp(x, norm, first, second)
         expected = x + second(F.gelu(first(norm(x))))
     assert y.dtype == torch.bfloat16
     assert out.dtype == expected.dtype == torch.float32
@@ -153,15 +137,15 @@ def test_depthwise(stride, frames, at_once):
     x = torch.randn(2, frames, 9, 7, 6).permute(0, 4, 1, 2, 3).requires_grad_()
     weight = torch.randn(6, 1, 3, 3, 3, requires_grad=True)
     sizes = ((1, stride, stride), (1, 1, 1))
-    ours = results(lambda: kernels.depthwise(x, weight, *sizes), x, weight)
+    ours = results(lambda: cpu.depthwise(x, weight, *sizes), x, weight)
     theirs = results(lambda: F.conv3d(x, weight, None, *sizes, groups=6), x, weight)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
-    ours = results(lambda: kernels.depthwise(x.detach(), weight, *sizes), weight)
+    ours = results(lambda: cpu.depthwise(x.detach(), weight, *sizes), weight)
     torch.testing.assert_close(ours[1], theirs[2], rtol=1e-5, atol=1e-4)
 
 
 def test_max_pool():
     x = torch.randn(2, 6, 9, 7).to(memory_format=torch.channels_last).requires_grad_()
     sizes = ([3, 3], [2, 2], [1, 1], 1)
-    ours = results(lambda: kernels.max_pool(x, *sizes), x)
+    ours = results(lambda: cpu.max_pool(x, *sizes), x)
     torch.testing.assert_close(ours, results(lambda: F.max_pool2d(x, *sizes), x))

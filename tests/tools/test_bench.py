@@ -45,7 +45,8 @@ def test_whole_run(config, tmp_path, capsys):
     assert [line.split("|")[1].strip() for line in lines] == ["model", "---", "stock", "ours"]
     rows = json.loads(report.read_text())["rows"]
     assert [len(row["seconds"]["train"]) for row in rows] == [2, 2]
-    assert all(row["memory"]["train"] > 2**20 for row in rows)
+    # At the least the weights' gradients live at a time.
+    assert all(row["memory"]["train"] > 4 * row["parameters"] for row in rows)
     assert rows[1]["gflops"] < rows[0]["gflops"]
     assert rows[1]["parameters"] > rows[0]["parameters"]
     assert picture.read_bytes().startswith(b"\x89PNG")
