@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stts_slowfast.backbones import FAMILIES, Family, Format, family_of
 from stts_slowfast.backbones.names import AUTHORS_SCORER, State
 from stts_slowfast.checkpoints.files import read_checkpoint, write_whole
+from stts_slowfast.checkpoints.folders import load_selectors
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,9 @@ def load_weights(model: nn.Module, path_or_state_dict: str | os.PathLike | dict)
 
     Args:
         model: a standalone model, with or without selectors.
-        path_or_state_dict: a checkpoint file (any path iopath opens), the dict read from one, or
-            a bare state dict.
+        path_or_state_dict: a checkpoint file (any path iopath opens), the dict read from one, a
+            bare state dict, or a folder of transformers' ``save_pretrained``: of a folder only the
+            selectors, and all of them, since ``from_pretrained`` loads the rest.
 
     Returns:
         What it was, what was missing and what was left over.
@@ -68,6 +70,9 @@ def load_weights(model: nn.Module, path_or_state_dict: str | os.PathLike | dict)
         ValueError: where the file is no checkpoint, or none of its parameters fits the model.
     """
     checkpoint = path_or_state_dict
+    if isinstance(checkpoint, (str, os.PathLike)) and os.path.isdir(checkpoint):
+        load_selectors(model, checkpoint)
+        return Loaded("a folder of transformers, of which the selectors were loaded")
     if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = read_checkpoint(checkpoint)
     state = state_dict_of(checkpoint)
