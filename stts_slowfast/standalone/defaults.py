@@ -61,8 +61,11 @@ _C.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = ()
 _C.TRAIN.CHECKPOINT_INFLATE = False
 # Start from an image model's checkpoint.
 _C.TRAIN.CHECKPOINT_IN_INIT = False
-# Train under autocast: float16 on GPUs, bfloat16 on the CPU.
+# Train under autocast, in float16 or bfloat16; empty: float16 on GPUs, bfloat16 on the CPU.
 _C.TRAIN.MIXED_PRECISION = False
+_C.TRAIN.MIXED_PRECISION_DTYPE = ""
+# Minutes between two checkpoints inside an epoch; 0 for none.
+_C.TRAIN.CHECKPOINT_EVERY_MINUTES = 0.0
 # Stop where the loss is this many times the mean of the five before; 0 never.
 _C.TRAIN.KILL_LOSS_EXPLOSION_FACTOR = 0.0
 

@@ -1,95 +1,204 @@
-"""The processes of a run: one for each GPU of each machine, and how a run in them ends."""
+"""A job in its processes: how one command starts several, what each opens, how they end."""
 
+import contextlib
+import gc
 import logging
-import re
+import os
+import pickle
+import signal
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable
 
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision, Precision
+from lightning.fabric.strategies import DDPStrategy
 
-from stts_slowfast.standalone.defaults import check_supported
+from stts_slowfast.standalone.defaults import check_choice, check_supported
+from stts_slowfast.standalone.places import INIT_METHOD, Place, check_gpus, find_places
 from stts_slowfast.standalone.report import log_to
+from stts_slowfast.standalone.stops import (
+    Interrupted,
+    Lifeline,
+    die_with_parent,
+    hold,
+    listen,
+)
 
 logger = logging.getLogger(__name__)
 
-
-class Interrupted(KeyboardInterrupt):
-    """A run was stopped from outside; the text says where it goes on, ``status`` for exit."""
-
-    status = 130
+PRECISIONS = {"": None, "float16": "16-mixed", "bfloat16": "bf16-mixed"}
 
 
-class Shards(LightningEnvironment):
-    """Which process this is: NUM_SHARDS machines with NUM_GPUS processes each (one on the CPU)."""
+def launch(
+    job: Callable[..., dict],
+    cfg,
+    init_method: str = INIT_METHOD,
+    processes: int | None = None,
+    **options,
+) -> dict:
+    """Runs ``job(cfg, fabric, stop, **options)`` in this process, or in several that it starts.
 
-    def __init__(self, cfg, init_method: str, local_rank: int = 0):
-        super().__init__()
-        match = re.fullmatch(r"tcp://(.+):(\d+)", init_method)
-        if match is None:
-            raise ValueError(f"--init_method is {init_method!r}: give tcp://host:port of shard 0")
-        self._host, self._port = match.group(1), int(match.group(2))
-        self._local_rank, self._shard = local_rank, cfg.SHARD_ID
-        self.local_world = max(cfg.NUM_GPUS, 1)
-        self.processes = self.local_world * cfg.NUM_SHARDS
-        self.set_global_rank(cfg.SHARD_ID * self.local_world + local_rank)
-        self.set_world_size(self.processes)
+    Args:
+        job: a function of a module, as new processes import it.
+        cfg, init_method, processes: see :func:`find_places`; ``cfg`` is not changed.
 
-    creates_processes_externally = True
+    Returns:
+        What the job returns in the first process.
 
-    @property
-    def main_address(self) -> str:
-        return self._host
-
-    @property
-    def main_port(self) -> int:
-        return self._port
-
-    def local_rank(self) -> int:
-        return self._local_rank
-
-    def node_rank(self) -> int:
-        return self._shard
-
-
-def launch(job: Callable[..., dict], cfg, init_method: str, callbacks: Sequence[Callback]) -> dict:
-    """Runs a job in this process, or in a process for each GPU of this machine."""
+    Raises:
+        Whatever the job raises in any of them; :class:`Interrupted` where signals end it.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     check_machine(cfg)
-    if cfg.NUM_GPUS <= 1:
-        return _work(0, job, cfg, init_method, callbacks)
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    arguments = (job, cfg, init_method, callbacks, results)
+    places = find_places(cfg, init_method, processes)
+    check_gpus(cfg, places[0])
+    if len(places) == 1:
+        return _work(places[0], job, cfg, options)
+    pipes = [torch.multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in places]
+    writers = [writer for _, writer in pipes]
     # When one process fails PyTorch ends the others, and would tell of each.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    try:
-        torch.multiprocessing.spawn(_spawned, arguments, nprocs=cfg.NUM_GPUS)
-    except torch.multiprocessing.ProcessRaisedException as raised:
-        if results.empty():
-            raise
-        raise results.get() from raised  # the error itself, so that it can be told from others
-    return results.get()
+    with _pass_on_signals() as asked:
+        children = torch.multiprocessing.spawn(
+            _spawned, (places, job, cfg, options, writers), nprocs=len(places), join=False
+        )
+        asked.pids = children.pids()
+        for writer in writers:
+            writer.close()
+        results, lost = _wait(children, [reader for reader, _ in pipes])
+    return _result(results, lost, asked.number)
 
 
-def _spawned(local_rank: int, job, cfg, init_method: str, callbacks, results) -> None:
+def _wait(children, readers: list) -> tuple[dict[int, object], Exception | None]:
+    """Waits for all children; ``(what each sent, what PyTorch says of those that failed)``."""
+    results, lost, over = {}, None, False
+    while not over:
+        try:
+            over = children.join(timeout=0.2)
+        except Exception as error:
+            lost, over = error, True
+        for rank, reader in enumerate(readers):
+            with contextlib.suppress(EOFError):
+                if rank not in results and reader.poll():
+                    results[rank] = pickle.loads(reader.recv_bytes())
+    return results, lost
+
+
+def _result(results: dict[int, object], lost: Exception | None, number: int) -> dict:
+    errors = [results[rank] for rank in sorted(results) if isinstance(results[rank], BaseException)]
+    errors.sort(key=lambda error: isinstance(error, KeyboardInterrupt))  # the cause comes first
+    if number:
+        raise Interrupted(number=number)
+    if errors:
+        raise errors[0]
+    if lost is not None:
+        raise ChildProcessError(f"a process of this run was lost: {str(lost).splitlines()[0]}")
+    if 0 not in results:
+        raise ChildProcessError("the first process of this run ended without a word")
+    return results[0]
+
+
+class _PassOn:
+    """Hands the signals that this process gets to those that it started."""
+
+    pids: list[int] = []
+    number = 0
+
+    def __call__(self, number: int, frame) -> None:
+        if number != signal.SIGUSR1:
+            self.number = number
+            number = signal.SIGTERM  # Ctrl-C reaches all of them anyway
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def _pass_on_signals():
+    asked = _PassOn()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:
-        result = _work(local_rank, job, cfg, init_method, callbacks)
-    except Exception as error:
-        results.put(error)
+        before = {number: signal.signal(number, asked) for number in numbers}
+    except ValueError:  # not in the main thread
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _spawned(index: int, places: list[Place], job, cfg, options: dict, writers: list) -> None:
+    die_with_parent()
+    try:
+        result = _work(places[index], job, cfg, options)
+    except BaseException as error:
+        writers[index].send_bytes(_packed(error))
         raise
-    if local_rank == 0:
-        results.put(result)
+    if places[index].rank == places[0].rank:
+        writers[index].send_bytes(pickle.dumps(result))
 
 
-def _work(local_rank: int, job, cfg, init_method: str, callbacks: Sequence[Callback]) -> dict:
-    environment = Shards(cfg, init_method, local_rank)
-    with log_to(cfg.OUTPUT_DIR, main=environment.global_rank() == 0):
+def _packed(error: BaseException) -> bytes:
+    """The pickled error; where it cannot be pickled, one with its name and text."""
+    try:
+        packed = pickle.dumps(error)
+        pickle.loads(packed)
+        return packed
+    except Exception:
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _work(place: Place, job, cfg, options: dict) -> dict:
+    main = place.rank == 0
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(listen())
         start = time.perf_counter()
-        result = job(cfg, environment, callbacks)
+        fabric = open_fabric(cfg, place)
+        lifeline = Lifeline(fabric, place.host) if place.world > 1 else None
+        try:
+            if main:
+                stack.enter_context(hold(cfg.OUTPUT_DIR))
+            stack.enter_context(log_to(cfg.OUTPUT_DIR, main=main))
+            result = job(cfg, fabric, stop, **options)
+        except BaseException as error:
+            # The loaders go now, and their processes with them, while the signals are listened to.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
+            if lifeline and isinstance(error, Interrupted) and error.agreed:
+                lifeline.release()
+            raise
+        if lifeline:
+            lifeline.release()
         logger.info("done in %.1f s", time.perf_counter() - start)
         return result
+
+
+def open_fabric(cfg, place: Place) -> Fabric:
+    """Fabric for one process: its device, its precision in training, DDP where there are others."""
+    device = "cuda" if cfg.NUM_GPUS else "cpu"
+    ddp = DDPStrategy(
+        process_group_backend=cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo",
+        # All processes set sigma alike, and in validation they may have unequal numbers of batches.
+        broadcast_buffers=False,
+    )
+    precision = Precision()
+    if cfg.TRAIN.MIXED_PRECISION:
+        default = "float16" if cfg.NUM_GPUS else "bfloat16"
+        precision = MixedPrecision(PRECISIONS[cfg.TRAIN.MIXED_PRECISION_DTYPE or default], device)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)  # tips, and who is here
+    fabric = Fabric(
+        accelerator=device,
+        devices=[place.device_index] if cfg.NUM_GPUS else 1,
+        num_nodes=place.world,
+        strategy=ddp if place.world > 1 else "auto",
+        plugins=[place, precision],
+    )
+    fabric.launch()
+    return fabric
 
 
 def check_machine(cfg) -> None:
@@ -114,8 +223,4 @@ def check_machine(cfg) -> None:
         raise ValueError(
             f"SHARD_ID is {cfg.SHARD_ID} but NUM_SHARDS is {cfg.NUM_SHARDS}: shards count from 0"
         )
-    gpus = torch.cuda.device_count()
-    if gpus < cfg.NUM_GPUS:
-        raise ValueError(
-            f"NUM_GPUS is {cfg.NUM_GPUS} but this machine has {gpus}: lower it; 0 uses the CPU"
-        )
+    check_choice("TRAIN.MIXED_PRECISION_DTYPE", cfg.TRAIN.MIXED_PRECISION_DTYPE, PRECISIONS)

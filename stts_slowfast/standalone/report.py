@@ -10,11 +10,12 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 import simplejson
 import torch
 from iopath.common.file_io import g_pathmgr
-from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -104,55 +105,42 @@ class Timer:
     def eta(self, iterations: int) -> str:
         return str(datetime.timedelta(seconds=int((self.end - self.start) * iterations)))
 
-
-def _memory() -> dict:
-    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"gpu_mem": f"{used / 2**30:.2f}G"}
-
-
-def _ram() -> dict:
-    page = os.sysconf("SC_PAGE_SIZE") / 2**30
-    total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
-    return {"RAM": f"{total - free:.2f}/{total:.2f}G"}
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches; what is done with one is over when the next is asked for."""
+        self.tic()
+        for batch in batches:
+            self.got_data()
+            yield batch
+            self.tic()
 
 
-class Report(Callback):
-    """Logs training, validation and testing in SlowFast's fields.
+class Meter:
+    """Named numbers of each batch: medians over the last batches, means over all clips."""
 
-    Reads ``module.stats`` after each batch: in training ``(loss, grad_norm, top-1 error, top-5
-    error)``, in validation ``(top-1 error, top-5 error)``, errors in percent.
-    """
+    def __init__(self, names: Sequence[str], period: int, totals: Sequence[float] = ()):
+        self.names, self.window = names, deque(maxlen=period)
+        self.totals = list(totals) or [0.0] * (len(names) + 1)  # sums over clips; clips
 
-    def __init__(self, cfg, start_epoch: int = 0):
-        self.cfg = cfg
-        self.start_epoch = start_epoch
-        self.timer = Timer()
-        self.least = {"min_top1_err": 100.0, "min_top5_err": 100.0}
-
-    # --- training
-
-    def on_train_epoch_start(self, trainer, module) -> None:
-        self.window = deque(maxlen=self.cfg.LOG_PERIOD)
-        self.losses = deque(maxlen=6)
-        self.totals = [0.0, 0.0, 0.0, 0]  # loss, top-1 and top-5 error times clips; clips
-        self.timer.tic()
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        self.timer.got_data()
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        loss, grad_norm, top1, top5 = trainer.strategy.reduce(module.stats).tolist()
-        clips = len(batch[0])
-        self.timer.toc()
-        self._check(loss, grad_norm, module.epoch_exact)
-        self.window.append((loss, top1, top5))
-        for place, value in enumerate((loss, top1, top5, 1)):
+    def add(self, values: Sequence[float], clips: int) -> None:
+        self.window.append(values)
+        for place, value in enumerate((*values, 1.0)):
             self.totals[place] += value * clips
-        if trainer.is_global_zero:
-            self._tell_training(trainer, module, batch_idx, grad_norm)
-        self.timer.tic()
 
-    def _check(self, loss: float, grad_norm: float, epoch: float) -> None:
+    def medians(self) -> dict[str, float]:
+        return dict(zip(self.names, (statistics.median(column) for column in zip(*self.window))))
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.totals[-1] for name, total in zip(self.names, self.totals)}
+
+
+class LossWatch:
+    """Stops a run whose loss is no number, or explodes (TRAIN.KILL_LOSS_EXPLOSION_FACTOR)."""
+
+    def __init__(self, cfg):
+        self.cfg, self.losses = cfg, deque(maxlen=6)
+
+    def check(self, loss: float, grad_norm: float, epoch: float) -> None:
+        """Raises ``ValueError`` with what is wrong at this exact epoch."""
         found = {"loss": loss}
         if not self.cfg.TRAIN.MIXED_PRECISION:  # there a step is left out where it overflows
             found["norm of the gradient"] = grad_norm
@@ -172,124 +160,81 @@ class Report(Callback):
                 )
         self.losses.append(loss)
 
-    def _tell_training(self, trainer, module, batch_idx: int, grad_norm: float) -> None:
-        epoch, length = trainer.current_epoch, trainer.num_training_batches
-        left = self.cfg.SOLVER.MAX_EPOCH * length - epoch * length - batch_idx - 1
-        loss, top1, top5 = (statistics.median(column) for column in zip(*self.window))
-        stats = {
-            "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
-            **self.timer.stats(),
-            "eta": self.timer.eta(left),
-            "grad_norm": grad_norm,
-            **self._rates(module),
-            **_memory(),
-        }
-        if (batch_idx + 1) % self.cfg.LOG_PERIOD == 0:
-            errors = {"loss": loss, "top1_err": top1, "top5_err": top5}
-            # SlowFast's type really ends in an underscore.
-            place = {"_type": "train_iter_", "iter": f"{batch_idx + 1}/{length}"}
-            log_json_stats({**stats, **errors, **place})
-        if trainer.logger is not None:
-            loss, top1, top5 = self.window[-1]
-            scalars = {"loss": loss, "Top1_err": top1, "Top5_err": top5, **self._rates(module)}
-            step = length * epoch + batch_idx
-            trainer.logger.log_metrics({f"Train/{k}": v for k, v in scalars.items()}, step)
-        if trainer.is_last_batch:
-            clips = self.totals[3]
-            names = ("loss", "top1_err", "top5_err")
-            errors = {name: total / clips for name, total in zip(names, self.totals)}
-            stats = {**stats, **errors, **_ram(), "_type": "train_epoch"}
-            log_json_stats(stats, self.cfg.OUTPUT_DIR)
 
-    def _rates(self, module) -> dict:
-        return {"lr": float(module.lr), **module.rates}
+class Board:
+    """TensorBoard's scalars where TENSORBOARD.ENABLE, and a bar on a terminal."""
 
-    # --- validation
+    def __init__(self, cfg, main: bool, writes: bool):
+        self.writer = self.bar = None
+        if main and writes and cfg.TENSORBOARD.ENABLE:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def on_validation_epoch_start(self, trainer, module) -> None:
-        self.val_window = deque(maxlen=self.cfg.LOG_PERIOD)
-        self.val_totals = torch.zeros(3, dtype=torch.float64)  # wrong in top 1, in top 5; clips
-        self.val_start = time.perf_counter()
-        self.timer.tic()
+            name = cfg.TENSORBOARD.LOG_DIR or f"runs-{cfg.TRAIN.DATASET}"
+            self.writer = SummaryWriter(os.path.join(cfg.OUTPUT_DIR, name))
+        if main and sys.stdout.isatty():
+            from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
-        self.timer.got_data()
+            columns = *Progress.get_default_columns()[:2], MofNCompleteColumn()
+            self.bar = Progress(*columns, TimeRemainingColumn(), transient=True)
 
-    def on_validation_batch_end(
-        self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0
-    ) -> None:
-        errors = module.stats.tolist()
-        self.timer.toc()
-        self.val_window.append(errors)
-        self.val_totals += torch.tensor([*errors, 1.0]) * len(batch[0])
-        batches = trainer.num_val_batches[0]
-        if trainer.is_global_zero and (batch_idx + 1) % self.cfg.LOG_PERIOD == 0:
-            top1, top5 = (statistics.median(column) for column in zip(*self.val_window))
-            stats = {
-                "_type": "val_iter",
-                "epoch": f"{self._epoch(trainer) + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
-                "iter": f"{batch_idx + 1}/{batches}",
-                "time_diff": self.timer.stats()["dt"],
-                "eta": self.timer.eta(batches - batch_idx - 1),
-                "top1_err": top1,
-                "top5_err": top5,
-                **_memory(),
-            }
-            log_json_stats(stats)
-        self.timer.tic()
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
 
-    def on_validation_epoch_end(self, trainer, module) -> None:
-        totals = self.val_totals.float().to(module.device)
-        top1, top5, clips = trainer.strategy.reduce(totals, reduce_op="sum").tolist()
-        self.errors = {"top1_err": top1 / clips, "top5_err": top5 / clips}
-        for key, value in self.errors.items():
-            self.least[f"min_{key}"] = min(self.least[f"min_{key}"], value)
-        if not trainer.is_global_zero:
+    def __exit__(self, *_) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.writer:
+            self.writer.close()
+
+    def progress(self, batches: Iterable, what: str, length: int, done: int = 0) -> Iterator:
+        """The batches, with a bar that says how many of ``length`` are done."""
+        if not self.bar:
+            yield from batches
             return
-        epoch = self._epoch(trainer)
-        stats = {
-            "_type": "val_epoch",
-            "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
-            "time_diff": time.perf_counter() - self.val_start,
-            **self.errors,
-            **self.least,
-            **_memory(),
-            **_ram(),
-        }
-        log_json_stats(stats, self.cfg.OUTPUT_DIR)
-        if trainer.logger is not None:
-            scalars = {"Val/Top1_err": top1 / clips, "Val/Top5_err": top5 / clips}
-            trainer.logger.log_metrics(scalars, epoch)
+        task = self.bar.add_task(what, total=length, completed=done)
+        try:
+            for batch in batches:
+                yield batch
+                self.bar.advance(task)
+        finally:
+            self.bar.remove_task(task)
 
-    def _epoch(self, trainer) -> int:
-        """The epoch after which this validates; outside of training the one it starts from."""
-        return trainer.current_epoch if trainer.state.fn == "fit" else self.start_epoch - 1
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
 
-    # --- testing
 
-    def on_test_epoch_start(self, trainer, module) -> None:
-        self.busy = []  # clips and seconds of each batch
-        self.timer.tic()
+def memory() -> dict[str, str]:
+    """GPU memory at its peak, in GiB."""
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"gpu_mem": f"{used / 2**30:.2f}G"}
 
-    def on_test_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
-        self.timer.got_data()
 
-    def on_test_batch_end(
-        self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0
-    ) -> None:
-        self.timer.toc()
-        self.busy.append((len(batch[0]), self.timer.stats()["dt_net"]))
-        if trainer.is_global_zero and (batch_idx + 1) % self.cfg.LOG_PERIOD == 0:
-            stats = {
-                "split": "test_iter",
-                "cur_iter": str(batch_idx + 1),
-                "eta": self.timer.eta(trainer.num_test_batches[0] - batch_idx - 1),
-                "time_diff": self.timer.stats()["dt"],
-            }
-            log_json_stats(stats)
-        self.timer.tic()
+def ram() -> dict[str, str]:
+    """Memory of the machine in use, of all, in GiB."""
+    page = os.sysconf("SC_PAGE_SIZE") / 2**30
+    total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
+    return {"RAM": f"{total - free:.2f}/{total:.2f}G"}
 
-    def clips_per_s(self) -> float:
-        """Clips a second through the model alone; the first batch, a warm-up, left out."""
-        batches = self.busy[1:] or self.busy
-        return sum(clips for clips, _ in batches) / sum(seconds for _, seconds in batches)
+
+# --- errors in percent --------------------------------------------------------------------------
+
+
+def errors(predictions: Tensor, labels: Tensor) -> list[Tensor]:
+    """Top-1 and top-5 error in percent of predictions (B, classes) for labels (B,)."""
+    best = predictions.topk(min(5, predictions.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return [100.0 - 100.0 * hits[:, :k].any(1).float().mean() for k in (1, 5)]
+
+
+def train_errors(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """As :func:`errors`; of a mixed clip either class is right: SlowFast adds their logits."""
+    if labels.dim() == 1:
+        return errors(logits, labels)
+    first, second = labels.topk(2, dim=1).indices.unsqueeze(-1).unbind(1)
+    logits = logits.float()
+    logits = logits.scatter_add(1, first, logits.gather(1, second)).scatter(1, second, 0.0)
+    return errors(logits, first.squeeze(1))

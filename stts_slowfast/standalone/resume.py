@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from iopath.common.file_io import g_pathmgr
 from torch import nn
@@ -12,79 +13,94 @@ from stts_slowfast.checkpoints import Loaded, check, load_weights, read_checkpoi
 
 logger = logging.getLogger(__name__)
 
+# Those inside an epoch have names that SlowFast, which knows no such thing, does not take for its.
+_WITHIN = "within_epoch_{:05d}_iteration_{:07d}.pyth"
 
+
+@dataclass
 class Start:
-    """Where training begins: epoch, and the optimizer's and the scaler's state to go on with.
+    """Where training begins, and what it goes on with.
 
-    ``path`` is the checkpoint it goes on from; None for weights alone. ``trained`` is whether there
-    are weights of any kind.
+    Attributes:
+        path: the checkpoint it goes on from; None where there is none, or for weights alone.
+        epoch, iteration: the first ones to be done, from 0.
+        trained: whether its weights came from a file.
+        length: iterations of the epoch that ``iteration`` counts in; 0 where it begins an epoch.
+        totals: what the epoch's report has summed up so far.
     """
 
-    def __init__(
-        self, path: str | None = None, checkpoint: dict | None = None, trained: bool = False
-    ):
-        checkpoint = checkpoint or {}
-        self.path = path
-        self.trained = trained or path is not None
-        if path and not isinstance(checkpoint.get("epoch"), int):
-            raise ValueError(
-                f"{path} does not say after which epoch it was written: start from its weights "
-                "with TRAIN.CHECKPOINT_FILE_PATH, in another OUTPUT_DIR"
-            )
-        self.epoch = checkpoint["epoch"] + 1 if path else 0
-        self.optimizer_state = checkpoint.get("optimizer_state") if path else None
-        self.scaler_state = checkpoint.get("scaler_state") if path else None
+    path: str | None = None
+    epoch: int = 0
+    iteration: int = 0
+    trained: bool = False
+    length: int = 0
+    totals: list[float] = field(default_factory=list)
+    optimizer_state: dict | None = None
+    scaler_state: dict | None = None
 
 
-def checkpoint_path(cfg, epoch: int) -> str:
-    """Where the checkpoint after ``epoch`` epochs lies."""
+def checkpoint_path(cfg, epoch: int, iteration: int = 0) -> str:
+    """Where the checkpoint after ``epoch`` epochs lies, or after iterations of the next one."""
     task = f"{cfg.TASK}_" if cfg.TASK else ""
-    name = f"{task}checkpoint_epoch_{epoch:05d}.pyth"
-    return os.path.join(cfg.OUTPUT_DIR, "checkpoints", name)
+    name = f"checkpoint_epoch_{epoch:05d}.pyth"
+    name = _WITHIN.format(epoch, iteration) if iteration else name
+    return os.path.join(cfg.OUTPUT_DIR, "checkpoints", task + name)
+
+
+def checkpoints(cfg, within: bool = True) -> list[str]:
+    """The checkpoints in OUTPUT_DIR, the last one first; ``within``: also those inside epochs."""
+    folder = os.path.dirname(checkpoint_path(cfg, 0))
+    if not g_pathmgr.isdir(folder):
+        return []
+    task = re.escape(f"{cfg.TASK}_" if cfg.TASK else "")
+    kinds = r"checkpoint_epoch_(\d+)" + (r"|within_epoch_(\d+)_iteration_(\d+)" if within else "")
+    whole = re.compile(rf"{task}(?:{kinds})\.pyth")
+    found = filter(None, map(whole.fullmatch, g_pathmgr.ls(folder)))
+    places = {name.string: [int(n) for n in name.groups() if n is not None] for name in found}
+    names = sorted(places, key=lambda name: places[name], reverse=True)
+    return [os.path.join(folder, name) for name in names]
 
 
 def last_checkpoint(cfg) -> str | None:
-    """The checkpoint of the latest epoch in OUTPUT_DIR; None where there is none."""
+    """The last checkpoint in OUTPUT_DIR; None where there is none."""
+    return next(iter(checkpoints(cfg)), None)
+
+
+def remove_unfinished(cfg) -> None:
+    """Removes what a killed process left half-written beside the checkpoints."""
     folder = os.path.dirname(checkpoint_path(cfg, 0))
-    if not g_pathmgr.isdir(folder):
-        return None
-    task = re.escape(f"{cfg.TASK}_" if cfg.TASK else "")
-    whole = re.compile(rf"{task}checkpoint_epoch_\d+\.pyth")
-    names = sorted(name for name in g_pathmgr.ls(folder) if whole.fullmatch(name))
-    return os.path.join(folder, names[-1]) if names else None
+    if os.path.isdir(folder):
+        for name in os.listdir(folder):
+            if name.startswith(".partial-"):
+                os.remove(os.path.join(folder, name))
 
 
-def starting_point(cfg, model: nn.Module) -> Start:
+def starting_point(cfg, model: nn.Module, strict: bool = False) -> Start:
     """Loads what training starts from into the model.
 
     The last checkpoint in OUTPUT_DIR with TRAIN.AUTO_RESUME; else TRAIN.CHECKPOINT_FILE_PATH,
     weights alone with TRAIN.CHECKPOINT_EPOCH_RESET; else nothing.
 
+    Args:
+        strict: refuse a last checkpoint that is damaged, instead of going on from the one before.
+
     Raises:
         FileNotFoundError: where a named checkpoint is missing.
         ValueError: where it is not one, or is of another model or another run.
     """
-    path = last_checkpoint(cfg) if cfg.TRAIN.AUTO_RESUME else None
+    path, checkpoint = _last_readable(cfg, strict) if cfg.TRAIN.AUTO_RESUME else (None, {})
     if path:
-        checkpoint = read_checkpoint(path)
-        loaded = _load(cfg, model, checkpoint, path, "resume")
-        if loaded.missing or loaded.unexpected or loaded.mismatched:
-            raise ValueError(
-                f"{path} is of another model ({loaded}): choose another OUTPUT_DIR, or set "
-                "TRAIN.AUTO_RESUME False"
-            )
+        _load(cfg, model, checkpoint, path, "resume")
         logger.info("Resuming from %s", path)
-        return Start(path, checkpoint)
+        return _start(path, checkpoint)
     path = cfg.TRAIN.CHECKPOINT_FILE_PATH
     if not path:
-        return Start(
-            trained=cfg.TIMESFORMER.PRETRAINED_MODEL != "" and cfg.MODEL.MODEL_NAME == "TimeSformer"
-        )
+        return Start(trained=has_pretrained(cfg))
     checkpoint = _clear_names(read_checkpoint(path), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
     _load(cfg, model, checkpoint, path, "finetune")
     if cfg.TRAIN.CHECKPOINT_EPOCH_RESET or "epoch" not in checkpoint:
         return Start(trained=True)
-    start = Start(path, checkpoint)
+    start = _start(path, checkpoint)
     if start.epoch >= cfg.SOLVER.MAX_EPOCH:
         raise ValueError(
             f"TRAIN.CHECKPOINT_FILE_PATH {path} is after epoch {start.epoch} and SOLVER.MAX_EPOCH "
@@ -94,18 +110,55 @@ def starting_point(cfg, model: nn.Module) -> Start:
     return start
 
 
-def load_for_test(cfg, model: nn.Module) -> None:
+def has_pretrained(cfg) -> bool:
+    """Whether building the model already loads weights from a file."""
+    return cfg.MODEL.MODEL_NAME == "TimeSformer" and bool(cfg.TIMESFORMER.PRETRAINED_MODEL)
+
+
+def _start(path: str, checkpoint: dict) -> Start:
+    if not isinstance(checkpoint.get("epoch"), int):
+        raise ValueError(
+            f"{path} does not say after which epoch it was written: start from its weights "
+            "with TRAIN.CHECKPOINT_FILE_PATH, in another OUTPUT_DIR"
+        )
+    return Start(
+        path,
+        checkpoint["epoch"] + 1,
+        trained=True,
+        optimizer_state=checkpoint.get("optimizer_state"),
+        scaler_state=checkpoint.get("scaler_state"),
+        **checkpoint.get("within_epoch", {}),
+    )
+
+
+def _last_readable(cfg, strict: bool) -> tuple[str | None, dict]:
+    for path in checkpoints(cfg):
+        try:
+            return path, read_checkpoint(path)
+        except ValueError as error:
+            if strict:
+                raise ValueError(
+                    f"{error}; remove it, or leave out --strict-resume to go on from the one before"
+                ) from error
+            logger.warning("%s: going on from the checkpoint before", error)
+    return None, {}
+
+
+def load_for_test(cfg, model: nn.Module, strict: bool = False) -> None:
     """Loads the weights to test into the model, see :func:`test`.
 
     Raises:
         FileNotFoundError: where a named checkpoint is missing.
         ValueError: where it is not one, or not of the model that the config asks for.
     """
-    path = cfg.TEST.CHECKPOINT_FILE_PATH or last_checkpoint(cfg) or cfg.TRAIN.CHECKPOINT_FILE_PATH
+    path, checkpoint = cfg.TEST.CHECKPOINT_FILE_PATH, None
+    if not path:
+        path, checkpoint = _last_readable(cfg, strict)
+    path = path or cfg.TRAIN.CHECKPOINT_FILE_PATH
     if not path:
         logger.warning("No checkpoint is named or found: testing random weights")
         return
-    _load(cfg, model, read_checkpoint(path), path, "test")
+    _load(cfg, model, checkpoint or read_checkpoint(path), path, "test")
 
 
 def _load(cfg, model: nn.Module, checkpoint: dict, path: str, purpose: str) -> Loaded:

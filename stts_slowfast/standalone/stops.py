@@ -1,0 +1,224 @@
+"""How a run ends before its time: signals, processes that are lost, and who holds OUTPUT_DIR.
+
+A signal only sets a flag, which the loops look at after each batch; a thread sees to it that the
+process is gone some seconds later even where no loop gets to look. Children that are forked from
+here (those that read videos) die with this process, whatever ends it.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+
+GRACE = 8.0  # seconds between a signal and the end by force
+_PR_SET_PDEATHSIG = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped from outside; the text says where it goes on, ``status`` for exit."""
+
+    status = 130
+    agreed = False  # all processes of the run end at the same iteration
+
+    def __init__(self, text: str = "interrupted", number: int = signal.SIGINT):
+        super().__init__(text)
+        self.status = 128 + number
+
+
+class Stop:
+    """What was asked of this process from outside.
+
+    Attributes:
+        number: of the signal that asked it to end; 0 while none did.
+        save: SIGUSR1 asked for a checkpoint (Slurm's warning before the time is up).
+        deferred: the code that runs looks at ``number`` by itself; else a signal raises at once.
+    """
+
+    def __init__(self):
+        self.number, self.save, self.deferred = 0, False, False
+        self._over = threading.Event()
+
+    def check(self) -> None:
+        """Raises :class:`Interrupted` where a signal came."""
+        if self.number:
+            raise Interrupted(number=self.number)
+
+    def _on_signal(self, number: int, frame) -> None:
+        if number == signal.SIGUSR1:
+            self.save = True
+            return
+        self.number = self.number or number
+        if not self.deferred:
+            self.check()
+
+    def _watch(self, reader: int) -> None:
+        """Ends the process where a signal was not obeyed in time."""
+        with open(reader, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in (signal.SIGINT, signal.SIGTERM):
+                    break
+            else:
+                return  # the run is over
+        if not self._over.wait(GRACE):
+            end_now(f"did not end within {GRACE:g} s", 128 + number[0])
+
+
+_listening: Stop | None = None
+
+
+@contextlib.contextmanager
+def listen():
+    """Catches SIGINT, SIGTERM and SIGUSR1 while it is open; gives a :class:`Stop`.
+
+    In a thread other than the main one, which no signal reaches, it does nothing.
+    """
+    global _listening
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, stop._on_signal) for number in numbers}
+    before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=stop._watch, args=(reader,), daemon=True).start()
+    _listening = stop
+    try:
+        yield stop
+    finally:
+        _listening = None
+        stop.deferred = True  # nothing is to be raised from here on
+        stop._over.set()
+        signal.set_wakeup_fd(before_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writer)
+
+
+def _in_forked_child() -> None:
+    """A child leaves stopping to its parent, and ends with it."""
+    if _listening is None:
+        return
+    die_with_parent()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this process when the one that started it ends (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_now(reason: str, status: int) -> None:
+    """Ends this process and its children at once, with one line on stderr."""
+    with contextlib.suppress(Exception):
+        os.write(2, f"stts: process {os.getpid()} {reason}\n".encode())
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(Exception):
+            child.kill()
+    os._exit(status)
+
+
+# --- processes of one run watch over each other --------------------------------------------------
+
+
+class Lifeline:
+    """A connection from every process to the first: where one is lost, the others end.
+
+    The kernel closes a connection with its process, however that ends; a backend may first wait
+    for minutes. Whoever is done says so (:meth:`release`) before it leaves.
+    """
+
+    def __init__(self, fabric, host: str):
+        self.rank, self.world = fabric.global_rank, fabric.world_size
+        self._stopped = False
+        listener = socket.create_server(("", 0), backlog=self.world) if self.rank == 0 else None
+        port = fabric.broadcast(listener.getsockname()[1] if listener else 0)
+        if listener:
+            self.peers = self._accept(listener)
+        else:
+            self.peers = {socket.create_connection((host, port), timeout=GRACE): 0}
+            next(iter(self.peers)).sendall(self.rank.to_bytes(4, "big"))
+        for peer in self.peers:
+            peer.settimeout(None)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> dict[socket.socket, int]:
+        peers = {}
+        with listener:
+            listener.settimeout(60.0)
+            while len(peers) < self.world - 1:
+                peer, _ = listener.accept()
+                peer.settimeout(GRACE)
+                peers[peer] = int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")
+        return peers
+
+    def _watch(self) -> None:
+        waiting = dict(self.peers)
+        while waiting:
+            ready, _, _ = select.select(list(waiting), [], [], 1.0)
+            if self._stopped:
+                return
+            for peer in ready:
+                try:
+                    said = peer.recv(1)
+                except OSError:
+                    said = b""
+                rank = waiting.pop(peer)
+                if not said and not self._stopped:
+                    end_now(f"ends: process {rank} of {self.world} is gone", 1)
+
+    def release(self) -> None:
+        """This process leaves as it should."""
+        self._stopped = True
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                peer.sendall(b".")
+                peer.close()
+
+
+# --- one run in a folder --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hold(folder: str):
+    """Keeps a local folder for this process while it is open.
+
+    Raises:
+        ValueError: where another process holds it.
+    """
+    if "://" in folder:
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, ".running")
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                yield  # a file system without locks
+                return
+            file.seek(0)
+            raise ValueError(
+                f"another run writes to OUTPUT_DIR {folder} ({file.read().strip() or 'unknown'}): "
+                "wait for it, stop it, or choose another OUTPUT_DIR"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,141 @@
+"""Testing by several views of every video: the loop, and how their predictions become one."""
+
+import logging
+import os
+import pickle
+
+import torch
+from iopath.common.file_io import g_pathmgr
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from stts_slowfast.standalone import report
+from stts_slowfast.standalone.data import UNREADABLE, build_loader, prepare
+from stts_slowfast.standalone.defaults import check_choice
+from stts_slowfast.standalone.report import Board, Timer
+from stts_slowfast.standalone.stops import Stop
+
+logger = logging.getLogger(__name__)
+
+ENSEMBLES = ("sum", "max")
+
+
+def run_test(cfg, fabric: Fabric, model: nn.Module, board: Board, stop: Stop, watch) -> dict:
+    """Tests with each of TEST.NUM_TEMPORAL_CLIPS, else TEST.NUM_ENSEMBLE_VIEWS, clips of a video.
+
+    Args:
+        cfg: is changed.
+        model: on its device, in evaluation.
+        watch: see ``engine.Watch``.
+
+    Returns:
+        See ``engine.test``.
+    """
+    check_choice("DATA.ENSEMBLE_METHOD", cfg.DATA.ENSEMBLE_METHOD, ENSEMBLES)
+    for number in numbers_of_clips(cfg):
+        cfg.TEST.NUM_ENSEMBLE_VIEWS = number
+        loader = build_loader(cfg, "test", fabric.global_rank, fabric.world_size)
+        loader.set_epoch(0)
+        data = loader.dataset
+        counts = len(data.videos), data.num_views, cfg.TEST.BATCH_SIZE
+        logger.info("test: %d videos x %d views, batches of %d", *counts)
+        views, busy = Views(cfg, len(data.videos), data.num_views), []
+        timer, length = Timer(), len(loader)
+        batches = board.progress(loader, "testing", length)
+        for iteration, batch in enumerate(timer.timed(batches)):
+            stop.check()
+            batch = fabric.to_device(batch)
+            with torch.no_grad():
+                logits = float32_logits(model, prepare(batch[0], cfg))
+            views.add(logits.softmax(-1).cpu(), *(part.cpu() for part in batch[1:]))
+            timer.toc()
+            busy.append((len(batch[0]), timer.stats()["dt_net"]))
+            if fabric.is_global_zero and (iteration + 1) % cfg.LOG_PERIOD == 0:
+                stats = {
+                    "split": "test_iter",
+                    "cur_iter": str(iteration + 1),
+                    "eta": timer.eta(length - iteration - 1),
+                    "time_diff": timer.stats()["dt"],
+                }
+                report.log_json_stats(stats)
+            if watch:
+                watch("test", model, batch)
+        views.gather(fabric)
+        result = _result(cfg, fabric, views)
+        busy = busy[1:] or busy  # the first batch is a warm-up
+        result["clips_per_s"] = sum(clips for clips, _ in busy) / sum(s for _, s in busy)
+    return result
+
+
+def numbers_of_clips(cfg) -> list[int]:
+    """The numbers of clips to test with, one after the other."""
+    numbers = list(cfg.TEST.NUM_TEMPORAL_CLIPS) or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
+    numbers = [1, 3, 5, 7, 10] if numbers == [-1] else numbers
+    if min(numbers) < 1:
+        key = "NUM_TEMPORAL_CLIPS" if cfg.TEST.NUM_TEMPORAL_CLIPS else "NUM_ENSEMBLE_VIEWS"
+        raise ValueError(f"TEST.{key} is {cfg.TEST[key]}: test at least 1 clip of every video")
+    return numbers
+
+
+def float32_logits(model: nn.Module, clips: Tensor) -> Tensor:
+    """Validation and testing leave autocast, as in SlowFast."""
+    with torch.autocast(clips.device.type, enabled=False):
+        return model(clips.float()).float()
+
+
+class Views:
+    """The predictions of all views of all videos, put together as DATA.ENSEMBLE_METHOD says.
+
+    Attributes:
+        seen: (videos, views) whether a view was tested.
+        predictions: (videos, classes).
+        labels: (videos,); ``UNREADABLE`` where a video cannot be read.
+    """
+
+    def __init__(self, cfg, num_videos: int, num_views: int):
+        self.method = cfg.DATA.ENSEMBLE_METHOD
+        self.seen = torch.zeros(num_videos, num_views, dtype=torch.bool)
+        self.predictions = torch.zeros(num_videos, cfg.MODEL.NUM_CLASSES)
+        self.labels = torch.full((num_videos,), torch.iinfo(torch.int64).min)
+
+    def add(self, predictions: Tensor, labels: Tensor, videos: Tensor, views: Tensor) -> None:
+        """Adds predictions (B, classes) for (B,) labels, videos and views."""
+        new = ~self.seen[videos, views]  # a view counts once, however often it comes
+        videos, views, predictions = videos[new], views[new], predictions[new]
+        self.seen[videos, views] = True
+        self.labels[videos] = labels[new]
+        if self.method == "sum":
+            self.predictions.index_add_(0, videos, predictions)
+        else:
+            index = videos[:, None].expand_as(predictions)
+            self.predictions.scatter_reduce_(0, index, predictions, "amax")
+
+    def gather(self, fabric: Fabric) -> None:
+        """Puts together what the processes have seen; each view went to one of them."""
+
+        def reduce(tensor: Tensor, how: str) -> Tensor:
+            return fabric.all_reduce(fabric.to_device(tensor), reduce_op=how).cpu()
+
+        self.seen = reduce(self.seen.int(), "sum") > 0
+        self.labels = reduce(self.labels, "max")
+        self.predictions = reduce(self.predictions, self.method)
+
+
+def _result(cfg, fabric: Fabric, views: Views) -> dict:
+    missing = int((~views.seen).sum())
+    if missing:
+        logger.warning("%d of %d views were not tested", missing, views.seen.numel())
+    if bool((views.labels == UNREADABLE).all()):
+        raise ValueError(
+            f"none of the {len(views.labels)} test videos can be read: is DATA.PATH_PREFIX "
+            f"({cfg.DATA.PATH_PREFIX!r}) right?"
+        )
+    top1, top5 = (100.0 - each.item() for each in report.errors(views.predictions, views.labels))
+    if fabric.is_global_zero:
+        stats = {"top1_acc": f"{top1:.2f}", "top5_acc": f"{top5:.2f}"}
+        report.log_json_stats({"split": "test_final", **stats}, cfg.OUTPUT_DIR)
+        if name := cfg.TEST.SAVE_RESULTS_PATH:
+            with g_pathmgr.open(os.path.join(cfg.OUTPUT_DIR, name), "wb") as file:
+                pickle.dump([views.predictions, views.labels], file)
+    videos, num_views = views.seen.shape
+    return {"top1_acc": top1, "top5_acc": top5, "num_videos": videos, "num_views": num_views}

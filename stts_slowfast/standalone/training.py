@@ -1,0 +1,253 @@
+"""The training loop: epochs, steps, validations and checkpoints of one process of a run."""
+
+import logging
+import os
+import signal
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from iopath.common.file_io import g_pathmgr
+from lightning.fabric import Fabric, seed_everything
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+from stts_slowfast import schedule
+from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.standalone import optim, report, resume
+from stts_slowfast.standalone.data import batch_mixer, build_loader, prepare
+from stts_slowfast.standalone.report import Board, LossWatch, Meter, Timer
+from stts_slowfast.standalone.stops import Interrupted, Stop
+from stts_slowfast.standalone.testing import float32_logits
+
+logger = logging.getLogger(__name__)
+
+
+class Training:
+    """A run in one of its processes; each method is a part of the loop.
+
+    Attributes:
+        model, network: the model, and the same as Fabric wraps it: under autocast and DDP.
+        errors: ``top1_err`` and ``top5_err`` of the last validation.
+        last: the path of the last checkpoint.
+    """
+
+    def __init__(self, cfg, fabric: Fabric, model, start, board: Board, stop: Stop, watch):
+        self.cfg, self.fabric, self.model, self.start = cfg, fabric, model, start
+        self.board, self.stop, self.watch = board, stop, watch
+        self.train_loader = self._loader("train")
+        self.val_loader = self._loader("val")
+        self.mixer = batch_mixer(cfg)
+        fabric.to_device(model)
+        self.optimizer = optim.build_optimizer(model, cfg)
+        if start.optimizer_state:
+            optim.load_optimizer_state(self.optimizer, start.optimizer_state, start.path)
+        schedule.begin(self.optimizer.param_groups, start.trained, cfg)
+        self.network, self.stepper = fabric.setup(model, self.optimizer)
+        if cfg.MODEL.FP16_ALLREDUCE and fabric.world_size > 1:
+            self.network._forward_module.register_comm_hook(None, fp16_compress_hook)
+        if start.scaler_state:
+            fabric.strategy.precision.load_state_dict(start.scaler_state)
+        start.optimizer_state = start.scaler_state = None  # memory
+        self.losses = LossWatch(cfg)
+        self.least = {"min_top1_err": 100.0, "min_top5_err": 100.0}
+        self.last, self.within = start.path, [start.path] if start.iteration else []
+        self.saved_at = time.monotonic()
+        self.length = len(self.train_loader)
+        if start.iteration and start.length != self.length:
+            raise ValueError(
+                f"{start.path} is {start.iteration} of {start.length} iterations into an epoch, "
+                f"which now has {self.length}: set the TRAIN.BATCH_SIZE and the number of "
+                "processes that it had, or remove it to go on from the last whole epoch"
+            )
+
+    def _loader(self, split: str):
+        loader = build_loader(self.cfg, split, self.fabric.global_rank, self.fabric.world_size)
+        videos = len(loader.dataset.videos)
+        logger.info("%s: %d videos, batches of %d", split, videos, loader.batch_size)
+        return loader
+
+    def train_epoch(self, epoch: int, first: int = 0) -> None:
+        """Trains from iteration ``first`` on; then a checkpoint and a validation, where due."""
+        totals = self.start.totals if first else ()
+        meter = Meter(("loss", "top1_err", "top5_err"), self.cfg.LOG_PERIOD, totals)
+        timer = Timer()
+        self.model.train()
+        self.train_loader.set_epoch(epoch)
+        if first:
+            self.train_loader.skip(first)
+        logger.info("Start epoch: %d", epoch + 1)
+        batches = self.board.progress(self.train_loader, f"epoch {epoch + 1}", self.length, first)
+        for iteration, batch in enumerate(timer.timed(batches), first):
+            asked = self.step(epoch, iteration, batch, meter, timer)
+            if iteration + 1 < self.length:
+                self.obey(asked, epoch, iteration + 1, meter)
+        stats = {**self.stats, **meter.means(), **self.train_loader.bad.count(), **report.ram()}
+        self._log({**stats, "_type": "train_epoch"}, to_file=True)
+        epoch += 1
+        last = epoch == self.cfg.SOLVER.MAX_EPOCH
+        # Before the validation, as SlowFast does.
+        if epoch % self.cfg.TRAIN.CHECKPOINT_PERIOD == 0 or last:
+            self.save(epoch)
+        self.obey(asked, epoch, 0, meter)
+        if epoch % self.cfg.TRAIN.EVAL_PERIOD == 0 or last:
+            self.validate(epoch - 1)
+
+    def step(self, epoch: int, iteration: int, batch, meter: Meter, timer: Timer) -> list[bool]:
+        """One iteration; whether any process was asked for a checkpoint, and to end."""
+        # Each has its own seed, so that a resumed run draws what the whole one would have.
+        seed = iteration_seed(self.cfg.RNG_SEED, epoch, iteration, self.fabric.global_rank)
+        seed_everything(seed, verbose=False)
+        exact = epoch + iteration / self.length
+        lr = optim.lr_at(exact, self.cfg)
+        rates = schedule.step(self.model, self.optimizer.param_groups, lr, exact, self.cfg)
+        batch = self.fabric.to_device(batch)
+        clips, labels = prepare(batch[0], self.cfg), batch[1]
+        if self.mixer is not None:
+            clips, labels = self.mixer(clips, labels)
+        self.stepper.zero_grad()
+        logits = self.network(clips)
+        loss = F.cross_entropy(logits, labels)  # labels: (B,) classes, or (B, classes) shares
+        self.fabric.backward(loss)
+        grad_norm = self.clip_gradients()
+        self.stepper.step()
+
+        stats = [loss.detach(), grad_norm, *report.train_errors(logits.detach(), labels)]
+        stats += [torch.tensor(float(x), device=loss.device) for x in self._asked()]
+        stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats])).tolist()
+        loss, grad_norm, top1, top5, *asked = stats
+        timer.toc()
+        self.losses.check(loss, grad_norm, exact)
+        meter.add((loss, top1, top5), len(clips))
+        self._tell_step(epoch, iteration, {"lr": lr, **rates}, grad_norm, meter, timer)
+        if self.watch:
+            self.watch("train", self.model, batch)
+        return [value > 0 for value in asked]
+
+    def clip_gradients(self) -> Tensor:
+        """Clips as SOLVER.CLIP_GRAD_* ask; the norm of all gradients before."""
+        limit = self.cfg.SOLVER.CLIP_GRAD_L2NORM
+        if self.cfg.SOLVER.CLIP_GRAD_VAL or not limit:
+            limit = float("inf")
+        arguments = {"max_norm": limit, "error_if_nonfinite": False}
+        norm = self.fabric.clip_gradients(self.network, self.stepper, **arguments)
+        if self.cfg.SOLVER.CLIP_GRAD_VAL:
+            nn.utils.clip_grad_value_(self.model.parameters(), self.cfg.SOLVER.CLIP_GRAD_VAL)
+        return norm
+
+    def _asked(self) -> tuple[bool, bool]:
+        """Whether this process was asked for a checkpoint, by time or by signal; and to end."""
+        minutes = self.cfg.TRAIN.CHECKPOINT_EVERY_MINUTES
+        due = minutes > 0 and time.monotonic() - self.saved_at >= 60.0 * minutes
+        return due or self.stop.save, bool(self.stop.number)
+
+    def obey(self, asked: list[bool], epoch: int, iteration: int, meter: Meter) -> None:
+        """Writes a checkpoint inside an epoch, and ends, where a step was told so: all processes
+        of a run after the same one."""
+        save, end = asked
+        if save or end:
+            self.stop.save, self.saved_at = False, time.monotonic()
+            if iteration:
+                self.save(epoch, iteration, meter)
+        if end:
+            stopped = Interrupted(number=self.stop.number or signal.SIGTERM)
+            stopped.agreed = True
+            raise stopped
+
+    def save(self, epoch: int, iteration: int = 0, meter: Meter | None = None) -> None:
+        """Writes the checkpoint after ``epoch`` epochs, and iterations of the next one."""
+        path = resume.checkpoint_path(self.cfg, epoch, iteration)
+        self.last, self.saved_at = path, time.monotonic()
+        if not self.fabric.is_global_zero:
+            return
+        g_pathmgr.mkdirs(os.path.dirname(path))
+        state = optim.optimizer_state(self.optimizer, self.model)
+        scaler = self.fabric.strategy.precision.state_dict() or None
+        extra = {}
+        if iteration:
+            place = {"iteration": iteration, "length": self.length, "totals": meter.totals}
+            extra = {"within_epoch": place}
+        save_checkpoint(path, self.model, self.cfg, epoch - 1, state, scaler, extra)
+        logger.info("Wrote %s", path)
+        self.within += [path] if iteration else []
+        # The one before stays, should the last be damaged.
+        for old in self.within[: -2 if iteration else None]:
+            if old != path and g_pathmgr.exists(old):
+                g_pathmgr.rm(old)
+        self.within = self.within[-2:] if iteration else []
+
+    @torch.no_grad()
+    def validate(self, epoch: int) -> None:
+        """Validates after ``epoch``, each process its share of the videos."""
+        meter, timer = Meter(("top1_err", "top5_err"), self.cfg.LOG_PERIOD), Timer()
+        self.model.eval()
+        self.val_loader.set_epoch(epoch)
+        start, length = time.perf_counter(), len(self.val_loader)
+        batches = self.board.progress(self.val_loader, "validation", length)
+        for iteration, batch in enumerate(timer.timed(batches)):
+            self.stop.check()
+            batch = self.fabric.to_device(batch)
+            logits = float32_logits(self.model, prepare(batch[0], self.cfg))
+            errors = torch.stack(report.errors(logits, batch[1])).tolist()
+            timer.toc()
+            meter.add(errors, len(batch[0]))
+            if (iteration + 1) % self.cfg.LOG_PERIOD == 0:
+                stats = {
+                    "_type": "val_iter",
+                    "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
+                    "iter": f"{iteration + 1}/{length}",
+                    "time_diff": timer.stats()["dt"],
+                    "eta": timer.eta(length - iteration - 1),
+                    **meter.medians(),
+                    **report.memory(),
+                }
+                self._log(stats)
+            if self.watch:
+                self.watch("val", self.model, batch)
+        totals = torch.tensor(meter.totals, device=self.fabric.device)
+        meter.totals = self.fabric.all_reduce(totals, reduce_op="sum").tolist()
+        self.errors = meter.means()
+        for key, value in self.errors.items():
+            self.least[f"min_{key}"] = min(self.least[f"min_{key}"], value)
+        stats = {
+            "_type": "val_epoch",
+            "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
+            "time_diff": time.perf_counter() - start,
+            **self.errors,
+            **self.least,
+            **self.val_loader.bad.count(),
+            **report.memory(),
+            **report.ram(),
+        }
+        self._log(stats, to_file=True)
+        scalars = {f"Val/{key.capitalize()}": value for key, value in self.errors.items()}
+        self.board.write(scalars, epoch)
+
+    def _tell_step(self, epoch, iteration, rates, grad_norm, meter: Meter, timer: Timer) -> None:
+        left = (self.cfg.SOLVER.MAX_EPOCH - epoch) * self.length - iteration - 1
+        self.stats = {
+            "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
+            **timer.stats(),
+            "eta": timer.eta(left),
+            "grad_norm": grad_norm,
+            **rates,
+            **report.memory(),
+        }
+        if (iteration + 1) % self.cfg.LOG_PERIOD == 0:
+            # SlowFast's type really ends in an underscore.
+            place = {"_type": "train_iter_", "iter": f"{iteration + 1}/{self.length}"}
+            self._log({**self.stats, **meter.medians(), **place})
+        loss, top1, top5 = meter.window[-1]
+        scalars = {"loss": loss, "Top1_err": top1, "Top5_err": top5, **rates}
+        scalars = {f"Train/{key}": value for key, value in scalars.items()}
+        self.board.write(scalars, self.length * epoch + iteration)
+
+    def _log(self, stats: dict, to_file: bool = False) -> None:
+        if self.fabric.is_global_zero:
+            report.log_json_stats(stats, self.cfg.OUTPUT_DIR if to_file else None)
+
+
+def iteration_seed(*numbers: int) -> int:
+    """A seed from all of the numbers together."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
