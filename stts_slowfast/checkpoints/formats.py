@@ -126,6 +126,7 @@ def save_checkpoint(
     epoch: int,
     optimizer_state: dict | None = None,
     scaler_state: dict | None = None,
+    extra: dict | None = None,
 ) -> None:
     """Writes a SlowFast ``.pyth`` checkpoint, parameters under SlowFast's names.
 
@@ -138,12 +139,14 @@ def save_checkpoint(
         epoch: the epoch just finished, counted from 0.
         optimizer_state: the optimizer's ``state_dict()``.
         scaler_state: the gradient scaler's ``state_dict()``.
+        extra: entries that SlowFast does not know, and passes over.
     """
     checkpoint = {
         "epoch": epoch,
         "model_state": slowfast_state(model),
         "optimizer_state": optimizer_state or {},
         "cfg": cfg.dump(),
+        **(extra or {}),
     }
     if scaler_state is not None:
         checkpoint["scaler_state"] = scaler_state

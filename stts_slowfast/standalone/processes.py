@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import inspect
 import logging
 import os
 import pickle
@@ -14,6 +15,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, Precision
 from lightning.fabric.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from stts_slowfast.standalone.defaults import check_choice, check_supported
 from stts_slowfast.standalone.places import INIT_METHOD, Place, check_gpus, find_places
@@ -180,16 +182,17 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
 def open_fabric(cfg, place: Place) -> Fabric:
     """Fabric for one process: its device, its precision in training, DDP where there are others."""
     device = "cuda" if cfg.NUM_GPUS else "cpu"
-    ddp = DDPStrategy(
-        process_group_backend=cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo",
-        # All processes set sigma alike, and in validation they may have unequal numbers of batches.
-        broadcast_buffers=False,
-    )
+    backend = cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo"
+    # All processes set sigma alike: there is nothing to send before each forward pass.
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    ddp = DDPStrategy(process_group_backend=backend, **{buffers: False})
     precision = Precision()
     if cfg.TRAIN.MIXED_PRECISION:
         default = "float16" if cfg.NUM_GPUS else "bfloat16"
         precision = MixedPrecision(PRECISIONS[cfg.TRAIN.MIXED_PRECISION_DTYPE or default], device)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)  # tips, and who is here
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # tips, and who is here
     fabric = Fabric(
         accelerator=device,
         devices=[place.device_index] if cfg.NUM_GPUS else 1,

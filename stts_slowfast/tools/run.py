@@ -19,6 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init_method", default="tcp://localhost:9999", help="tcp://host:port of shard 0"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="to start on this machine, NUM_GPUS by default (standalone; torchrun and srun say so)",
+    )
+    parser.add_argument(
+        "--strict-resume",
+        action="store_true",
+        help="stop at a last checkpoint that is damaged, instead of using the one before",
+    )
     add_opts(parser)
 
 
@@ -27,6 +38,10 @@ def main(args: argparse.Namespace) -> int | None:
     engine, why = choose_engine(args.engine)
     print(f"engine: {engine} ({why})", flush=True)
     if engine == "slowfast":
+        for name in ("processes", "strict_resume"):
+            if getattr(args, name):
+                word = name.replace("_", "-")
+                raise ValueError(f"--{word} is for the standalone runner: add --engine standalone")
         return launch.run(_slowfast_arguments(args))
 
     from stts_slowfast.standalone.defaults import load_config
@@ -41,10 +56,9 @@ def main(args: argparse.Namespace) -> int | None:
             ClipDataset(cfg, "test")  # a list that is missing shows now, not after the training
     for cfg in configs:
         cfg.NUM_SHARDS, cfg.SHARD_ID = args.num_shards, args.shard_id
-        if cfg.TRAIN.ENABLE:
-            runner.train(cfg, args.init_method)
-        if cfg.TEST.ENABLE:
-            runner.test(cfg, args.init_method)
+        for enabled, job in ((cfg.TRAIN.ENABLE, runner.train), (cfg.TEST.ENABLE, runner.test)):
+            if enabled:
+                job(cfg, args.init_method, args.processes, strict_resume=args.strict_resume)
     return 0
 
 
