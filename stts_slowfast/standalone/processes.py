@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import pickle
+import re
 import signal
 import time
 import traceback
@@ -172,11 +173,25 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
             gc.collect()
             if lifeline and isinstance(error, Interrupted) and error.agreed:
                 lifeline.release()
+            if lost := _lost_worker(error):
+                raise ChildProcessError(lost) from error
             raise
         if lifeline:
             lifeline.release()
         logger.info("done in %.1f s", time.perf_counter() - start)
         return result
+
+
+def _lost_worker(error: BaseException) -> str | None:
+    """What to say where a loader's process was killed; None for any other error."""
+    text = " ".join(str(error).split())
+    match = re.search(r"DataLoader worker.*?(killed by signal: \w+|exited unexpectedly)", text)
+    if not isinstance(error, RuntimeError) or match is None or text.startswith("Caught"):
+        return None
+    return (
+        f"a process that reads videos was lost ({match.group(1)}): if nobody killed it, memory was "
+        "short: lower DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint"
+    )
 
 
 def open_fabric(cfg, place: Place) -> Fabric:
