@@ -312,24 +312,26 @@ class ClipLoader(DataLoader):
 
 
 def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
-    """The loader of a split for process ``rank`` of ``world``: TRAIN.BATCH_SIZE / NUM_GPUS videos a
-    batch (in testing TEST.BATCH_SIZE / NUM_GPUS views; videos are not split between processes).
+    """The loader of a split for process ``rank`` of ``world``, which lie on NUM_SHARDS machines:
+    the processes of a machine share TRAIN.BATCH_SIZE videos a batch (in testing TEST.BATCH_SIZE
+    views; videos are not split between processes).
 
     Training shuffles and drops what does not fill a batch; all processes have as many batches.
     """
     dataset = ClipDataset(cfg, split)
     node, key = (cfg.TEST, "TEST") if split == "test" else (cfg.TRAIN, "TRAIN")
-    batch_size = int(node.BATCH_SIZE / max(1, cfg.NUM_GPUS))
+    processes = world // cfg.NUM_SHARDS
+    batch_size = node.BATCH_SIZE // processes
     if batch_size < 1:
         raise ValueError(
-            f"{key}.BATCH_SIZE is {node.BATCH_SIZE} but NUM_GPUS is {cfg.NUM_GPUS}: "
-            "give every GPU one video at least"
+            f"{key}.BATCH_SIZE is {node.BATCH_SIZE} but a machine has {processes} processes "
+            "(NUM_GPUS): give each one video at least"
         )
     train, test = split == "train", split == "test"
     sampler = _Items(len(dataset), rank, world, cfg.RNG_SEED if train else None)
     if train and len(sampler) < batch_size:
         raise ValueError(
-            f"TRAIN.BATCH_SIZE is {node.BATCH_SIZE}, {batch_size} per GPU, but the train list has "
+            f"TRAIN.BATCH_SIZE is {node.BATCH_SIZE}, {batch_size} per process, but the train list has "
             f"{len(dataset)} videos: not one batch can be filled"
         )
     workers = cfg.DATA_LOADER.NUM_WORKERS

@@ -71,7 +71,7 @@ def pixels(cfg, clips):
 
 
 def test_training_batches_have_the_declared_shapes(cfg):
-    cfg.NUM_GPUS = 2
+    cfg.TRAIN.BATCH_SIZE = 2
     batches = list(build_loader(cfg, "train"))
     assert len(batches) == 3
     clips, labels, videos, views = batches[0]
@@ -205,11 +205,12 @@ def test_reading_leaves_the_generators_alone(cfg):
 
 
 def test_processes_share_the_videos(cfg):
-    cfg.TRAIN.BATCH_SIZE = 1
+    cfg.TRAIN.BATCH_SIZE = 2  # of a machine: one video for each of its two processes
     for split in ("val", "test", "train"):
         loaders = [build_loader(cfg, split, rank, 2) for rank in range(2)]
         seen = [torch.cat([batch[2] for batch in loader]).unique() for loader in loaders]
         assert sorted(torch.cat(seen).tolist()) == [0, 1, 2, 3, 4, 5]
+    cfg.TRAIN.BATCH_SIZE, cfg.NUM_SHARDS = 1, 4
     lengths = {len(list(build_loader(cfg, "train", rank, 4))) for rank in range(4)}
     assert lengths == {2}  # two videos come twice, so that no process waits for another
 

@@ -186,16 +186,14 @@ def test_a_test_that_reads_no_video_fails(run, cfg):
 def test_mixed_precision_and_clipping_train(run, cfg):
     cfg.TRAIN.MIXED_PRECISION, cfg.SOLVER.MAX_EPOCH = True, 1
     cfg.SOLVER.CLIP_GRAD_VAL = 1e-4
-    module = {}
+    largest = []
 
-    class Look(Callback):
-        def on_before_zero_grad(self, trainer, pl_module, optimizer):
-            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            if grads:
-                module["largest"] = max(grad.abs().max().item() for grad in grads)
+    def look(split, model, batch):
+        if split == "train":
+            largest.append(max(p.grad.abs().max().item() for p in model.parameters()))
 
-    engine.train(cfg, callbacks=[Look()])
-    assert 0 < module["largest"] <= 1e-4 * 1.0001
+    engine.train(cfg, watch=look)
+    assert len(largest) == 3 and all(0 < value <= 1e-4 * 1.0001 for value in largest)
     assert all(s["grad_norm"] > 1e-3 for s in run.json_stats("train_iter_"))  # before clipping
 
 
