@@ -331,8 +331,8 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
     sampler = _Items(len(dataset), rank, world, cfg.RNG_SEED if train else None)
     if train and len(sampler) < batch_size:
         raise ValueError(
-            f"TRAIN.BATCH_SIZE is {node.BATCH_SIZE}, {batch_size} per process, but the train list has "
-            f"{len(dataset)} videos: not one batch can be filled"
+            f"TRAIN.BATCH_SIZE is {node.BATCH_SIZE}, {batch_size} per process, but the train list "
+            f"has {len(dataset)} videos: not one batch can be filled"
         )
     workers = cfg.DATA_LOADER.NUM_WORKERS
     return ClipLoader(

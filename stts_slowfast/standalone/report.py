@@ -66,15 +66,18 @@ def log_json_stats(stats: dict, output_dir: str | None = None) -> None:
         stats: numbers and texts.
         output_dir: where given, the line is added to ``json_stats.log`` there too.
     """
-    rounded = {
-        key: decimal.Decimal(f"{value:.5f}") if isinstance(value, float) else value
-        for key, value in stats.items()
-    }
-    line = f"json_stats: {simplejson.dumps(rounded, sort_keys=True, use_decimal=True)}"
+    told = {key: _rounded(value) for key, value in stats.items()}
+    line = f"json_stats: {simplejson.dumps(told, sort_keys=True, use_decimal=True)}"
     logger.info(line)
     if output_dir:
         with g_pathmgr.open(os.path.join(output_dir, "json_stats.log"), "a") as file:
             file.write(f"{line}\n")
+
+
+def _rounded(value):
+    if not isinstance(value, float):
+        return value
+    return decimal.Decimal(f"{value:.5f}") if math.isfinite(value) else str(value)  # no JSON number
 
 
 class Timer:

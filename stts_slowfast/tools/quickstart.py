@@ -14,12 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning.pytorch.callbacks import Callback
 
 from stts_slowfast import selections
 from stts_slowfast.standalone import engine
+from stts_slowfast.standalone.data import ClipDataset
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
+from stts_slowfast.standalone.resume import load_for_test
 from stts_slowfast.tools import makedata, visualize
 from stts_slowfast.tools.filmstrip import draw
 
@@ -122,20 +123,18 @@ def _checkpoint(out: str, name: str, epochs: int) -> str:
 # ---- runs -----------------------------------------------------------------------------------
 
 
-class KeptFrames(Callback):
+class KeptFrames:
     """Sums up, while a model is tested, how many of the frames that show the class it kept."""
 
     def __init__(self, cfg, truth: dict[str, makedata.Truth]):
         self.cfg, self.truth = cfg, truth
+        self.videos = ClipDataset(cfg, "test").videos
         self.kept = self.shown = 0
 
-    def on_test_batch_end(
-        self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0
-    ) -> None:
-        videos = trainer.datamodule.datasets["test"].videos
-        kept = selections(module.model)
+    def __call__(self, split: str, model, batch) -> None:
+        kept = selections(model)
         for item, index in enumerate(batch[2].tolist()):
-            shown = shown_frames(self.cfg, self.truth[os.path.basename(videos[index].path)])
+            shown = shown_frames(self.cfg, self.truth[os.path.basename(self.videos[index].path)])
             self.kept += len(shown & set(visualize.kept_regions(self.cfg, kept, item)))
             self.shown += len(shown)
 
@@ -147,7 +146,7 @@ def run(out: str, name: str) -> dict:
     if cfg.TRAIN.ENABLE:
         engine.train(cfg)
     watch = KeptFrames(cfg, makedata.read_truth(cfg.DATA.PATH_TO_DATA_DIR))
-    tested = engine.test(cfg, callbacks=[watch] if cfg.STTS.ENABLE else [])
+    tested = engine.test(cfg, watch=watch if cfg.STTS.ENABLE else None)
     return {
         "name": name,
         "top1": round(tested["top1_acc"], 2),
@@ -170,7 +169,7 @@ def draw_picture(out: str, path: str, num_videos: int = 4) -> None:
     """Draws the first test videos of several classes as the learned selection sees them."""
     cfg = load_config(_config_path(out, "learned"))
     model = build_model(cfg)
-    engine.load_for_test(cfg, model)
+    load_for_test(cfg, model)
     truth = makedata.read_truth(cfg.DATA.PATH_TO_DATA_DIR)
     strips = []
     for name in sorted(name for name in truth if name.startswith("test"))[:num_videos]:

@@ -104,6 +104,6 @@ def plain_run(run):
     cfg.DATA.TRAIN_JITTER_SCALES, cfg.DATA.RANDOM_FLIP = [32, 32], False
     cfg.MIXUP.ENABLE, cfg.MODEL.LOSS_FUNC = False, "cross_entropy"
     cfg.MODEL.DROPOUT_RATE = cfg.MVIT.DROPPATH_RATE = 0.0
-    cfg.STTS.TIME.SCORER = cfg.STTS.SPACE.SCORER = "uniform"
+    cfg.STTS.ENABLE = False
     cfg.TRAIN.EVAL_PERIOD = 1
     return run

@@ -56,9 +56,9 @@ def test_training_and_testing_write_what_slowfast_writes(run, cfg):
     fields |= {"grad_norm", "gpu_mem", "top1_err", "top5_err", "sigma", "backbone_lr"}
     assert [set(s) for s in iterations] == [fields] * 6
     assert [s["epoch"] + " " + s["iter"] for s in iterations[2:4]] == ["1/2 3/3", "2/2 1/3"]
-    # sigma falls from 0.1 to 0 over 6 iterations; the backbone rests half an epoch of 3
+    # sigma falls from 0.1 to 0 over 6 iterations; from random weights the backbone never rests
     assert [s["sigma"] for s in iterations] == [0.1, 0.08333, 0.06667, 0.05, 0.03333, 0.01667]
-    assert [s["backbone_lr"] > 0 for s in iterations] == [False, False, True, True, True, True]
+    assert all(s["backbone_lr"] == s["lr"] for s in iterations)
     (val,) = run.json_stats("val_epoch")  # after the last epoch alone: EVAL_PERIOD is 5
     assert val["epoch"] == "2/2" and val["min_top1_err"] == val["top1_err"]
     assert val["top1_err"] == pytest.approx(result["top1_err"], abs=1e-4)
@@ -76,6 +76,22 @@ def test_training_and_testing_write_what_slowfast_writes(run, cfg):
     assert result["clips_per_s"] > 0
 
 
+def test_fine_tuning_holds_the_backbone_back(run, cfg, tmp_path):
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = engine.train(cfg)["checkpoint"]
+    cfg.TRAIN.CHECKPOINT_EPOCH_RESET = True
+    cfg.OUTPUT_DIR = str(tmp_path / "tuned")
+    with pytest.raises(Interrupted):
+        engine.train(cfg, watch=CtrlC())
+    engine.train(cfg)  # a resumed run is what it was
+    rates = [s["backbone_lr"] > 0 for s in run.json_stats("train_iter_")]
+    # half an epoch of three iterations; the second epoch, which was cut off, and again
+    assert rates == [False, False, True, True, True, True, True]
+
+
+def assert_equal(first, second):
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 def test_stopped_and_resumed_ends_where_the_whole_run_ends(run, cfg, tmp_path):
     cfg.STTS.SIGMA_DECAY = "linear"
     engine.train(cfg)
@@ -86,9 +102,8 @@ def test_stopped_and_resumed_ends_where_the_whole_run_ends(run, cfg, tmp_path):
         engine.train(cfg, watch=CtrlC())
     engine.train(cfg)
     resumed = run.checkpoint(2)
-    exact = {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(resumed["model_state"], whole["model_state"], **exact)
-    torch.testing.assert_close(resumed["optimizer_state"], whole["optimizer_state"], **exact)
+    assert_equal(resumed["model_state"], whole["model_state"])
+    assert_equal(resumed["optimizer_state"], whole["optimizer_state"])
 
     def course(stats):
         keys = ("epoch", "iter", "lr", "sigma", "backbone_lr", "loss", "grad_norm")
@@ -98,21 +113,107 @@ def test_stopped_and_resumed_ends_where_the_whole_run_ends(run, cfg, tmp_path):
     assert course(run.json_stats("train_iter_")[4:]) == course(lines[3:])
 
 
-def test_stopped_before_a_checkpoint_begins_anew(run, cfg):
+def test_stopped_before_a_checkpoint_begins_anew(cfg):
     cfg.TRAIN.CHECKPOINT_PERIOD = 2
     with pytest.raises(Interrupted, match="begins anew: there is no checkpoint yet"):
         engine.train(cfg, watch=CtrlC())
 
 
-def test_a_finished_run_only_validates(run, cfg):
+@pytest.mark.parametrize("seed", [0, 4])
+def test_a_finished_run_only_validates_on_the_same_clips(run, cfg, seed):
+    cfg.RNG_SEED = seed
+    first, again = Watch(), Watch()
+    engine.train(cfg, watch=first)
+    engine.train(cfg, watch=again)
+    assert not again.of("train") and len(run.json_stats("train_epoch")) == 2
+    assert_equal(again.of("val"), first.of("val"))
+    stats = run.json_stats("val_epoch")
+    assert [(s["epoch"], s["top1_err"]) for s in stats[1:]] == [("2/2", stats[0]["top1_err"])]
+
+
+def test_training_shuffles_anew_in_every_epoch(cfg):
+    cfg.TRAIN.BATCH_SIZE = 1
+    watch = Watch()
+    engine.train(cfg, watch=watch)
+    order = [int(batch[2]) for batch in watch.of("train")]
+    first, second = order[:7], order[7:]
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second and list(range(7)) not in (first, second)
+
+
+def test_every_iteration_has_its_own_seed(cfg):
+    def seeds():
+        found = []
+        engine.train(cfg, watch=lambda split, *_: found.append((split, torch.initial_seed())))
+        return [seed for split, seed in found if split == "train"]
+
+    first = seeds()
+    assert len(set(first)) == 6
+    cfg.TRAIN.AUTO_RESUME = False
+    assert seeds() == first
+    cfg.RNG_SEED += 1
+    assert not set(seeds()) & set(first)
+
+
+def test_validation_and_testing_leave_autocast(cfg, monkeypatch):
+    cfg.TRAIN.MIXED_PRECISION, cfg.SOLVER.MAX_EPOCH = True, 1
+    seen = set()
+
+    def watched(cfg):
+        model = build_model(cfg)
+        forward = model.forward
+
+        def look(clips):
+            seen.add((model.training, torch.is_autocast_enabled("cpu")))
+            return forward(clips)
+
+        model.forward = look
+        return model
+
+    monkeypatch.setattr(engine, "build_model", watched)
     engine.train(cfg)
-    first = run.json_stats("val_epoch")
+    assert seen == {(True, True), (False, False)}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):  # whatever is around it
+        engine.test(cfg)
+    assert seen == {(False, False)}
+
+
+def test_testing_prefers_the_runs_own_last_checkpoint(run, cfg, tmp_path):
+    cfg.SOLVER.MAX_EPOCH = 1
+    other = engine.train(cfg)["checkpoint"]
+    cfg.OUTPUT_DIR, cfg.RNG_SEED = str(tmp_path / "own"), 1
+    own = engine.train(cfg)["checkpoint"]
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = other
+    assert f"Loaded {own}" in said_in_testing(run, cfg)
+    cfg.TEST.CHECKPOINT_FILE_PATH = other
+    assert f"Loaded {other}" in said_in_testing(run, cfg)
+    cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR = "", str(tmp_path / "new")
+    assert f"Loaded {other}" in said_in_testing(run, cfg)
+
+
+def said_in_testing(run, cfg):
+    """What the log says of a test."""
+    log = run.folder / "stdout.log"
+    before = log.read_text() if log.exists() else ""
+    engine.test(cfg)
+    return log.read_text()[len(before) :]
+
+
+def test_float16_goes_on_with_the_scale_of_the_gradients(run, cfg, tmp_path):
+    cfg.TRAIN.MIXED_PRECISION, cfg.TRAIN.MIXED_PRECISION_DTYPE = True, "float16"
     engine.train(cfg)
-    again = run.json_stats("val_epoch")[1:]
-    assert len(run.json_stats("train_epoch")) == 2
-    assert [(s["epoch"], s["top1_err"]) for s in again] == [
-        (s["epoch"], s["top1_err"]) for s in first
-    ]
+    whole = run.checkpoint(2)
+    assert whole["scaler_state"]["scale"] > 0
+    cfg.OUTPUT_DIR = str(tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        engine.train(cfg, watch=CtrlC())
+    engine.train(cfg)
+    for key in ("scaler_state", "model_state"):
+        assert_equal(run.checkpoint(2)[key], whole[key])
+    cfg.TRAIN.MIXED_PRECISION_DTYPE = "half"
+    with pytest.raises(ValueError, match=r"MIXED_PRECISION_DTYPE is 'half': use one of"):
+        engine.train(cfg)
 
 
 def test_files_that_are_no_whole_checkpoint_are_passed_over(run, cfg):
@@ -224,8 +325,6 @@ def test_unusable_settings_are_explained(run, cfg, key, value, message):
     cfg.merge_from_list([key, value])
     with pytest.raises(ValueError, match=message):
         engine.train(cfg)
-    with pytest.raises(ValueError, match=r"tcp://host:port"):
-        engine.train(cfg, "file:///x")
 
 
 def test_ensembles_sum_and_take_the_maximum(run, cfg):
@@ -240,7 +339,7 @@ def test_ensembles_sum_and_take_the_maximum(run, cfg):
     assert (results["max"] >= results["sum"] / 2 - 1e-6).all() and results["max"].max() < 1
 
 
-def test_several_numbers_of_clips_are_tested(run, cfg):
+def test_several_numbers_of_clips_are_said_in_testing(run, cfg):
     cfg.TEST.NUM_TEMPORAL_CLIPS = [1, 3]
     assert engine.test(cfg)["num_views"] == 3
     assert len(run.json_stats("test_final")) == 2
@@ -251,5 +350,3 @@ def test_mixed_labels_count_both_classes_as_right():
     labels = torch.tensor([[0.6, 0.4, 0.0, 0.0, 0.0, 0.0]])
     assert [error.item() for error in report.train_errors(logits, labels)] == [0.0, 0.0]
     assert report.errors(logits, torch.tensor([0]))[0].item() == 100.0
-
-
