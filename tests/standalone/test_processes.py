@@ -88,7 +88,7 @@ def watch(split, model, batch):
     if split == "train":
         rank = torch.distributed.get_rank()
         halves = all(torch.equal(p.grad, p.grad.half().float()) for p in model.parameters())
-        os.write(1, f"LOOK {rank} {torch.initial_seed()} {halves}\n".encode())  # in one piece
+        os.write(1, f"LOOK {rank} {torch.initial_seed()} {halves}\\n".encode())  # in one piece
 
 if __name__ == "__main__":
     engine.train(load_config(sys.argv[1]), processes=2, watch=watch)
@@ -135,7 +135,7 @@ def job(cfg, fabric, stop, error):
             "exit": SystemExit(3),
             "value": ValueError("mend this"),
         }[error]
-    import time; time.sleep(60)
+    import time; time.sleep(300)
 
 if __name__ == "__main__":
     try:
@@ -158,7 +158,7 @@ def test_whatever_ends_a_process_comes_back_at_once(run, error, said):
     script = run.tmp_path / "fail.py"
     script.write_text(FAIL)
     command = [sys.executable, str(script), str(run.write()), error]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    output = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert said in output.stdout, output
 
 
