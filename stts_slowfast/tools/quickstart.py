@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 from stts_slowfast import selections
 from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.data import ClipDataset
