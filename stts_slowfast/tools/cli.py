@@ -14,6 +14,7 @@ COMMANDS = {
     "quickstart": ("stts_slowfast.tools.quickstart", "watch selection being learned on real video"),
     "make-data": ("stts_slowfast.tools.makedata", "write small videos on which looking is hard"),
     "study": ("stts_slowfast.tools.study", "measure whether selection wins, at every budget"),
+    "report": ("stts_slowfast.tools.report", "write a page about runs and studies"),
     "visualize": ("stts_slowfast.tools.visualize", "show what was kept of a video"),
     "bench": ("stts_slowfast.tools.bench", "compare speed, memory and cost of models"),
     "export": ("stts_slowfast.tools.export", "write a model for torch.export or ONNX"),

@@ -5,7 +5,6 @@ where it was, and rows can be added to it.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import logging
@@ -18,18 +17,13 @@ import torch
 from torch import nn
 
 from stts_slowfast import backbones, build_model, load_config, load_weights
-from stts_slowfast.checkpoints import read_checkpoint, write_whole
+from stts_slowfast.checkpoints import read_checkpoint
 from stts_slowfast.config import validate_stts
 from stts_slowfast.tools.cli import add_opts
 from stts_slowfast.tools.evaluate import TestClips, evaluate
+from stts_slowfast.tools.tables import ENDINGS, SCORERS, table, write_json, write_results
 
 SHARES = (0.75, 0.5, 0.25)
-SCORERS = ("learned", "change", "uniform", "random")
-COLUMNS = (
-    *("name", "dimension", "time", "space", "scorer", "trained", "seed"),
-    *("top1", "top5", "gflops", "clips_per_s", "agreement", "frame_recall", "box_recall"),
-)
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -279,97 +273,3 @@ class quiet_logs:
 
     def __exit__(self, *_):
         logging.getLogger().removeHandler(self.handler)
-
-
-# ---- what is told ---------------------------------------------------------------------------
-
-ENDINGS = ("csv", "json", "png")
-
-
-def write_results(out: str, results: Sequence[dict]) -> None:
-    """Writes OUT/study.csv, .json and .png."""
-    write_json(os.path.join(out, "study.json"), results)
-    write_whole(os.path.join(out, "study.csv"), lambda path: _write_csv(path, results))
-    write_whole(os.path.join(out, "study.png"), lambda path: plot(results, path))
-
-
-def write_json(path: str, value) -> None:
-    """Writes JSON, whole or not at all."""
-
-    def write(partial: str) -> None:
-        with open(partial, "w") as file:
-            json.dump(value, file, indent=1)
-
-    write_whole(path, write)
-
-
-def _write_csv(path: str, results: Sequence[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(results)
-
-
-def over_seeds(results: Sequence[dict]) -> list[dict]:
-    """Rows that differ in their seed alone as one: means, ``top1_std``, ``seeds``."""
-    groups: dict[str, list[dict]] = {}
-    for row in results:
-        groups.setdefault(row["name"].rpartition("-seed")[0], []).append(row)
-    merged = []
-    for name, rows in groups.items():
-        means = {}
-        for column in COLUMNS[7:]:
-            values = [row[column] for row in rows if row[column] is not None]
-            means[column] = sum(values) / len(values) if values else None
-        spread = torch.tensor([row["top1"] for row in rows]).std(correction=min(len(rows) - 1, 1))
-        merged.append(
-            {**rows[0], "name": name, **means, "top1_std": spread.item(), "seeds": len(rows)}
-        )
-    return merged
-
-
-def table(results: Sequence[dict]) -> str:
-    """The rows as Markdown, a line for all seeds of a row."""
-    columns = [c for c in COLUMNS[7:] if any(row[c] is not None for row in results)]
-    lines = [["row", *columns], ["---"] + ["---:"] * len(columns)]
-    for row in over_seeds(results):
-        cells = ["" if row[c] is None else f"{row[c]:.4g}" for c in columns]
-        if row["seeds"] > 1:
-            cells[0] = f"{row['top1']:.1f} ± {row['top1_std']:.1f}"
-        lines.append([row["name"], *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def plot(results: Sequence[dict], path: str) -> None:
-    """Draws accuracy against GFLOPs: a panel a dimension, a line a scorer."""
-    from matplotlib.figure import Figure
-
-    rows = over_seeds(results)
-    dimensions = [d for d in ("time", "space", "both") if any(r["dimension"] == d for r in rows)]
-    panels = max(len(dimensions), 1)
-    figure = Figure(figsize=(4.4 * panels, 4), layout="constrained")
-    for axes, dimension in zip(
-        figure.subplots(1, panels, sharey=True, squeeze=False)[0], dimensions or ["none"]
-    ):
-        lines: dict[tuple, list] = {}
-        for row in rows:
-            if row["dimension"] in (dimension, "none"):
-                lines.setdefault((row["scorer"], row["trained"]), []).append(row)
-        for number, ((scorer, trained), points) in enumerate(lines.items()):
-            points.sort(key=lambda row: row["gflops"])
-            if scorer == "all":
-                axes.axhline(points[0]["top1"], color="grey", linestyle=":", linewidth=1)
-            axes.errorbar(
-                [row["gflops"] for row in points],
-                [row["top1"] for row in points],
-                [row["top1_std"] for row in points],
-                marker="*" if scorer == "all" else "o",
-                color=f"C{(['all', *SCORERS].index(scorer) if scorer in SCORERS else number)}",
-                linestyle="-" if trained else "--",
-                label=f"{scorer}, fine-tuned" if trained else scorer,
-            )
-        axes.set(title=dimension, xlabel="GFLOPs / clip")
-        axes.set_xlim(left=0)
-        axes.legend(fontsize=8)
-    figure.axes[0].set_ylabel("top-1 (%)")
-    figure.savefig(path, dpi=120, format="png")
