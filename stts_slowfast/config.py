@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 from fvcore.common.config import CfgNode
 
-from stts_slowfast.topk import GRADIENTS
+from stts_slowfast.scorers import SCORERS
+from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
-SCORERS = ("learned", "uniform", "random")
 SIGMA_DECAYS = ("linear", "constant")
 
 
@@ -28,7 +28,8 @@ def add_stts_config(cfg) -> None:
     cfg.STTS.TIME.BLOCKS = [0]
     # Share of the arriving frames that goes on, one per block: int(T * keep) frames.
     cfg.STTS.TIME.KEEP = [0.9]
-    # What scores a frame: learned, uniform (evenly spaced) or random.
+    # What scores a frame: learned, uniform (evenly spaced), random, change (from the frame
+    # before), or what is registered in scorers.SCORERS.
     cfg.STTS.TIME.SCORER = "learned"
 
     # Spatial selection: each frame is cropped to its best window.
@@ -38,20 +39,25 @@ def add_stts_config(cfg) -> None:
     # Share of a frame's tokens that goes on, one per block: a window of side
     # int(sqrt(int(H * W * keep))), or of int(side * sqrt(keep)) per axis where H != W.
     cfg.STTS.SPACE.KEEP = [0.9]
-    # What scores a window: learned, uniform (the middle one) or random.
+    # What scores a window: learned, uniform (the middle one), random, change, or what is
+    # registered in scorers.SCORERS.
     cfg.STTS.SPACE.SCORER = "learned"
     # Tokens between neighbouring windows; 0 for max((H - side) // 2, 1).
     cfg.STTS.SPACE.STRIDE = 0
     # One window for all frames of a clip, its score the mean over the frames.
     cfg.STTS.SPACE.SHARED = False
 
-    # Standard deviation of the noise of the perturbed maximum (scores lie in 0..1).
+    # How gradients pass through the choice: perturbed (the paper's perturbed maximum), subset
+    # (exact, without noise), or what is registered in topk.OPERATORS.
+    cfg.STTS.OPERATOR = "perturbed"
+    # Standard deviation of the perturbed maximum's noise, temperature of subset (scores lie in
+    # 0..1).
     cfg.STTS.SIGMA = 0.1
     # How sigma changes over training: linear (to 0) or constant.
     cfg.STTS.SIGMA_DECAY = "linear"
     # Perturbations drawn per row of scores.
     cfg.STTS.NUM_SAMPLES = 500
-    # exact (score function with baseline) or diagonal (what the authors' code computes).
+    # Of perturbed: exact (score function with baseline) or diagonal (as in the authors' code).
     cfg.STTS.GRADIENT = "exact"
 
     # The backbone's learning rate is at most this share of SOLVER.BASE_LR.
@@ -103,6 +109,7 @@ class Settings:
     sigma_decay: str
     num_samples: int
     gradient: str
+    operator: str
     backbone_lr: float
     freeze_backbone_epochs: float
     fused_attention: bool
@@ -153,8 +160,12 @@ class Settings:
         """Raises what :func:`validate_stts` raises; gives what :func:`plan` gives."""
         for dimension, shares in (("TIME", self.time), ("SPACE", self.space)):
             _check_shares(f"STTS.{dimension}", shares, num_blocks)
-        _one_of("STTS.TIME.SCORER", self.time_scorer, SCORERS)
-        _one_of("STTS.SPACE.SCORER", self.space_scorer, SCORERS)
+        for key, value, registry in (
+            ("STTS.TIME.SCORER", self.time_scorer, SCORERS),
+            ("STTS.SPACE.SCORER", self.space_scorer, SCORERS),
+            ("STTS.OPERATOR", self.operator, OPERATORS),
+        ):
+            _one_of(key, value, [name for name, _ in registry])
         _one_of("STTS.GRADIENT", self.gradient, GRADIENTS)
         _one_of("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
         _at_least("STTS.SIGMA", self.sigma, 0)
@@ -206,6 +217,28 @@ def validate_stts(
         ValueError: naming the key, its value and what would be right.
     """
     Settings.of_node(node).check(num_blocks, grids)
+
+
+def check_training(node) -> None:
+    """Checks that scorers which learn would get a gradient; call it where training begins.
+
+    Args:
+        node: ``cfg.STTS``, of a model with scorers that learn.
+
+    Raises:
+        ValueError: naming the key by which their gradient would be exactly 0.
+    """
+    if node.SIGMA <= SMALLEST_SIGMA:
+        raise ValueError(
+            f"STTS.SIGMA is {node.SIGMA:g}: in training the scorers would get no gradient and "
+            f"learn nothing; give more than {SMALLEST_SIGMA:g}, or scorers that do not learn"
+        )
+    if (node.OPERATOR, node.GRADIENT, node.NUM_SAMPLES) == ("perturbed", "exact", 1):
+        raise ValueError(
+            "STTS.NUM_SAMPLES is 1: a single sample is its own baseline, so in training the "
+            "scorers would get no gradient and learn nothing; give at least 2, or STTS.GRADIENT "
+            "diagonal, or STTS.OPERATOR subset"
+        )
 
 
 def plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, tuple]]:

@@ -174,6 +174,7 @@ def _make_selectors(
         "sigma_decay": settings.sigma_decay,
         "num_samples": settings.num_samples,
         "gradient": settings.gradient,
+        "operator": settings.operator,
     }
     window = {"stride": settings.space_stride, "shared": settings.space_shared}
     for number, block in enumerate(blocks):
@@ -252,6 +253,24 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
     if missing:
         raise ValueError(f"{', '.join(missing)} has selected nothing yet: run the model first")
     return kept
+
+
+def raise_on_nan(model: nn.Module) -> None:
+    """Raises where a selector had NaN scores in a forward pass since the last call.
+
+    On a device they do not stop the forward pass, and asking waits for the device: call it where
+    the host waits anyway, after the loss was read, say. Without it the first forward pass that
+    can know raises.
+
+    Args:
+        model: with selectors, wrapped (DDP) or not; a model without has none to ask.
+
+    Raises:
+        ValueError: naming the selector.
+    """
+    for module in model.modules():
+        if isinstance(module, Selector):
+            module.raise_on_nan()
 
 
 def _selectors(model: nn.Module) -> nn.ModuleDict:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from stts_slowfast.config import check_training
+from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.selectors import Selector
 
 logger = logging.getLogger(__name__)
@@ -102,9 +104,13 @@ def begin(groups: list[dict], trained: bool, cfg) -> None:
         groups: of :func:`param_groups`, after a resumed optimizer state was loaded.
         trained: whether the run starts from trained weights.
         cfg: with ``STTS`` and ``SOLVER.MAX_EPOCH``.
+
+    Raises:
+        ValueError: for a node by which the scorers would get no gradient.
     """
     if not any("backbone" in group for group in groups):
         return
+    check_training(cfg.STTS)
     resumed = all("held_back" in group for group in groups)
     held_back = any(group["held_back"] for group in groups) if resumed else bool(trained)
     for group in groups:
@@ -150,8 +156,10 @@ def step(model: nn.Module, groups: list[dict], lr: float, epoch: float, cfg) -> 
         learns.
 
     Raises:
-        ValueError: where ``lr`` is not finite, or :func:`begin` has not been called.
+        ValueError: where ``lr`` is not finite, a selector had NaN scores in the iteration before,
+            or :func:`begin` has not been called.
     """
+    raise_on_nan(model)  # the loss of that iteration was read: the device has nothing left to do
     if not math.isfinite(lr):
         raise ValueError(f"the learning rate is {lr} at epoch {epoch:.3f}: look at SOLVER.*")
     undecided = [group for group in groups if "backbone" in group and "held_back" not in group]

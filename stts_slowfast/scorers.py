@@ -1,14 +1,17 @@
-"""What gives a frame or a window its score: learned, uniform or random."""
+"""What gives a frame or a window its score: learned, uniform, random or change."""
 
 import torch
+from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Every scorer below is called as
+# What STTS.TIME.SCORER and STTS.SPACE.SCORER name: functions of ("TIME" or "SPACE", channels of a
+# token) that make a scorer, a module called as
 #   frame scorer:  (grid (B, T, H, W, C), keep) -> (B, T), where keep is the number of frames kept;
 #   window scorer: (grid (B, T, H, W, C), window, stride) -> (B*T, rows * columns), one score per
 #                  window position, row by row; window and stride are (height, width) in tokens.
 # Scores are float32 and in any range: the selector normalises them.
+SCORERS = Registry("SCORERS")
 
 
 class ScoreNetwork(nn.Module):
@@ -134,16 +137,59 @@ class RandomWindowScorer(nn.Module):
         return torch.rand(batch * frames, rows * columns, device=grid.device)
 
 
-FRAME_SCORERS = {
-    "learned": LearnedFrameScorer,
-    "uniform": UniformFrameScorer,
-    "random": RandomFrameScorer,
-}
-WINDOW_SCORERS = {
-    "learned": LearnedWindowScorer,
-    "uniform": UniformWindowScorer,
-    "random": RandomWindowScorer,
-}
+def changes(grid: Tensor) -> Tensor:
+    """How much each token differs from the one at its place a frame before: ``(B, T-1, H, W)``."""
+    return (grid[:, 1:] - grid[:, :-1]).float().square().mean(dim=4)
+
+
+class ChangeFrameScorer(nn.Module):
+    """Scores a frame by how much it differs from the one before; all of the first one is new."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, grid: Tensor, keep: int) -> Tensor:
+        if grid.shape[1] == 1:
+            return torch.zeros(grid.shape[:2], device=grid.device)
+        scores = changes(grid).mean(dim=(2, 3))  # (B, T-1)
+        return torch.cat([scores.amax(dim=1, keepdim=True), scores], dim=1)
+
+
+class ChangeWindowScorer(nn.Module):
+    """Scores a window by how much it differs from itself a frame before.
+
+    In the first frame, by how much it will have changed a frame later.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, grid: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        scores = torch.zeros(grid.shape[:4], device=grid.device)
+        if grid.shape[1] > 1:
+            scores = changes(grid)
+            scores = torch.cat([scores[:, :1], scores], dim=1)  # (B, T, H, W)
+        return F.avg_pool2d(scores.flatten(0, 1)[:, None], window, stride).flatten(1)
+
+
+@SCORERS.register()
+def learned(dimension: str, channels: int) -> nn.Module:
+    return (LearnedFrameScorer if dimension == "TIME" else LearnedWindowScorer)(channels)
+
+
+@SCORERS.register()
+def uniform(dimension: str, channels: int) -> nn.Module:
+    return (UniformFrameScorer if dimension == "TIME" else UniformWindowScorer)(channels)
+
+
+@SCORERS.register()
+def random(dimension: str, channels: int) -> nn.Module:
+    return (RandomFrameScorer if dimension == "TIME" else RandomWindowScorer)(channels)
+
+
+@SCORERS.register()
+def change(dimension: str, channels: int) -> nn.Module:
+    return (ChangeFrameScorer if dimension == "TIME" else ChangeWindowScorer)(channels)
 
 
 def normalize(scores: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from stts_slowfast.config import kept_frames, kept_window, nothing_left, window_stride
-from stts_slowfast.scorers import FRAME_SCORERS, WINDOW_SCORERS, normalize
-from stts_slowfast.topk import full_precision, hard_topk, perturbed_topk
+from stts_slowfast.scorers import SCORERS, normalize
+from stts_slowfast.topk import NAN, OPERATORS, full_precision, hard_topk, on_host
 
 
 class Choice(NamedTuple):
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
 
 
 class Selector(nn.Module):
-    """What both selectors share: a scorer, the perturbed maximum's settings, and the last choice.
+    """What both selectors share: a scorer, the operator's settings, and the last choice.
 
     A selector works in two steps, so that what rides along with a grid can be selected with it:
     :meth:`choose` scores the grid, :meth:`take` applies the choice. In training a choice is soft,
@@ -48,6 +48,7 @@ class Selector(nn.Module):
         sigma_decay: str = "linear",
         num_samples: int = 500,
         gradient: str = "exact",
+        operator: str = "perturbed",
     ):
         super().__init__()
         self.scorer = scorer
@@ -57,10 +58,16 @@ class Selector(nn.Module):
         self.keep_billionths = round(keep * 10**9)
         self.num_samples = num_samples
         self.gradient = gradient
+        self.operator = OPERATORS.get(operator)
         self.initial_sigma = float(sigma)
         self.sigma_decay = sigma_decay
         self.register_buffer("sigma", torch.tensor(self.initial_sigma), persistent=False)
         self.kept: Tensor | None = None
+        self.nan_scores: Tensor | None = None  # on the device
+        self.nan_seen: Tensor | None = None  # the same, as it arrives on the host
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "nan_scores": None, "nan_seen": None}
 
     @property
     def key(self) -> str:
@@ -75,9 +82,41 @@ class Selector(nn.Module):
     def forward(self, grid: Tensor) -> Tensor:
         return self.take(grid, self.choose(grid))
 
+    def raise_on_nan(self) -> None:
+        """Raises where a forward pass since the last call had NaN scores; waits for the device.
+
+        Raises:
+            ValueError: naming the selector.
+        """
+        flag, self.nan_scores, self.nan_seen = self.nan_scores, None, None
+        if flag is not None and flag:
+            raise ValueError(f"STTS {self.key}: {NAN}")
+
+    def watch(self, scores: Tensor) -> None:
+        """Raises for NaN scores: at once on a CPU, elsewhere without ever waiting for the device.
+
+        There they are noted, and the first forward pass that finds the note on the host raises;
+        :meth:`raise_on_nan` is for who waits for the device anyway.
+        """
+        if scores.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return
+        found = scores.detach().isnan().any()
+        if torch.compiler.is_compiling():
+            self.nan_scores = found
+            return
+        if on_host(scores) or (self.nan_seen is not None and self.nan_seen):
+            self.nan_scores = found if on_host(scores) else self.nan_scores
+            self.raise_on_nan()
+            return
+        earlier = self.nan_scores
+        self.nan_scores = found if earlier is None else found | earlier.to(found.device)
+        if self.nan_seen is None:
+            self.nan_seen = torch.zeros((), dtype=torch.bool, pin_memory=scores.is_cuda)
+        self.nan_seen.copy_(self.nan_scores, non_blocking=True)
+
     def indicators(self, scores: Tensor, k: int) -> Tensor:
         """Soft choice ``(N, k, d)`` of the top ``k`` of normalised ``scores`` ``(N, d)``."""
-        return perturbed_topk(scores, k, self.num_samples, self.sigma, self.gradient)
+        return self.operator(scores, k, self.sigma, self.num_samples, self.gradient)
 
     def extra_repr(self) -> str:
         return f"block={self.block}, keep={self.keep:g}"
@@ -90,7 +129,7 @@ class TemporalSelector(Selector):
         channels: channels of a token.
         block: the block in front of which the selector sits.
         keep: share of the arriving frames that goes on.
-        scorer: what scores a frame, a name of ``scorers.FRAME_SCORERS``.
+        scorer: what scores a frame, a name in ``scorers.SCORERS``.
         **settings: of the operator, see :class:`Selector`.
 
     Shapes: grid ``(B, T, H, W, C)`` in, ``(B, int(T * keep), H, W, C)`` out; ``kept`` is
@@ -100,7 +139,7 @@ class TemporalSelector(Selector):
     dimension = "TIME"
 
     def __init__(self, channels: int, block: int, keep: float, scorer: str = "learned", **settings):
-        super().__init__(FRAME_SCORERS[scorer](channels), block, keep, **settings)
+        super().__init__(SCORERS.get(scorer)("TIME", channels), block, keep, **settings)
 
     def choose(self, grid: Tensor) -> Choice:
         """Indices ``(B, k)``, and in training weights ``(B, k, T)``."""
@@ -108,7 +147,9 @@ class TemporalSelector(Selector):
         if k < 1:
             raise ValueError(nothing_left("TIME", self.keep, self.block, grid.shape[1:4]))
         with full_precision(grid):
-            scores = normalize(self.scorer(grid, k))
+            scores = self.scorer(grid, k)
+            self.watch(scores)
+            scores = normalize(scores)
             self.kept = kept = hard_topk(scores.detach(), k)
             return Choice(kept, self.indicators(scores, k) if self.training else None)
 
@@ -130,7 +171,7 @@ class SpatialSelector(Selector):
         block: the block in front of which the selector sits.
         keep: share of a frame's tokens that goes on; the window's sides are
             ``config.kept_window``'s.
-        scorer: what scores a window, a name of ``scorers.WINDOW_SCORERS``.
+        scorer: what scores a window, a name in ``scorers.SCORERS``.
         stride: tokens between neighbouring windows; 0 for ``config.window_stride``'s default.
         shared: one window for all frames of a clip, its score the mean over the frames.
         **settings: of the operator, see :class:`Selector`.
@@ -151,7 +192,7 @@ class SpatialSelector(Selector):
         shared: bool = False,
         **settings,
     ):
-        super().__init__(WINDOW_SCORERS[scorer](channels), block, keep, **settings)
+        super().__init__(SCORERS.get(scorer)("SPACE", channels), block, keep, **settings)
         self.stride = stride
         self.shared = shared
 
@@ -164,6 +205,7 @@ class SpatialSelector(Selector):
         steps = self._steps(grid)
         with full_precision(grid):
             scores = self.scorer(grid, window, steps)  # (B*T, rows * columns)
+            self.watch(scores)
             if self.shared:
                 scores = scores.unflatten(0, (batch, frames)).mean(dim=1)
             scores = normalize(scores)

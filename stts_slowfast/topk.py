@@ -1,16 +1,24 @@
-"""Top-K selection: hard, and as a perturbed maximum that gradients pass through."""
+"""Top-K selection: hard, and as two soft operators that gradients pass through."""
 
 from contextlib import nullcontext
 
 import torch
+from fvcore.common.registry import Registry
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# What STTS.OPERATOR names: functions of (scores (B, d), k, sigma, num_samples, gradient) that give
+# float32 indicators (B, k, d), whose rows sum to 1 and are one-hot where sigma is 0.
+OPERATORS = Registry("OPERATORS")
 
 GRADIENTS = ("exact", "diagonal")
 
 # Below this noise level the smoothed operator cannot be told from the hard one, and 1 / sigma in
 # its gradient would only blow up rounding errors.
 SMALLEST_SIGMA = 1e-4
+
+NAN = "scores hold NaN: look for an overflow before the scorer (loss scale, learning rate)"
 
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:
@@ -24,7 +32,8 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
         LongTensor ``(B, k)``; each row ascends, so that kept frames stay in their order.
 
     Raises:
-        ValueError: where ``scores`` is not 2-D, holds NaN, or ``k`` is out of range.
+        ValueError: where ``scores`` is not 2-D, ``k`` is out of range, or a score is NaN (seen
+            on a CPU alone).
     """
     _check(scores, k)
     return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
@@ -78,6 +87,71 @@ def perturbed_topk(
             )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=scores.device)
         return _PerturbedTopK.apply(scores, noise.float(), sigma, k, gradient)
+
+
+@OPERATORS.register()
+def perturbed(
+    scores: Tensor, k: int, sigma: float | Tensor, num_samples: int, gradient: str
+) -> Tensor:
+    """The paper's operator: :func:`perturbed_topk`."""
+    return perturbed_topk(scores, k, num_samples, sigma, gradient)
+
+
+@OPERATORS.register()
+def subset(
+    scores: Tensor, k: int, sigma: float | Tensor, num_samples: int = 0, gradient: str = "exact"
+) -> Tensor:
+    """The operator without noise: exact indicators of a distribution over subsets.
+
+    A subset ``S`` of ``k`` entries has the probability ``p(S) ~ exp(sum of its scores / sigma)``
+    (conditional Bernoulli sampling; Chen, Dempster and Liu, Biometrika 81(3), 1994). Row ``i``,
+    column ``j`` is the probability that the i-th kept entry is ``j``: ``e_i(before j) w_j
+    e_{k-1-i}(after j) / e_k(all)`` with ``w = exp(scores / sigma)`` and elementary symmetric
+    polynomials ``e``, by their recurrence in logarithms and float64, ``O(d k)``. For ``k`` 1 it is
+    a softmax.
+
+    Args:
+        scores: ``(B, d)``, any floating dtype.
+        k: how many to keep, ``1 <= k <= d``.
+        sigma: temperature, a number or a 0-dim tensor. At or below ``SMALLEST_SIGMA`` selection is
+            hard and the gradient is zero.
+        num_samples: nothing is sampled.
+        gradient: it is exact, by autograd.
+
+    Returns:
+        float32 ``(B, k, d)`` indicators; every row sums to 1.
+
+    Raises:
+        ValueError: for scores that are not 2-D or hold NaN, or ``k`` out of range.
+    """
+    hard = F.one_hot(hard_topk(scores.detach(), k), scores.shape[1])  # (B, k, d)
+    with full_precision(scores):
+        precise = scores.float() if scores.device.type == "mps" else scores.double()
+        sigma = torch.as_tensor(sigma, dtype=precise.dtype, device=scores.device)
+        soft_enough = sigma > SMALLEST_SIGMA
+        logits = precise / torch.where(soft_enough, sigma, 1.0)
+        logits = logits - logits.amax(dim=1, keepdim=True).detach()
+        if k == 1:
+            soft = logits.softmax(dim=1)[:, None]
+        else:
+            before = _log_symmetric(logits, k)  # (B, d, k)
+            after = _log_symmetric(logits.flip(1), k).flip(1, 2)
+            joint = before + after + logits[:, :, None]
+            # The first kept entry is one of all: its column adds up to e_k(all).
+            soft = (joint - joint[:, :, :1].logsumexp(dim=1, keepdim=True)).exp().transpose(1, 2)
+        return torch.where(soft_enough, soft, hard.to(soft.dtype)).float()
+
+
+def _log_symmetric(logits: Tensor, k: int) -> Tensor:
+    """Logarithms ``(B, d, k)`` of ``e_0 .. e_{k-1}`` of all entries before each."""
+    # As good as the logarithm of 0, and without its NaN gradients.
+    nothing = logits.new_full((len(logits), 1), -1e30)
+    row = torch.cat([torch.zeros_like(nothing), nothing.expand(-1, k - 1)], dim=1)
+    rows = [row]
+    for logit in logits[:, :-1].split(1, dim=1):
+        row = torch.logaddexp(row, torch.cat([nothing, row[:, :-1] + logit], dim=1))
+        rows.append(row)
+    return torch.stack(rows, dim=1)
 
 
 def full_precision(tensor: Tensor):
@@ -136,9 +210,10 @@ def _check(scores: Tensor, k: int) -> None:
         raise ValueError(f"k is {k} for {scores.shape[1]} scores a row: 1 <= k <= d must hold")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    message = "scores hold NaN: look for an overflow before the scorer (loss scale, learning rate)"
-    if scores.is_cuda:
-        # Checked on the device, when the kernel runs: asking from the host would wait for it.
-        torch._assert_async(~scores.isnan().any(), message)
-    elif scores.device.type == "cpu" and scores.isnan().any():
-        raise ValueError(message)
+    if on_host(scores) and scores.isnan().any():
+        raise ValueError(NAN)
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"

@@ -2,8 +2,15 @@ import pytest
 from fvcore.common.config import CfgNode
 from yacs.config import CfgNode as YacsNode
 
-from stts_slowfast import config, scorers
-from stts_slowfast.config import add_stts_config, kept_frames, kept_window, plan, validate_stts
+from stts_slowfast import scorers, topk
+from stts_slowfast.config import (
+    add_stts_config,
+    check_training,
+    kept_frames,
+    kept_window,
+    plan,
+    validate_stts,
+)
 
 MVIT_B = [(8, 56, 56), *[(8, 28, 28)] * 2, *[(8, 14, 14)] * 11, *[(8, 7, 7)] * 2]
 
@@ -53,10 +60,6 @@ def test_a_window_keeps_the_shape_of_its_grid():
     assert kept_window(8, 16, 0.25) == (4, 8)
 
 
-def test_names_of_scorers_agree():
-    assert set(config.SCORERS) == set(scorers.FRAME_SCORERS) == set(scorers.WINDOW_SCORERS)
-
-
 def test_plan_follows_the_strides_behind_a_window(node):
     node.SPACE.BLOCKS, node.SPACE.KEEP = [4, 14], [0.7367, 0.5]
     assert plan(node, MVIT_B)["space_14"] == ((7, 6, 6), (7, 4, 4))
@@ -78,6 +81,13 @@ def test_plan_follows_the_strides_behind_a_window(node):
         ("SIGMA", "0.1", r"STTS.SIGMA is '0.1'"),
         ("SPACE.KEEP", ["most"], r"STTS.SPACE.KEEP holds 'most'"),
         ("TIME.SCORER", "learnt", r"STTS.TIME.SCORER is 'learnt': use one of learned, uniform"),
+        (
+            "SPACE.SCORER",
+            "chance",
+            r"STTS.SPACE.SCORER is 'chance': .*learned, uniform, random, ch",
+        ),
+        ("OPERATOR", "soft", r"STTS.OPERATOR is 'soft': use one of perturbed, subset"),
+        ("SPACE.SHARED", 1, r"STTS.SPACE.SHARED is 1: give True or False"),
         ("GRADIENT", "full", r"STTS.GRADIENT is 'full': use one of exact, diagonal"),
         ("SIGMA_DECAY", "cosine", r"STTS.SIGMA_DECAY is 'cosine': use one of linear, constant"),
         ("SIGMA", -0.1, r"STTS.SIGMA is -0.1"),
@@ -121,3 +131,50 @@ def test_an_empty_list_switches_a_dimension_off(node):
     node.TIME.BLOCKS, node.SPACE.BLOCKS = [], []
     validate_stts(node, 16, MVIT_B)
     assert plan(node, MVIT_B) == {}
+
+
+@pytest.mark.parametrize(
+    "registry, key", [(scorers.SCORERS, "TIME.SCORER"), (topk.OPERATORS, "OPERATOR")]
+)
+def test_what_others_register_is_known_by_name(node, registry, key):
+    def theirs():
+        pass
+
+    target, _, leaf = key.rpartition(".")
+    (node[target] if target else node)[leaf] = "theirs"
+    with pytest.raises(ValueError, match=f"STTS.{key} is 'theirs'"):
+        validate_stts(node, 16)
+    registry.register(theirs)
+    try:
+        validate_stts(node, 16)
+    finally:
+        del registry._obj_map["theirs"]
+
+
+def test_whole_numbers_are_numbers(node):
+    node.SIGMA, node.FREEZE_BACKBONE_EPOCHS, node.BACKBONE_LR = 0, 0, 1
+    validate_stts(node, 16)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("SIGMA", 0, "STTS.SIGMA is 0: in training the scorers would get no gradient"),
+        ("SIGMA", 1e-4, "STTS.SIGMA is 0.0001"),
+        ("NUM_SAMPLES", 1, "STTS.NUM_SAMPLES is 1: a single sample is its own baseline"),
+    ],
+)
+def test_training_in_which_nothing_would_learn_is_refused(node, key, value, message):
+    check_training(node)
+    node[key] = value
+    validate_stts(node, 16)  # evaluation has no use for either
+    with pytest.raises(ValueError, match=message):
+        check_training(node)
+
+
+def test_one_sample_is_enough_where_it_gives_a_gradient(node):
+    node.NUM_SAMPLES = 1
+    for key, value in (("GRADIENT", "diagonal"), ("OPERATOR", "subset")):
+        other = node.clone()
+        other[key] = value
+        check_training(other)

@@ -155,3 +155,16 @@ def test_a_model_without_selectors_has_no_progress(tiny_cfg):
     set_progress(model, 0.5)
     attach(model, tiny_cfg.STTS)
     assert float(model.stts["time_0"].sigma) == pytest.approx(tiny_cfg.STTS.SIGMA)
+
+
+def test_what_cannot_learn_does_not_begin(tiny_cfg, model):
+    tiny_cfg.STTS.SIGMA = 0
+    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+    with pytest.raises(ValueError, match=r"STTS\.SIGMA is 0"):
+        begin(groups, True, tiny_cfg)
+
+
+def test_a_step_names_a_selector_whose_scores_were_nan(tiny_cfg, model):
+    model.stts["time_0"].nan_scores = torch.tensor(True)
+    with pytest.raises(ValueError, match="STTS time_0: scores hold NaN"):
+        step(model, [], 0.1, 1.0, tiny_cfg)

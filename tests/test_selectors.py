@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -141,3 +143,71 @@ def test_a_share_that_leaves_nothing_is_named_when_it_happens():
         TemporalSelector(4, 0, 0.1)(torch.randn(1, 4, 2, 2, 4))
     with pytest.raises(ValueError, match=r"STTS.SPACE.KEEP 0.1 leaves no window of the 2x2"):
         SpatialSelector(4, 3, 0.1)(torch.randn(1, 4, 2, 2, 4))
+
+
+def nan_grid(kind):
+    selector = kind(4, 3, 0.5, num_samples=5)
+    grid = torch.randn(1, 4, 4, 4, 4)
+    grid[0, 1] = torch.nan
+    return selector, grid
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
+def test_nan_scores_are_an_error_at_once_on_a_cpu(kind, mode):
+    selector, grid = nan_grid(kind)
+    with pytest.raises(ValueError, match=f"STTS {selector.key}: scores hold NaN"):
+        selector.train(mode)(grid)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Makes this machine's memory pass for a device's, which is not looked at."""
+    for module in ("selectors", "topk"):
+        monkeypatch.setattr(f"stts_slowfast.{module}.on_host", lambda tensor: False)
+
+
+@pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
+def test_nan_scores_on_a_device_raise_where_the_host_asks(device, kind):
+    selector, grid = nan_grid(kind)
+    selector(torch.randn_like(grid))
+    selector.raise_on_nan()
+    selector(grid)
+    with pytest.raises(ValueError, match=f"STTS {selector.key}: scores hold NaN"):
+        selector.raise_on_nan()
+    selector.raise_on_nan()  # told once
+
+
+@pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
+def test_nan_scores_on_a_device_raise_in_the_next_pass_where_nobody_asks(device, kind):
+    selector, grid = nan_grid(kind)
+    selector(grid)
+    with pytest.raises(ValueError, match=f"STTS {selector.key}: scores hold NaN"):
+        selector(torch.randn_like(grid))
+    selector(torch.randn_like(grid))
+    assert copy.deepcopy(selector).nan_seen is None
+
+
+def test_nan_scores_are_not_forgotten_before_they_are_told(device):
+    selector, grid = nan_grid(TemporalSelector)
+    selector(grid)
+    selector.nan_seen.fill_(False)  # as if it had not arrived yet
+    selector(torch.randn_like(grid))
+    with pytest.raises(ValueError, match="NaN"):
+        selector.raise_on_nan()
+
+
+def test_compiled_selectors_note_nan_scores():
+    selector, grid = nan_grid(TemporalSelector)
+    torch.compile(selector, fullgraph=True, backend="eager")(grid)
+    with pytest.raises(ValueError, match="STTS time_3"):
+        selector.raise_on_nan()
+
+
+@pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
+def test_the_operator_without_noise_trains_by_its_gradient(kind):
+    selector = kind(4, 0, 0.5, operator="subset")
+    grid = torch.randn(2, 4, 6, 6, 4)
+    assert torch.equal(selector(grid), selector(grid))  # nothing is drawn
+    selector(grid).square().sum().backward()
+    assert selector.scorer.network.score[4].weight.grad.abs().sum() > 0

@@ -1,7 +1,9 @@
+from itertools import combinations
+
 import pytest
 import torch
 
-from stts_slowfast.topk import SMALLEST_SIGMA, hard_topk, perturbed_topk
+from stts_slowfast.topk import OPERATORS, SMALLEST_SIGMA, hard_topk, perturbed_topk, subset
 
 
 def one_hot_topk(scores, k, noise, sigma):
@@ -177,3 +179,76 @@ def test_cuda_equals_cpu():
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         perturbed_topk(*arguments)
+
+
+def brute_force(scores, k, sigma):
+    """The distribution over subsets, written out subset by subset."""
+    subsets = torch.tensor(list(combinations(range(scores.shape[1]), k)))  # (n, k), ascending
+    logits = (scores.double() / sigma)[:, subsets].sum(dim=2)
+    marks = torch.nn.functional.one_hot(subsets, scores.shape[1]).double()
+    return torch.einsum("bn,nkd->bkd", logits.softmax(dim=1), marks)
+
+
+@pytest.mark.parametrize("d, k", [(8, 4), (7, 1), (6, 6), (10, 2), (9, 8)])
+@pytest.mark.parametrize("sigma", [1.0, 0.1, 0.02])
+def test_subset_equals_brute_force(d, k, sigma):
+    scores = torch.rand(3, d)
+    grad_output = torch.randn(3, k, d)
+    ours, theirs = scores.clone().requires_grad_(), scores.double().requires_grad_()
+    out = subset(ours, k, sigma)
+    expected = brute_force(theirs, k, sigma)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, atol=2e-7, rtol=0)
+    out.backward(grad_output)
+    expected.backward(grad_output.double())
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_subset_is_a_softmax_for_one():
+    scores = torch.rand(2, 9)
+    expected = (scores / 0.1).softmax(dim=1)[:, None]
+    torch.testing.assert_close(subset(scores, 1, torch.tensor(0.1)), expected)
+
+
+@pytest.mark.parametrize("d, k", [(196, 98), (64, 1), (32, 31)])
+@pytest.mark.parametrize("sigma", [0.1, 2 * SMALLEST_SIGMA])
+def test_subset_stays_finite_and_adds_up(d, k, sigma):
+    scores = torch.rand(2, d, requires_grad=True)
+    out = subset(scores, k, sigma)
+    torch.testing.assert_close(out.sum(dim=2), torch.ones(2, k))
+    out.square().sum().backward()
+    assert torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize("sigma", [0.0, SMALLEST_SIGMA, torch.tensor(0.0)])
+@pytest.mark.parametrize("k", [1, 2])
+def test_subset_without_temperature_is_hard_and_its_gradient_zero(sigma, k):
+    scores = torch.rand(3, 7, requires_grad=True)
+    out = subset(scores, k, sigma)
+    expected = torch.nn.functional.one_hot(hard_topk(scores.detach(), k), 7).float()
+    assert torch.equal(out, expected)
+    out.backward(torch.randn_like(out))
+    assert torch.equal(scores.grad, torch.zeros(3, 7))
+
+
+@pytest.mark.parametrize("name", ["perturbed", "subset"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_operators_are_soft_wherever_noise_can_be_told(name, k):
+    """Scores that lie nearer than sigma are both chosen, down to the smallest sigma."""
+    sigma = 2 * SMALLEST_SIGMA
+    assert sigma < 1e-3
+    scores = torch.tensor([[0.5, 0.5 + sigma / 4, 0.5 - sigma / 4]], requires_grad=True)
+    out = OPERATORS.get(name)(scores, k, sigma, num_samples=500, gradient="exact")
+    assert 0.1 < out[0, 0, 0] < 0.9
+    out[0, 0, 0].backward()
+    assert scores.grad.abs().sum() > 1
+
+
+def test_subset_compiles_and_is_named_when_bad():
+    scores = torch.rand(2, 6)
+    compiled = torch.compile(subset, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(scores, 2, torch.tensor(0.1)), subset(scores, 2, 0.1))
+    with pytest.raises(ValueError, match="NaN"):
+        subset(torch.full((2, 6), torch.nan), 2, 0.1)
+    with pytest.raises(ValueError, match="k is 7"):
+        subset(scores, 7, 0.1)
