@@ -80,13 +80,14 @@ _QKV = re.compile(r"^(blocks\.\d+\.attn\.)qkv\.(weight|bias)$")
 _PART = re.compile(r"^(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)$")
 
 
-def pytorchvideo_from_slowfast(state: State, separate: bool = True) -> State:
+def pytorchvideo_from_slowfast(state: State, separate: bool = True, twice: bool = True) -> State:
     """SlowFast's MViT parameters under pytorchvideo's names.
 
     Args:
         state: under SlowFast's names.
-        separate: as newer versions of pytorchvideo have it: a projection each for queries, keys
-            and values, and pools and norms listed twice.
+        separate: as newer versions of pytorchvideo have it, a projection each for queries, keys
+            and values.
+        twice: as newer versions have it, pools and norms listed twice.
     """
     renamed = {}
     for key, value in state.items():
@@ -95,7 +96,7 @@ def pytorchvideo_from_slowfast(state: State, separate: bool = True) -> State:
             renamed.update({f"{block}{x}.{kind}": v for x, v in zip("qkv", value.chunk(3))})
             continue
         renamed[replace_prefix(key, _PYTORCHVIDEO)] = value
-        if separate and (match := _TWICE.match(key)):
+        if twice and (match := _TWICE.match(key)):
             block, pool, norm, kind = match.groups()
             copy = f"pool_{pool}.pool.weight" if pool else f"pool_{norm}.norm.{kind}"
             renamed[f"{block}_attention_{copy}"] = value
@@ -131,8 +132,9 @@ def from_slowfast(state: State, model: nn.Module) -> State:
     own = dict(model.state_dict())
     if not _is_pytorchvideo(own):
         return state
-    separate = has(without_prefix(own, "model."), r"blocks\.\d+\.attn\.q\.")
-    renamed = pytorchvideo_from_slowfast(state, separate)
+    attention = r"(model\.)?blocks\.\d+\.attn\."
+    separate, twice = has(own, attention + r"q\."), has(own, attention + "_attention_pool_")
+    renamed = pytorchvideo_from_slowfast(state, separate, twice)
     inside = "model.patch_embed.patch_model.weight" in own  # SlowFast's PTVMViT, not the selectors
     return {
         f"model.{key}" if inside and not key.startswith("stts.") else key: value

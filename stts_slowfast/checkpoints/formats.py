@@ -4,19 +4,22 @@ Every format is renamed to one set of names, SlowFast's (for models that SlowFas
 family's own), and from there to the model's; the formats are in the families' files.
 """
 
+import functools
 import logging
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 
-import torch
-from iopath.common.file_io import g_pathmgr
+import yaml
 from torch import Tensor, nn
 
+import stts_slowfast
 from stts_slowfast.backbones import FAMILIES, Family, Format, family_of
 from stts_slowfast.backbones.names import AUTHORS_SCORER, State
-from stts_slowfast.checkpoints.files import read_checkpoint, write_whole
+from stts_slowfast.checkpoints.files import read_checkpoint, save, write_whole
 from stts_slowfast.checkpoints.folders import load_selectors
 
 logger = logging.getLogger(__name__)
@@ -111,9 +114,12 @@ def state_dict_of(checkpoint: dict) -> State:
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
-    state = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    named = {key: value for key, value in checkpoint.items() if isinstance(key, str)}
+    state = {key: value for key, value in named.items() if isinstance(value, Tensor)}
     if not state:
-        raise ValueError("the checkpoint holds no parameters: no tensor, model_state or state_dict")
+        raise ValueError(
+            "the checkpoint holds no parameters: no tensor with a name, model_state or state_dict"
+        )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
@@ -130,10 +136,11 @@ def save_checkpoint(
 ) -> None:
     """Writes a SlowFast ``.pyth`` checkpoint, parameters under SlowFast's names.
 
-    The file appears whole or not at all: it is written beside its place and then renamed.
+    The file appears whole or not at all, see :func:`write_whole`. Beside what SlowFast's have it
+    says, under ``stts``, by which version and commit of this package it was written, and the node.
 
     Args:
-        path: any path iopath opens; its folder must exist.
+        path: any path iopath opens.
         model: a standalone model.
         cfg: stored as text, as SlowFast does.
         epoch: the epoch just finished, counted from 0.
@@ -146,6 +153,11 @@ def save_checkpoint(
         "model_state": slowfast_state(model),
         "optimizer_state": optimizer_state or {},
         "cfg": cfg.dump(),
+        "stts": {
+            "version": stts_slowfast.__version__,
+            "commit": commit(),
+            "node": yaml.safe_load(cfg.STTS.dump()),
+        },
         **(extra or {}),
     }
     if scaler_state is not None:
@@ -153,12 +165,29 @@ def save_checkpoint(
     if family := _family_of(model):
         facts = family.read_facts(model)
         checkpoint.update({k: v for k, v in facts.items() if v != family.facts.get(k)})
-    path = os.fspath(path)
-    if "://" in path:  # remote stores publish a file when it is closed
-        with g_pathmgr.open(path, "wb") as f:
-            torch.save(checkpoint, f)
-        return
-    write_whole(path, lambda partial: torch.save(checkpoint, partial))
+    write_whole(path, lambda partial: save(checkpoint, partial))
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the working tree that this package runs from; empty where it is none."""
+    root = Path(stts_slowfast.__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def slowfast_state(model: nn.Module) -> State:
@@ -256,7 +285,9 @@ def _copy_into(model: nn.Module, state: State, renamed: State, name: str) -> Loa
     loaded = Loaded(name)
     own = model.state_dict()
     fitting = {}
-    for theirs, (key, value) in zip_longest(state, renamed.items()):
+    # Some formats hold in several parameters what the model has in one.
+    names = state if len(state) <= len(renamed) else renamed
+    for theirs, (key, value) in zip_longest(names, renamed.items()):
         if key not in own:
             loaded.unexpected.append(theirs)
         elif own[key].shape != value.shape:

@@ -1,8 +1,8 @@
 """``stts convert``: a checkpoint of any known format into another, the authors' YAML into ours."""
 
 import argparse
+from pathlib import Path
 
-import torch
 import yaml
 from iopath.common.file_io import g_pathmgr
 
@@ -13,6 +13,7 @@ from stts_slowfast.checkpoints import (
     state_dict_of,
     write_whole,
 )
+from stts_slowfast.checkpoints.files import check_target, safetensors_bytes, save
 from stts_slowfast.checkpoints.formats import targets
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
@@ -48,7 +49,10 @@ _THEIR_BACKBONE_LR = 0.01
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("source", metavar="IN", help="a checkpoint; with --config, a YAML file")
-    parser.add_argument("target", metavar="OUT", help="the file to write")
+    parser.add_argument(
+        "target", metavar="OUT", help="the file to write; .safetensors for that kind of file"
+    )
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
     parser.add_argument(
         "--config", action="store_true", help="turn the STTS authors' YAML file into ours"
     )
@@ -68,19 +72,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.config:
-        convert_config_file(args.source, args.target)
+        convert_config_file(args.source, args.target, args.force)
     else:
-        convert_checkpoint_file(args.source, args.target, args.to, args.cfg)
+        convert_checkpoint_file(args.source, args.target, args.to, args.cfg, args.force)
     return 0
 
 
-def convert_checkpoint_file(source: str, target: str, to: str, cfg_path: str | None) -> None:
+def convert_checkpoint_file(
+    source: str, target: str, to: str, cfg_path: str | None, overwrite: bool = False
+) -> None:
     """Converts a checkpoint, and prints what it was, what is missing and what is left over.
 
     Raises:
-        FileNotFoundError: where a file or OUT's folder does not exist.
+        FileNotFoundError: where a file does not exist.
+        FileExistsError: where OUT is there already.
         ValueError: where the file is of no known format, or has no such target.
     """
+    check_target(target, overwrite, [source])
     checkpoint = read_checkpoint(source)
     cfg = load_config(cfg_path) if cfg_path else None
     blocks = _selected_blocks(checkpoint, cfg)
@@ -94,9 +102,24 @@ def convert_checkpoint_file(source: str, target: str, to: str, cfg_path: str | N
         for kind in ("missing", "unexpected", "mismatched"):
             for key in getattr(loaded, kind):
                 print(f"  {kind}: {key}")
-    write_whole(target, lambda path: torch.save(converted, path))
+    left_behind = [key for key in _OF_A_RUN if key in checkpoint and key not in converted]
+    if left_behind:
+        print(f"  left behind: {', '.join(left_behind)}: no run resumes from {target}")
+    write_whole(target, lambda path: _write(converted, path, target), overwrite, [source])
     hint = "" if cfg is not None else "; --cfg YAML lists what a model misses and what it leaves"
     print(f"{target}: written in {to} form{hint}")
+
+
+# What a checkpoint has for a run to go on with, or for people to look at.
+_OF_A_RUN = ("epoch", "optimizer_state", "scaler_state", "cfg", "stts")
+
+
+def _write(converted: dict, path: str, target: str) -> None:
+    if not target.endswith(".safetensors"):
+        return save(converted, path)
+    state = state_dict_of(converted)
+    notes = {k: v for k, v in converted.items() if isinstance(v, (str, int, float))}
+    return Path(path).write_bytes(safetensors_bytes(state, notes))
 
 
 def _selected_blocks(checkpoint: dict, cfg) -> dict[str, list[int]]:
@@ -118,11 +141,12 @@ def _stored_config(checkpoint: dict) -> dict:
     return tree if isinstance(tree, dict) else {}
 
 
-def convert_config_file(source: str, target: str) -> None:
+def convert_config_file(source: str, target: str, overwrite: bool = False) -> None:
     """Converts a YAML file of the authors' MViT fork, and prints what else changed.
 
     Raises:
-        FileNotFoundError: where a file or OUT's folder does not exist.
+        FileNotFoundError: where a file does not exist.
+        FileExistsError: where OUT is there already.
         ValueError: where the file is not YAML or selects nothing the way the fork does.
     """
     if not g_pathmgr.isfile(source):
@@ -135,7 +159,7 @@ def convert_config_file(source: str, target: str) -> None:
     if not isinstance(tree, dict):
         raise ValueError(f"{source} holds no KEY: VALUE lines")
     tree, notes = convert_config(tree)
-    write_whole(target, lambda path: _dump(tree, path))
+    write_whole(target, lambda path: _dump(tree, path), overwrite, [source])
     for note in notes:
         print(f"  {note}")
     print(f"{target}: written")

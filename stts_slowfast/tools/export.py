@@ -1,12 +1,16 @@
 """``stts export``: an evaluation model with its selection, for torch.export or ONNX."""
 
 import argparse
+import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from stts_slowfast.checkpoints.files import check_target, write_whole
+from stts_slowfast.extras import need
 from stts_slowfast.tools.cli import add_opts
 
 # By how much the logits of an exported model may differ from the model's, as a share of the
@@ -22,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights; without, random ones")
     parser.add_argument("--batch-size", type=int, default=1, help="clips in a batch, fixed")
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
     add_opts(parser)
 
 
@@ -37,6 +42,8 @@ def main(args: argparse.Namespace) -> int:
 
     if Path(args.out).suffix not in (".pt2", ".onnx"):
         raise ValueError(f"--out {args.out}: write a .pt2 (torch.export) or an .onnx file")
+    sources = [path for path in (args.cfg, args.checkpoint) if path]
+    check_target(args.out, args.force, sources)
     cfg = load_config(args.cfg, args.opts)
     model = build_model(cfg)
     if args.checkpoint:
@@ -46,58 +53,72 @@ def main(args: argparse.Namespace) -> int:
     size = cfg.DATA.TRAIN_CROP_SIZE
     generator = torch.Generator().manual_seed(0)
     clips = torch.randn(args.batch_size, 3, cfg.DATA.NUM_FRAMES, size, size, generator=generator)
-    difference = export(model, clips, args.out)
+    difference = export(model, clips, args.out, args.force, sources)
     print(f"{args.out}: clips {tuple(clips.shape)}, logits differ by at most {difference:.1e}")
     return 0
 
 
-def export(model: nn.Module, clips: torch.Tensor, path: str) -> float:
+def export(
+    model: nn.Module,
+    clips: torch.Tensor,
+    path: str,
+    overwrite: bool = True,
+    sources: Sequence[str] = (),
+) -> float:
     """Writes ``model`` in evaluation mode for inputs of the shape of ``clips``.
 
     Args:
         model: a standalone model on the CPU; maps ``(B, 3, T, H, W)`` to ``(B, classes)``.
         clips: an example batch. Shapes are fixed to it; what is selected depends on the input.
         path: ``.pt2`` for ``torch.export``, ``.onnx`` for ONNX.
+        overwrite, sources: see :func:`write_whole`.
 
     Returns:
         By how much the logits of what was written differ from the model's at most, on another
         batch than the example.
 
     Raises:
-        ValueError: where they differ by more than ``TOLERANCE``, and for missing packages.
+        ValueError: where they differ by more than ``TOLERANCE``, and for missing packages; nothing
+            is written then.
     """
     model.eval()
     other = clips.flip(0).roll(1, dims=2) * 0.5
+    make, run = (_onnx, _run_onnx) if Path(path).suffix == ".onnx" else (_pt2, _run_pt2)
     with torch.no_grad(), warnings.catch_warnings():
         # Selectors remember what they kept, an exported program has no use for it.
         warnings.filterwarnings("ignore", "The tensor attributes .*kept")
         expected = model(other)
-        if Path(path).suffix == ".onnx":
-            logits = _onnx(model, clips, other, path)
-        else:
-            torch.export.save(torch.export.export(model, (clips,)), path)
-            logits = torch.export.load(path).module()(other)
+        data = make(model, clips)
+        logits = run(data, other)
     difference = (logits - expected).abs().max().item()
     if difference > TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ValueError(f"{path} gives logits that differ from the model's by {difference:.1e}")
+    write_whole(path, lambda partial: Path(partial).write_bytes(data), overwrite, sources)
     return difference
 
 
-def _onnx(model: nn.Module, clips: torch.Tensor, other: torch.Tensor, path: str) -> torch.Tensor:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch.onnx's translator
-    except ImportError as error:
-        raise ValueError(f"ONNX needs {error.name}: pip install 'stts-slowfast[export]'") from error
-    torch.onnx.export(
-        model,
-        (clips,),
-        path,
-        input_names=["clips"],
-        output_names=["logits"],
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["logits"], {"clips": other.numpy()})[0])
+# Both are made in memory: PyTorch's writer of files aborts the interpreter where the disk is full.
+
+
+def _pt2(model: nn.Module, clips: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(model, (clips,)), buffer)
+    return buffer.getvalue()
+
+
+def _run_pt2(data: bytes, clips: torch.Tensor) -> torch.Tensor:
+    return torch.export.load(io.BytesIO(data)).module()(clips)
+
+
+def _onnx(model: nn.Module, clips: torch.Tensor) -> bytes:
+    need("onnxruntime", "export")
+    need("onnxscript", "export")  # torch.onnx's translator
+    names = {"input_names": ["clips"], "output_names": ["logits"]}
+    program = torch.onnx.export(model, (clips,), dynamo=True, verbose=False, **names)
+    return program.model_proto.SerializeToString()
+
+
+def _run_onnx(data: bytes, clips: torch.Tensor) -> torch.Tensor:
+    runtime = need("onnxruntime", "export")
+    session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import nn
 from torchvision.models.video import mvit_v1_b, mvit_v2_s, swin3d_b, swin3d_t
 
 from stts_slowfast import backbones
@@ -101,45 +100,14 @@ def test_ddp_prefixes_are_taken_off(golden, tiny_cfg):
     assert not load_weights(backbones.build(tiny_cfg), {"model_state": weights}).missing
 
 
-def test_broken_files_are_named(tiny_cfg, tmp_path):
+def test_what_holds_no_parameters_is_refused(tiny_cfg):
     model = backbones.build(tiny_cfg)
-    with pytest.raises(FileNotFoundError, match=r"gone.pyth does not exist"):
-        load_weights(model, tmp_path / "gone.pyth")
-    whole = tmp_path / "whole.pyth"
-    save_checkpoint(whole, model, tiny_cfg, 0)
-    cut = tmp_path / "cut.pyth"
-    cut.write_bytes(whole.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"cut.pyth cannot be read as a checkpoint"):
-        load_weights(model, cut)
-    (tmp_path / "text.pyth").write_text("no checkpoint")
-    torch.save(nn.Linear(2, 2), tmp_path / "module.pyth")
-    for name in ("text", "module"):  # what PyTorch says is advice that nobody here can follow
-        with pytest.raises(ValueError, match=rf"{name}.pyth cannot be .*PyTorch's, or holds more"):
-            load_weights(model, tmp_path / f"{name}.pyth")
-    torch.save([1, 2], tmp_path / "list.pyth")
-    with pytest.raises(ValueError, match=r"list.pyth holds a list"):
-        load_weights(model, tmp_path / "list.pyth")
     with pytest.raises(ValueError, match="no parameters"):
         load_weights(model, {"epoch": 3})
+    with pytest.raises(ValueError, match="no parameters"):
+        load_weights(model, {"model_state": {0: torch.zeros(2), 1: torch.zeros(2)}})
     with pytest.raises(ValueError, match="no parameter of it fits this MViT"):
         load_weights(model, {"fc.weight": torch.zeros(2, 2)})
-
-
-def test_a_failed_write_leaves_the_old_file(tiny_cfg, tmp_path, monkeypatch):
-    model = backbones.build(tiny_cfg)
-    path = tmp_path / "checkpoint.pyth"
-    save_checkpoint(path, model, tiny_cfg, 0)
-
-    def interrupted(checkpoint, file):
-        with open(file, "wb") as f:
-            f.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, model, tiny_cfg, 1)
-    assert read_checkpoint(path)["epoch"] == 0
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 # --- the other families -------------------------------------------------------------------------

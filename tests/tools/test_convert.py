@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from stts_slowfast.checkpoints import load_weights
+from stts_slowfast.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import convert
@@ -200,7 +200,38 @@ def test_unknown_files_are_refused(tmp_path):
         run(tmp_path / "gone.pyth", tmp_path / "out.pyth")
 
 
-def test_out_needs_its_folder(golden, tmp_path):
-    torch.save(golden("slowfast_mvit_v1").weights, tmp_path / "in.pyth")
-    with pytest.raises(FileNotFoundError, match=r"folder .*nowhere does not exist"):
-        run(tmp_path / "in.pyth", tmp_path / "nowhere" / "out.pyth")
+def test_out_is_made_but_never_written_over_unasked(golden, tmp_path, capsys):
+    source = tmp_path / "in.pyth"
+    torch.save(golden("slowfast_mvit_v1").weights, source)
+    out = tmp_path / "new" / "out.pyth"
+    run(source, out)
+    with pytest.raises(FileExistsError, match=r"out\.pyth is there already: .* --force"):
+        run(source, out)
+    run(source, out, "--force")
+    whole = source.read_bytes()
+    for target in (source, "/dev/null", tmp_path):
+        with pytest.raises(ValueError, match=r"would replace|special file|is a folder"):
+            run(source, target, "--force")
+    assert source.read_bytes() == whole
+
+
+def test_what_a_run_needs_to_go_on_is_named_when_it_is_lost(golden, tiny_cfg, tmp_path, capsys):
+    model = build_model(tiny_cfg)
+    save_checkpoint(tmp_path / "in.pyth", model, tiny_cfg, 3, {"state": {}})
+    run(tmp_path / "in.pyth", tmp_path / "out.pyth", "--to", "torchvision")
+    assert (
+        "left behind: epoch, optimizer_state, cfg, stts: no run resumes" in capsys.readouterr().out
+    )
+
+
+def test_safetensors_both_ways(golden, tiny_cfg, tmp_path):
+    pytest.importorskip("safetensors")
+    weights = golden("official_stts_mvit").weights
+    torch.save({"model_state": weights, "cfg": "A: 1"}, tmp_path / "in.pyth")
+    run(tmp_path / "in.pyth", tmp_path / "there.safetensors")
+    there = read_checkpoint(tmp_path / "there.safetensors")
+    assert there["pool_norm_eps"] == 1e-5 and there["cfg"] == "A: 1"
+    run(tmp_path / "there.safetensors", tmp_path / "back.pyth", "--to", "authors")
+    back = read_checkpoint(tmp_path / "back.pyth")["model_state"]
+    assert set(back) == set(weights)
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
