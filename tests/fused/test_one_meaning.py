@@ -1,0 +1,109 @@
+"""Fused or not, every family computes the same numbers after any selection."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.video.mvit import MSBlockConfig, MViT
+from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+from stts_slowfast import attach
+from stts_slowfast.backbones.timesformer import TimeSformer
+from stts_slowfast.backbones.vit import ViT
+
+SELECTIONS = {
+    "time": {"time": {0: 0.75}, "space": {}},
+    "space": {"time": {}, "space": {1: 0.6}},
+    "both": {"time": {0: 0.75}, "space": {1: 0.6}},
+    "twice": {"time": {0: 0.75, 2: 0.7}, "space": {1: 0.6, 2: 0.7}},
+}
+
+
+def mvit(relative: bool) -> MViT:
+    """Three blocks on 4x8x8 tokens that pool keys by 4, 2 and 1, queries by 1, 2 and 1."""
+    kernel = [3, 3, 3]
+    blocks = [
+        MSBlockConfig(1, 8, 16, kernel, kernel, [1, 1, 1], [1, 4, 4]),
+        MSBlockConfig(2, 16, 16, kernel, kernel, [1, 2, 2], [1, 2, 2]),
+        MSBlockConfig(2, 16, 16, [], kernel, [], [1, 1, 1]),
+    ]
+    return MViT(
+        (32, 32),
+        8,
+        blocks,
+        residual_pool=relative,
+        residual_with_cls_embed=False,
+        rel_pos_embed=relative,
+        proj_after_attn=relative,
+        stochastic_depth_prob=0.5,
+        num_classes=5,
+    )
+
+
+FAMILIES = {
+    "MViT": lambda: mvit(False),
+    "MViTv2": lambda: mvit(True),
+    "Video Swin": lambda: SwinTransformer3d(
+        [2, 4, 4], 8, [2, 1, 1], [1, 2, 2], [2, 4, 4], num_classes=5, stochastic_depth_prob=0.5
+    ),
+    "TimeSformer": lambda: TimeSformer(32, 4, 4, 16, 3, 2, num_classes=5, drop_path=0.5),
+    "ViT": lambda: ViT(
+        (4, 8, 8),
+        ((2, 4, 4), (2, 4, 4), (0, 0, 0)),
+        dim=16,
+        depth=3,
+        num_heads=2,
+        num_classes=5,
+        drop_path=0.5,
+    ),
+}
+
+
+def run(model, clips):
+    """Output and gradients, from the same draws each time."""
+    torch.manual_seed(3)
+    out = model(clips)
+    out.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return out.detach(), gradients
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_do_not_depend_on_fusion(family, selection, training):
+    stock = FAMILIES[family]()
+    for name, parameter in stock.named_parameters():
+        if "rel" in name or parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    frames = 4 if family == "TimeSformer" else 8
+    clips = torch.randn(2, 3, frames, 32, 32)
+    results = {}
+    for true_distances in (True, False):
+        for fuse in (True, False):
+            model = attach(
+                copy.deepcopy(stock),
+                **SELECTIONS[selection],
+                num_samples=20,
+                fused_attention=fuse,
+                true_distances=true_distances,
+            )
+            torch.manual_seed(4)
+            for parameter in model.stts.parameters():
+                nn.init.normal_(parameter, std=0.3)
+            results[true_distances, fuse] = run(model.train(training), clips)
+        assert_same(results[true_distances, True], results[true_distances, False])
+    apart = (results[True, True][0] - results[False, True][0]).abs().max()
+    positions = family == "MViTv2" or (family == "Video Swin" and selection != "time")
+    assert (apart > 1e-4) == positions  # else nothing was told apart
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+    scale = max(grad.abs().max() for grad in theirs[1].values() if grad is not None).item()
+    for name, grad in theirs[1].items():
+        if grad is None:
+            assert ours[1][name] is None, name
+        else:
+            torch.testing.assert_close(ours[1][name], grad, rtol=1e-4, atol=1e-5 * scale, msg=name)
