@@ -14,7 +14,8 @@ import av
 import numpy as np
 
 UNKNOWN = np.iinfo(np.int64).min
-_KEYFRAME = 1  # FFmpeg's AVINDEX_KEYFRAME; its other flags are for packets that are not shown
+# FFmpeg's flags of an index entry; the second is for packets that an edit list leaves out.
+_KEYFRAME, _DISCARD = 1, 2
 REMEMBERED_BYTES = 32 * 2**20
 
 
@@ -103,9 +104,9 @@ def from_index(stream: av.VideoStream, size: int) -> Times | None:
         return None
     last = entries[len(entries) - 1]
     flags = np.array([entry.flags for entry in entries])
-    if last.pos + last.size > size or flags[0] != _KEYFRAME or (flags > _KEYFRAME).any():
-        return None  # cut off, or with packets that an edit list leaves out
-    starts = np.flatnonzero(flags)
+    if last.pos + last.size > size or not flags[0] & _KEYFRAME or (flags & _DISCARD).any():
+        return None
+    starts = np.flatnonzero(flags & _KEYFRAME)
     decoded = np.array([entries[int(start)].timestamp for start in starts], np.int64)
     unknown = np.full(len(entries), UNKNOWN)
     return Times(unknown, starts, unknown[: len(starts)].copy(), decoded)

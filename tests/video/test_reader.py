@@ -76,12 +76,13 @@ FILES = {
     "fragmented.mp4": {"g": "12", "mux": {"movflags": "frag_keyframe+empty_moov"}},
     "starts_after_zero.ts": {"g": "12", "bf": "3"},
     "no_time_stamps.h264": {"g": "12", "bf": "3"},
-    "h264_without_times.avi": {"g": "12", "bf": "3"},
+    "h264_without_times.avi": x264("keyint=12:bframes=3:b-adapt=0:scenecut=0"),
     "mpeg4.mp4": {"codec": "mpeg4", "g": "12", "bf": "2"},
     "mpeg4_without_b_frames.avi": {"codec": "mpeg4", "g": "12"},
     "mpeg2.mpg": {"codec": "mpeg2video", "g": "12", "bf": "2"},
     "hevc.mp4": x265("keyint=12:bframes=3"),
     "hevc_open_gops.mkv": x265("keyint=12:bframes=4:b-pyramid=1:open-gop=1"),
+    "hevc_open_gops.mp4": x265("keyint=12:bframes=4:b-adapt=0:open-gop=1:scenecut=0"),
     "hevc_layers.mp4": x265("keyint=24:bframes=7:temporal-layers=3"),
     "av1.mp4": {"codec": "libsvtav1", "preset": "12", "g": "20"},
     "motion_jpeg.avi": {"codec": "mjpeg", "strict": "unofficial"},
@@ -372,9 +373,9 @@ def test_files_that_end_early_are_called_damaged(tmp_path, name):
         assert name in ("a.ts", "a.avi") or "ends early" in video.damage
 
 
-def flip_bytes(path, count):
+def flip_bytes(path, count, seed=0):
     data = bytearray(path.read_bytes())
-    damage = random.Random(0)
+    damage = random.Random(seed)
     for _ in range(count):
         data[damage.randrange(len(data) // 2, len(data))] = damage.randrange(256)
     return bytes(data)
@@ -388,6 +389,17 @@ def test_damage_that_the_decoder_conceals_is_told(tmp_path, count):
         assert video.damage == ""  # the first half is whole
         video.decode(range(video.num_frames))
         assert "decode" in video.damage
+
+
+def test_damage_in_frames_that_were_not_asked_for_is_told(tmp_path):
+    """It spoils those that were: two wrong bytes show in nearly all of these files."""
+    write_video(tmp_path / "a.mp4", g="12", bf="2", mux={"movflags": "faststart"})
+    told = 0
+    for seed in range(30):
+        with Video(flip_bytes(tmp_path / "a.mp4", 2, seed)) as video:
+            video.decode(range(3, video.num_frames, 8))
+            told += bool(video.damage)
+    assert told >= 15
 
 
 def test_damaged_packets_never_crash(tmp_path):
