@@ -1,10 +1,22 @@
-"""What fetches a clip's frames inside SlowFast, with `stts_slowfast.video`."""
+"""What fetches a clip's frames inside SlowFast, with `stts_slowfast.video`.
+
+SlowFast asks for the views of a test video one after the other, each as if it were the only one. A
+worker keeps the last file open, and goes on through it as it is asked: one pass for all views.
+"""
 
 import functools
 import inspect
+import logging
 import math
 
+import numpy as np
+import torch
+
 from stts_slowfast.pyslowfast.compat import mend
+from stts_slowfast.video import Video
+from stts_slowfast.video.files import identity
+
+logger = logging.getLogger(__name__)
 
 
 @mend
@@ -23,24 +35,32 @@ def mend_decoder(decoder) -> bool:
     if torchvision_works and pyav_works:
         return False
     stock_decode, stock_torchvision = decoder.decode, decoder.torchvision_decode
+    decode_clips_now = functools.partial(decode_clips, decoder, sparse=False)
 
     @functools.wraps(stock_torchvision)
     def torchvision_decode(video_handle, *args, **kwargs):
         if torchvision_works and isinstance(video_handle, bytes):
             return stock_torchvision(video_handle, *args, **kwargs)
-        return decode_clips(decoder, video_handle, *args, **kwargs)
+        return decode_clips_now(video_handle, *args, **kwargs)
 
     @functools.wraps(stock_decode)
     def decode(*args, **kwargs):
         call = inspect.signature(stock_decode).bind(*args, **kwargs)
+        augmented = any(call.arguments.get(f"{how}_prob", 0.0) > 0 for how in _AUGMENTATIONS)
+        sampled_alone = len(call.arguments["num_frames"]) == 1 and not augmented
         if call.arguments.get("backend", "pyav") == "pyav" and not pyav_works:
             # SlowFast's PyAV backend does not scale.
             call.arguments.update(backend="torchvision", max_spatial_scale=0)
+        decode_clips_now.keywords["sparse"] = sampled_alone
         return stock_decode(*call.args, **call.kwargs)
 
     torchvision_decode.stock = stock_torchvision
     decoder.torchvision_decode, decoder.decode = torchvision_decode, decode
     return True
+
+
+# What SlowFast may do to all frames of a clip, before it takes some of them.
+_AUGMENTATIONS = ("time_diff", "gaussian")
 
 
 def decode_clips(
@@ -57,6 +77,7 @@ def decode_clips(
     use_offset=False,
     min_delta=-math.inf,
     max_delta=math.inf,
+    sparse=False,
 ):
     """What SlowFast's ``torchvision_decode`` does, with `stts_slowfast.video`.
 
@@ -66,6 +87,7 @@ def decode_clips(
         source: the file's bytes, or its PyAV container.
         sampling_rate, num_frames: of each clip.
         others: as ``torchvision_decode`` has them; ``video_meta`` and ``modalities`` are not used.
+        sparse: leave those frames black that ``temporal_sampling`` will not take.
 
     Returns:
         A uint8 tensor ``(frames of the clip, H, W, 3)`` for each clip, in the order of time; the
@@ -75,36 +97,119 @@ def decode_clips(
     Raises:
         VideoError: where the video cannot be read; SlowFast's ``decode`` turns it into None.
     """
-    with _open_video(source) as video:
+    rules = sampling_rate, num_frames, num_clips_uniform, target_fps, use_offset
+    file = _open_file(source, (*map(repr, rules), max_spatial_scale))
+    try:
+        video = file.video
         sizes = [
             max(1.0, rate * frames / target_fps * video.fps)
             for rate, frames in zip(sampling_rate, num_frames)
         ]
-        spans = decoder.get_multiple_start_end_idx(
-            video.num_frames,
-            sizes,
-            clip_idx,
-            num_clips_uniform,
-            min_delta=min_delta,
-            max_delta=max_delta,
-            use_offset=use_offset,
-        )
-        clips = []
-        for start, end, _ in spans:
+
+        def spans(number: int):
+            return decoder.get_multiple_start_end_idx(
+                video.num_frames,
+                sizes,
+                number,
+                num_clips_uniform,
+                min_delta=min_delta,
+                max_delta=max_delta,
+                use_offset=use_offset,
+            )
+
+        def frames(start: float, end: float, size: float, count: int) -> tuple[range, list[int]]:
+            """All frames of a clip, and those that are taken out of it."""
             last = min(math.floor(end), video.num_frames - 1)
-            first = min(math.ceil(start), last)
-            clips.append(video.decode(range(first, last + 1), max_spatial_scale))
-        return clips, video.fps, False, spans
+            whole = torch.arange(min(math.ceil(start), last), last + 1)
+            taken = decoder.temporal_sampling(whole, 0, size - 1, count) if sparse else whole
+            return range(int(whole[0]), last + 1), sorted(set(taken.tolist()))
+
+        own = spans(clip_idx)
+        clips = [
+            frames(start, end, size, count)
+            for (start, end, _), size, count in zip(own, sizes, num_frames)
+        ]
+        later = []  # a view's file will be asked for the next views too
+        if clip_idx >= 0 and sparse:
+            for number in range(clip_idx + 1, num_clips_uniform):
+                later += frames(*spans(number)[0, :2], sizes[0], num_frames[0])[1]
+        tensors = [file.read(whole, taken, later) for whole, taken in clips]
+        fps = video.fps
+    except Exception:
+        file.close()
+        raise
+    if clip_idx < 0:
+        file.close()
+    return tensors, fps, False, own
 
 
-def _open_video(source):
-    from stts_slowfast.video import Video
+class _File:
+    """An open video and a pass through it, that goes on as clips are asked for.
 
-    if isinstance(source, bytes):
-        return Video(source)
-    # PyAV's container has been opened, and asked for threads, by SlowFast: take both over.
-    stream = source.streams.video[0] if source.streams.video else None
-    threaded = stream is not None and str(stream.thread_type).upper().endswith("AUTO")
-    path = source.name
-    source.close()
-    return Video(path, threads=0 if threaded else 1)
+    ``images`` holds what the pass has found, from the first frame of the last clip on: as much as
+    one clip spans.
+    """
+
+    def __init__(self, video: Video, short_side: int):
+        self.video, self.short_side = video, short_side
+        self.images, self.coming = {}, iter(())
+
+    def read(self, whole: range, taken: list[int], later: list[int]) -> torch.Tensor:
+        """(frames of the clip, H, W, 3) uint8, with the frames ``taken`` (ascending) in place."""
+        self.images = {n: image for n, image in self.images.items() if n >= whole[0]}
+        if not self._reach(taken):
+            wanted = sorted({*taken, *later})
+            self.images = {}
+            self.coming = zip(wanted, self.video.iterate(wanted, self.short_side))
+            self._reach(taken)
+        # Not touched, not paid for: the system gives zeroed pages when they are written to.
+        clip = np.zeros((len(whole), *self.images[taken[0]].shape), np.uint8)
+        for number in taken:
+            clip[number - whole[0]] = self.images[number]
+        return torch.from_numpy(clip)
+
+    def _reach(self, taken: list[int]) -> bool:
+        """Goes on until all of ``taken`` are there; False where the pass does not have them."""
+        while taken[-1] not in self.images:
+            number, image = next(self.coming, (None, None))
+            if number is None or number > taken[-1]:
+                return False
+            if number >= taken[0]:
+                self.images[number] = image
+        return all(number in self.images for number in taken)
+
+    def close(self) -> None:
+        global _last
+        if self.video.damage:
+            logger.warning(
+                "%s is damaged: %s; it is used all the same", self.video.name, self.video.damage
+            )
+        self.video.close()
+        if _last is not None and _last[2] is self:
+            _last = None
+
+
+# The file that this process read last, and how: what it was opened from, the rules, the open file.
+_last: tuple | None = None
+
+
+def _open_file(source, rules: tuple) -> _File:
+    global _last
+    path, threads = None, 1
+    if not isinstance(source, bytes):
+        # PyAV's container has been opened, and asked for threads, by SlowFast: take both over.
+        stream = source.streams.video[0] if source.streams.video else None
+        if stream is not None and str(stream.thread_type).upper().endswith("AUTO"):
+            threads = 0
+        path = source.name
+        source.close()
+    key = source if path is None else identity(path)
+    if _last is not None and key is not None and _last[0] == key and _last[1] == (*rules, threads):
+        return _last[2]
+    if _last is not None:
+        _last[2].close()
+    # SlowFast does not turn videos; a checkpoint is tested as it was trained.
+    video = Video(source if path is None else path, threads=threads, rotate=False)
+    file = _File(video, rules[-1])
+    _last = key, (*rules, threads), file
+    return file

@@ -24,6 +24,7 @@ from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list
 from stts_slowfast.standalone.transforms import (
     batch_mixer,
     prepare,
+    scale_for_view,
     train_transform,
     view_scale,
     view_transform,
@@ -136,6 +137,8 @@ class ClipDataset(Dataset):
             self.transforms = [train_transform(cfg, split)]
             self.transforms *= cfg.AUG.NUM_SAMPLE if split == "train" else 1
             self.short_side = cfg.DATA.TRAIN_JITTER_SCALES[0]
+        if cfg.DATA.DECODING_BACKEND == "pyav":
+            self.short_side = 0  # SlowFast's PyAV backend leaves scaling to the transforms
         self.num_views = _clips_in_time(cfg, split) * len(self.transforms) if split == "test" else 1
         # What is known of each video, shared by all workers: 1 it can be read, 2 it cannot.
         self.known = torch.zeros(len(self.videos), dtype=torch.uint8).share_memory_()
@@ -170,11 +173,12 @@ class ClipDataset(Dataset):
         if damage:
             findings.append(Finding(index, entry.path, "damaged", damage))
         self.known[index] = 1
-        views = [
-            transform(frames[clip].permute(0, 3, 1, 2))[None]
-            for clip in clips
-            for transform in self.transforms
-        ]
+        views = []
+        for clip in clips:
+            clip = frames[clip].permute(0, 3, 1, 2)
+            if self.split == "test":
+                clip = scale_for_view(clip, view_scale(self.cfg))  # once for all crops
+            views += [transform(clip)[None] for transform in self.transforms]
         return self._item(_joined(self.cfg, views), entry.label, index)
 
     def _item(self, clips: torch.Tensor, label: int, index: int):

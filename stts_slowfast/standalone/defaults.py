@@ -270,7 +270,8 @@ _C.DATA.TEST_CROP_SIZE = 256
 _C.DATA.TARGET_FPS = 30
 # TARGET_FPS varies by so much in training.
 _C.DATA.TRAIN_JITTER_FPS = 0.0
-# Any name: PyAV always decodes.
+# torchvision: frames are scaled down while they are decoded; pyav: afterwards, by other means,
+# which takes longer and changes scores in the third digit. PyAV decodes in either case.
 _C.DATA.DECODING_BACKEND = "torchvision"
 # Short side to which frames are decoded.
 _C.DATA.DECODING_SHORT_SIZE = 256

@@ -265,10 +265,16 @@ def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def _view(cfg, crop: UniformCrop, clip: torch.Tensor) -> torch.Tensor:
-    scaled = min(clip.shape[-2:]) == crop.scale
-    clip = crop(clip if scaled else F.to_dtype(clip, torch.float32, scale=True))
-    clip = _to_model(clip, cfg.DATA.REVERSE_INPUT_CHANNEL)
-    return clip if scaled else _normalized(clip, cfg)
+    clip = _to_model(crop(scale_for_view(clip, crop.scale)), cfg.DATA.REVERSE_INPUT_CHANNEL)
+    return _normalized(clip, cfg) if clip.is_floating_point() else clip
+
+
+def scale_for_view(clip: torch.Tensor, scale: int) -> torch.Tensor:
+    """A uint8 clip (T, 3, H, W) as its crops need it: as it is where its short side is ``scale``,
+    else scaled, float32 of 0..1. What has been scaled passes."""
+    if min(clip.shape[-2:]) == scale:
+        return clip
+    return scale_short_side(F.to_dtype(clip, torch.float32, scale=True), scale)
 
 
 def prepare(clips: torch.Tensor, cfg) -> torch.Tensor:
@@ -281,14 +287,14 @@ def prepare(clips: torch.Tensor, cfg) -> torch.Tensor:
 
 
 def _normalized(clips: torch.Tensor, cfg) -> torch.Tensor:
-    """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed, in place."""
+    """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed."""
     mean, std = (
         torch.tensor(values, dtype=torch.float32).view(3, 1, 1, 1)
         for values in (cfg.DATA.MEAN, cfg.DATA.STD)
     )
     if cfg.DATA.REVERSE_INPUT_CHANNEL:
         mean, std = mean.flip(0), std.flip(0)
-    return clips.sub_(mean.to(clips.device)).div_(std.to(clips.device))
+    return clips.sub(mean.to(clips.device)).div_(std.to(clips.device))
 
 
 def view_scale(cfg) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
+from stts_slowfast.video.convert import Converter
 from stts_slowfast.video.files import (
     Source,
     VideoError,
@@ -112,14 +113,24 @@ class Video:
         if not indices:
             raise ValueError("indices is empty: name at least one frame")
         wanted = sorted(set(indices))
-        images = _Images(len(wanted), short_side, self.rotate, self._reformatter)
+        pixels = None
+        for number, image in enumerate(self.iterate(wanted, short_side)):
+            if pixels is None:
+                pixels = np.empty((len(wanted), *image.shape), np.uint8)
+            pixels[number] = image
+        return torch.from_numpy(
+            pixels if wanted == indices else pixels[np.searchsorted(wanted, indices)]
+        )
+
+    def iterate(self, wanted: list[int], short_side: int = 0) -> Iterator[np.ndarray]:
+        """As `decode`, image after image (H, W, 3) as the pass goes on: of frames that are given in
+        ascending order, each once. All have the size of the first."""
+        convert = Converter(short_side, self.rotate, self._reformatter)
         try:
-            self._decode(wanted, images)
+            for frame in self._wanted(wanted):
+                yield convert(frame)
         except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
             raise self._explain(error) from error
-        if wanted == indices:
-            return torch.from_numpy(images.pixels)
-        return torch.from_numpy(images.pixels[np.searchsorted(wanted, indices)])
 
     @property
     def num_frames(self) -> int:
@@ -209,14 +220,18 @@ class Video:
                 self.num_decoded += 1
                 yield frame
 
-    def _decode(self, wanted: list[int], images: "_Images") -> None:
-        """Fills ``images`` with the frames ``wanted`` (ascending, each once)."""
-        if self._times.timed and self._learn(wanted) and self._decode_by_time(wanted, images):
-            return
+    def _wanted(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
+        """The frames ``wanted`` (ascending, each once)."""
+        found = 0
+        if self._times.timed and self._learn(wanted):
+            for frame in self._by_time(wanted):
+                found += 1
+                yield frame
+            if found == len(wanted):
+                return
         if self._times.timed:  # some packets yield no frame
             self._times.timed, self._times.num_frames = False, self._count()
-        images.count = 0
-        self._decode_by_count(wanted, images)
+        yield from self._by_count(wanted[found:])
 
     def _learn(self, wanted: list[int]) -> bool:
         """Reads the time stamps that the container's index does not tell, of the groups needed."""
@@ -235,50 +250,50 @@ class Video:
         times = self._read_times()
         vars(self._times).update(vars(times))  # also for who remembers them
 
-    def _decode_by_time(self, wanted: list[int], images: "_Images") -> bool:
-        """Whether all of ``wanted`` were found."""
-        times = self._times
-        while images.count < len(wanted):
-            left = wanted[images.count :]
-            origin = times.origin(left[0])
+    def _by_time(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
+        """The frames ``wanted`` up to the first that cannot be found."""
+        times, left = self._times, wanted
+        while left:
+            origin = last = times.origin(left[0])
             # From one group on, and through the next ones as long as something in them is wanted.
-            part, last = [], origin
-            for index in left:
-                if times.origin(index) > last + 1:
-                    break
-                part.append(index)
-                last = times.group(index)
-            stamps = times.pts[part].tolist()
-            if not self._decode_part(origin, stamps, images):
-                return False
-        return True
+            count = 0
+            while count < len(left) and times.origin(left[count]) <= last + 1:
+                last = times.group(left[count])
+                count += 1
+            stamps = times.pts[left[:count]].tolist()
+            yield from self._stretch(origin, stamps)
+            if stamps:
+                return
+            left = left[count:]
 
-    def _decode_part(self, origin: int, stamps: list[int], images: "_Images") -> bool:
-        wanted, target = set(stamps), images.count + len(stamps)
+    def _stretch(self, origin: int, stamps: list[int]) -> Iterator[av.VideoFrame]:
+        """Frames with the ascending ``stamps``, which are removed as they are found."""
+        last, wanted = stamps[-1], set(stamps)
         for frame in self._frames(self._seek(origin), wanted):
             if frame.pts in wanted:
-                if frame.pts != stamps[len(stamps) + images.count - target]:
-                    return False  # out of order
-                self._take(frame, images)
-            if images.count == target or frame.pts is None or frame.pts > stamps[-1]:
-                break
-        return images.count == target
+                if frame.pts != stamps[0]:
+                    return  # out of order
+                del stamps[0]
+                yield self._checked(frame)
+            if not stamps or frame.pts is None or frame.pts > last:
+                return
 
-    def _decode_by_count(self, wanted: list[int], images: "_Images") -> None:
+    def _by_count(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
         # Where the count turned out smaller than the packets promised, the last frame stands in.
-        last = self._times.num_frames - 1
+        left = [min(index, self._times.num_frames - 1) for index in wanted]
         self._reopen()
         for number, frame in enumerate(self._frames(self._container.demux(self._stream))):
-            while images.count < len(wanted) and min(wanted[images.count], last) == number:
-                self._take(frame, images)
-            if images.count == len(wanted):
+            while left and left[0] == number:
+                del left[0]
+                yield self._checked(frame)
+            if not left:
                 return
         raise VideoError(self.name, "frames that were there before cannot be decoded now")
 
-    def _take(self, frame: av.VideoFrame, images: "_Images") -> None:
+    def _checked(self, frame: av.VideoFrame) -> av.VideoFrame:
         if frame.is_corrupt:
             self._blame("the decoder marks a frame as corrupt")
-        images.add(frame)
+        return frame
 
     def _seek(self, group: int) -> Iterator[av.Packet]:
         """Packets from the keyframe of ``group`` on, or from an earlier one where the container
@@ -315,36 +330,6 @@ class Video:
         return VideoError(self.name, f"{reason} (is it truncated, or not a video?)")
 
 
-class _Images:
-    """Frames on their way to RGB: ``pixels`` (N, H, W, 3) uint8, filled up to ``count``."""
-
-    def __init__(self, size: int, short_side: int, rotate: bool, reformatter: VideoReformatter):
-        self.size, self.short_side, self.rotate = size, short_side, rotate
-        self.reformatter = reformatter
-        self.pixels, self.count = None, 0
-
-    def add(self, frame: av.VideoFrame) -> None:
-        """Every image has the size of the first."""
-        turns = round(frame.rotation / 90) % 4 if self.rotate else 0
-        if self.pixels is None:
-            scale = self._scale(frame)
-            height, width = round(frame.height * scale), round(frame.width * scale)
-            sides = (width, height) if turns % 2 else (height, width)
-            self.pixels = np.empty((self.size, *sides, 3), np.uint8)
-        height, width = self.pixels.shape[1:3]
-        if turns % 2:
-            height, width = width, height
-        frame = self.reformatter.reformat(frame, width, height, "rgb24", **_ONE_THREAD)
-        plane = frame.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, : width * 3]
-        image = rows.reshape(height, width, 3)
-        self.pixels[self.count] = np.rot90(image, turns) if turns else image
-        self.count += 1
-
-    def _scale(self, frame: av.VideoFrame) -> float:
-        return min(1.0, self.short_side / min(frame.height, frame.width)) if self.short_side else 1
-
-
 def probe(source: Source) -> VideoInfo:
     """Frames, frames per second, seconds, height and width; at most a frame is decoded."""
     with Video(source) as video:
@@ -357,16 +342,3 @@ def decode_clip(
     """Decodes the frames ``indices`` of ``source``: see `Video.decode`."""
     with Video(source, threads=threads) as video:
         return video.decode(indices, short_side)
-
-
-def _one_thread() -> dict:
-    """How to keep PyAV's scaler from starting a thread per core: a scaler a clip pays more for
-    them than for its work. Versions that start none do not know the option."""
-    try:
-        VideoReformatter().reformat(av.VideoFrame(16, 16, "rgb24"), threads=1)
-        return {"threads": 1}
-    except TypeError:
-        return {}
-
-
-_ONE_THREAD = _one_thread()

@@ -95,6 +95,98 @@ def test_several_clips_of_one_video(checkout, counting, decode, backend):
         assert levels(clip)[0] == int(np.ceil(start))
 
 
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts the videos opened and the frames decoded inside SlowFast."""
+    from stts_slowfast.pyslowfast import decoder
+
+    counts = {"opened": 0, "decoded": 0}
+
+    class Counting(decoder.Video):
+        def __init__(self, *args, **keys):
+            counts["opened"] += 1
+            super().__init__(*args, **keys)
+
+        def close(self):
+            counts["decoded"] += self.num_decoded
+            super().close()
+
+    monkeypatch.setattr(decoder, "Video", Counting)
+    monkeypatch.setattr(decoder, "_last", None)
+    yield counts
+    if decoder._last:
+        decoder._last[2].close()
+
+
+@BACKENDS
+def test_views_of_one_file_are_one_pass_and_equal_views_alone(
+    checkout, decode, backend, tmp_path, write_video, decoded
+):
+    from stts_slowfast.pyslowfast import decoder
+
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    for path in paths:
+        write_video(path, [rng.integers(0, 255, (48, 64, 3), np.uint8) for _ in range(90)])
+
+    def view(path, clip, alone=False):
+        frames, spans, _ = decode(
+            path, backend, clip_idx=clip, num_clips_uniform=5, max_spatial_scale=24
+        )
+        if alone:
+            decoder._last[2].close()
+        return frames[0], spans
+
+    alone = {(path, clip): view(path, clip, True) for path in paths for clip in range(5)}
+    assert decoded["opened"] == 10
+
+    def check(order):
+        decoded.update(opened=0, decoded=0)
+        for path, clip in order:
+            frames, spans = view(path, clip)
+            assert torch.equal(frames, alone[path, clip][0])
+            np.testing.assert_array_equal(spans, alone[path, clip][1])
+        decoder._last[2].close()
+
+    check([(path, clip) for path in paths for clip in range(5) for _ in range(3)])
+    assert decoded["opened"] == 2 and decoded["decoded"] <= 2 * 90
+    check([(paths[0], clip) for clip in (2, 3, 4)])  # another worker had the first
+    assert decoded["opened"] == 1 and decoded["decoded"] <= 90 - 30
+    check([(paths[0], clip) for clip in (3, 1, 4, 4, 0, 2)])
+    check([(paths[number % 2], number) for number in range(5)])
+
+
+def test_as_much_is_kept_as_a_clip_spans(checkout, counting, decode, decoded):
+    from stts_slowfast.pyslowfast import decoder
+
+    for clip in range(10):
+        decode(counting, "pyav", clip_idx=clip, num_clips_uniform=10)
+        assert len(decoder._last[2].images) <= SIZE * RATE
+
+
+def test_a_file_that_changed_is_opened_anew(checkout, decode, tmp_path, write_video, decoded):
+    path = tmp_path / "a.mp4"
+    for level in (50, 200):
+        write_video(path, [np.full((48, 64, 3), level, np.uint8)] * (level // 5))
+        frames, *_ = decode(path, "pyav", clip_idx=0)
+        assert abs(frames[0].float().mean() - level) < 3
+    assert decoded["opened"] == 2
+
+
+def test_augmentation_of_raw_frames_sees_all_of_them(checkout, counting, decode, monkeypatch):
+    from slowfast.datasets import transform
+
+    seen = []
+
+    def augment(frames, *_):
+        seen.extend(levels(frames))
+        return frames, 0
+
+    monkeypatch.setattr(transform, "augment_raw_frames", augment)
+    decode(counting, "pyav", clip_idx=0, time_diff_prob=1.0)
+    assert seen == list(range(SIZE * RATE))
+
+
 def test_only_the_torchvision_backend_scales(checkout, counting, decode):
     sizes = [
         decode(counting, backend, clip_idx=0, max_spatial_scale=24)[0][0].shape[1:3]

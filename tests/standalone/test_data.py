@@ -127,8 +127,10 @@ def test_a_video_is_opened_once_for_all_its_views(cfg, batch, workers, monkeypat
 
 @pytest.mark.parametrize("jitter", [32, 40])  # 40: some frames are scaled by the decoder
 @pytest.mark.parametrize("size", [(48, 64), (24, 40), (32, 50)])
-def test_views_equal_those_decoded_alone(cfg, tmp_path, size, jitter):
+@pytest.mark.parametrize("backend", ["pyav", "torchvision"])
+def test_views_equal_those_decoded_alone(cfg, tmp_path, size, jitter, backend):
     """By the formulas of one view on its own: decode, float, scale, crop, normalise."""
+    cfg.DATA.DECODING_BACKEND = backend
     write_video(tmp_path / "videos" / "0.mp4", size=size)
     cfg.DATA.MEAN, cfg.DATA.STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
     cfg.DATA.TRAIN_JITTER_SCALES = [jitter, 48]
@@ -137,7 +139,8 @@ def test_views_equal_those_decoded_alone(cfg, tmp_path, size, jitter):
     for view in range(6):
         with Video(tmp_path / "videos" / "0.mp4") as video:
             span = clip_span(32, 16.0, view // 3, 2)
-            frames = video.decode(frame_indices(*span, 4, 32), scale).permute(0, 3, 1, 2)
+            frames = video.decode(frame_indices(*span, 4, 32), scale * (backend != "pyav"))
+            frames = frames.permute(0, 3, 1, 2)
         frames = transforms.F.to_dtype(frames, torch.float32, scale=True)
         crop = transforms.UniformCrop(scale, 32, view % 3)(frames)
         expected = transforms.F.normalize(crop, cfg.DATA.MEAN, cfg.DATA.STD).transpose(0, 1)
