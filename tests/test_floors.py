@@ -1,6 +1,7 @@
 """The house has floors: imports only point down, and each room keeps to its own business."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,10 @@ def test_every_room_has_a_floor():
     assert {room(path) for path in FILES} == set(FLOOR)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+@EVERY_FILE
 def test_imports_point_down(path):
     for name in imported(path):
         package, _, rest = name.partition(".")
@@ -52,12 +56,66 @@ def test_imports_point_down(path):
         assert {target, room(path)} != {"pyslowfast", "standalone"}, name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_hosts_stay_in_their_rooms(path):
+# Who may import what is not ours: the lowest floor that knows it.
+GUESTS = {
+    "slowfast": None,
+    "pytorchvideo": None,
+    "lightning": "standalone",
+    "pytorch_lightning": "standalone",
+    "transformers": "standalone",
+    "timm": "standalone",
+    "matplotlib": "tools",
+    "rich": "standalone",
+}
+
+
+@EVERY_FILE
+def test_libraries_stay_in_their_rooms(path):
     for name in imported(path):
         package = name.partition(".")[0]
-        assert package != "slowfast" or room(path) == "pyslowfast", name
-        if package in ("lightning", "pytorch_lightning"):
-            assert FLOOR[room(path)] >= FLOOR["standalone"], name
-    if room(path) not in ("hooks", "tools"):
-        assert "register_forward" not in path.read_text(), "only hooks.py knows forward hooks"
+        if package in GUESTS and room(path) != "pyslowfast":
+            assert GUESTS[package] is not None, name
+            assert FLOOR[room(path)] >= FLOOR[GUESTS[package]], name
+
+
+def strings(path):
+    """Every string of a file that is no docstring."""
+    tree = ast.parse(path.read_text())
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
+        if isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.value
+
+
+@EVERY_FILE
+def test_only_the_guest_names_what_is_slowfasts(path):
+    for text in strings(path):
+        named = re.search(r"(?<![\w/])slowfast\.\w", text)
+        assert not named or room(path) == "pyslowfast", text
+
+
+@EVERY_FILE
+def test_only_hooks_puts_hooks_on_blocks(path):
+    if room(path) not in ("hooks", "tools"):  # the tools look at scores
+        assert "register_forward" not in path.read_text()
+
+
+@EVERY_FILE
+def test_nobody_reads_what_a_selector_kept_last(path):
+    """Where tokens come from travels with them; ``hooks.selections`` alone looks at the modules."""
+    if room(path) in ("hooks", "selectors", "tools"):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("kept", "nan_scores", "nan_seen"), ast.unparse(node)
+
+
+@EVERY_FILE
+def test_a_host_is_short(path):
+    if room(path) == "hosts" and path.stem != "__init__":
+        assert len(path.read_text().splitlines()) <= 150
