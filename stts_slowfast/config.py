@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from fvcore.common.config import CfgNode
 
+from stts_slowfast.extensions import load_extensions
 from stts_slowfast.scorers import SCORERS
 from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
@@ -158,6 +159,7 @@ class Settings:
         self, num_blocks: int, grids: Sequence[tuple[int, int, int]] | None = None
     ) -> dict[str, tuple[tuple, tuple]]:
         """Raises what :func:`validate_stts` raises; gives what :func:`plan` gives."""
+        load_extensions()
         for dimension, shares in (("TIME", self.time), ("SPACE", self.space)):
             _check_shares(f"STTS.{dimension}", shares, num_blocks)
         for key, value, registry in (

@@ -9,12 +9,14 @@ from torch import nn
 from stts_slowfast.backbones import mvit, timesformer, video_swin  # noqa: F401  they register
 from stts_slowfast.backbones.family import FAMILIES, Family, Format
 from stts_slowfast.backbones.recompute import detach_backbone, recompute
+from stts_slowfast.extensions import load_extensions
 
 __all__ = ["FAMILIES", "Family", "Format", "add_configs", "block_grids", "build", "family_of"]
 
 
 def add_configs(cfg) -> None:
     """Adds the nodes of all families to a config; does nothing where they are there."""
+    load_extensions()
     for _, family in FAMILIES:
         family.add_config(cfg)
 
@@ -46,6 +48,7 @@ def block_grids(cfg) -> list[tuple[int, int, int]]:
 
 def family_of(cfg) -> Family:
     """The family of ``cfg.MODEL.MODEL_NAME``; raises ``ValueError`` for an unknown name."""
+    load_extensions()
     name = cfg.MODEL.MODEL_NAME
     if name not in FAMILIES:
         known = ", ".join(known for known, _ in FAMILIES)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from stts_slowfast.extensions import load_extensions
 from stts_slowfast.grid import Grid
 
 HOSTS = Registry("HOSTS")
@@ -130,6 +131,7 @@ def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     Raises:
         ValueError: where no host finds blocks in it.
     """
+    load_extensions()
     for _, host in reversed(list(HOSTS)):
         blocks = list(host.blocks(model))
         if blocks:
