@@ -13,6 +13,11 @@ from torchvision.ops import StochasticDepth
 
 from stts_slowfast.backbones.family import FAMILIES, Family, Format
 from stts_slowfast.backbones.names import State, has, patches_are, without_prefix
+from stts_slowfast.backbones.timesformer_names import (
+    from_transformers,
+    is_transformers,
+    to_transformers,
+)
 from stts_slowfast.backbones.vit import Attention, Block, LayerNorm, Mlp, drop_path_rates
 
 
@@ -287,7 +292,12 @@ def _has_time(state: State) -> bool:
 def from_slowfast(state: State, model: nn.Module) -> State:
     """Positions and times of the model's size; what image weights lack comes last."""
     if not isinstance(model, TimeSformer):
-        return state
+        own = model.state_dict()
+        if not is_transformers(own):
+            return state
+        return to_transformers(
+            state, "timesformer." if "timesformer.layernorm.weight" in own else ""
+        )
     state = resize_timesformer(state, model)
     return state if _has_time(state) else start_time(state, model)
 
@@ -300,6 +310,13 @@ FORMATS = {
         lambda state: {f"model.{key}": value for key, value in state.items()},
         "timesformer",
         "model_state",
+    ),
+    "timesformer-transformers": Format(
+        "a TimeSformer of transformers",
+        is_transformers,
+        lambda state, selectors: from_transformers(state),
+        to_transformers,
+        "transformers",
     ),
     "vit-image": Format(
         "ViT image weights (or a space-only TimeSformer)",
