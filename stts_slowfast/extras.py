@@ -3,17 +3,25 @@
 import importlib
 from types import ModuleType
 
+# Package -> the extra of setup.cfg that brings it.
+EXTRAS = {
+    "lightning": "standalone",
+    "tensorboard": "standalone",
+    "rich": "tools",
+    "matplotlib": "tools",
+    "safetensors": "tools",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+}
+
 
 class MissingPackageError(ValueError):
     """A package is not installed; the message has the pip line."""
 
 
-def need(module: str, extra: str) -> ModuleType:
-    """Imports a module of a package that is optional.
-
-    Args:
-        module: full name, such as ``matplotlib.figure``.
-        extra: the extra of ``setup.cfg`` that brings it.
+def need(module: str) -> ModuleType:
+    """Imports a module of an optional package, such as ``matplotlib.figure``.
 
     Raises:
         MissingPackageError: where the package is missing, with the pip line.
@@ -21,9 +29,17 @@ def need(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = (error.name or module).partition(".")[0]
-        if package != module.partition(".")[0]:
-            raise  # the package is there and broken
-        raise MissingPackageError(
-            f"this needs {package}, which is not installed: pip install 'stts-slowfast[{extra}]'"
-        ) from error
+        raise explain(error) or error from error
+
+
+def explain(error: BaseException | None) -> MissingPackageError | None:
+    """The sentence for an ``ImportError`` of a package in :data:`EXTRAS`; None for other errors."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return MissingPackageError(
+        f"this needs {package}, which is not installed: "
+        f"pip install 'stts-slowfast[{EXTRAS[package]}]'"
+    )

@@ -8,5 +8,6 @@ if [ $# -gt 0 ] && [[ "$1" != -* ]]; then
     out="$1"
     shift
 fi
+extras=all
 source "$(dirname "$0")/setup_venv.sh"
 exec stts quickstart --out "$out" "$@"

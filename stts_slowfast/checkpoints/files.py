@@ -82,7 +82,7 @@ def _verify(content, checksum: str) -> None:
 
 def _read_safetensors(f) -> dict:
     data = f.read()
-    state = need("safetensors.torch", "tools").load(data)
+    state = need("safetensors.torch").load(data)
     length = int.from_bytes(data[:8], "little")
     notes = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     text = notes.get("stts_slowfast", "{}")
@@ -136,7 +136,7 @@ def safetensors_bytes(state: State, notes: dict) -> bytes:
     text = json.dumps(notes)
     digest = _sha256([text, dict(sorted(state.items()))])
     metadata = {"format": "pt", "sha256": digest, "stts_slowfast": text}
-    return need("safetensors.torch", "tools").save(state, metadata)
+    return need("safetensors.torch").save(state, metadata)
 
 
 class _Sink(io.RawIOBase):

@@ -6,12 +6,12 @@ only SlowFast can do is refused by name instead of being ignored.
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from stts_slowfast.backbones import add_configs
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.keys import all_keys, nearest, read_value
+from stts_slowfast.standalone.yamlfiles import find_config, read_yaml
 
 _C = CfgNode()
 
@@ -460,7 +460,8 @@ _OPTIONAL = {
 
 
 def get_cfg() -> CfgNode:
-    """A copy of the defaults: SlowFast's keys, and the nodes STTS, TIMESFORMER and VIDEO_SWIN."""
+    """A copy of the defaults: SlowFast's keys, the node STTS, and those of all families."""
+    add_configs(_C)  # again: a family may have been registered since
     return _C.clone()
 
 
@@ -468,7 +469,8 @@ def load_config(path: str, opts: Sequence = ()) -> CfgNode:
     """Reads a YAML file as SlowFast does, ``_BASE_`` files included.
 
     Args:
-        path: the file, opened through iopath.
+        path: the file, opened through iopath; or the name of a config that comes along, such as
+            ``STTS_MVIT_B_16x4_T0_0.9_S4_0.9``.
         opts: ``KEY VALUE`` pairs that come on top, such as ``("SOLVER.BASE_LR", 0.01)``; a value
             may be text as on a command line.
 
@@ -477,8 +479,9 @@ def load_config(path: str, opts: Sequence = ()) -> CfgNode:
         ValueError: for an unknown key, a value of the wrong type, and what only SlowFast can do;
             it names the key.
     """
+    path = find_config(path)
     cfg = get_cfg()
-    for key, value in _leaves(_read_yaml(path)):
+    for key, value in _leaves(read_yaml(path)):
         _set(cfg, key, value, f" in {path}")
     if len(opts) % 2:
         raise ValueError(
@@ -506,23 +509,6 @@ def check_choice(key: str, value: str, known: Iterable[str]) -> None:
     """Raises ``ValueError`` naming ``key`` where its value is none of the known ones."""
     if value not in known:
         raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")
-
-
-def _read_yaml(path: str) -> dict:
-    try:
-        return CfgNode.load_yaml_with_base(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"there is no config file {error.filename or path}"
-            + (f" (asked for by {path})" if error.filename not in (None, path) else "")
-        ) from error
-    except IsADirectoryError as error:
-        raise FileNotFoundError(f"config file {path} is a folder") from error
-    except TypeError as error:
-        raise ValueError(f"config file {path} is empty, or its base file is") from error
-    except (yaml.YAMLError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"config file {path} is not YAML that can be read: {reason}") from error
 
 
 def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -7,6 +7,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from stts_slowfast.extras import explain
+
 # Subcommand -> the module that has add_arguments(parser) and main(args) -> int | None, and what
 # it does. A module is imported when its command is called, so that `stts --help` is quick.
 COMMANDS = {
@@ -38,14 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser("stts", description="Token selection for video transformers.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    missing = None
     for name, (module, text) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=f"{text.capitalize()}.")
         subparser.add_argument(
             "--traceback", action="store_true", help="show where an error came from"
         )
         if name in argv[:1]:
-            command = importlib.import_module(module)
-            command.add_arguments(subparser)
+            try:
+                command = importlib.import_module(module)
+                command.add_arguments(subparser)
+            except ModuleNotFoundError as error:
+                missing = explain(error)
+                if missing is None:
+                    raise
+    if missing:
+        print(f"stts: error: {missing}", file=sys.stderr)
+        return 2
     args = parser.parse_args(argv)
     try:
         return command.main(args) or 0
@@ -53,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stts: {str(stop) or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "status", 130)
     except Exception as error:
+        error = explain(error) or error
         if args.traceback or os.environ.get("STTS_TRACEBACK") or not _is_mendable(error):
             traceback.print_exc()
             return 2 if _is_mendable(error) else 1

@@ -111,14 +111,14 @@ def _run_pt2(data: bytes, clips: torch.Tensor) -> torch.Tensor:
 
 
 def _onnx(model: nn.Module, clips: torch.Tensor) -> bytes:
-    need("onnxruntime", "export")
-    need("onnxscript", "export")  # torch.onnx's translator
+    need("onnxruntime")
+    need("onnxscript")  # torch.onnx's translator
     names = {"input_names": ["clips"], "output_names": ["logits"]}
     program = torch.onnx.export(model, (clips,), dynamo=True, verbose=False, **names)
     return program.model_proto.SerializeToString()
 
 
 def _run_onnx(data: bytes, clips: torch.Tensor) -> torch.Tensor:
-    runtime = need("onnxruntime", "export")
+    runtime = need("onnxruntime")
     session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])

@@ -3,6 +3,7 @@
 import argparse
 
 from stts_slowfast.pyslowfast import launch
+from stts_slowfast.standalone.yamlfiles import find_config
 from stts_slowfast.tools.cli import add_opts
 
 ENGINES = ("slowfast", "standalone")
@@ -10,7 +11,9 @@ ENGINES = ("slowfast", "standalone")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of SlowFast's ``tools/run_net.py``, and ``--engine``."""
-    parser.add_argument("--cfg", nargs="+", required=True, metavar="FILE", help="config files")
+    parser.add_argument(
+        "--cfg", nargs="+", required=True, metavar="FILE", help="config files, or names of ours"
+    )
     parser.add_argument(
         "--engine", choices=ENGINES, help="slowfast where it is found, else standalone"
     )
@@ -78,5 +81,5 @@ def choose_engine(asked: str | None) -> tuple[str, str]:
 
 def _slowfast_arguments(args: argparse.Namespace) -> list[str]:
     words = ["--shard_id", str(args.shard_id), "--num_shards", str(args.num_shards)]
-    words += ["--init_method", args.init_method, "--cfg", *args.cfg]
+    words += ["--init_method", args.init_method, "--cfg", *map(find_config, args.cfg)]
     return [*words, "--opts", *args.opts] if args.opts else words
