@@ -4,11 +4,10 @@ import argparse
 import contextlib
 import gc
 import json
-import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,35 +17,12 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from stts_slowfast.standalone.flops import count_gflops
+from stts_slowfast.tools import benchdata
+from stts_slowfast.tools.benchrows import ENGINES, Row, build_all, parse_row
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eval", "train")
 GIB = 2**30
-
-
-@dataclass
-class Row:
-    """A model that is measured, and what came out.
-
-    Attributes:
-        name: what the table calls it.
-        config: a YAML file.
-        opts: KEY VALUE pairs on top of it.
-        frames: frames of a clip; None for the config's.
-        parameters: how many.
-        gflops: multiply-adds of one clip in evaluation, in 1e9, as fvcore counts them.
-        seconds: by mode, the time of every measured step of one batch.
-        memory: by mode, the most bytes of the model's and one step's tensors at a time.
-    """
-
-    name: str
-    config: str
-    opts: list[str] = field(default_factory=list)
-    frames: int | None = None
-    parameters: int = 0
-    gflops: float = 0.0
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a config, with keys to change; the first row is what the others are compared with. "
         "STTS.ENABLE=False leaves selection out, STTS.FUSED_ATTENTION=False the fused attention",
     )
+    parser.add_argument(
+        "--engine",
+        default="standalone",
+        choices=ENGINES,
+        help="who builds the models; slowfast has SlowFast, X3D, C2D, I3D and the like, too",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--data", action="store_true", help="measure the loader alone, not models")
+    what.add_argument(
+        "--end-to-end", action="store_true", help="measure a whole test, from files to scores"
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0], help="of the loader, for these two"
+    )
+    parser.add_argument("--batches", type=int, default=20, help="of each loader with --data")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of autocast")
     parser.add_argument("--batch-size", type=int, default=2, help="clips in a step")
@@ -85,7 +76,9 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--device cuda: this PyTorch sees no GPU, use --device cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = [parse_row(text) for text in args.rows]
+    rows = [parse_row(text, args.engine) for text in args.rows]
+    if args.data or args.end_to_end:
+        return benchdata.run(rows, args)
     if args.frames:
         rows = [
             replace(row, frames=frames, seconds={}, memory={})
@@ -105,47 +98,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_row(text: str) -> Row:
-    """Reads ``[NAME=]FILE[,KEY=VALUE...]``; commas inside brackets belong to a value.
-
-    Raises:
-        ValueError: where a key has no value.
-    """
-    first, *pairs = re.split(r",(?![^\[(]*[\])])", text)
-    name, _, config = first.rpartition("=")
-    opts = []
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"row {text!r}: {pair!r} is no KEY=VALUE")
-        opts += [key.strip(), value.strip()]
-    return Row(name or Path(config).stem, config, opts)
-
-
-def build(row: Row, device: str) -> tuple[nn.Module, torch.Size]:
-    """The row's model, with random weights, and the shape of one clip."""
-    from stts_slowfast.standalone.defaults import load_config
-    from stts_slowfast.standalone.model import build_model
-
-    frames = [] if row.frames is None else ["DATA.NUM_FRAMES", row.frames]
-    cfg = load_config(row.config, [*row.opts, *frames])
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    size = cfg.DATA.TRAIN_CROP_SIZE
-    return model.to(device), torch.Size((3, cfg.DATA.NUM_FRAMES, size, size))
-
-
 def measure(rows: list[Row], args: argparse.Namespace) -> None:
     """Fills in the rows: one step of each in turn, so that all meet the same machine."""
-    models = []
-    for row in rows:
-        model, shape = build(row, args.device)
-        row.parameters = sum(parameter.numel() for parameter in model.parameters())
-        row.gflops = count_gflops(model, torch.zeros(1, *shape, device=args.device))
-        models.append((model, shape))
+    models = build_all(rows, args.device)
+    for row, (model, shapes) in zip(rows, models):
+        row.gflops = count_gflops(model, torch.zeros(1, *shapes["eval"], device=args.device))
         print(f"{row.name}: {row.gflops:.2f} GFLOPs", file=sys.stderr)
     for mode in args.modes:
-        steps = [make_step(model, shape, mode, args) for model, shape in models]
+        steps = [make_step(model, shapes[mode], mode, args) for model, shapes in models]
         for repeat in range(args.warmup + args.repeats):
             for row, step in zip(rows, steps):
                 seconds = timed(step, args.device)
@@ -154,9 +114,9 @@ def measure(rows: list[Row], args: argparse.Namespace) -> None:
             print(f"{mode} {repeat + 1}/{args.warmup + args.repeats}", file=sys.stderr)
     if args.no_memory:
         return
-    for row, (model, shape) in zip(rows, models):
+    for row, (model, shapes) in zip(rows, models):
         for mode in args.modes:
-            step = make_step(model, shape, mode, args)
+            step = make_step(model, shapes[mode], mode, args)
             step()
             weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
             row.memory[mode] = weights + peak_memory(step, args.device)
@@ -244,8 +204,10 @@ def table(rows: list[Row], batch_size: int) -> str:
     of its memory.
     """
     modes = list(rows[0].seconds)
-    head = ["model", "frames", "params (M)", "GFLOPs"]
-    head = [title for title in head if title != "frames" or rows[0].frames]
+    known = any(row.published for row in rows)
+    head = ["model", "frames", "params (M)", "GFLOPs", "views", "GFLOPs / video", "published top-1"]
+    left_out = {"frames": not rows[0].frames, "published top-1": not known}
+    head = [title for title in head if not left_out.get(title)]
     for mode in modes:
         head += [f"{mode} clips/s", "ratio"]
         head += [f"{mode} GiB", "ratio"] if rows[0].memory else []
@@ -253,7 +215,11 @@ def table(rows: list[Row], batch_size: int) -> str:
     for row in rows:
         base = next(other for other in rows if other.frames == row.frames)
         cells = [row.name] + ([str(row.frames)] if row.frames else [])
-        cells += [f"{row.parameters / 1e6:.2f}", f"{row.gflops:.2f}"]
+        clips, crops = row.views
+        cells += [f"{row.parameters / 1e6:.2f}", f"{row.gflops:.2f}", f"{clips} x {crops}"]
+        cells += [f"{clips * crops * row.gflops:.2f}"]
+        if known:
+            cells += ["{:.1f} ({})".format(*row.published) if row.published else ""]
         for mode in modes:
             speed, spread = clips_per_second(row.seconds[mode], batch_size)
             ratio = speed / clips_per_second(base.seconds[mode], batch_size)[0]

@@ -1,12 +1,13 @@
 """``stts bench``: rows are read right, measured in turn, and told truthfully."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from stts_slowfast.fused.attention import AttentionView
-from stts_slowfast.tools import bench, cli
+from stts_slowfast.tools import bench, benchdata, benchrows, cli, makedata
 
 
 @pytest.fixture
@@ -17,19 +18,21 @@ def config(tmp_path, tiny_cfg):
 
 
 def test_row_reads_name_file_and_keys():
-    row = bench.parse_row("small=a/b.yaml,STTS.ENABLE=False,STTS.TIME.KEEP=[0.5, 0.4],A.B=(1,2)")
+    row = benchrows.parse_row(
+        "small=a/b.yaml,STTS.ENABLE=False,STTS.TIME.KEEP=[0.5, 0.4],A.B=(1,2)"
+    )
     assert (row.name, row.config) == ("small", "a/b.yaml")
     assert row.opts == ["STTS.ENABLE", "False", "STTS.TIME.KEEP", "[0.5, 0.4]", "A.B", "(1,2)"]
-    assert bench.parse_row("a/b.yaml").name == "b"
+    assert benchrows.parse_row("a/b.yaml").name == "b"
     with pytest.raises(ValueError, match=r"'STTS\.ENABLE' is no KEY=VALUE"):
-        bench.parse_row("a.yaml,STTS.ENABLE")
+        benchrows.parse_row("a.yaml,STTS.ENABLE")
 
 
 @pytest.mark.parametrize(("enable", "fused"), [(True, True), (True, False), (False, True)])
 def test_row_says_what_is_built(config, enable, fused):
-    row = bench.parse_row(f"{config},STTS.ENABLE={enable},STTS.FUSED_ATTENTION={fused}")
-    model, shape = bench.build(row, "cpu")
-    assert shape == (3, 8, 32, 32)
+    row = benchrows.parse_row(f"{config},STTS.ENABLE={enable},STTS.FUSED_ATTENTION={fused}")
+    model, shapes = benchrows.build(row, "cpu")
+    assert shapes == {"train": (3, 8, 32, 32), "eval": (3, 8, 32, 32)}
     assert hasattr(model, "stts") is enable
     assert any(isinstance(m, AttentionView) for m in model.modules()) is fused
 
@@ -60,7 +63,7 @@ def test_clip_lengths_are_compared_with_their_own_first_row(config, tmp_path, ca
     assert cli.main(["bench", *rows, "--batch-size", "1", *options]) == 0
     cells = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[2].strip() for row in cells] == ["8", "8", "16", "16"]
-    assert [row[6].strip() for row in cells][::2] == ["1.00", "1.00"]
+    assert [row[8].strip() for row in cells][::2] == ["1.00", "1.00"]
     report = json.loads(numbers.read_text())
     assert [row["frames"] for row in report["rows"]] == [8, 8, 16, 16]
     # Every length has its own measurements.
@@ -68,8 +71,8 @@ def test_clip_lengths_are_compared_with_their_own_first_row(config, tmp_path, ca
 
 
 def test_table_gives_medians_and_ratios():
-    stock = bench.Row("stock", "", seconds={"eval": [1.0, 2.0, 4.0]}, memory={"eval": 2**30})
-    ours = bench.Row("ours", "", seconds={"eval": [0.5, 0.5, 9.0]}, memory={"eval": 2**28})
+    stock = benchrows.Row("stock", "", seconds={"eval": [1.0, 2.0, 4.0]}, memory={"eval": 2**30})
+    ours = benchrows.Row("ours", "", seconds={"eval": [0.5, 0.5, 9.0]}, memory={"eval": 2**28})
     lines = bench.table([stock, ours], batch_size=2).splitlines()
     assert "| 1.000 ± 0.375 | 1.00 | 1.00 | 1.00 |" in lines[2]
     assert "| 4.00 | 0.25 | 0.25 |" in lines[3]
@@ -100,8 +103,126 @@ def test_options_that_exclude_each_other(config, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graph_replays_the_model(config):
-    row = bench.parse_row(f"{config},STTS.ENABLE=True")
+    row = benchrows.parse_row(f"{config},STTS.ENABLE=True")
     args = cli_args(config, "--device", "cuda", "--cuda-graph")
-    model, shape = bench.build(row, "cuda")
-    bench.make_step(model, shape, "eval", args)()
+    model, shapes = benchrows.build(row, "cuda")
+    bench.make_step(model, shapes["eval"], "eval", args)()
     torch.cuda.synchronize()
+
+
+# ---- rows that are compared -----------------------------------------------------------------
+
+
+def test_rows_that_cannot_be_built_are_all_told_before_anything_is_measured(config, capsys):
+    rows = [str(config), f"odd={config},MVIT.DEPTH=-1", f"none={config},MODEL.MODEL_NAME=Nothing"]
+    assert cli.main(["bench", *rows]) == 2
+    out, err = capsys.readouterr()
+    assert "row odd cannot be built by standalone: " in err
+    assert "row none cannot be built by standalone: MODEL.MODEL_NAME is 'Nothing'" in err
+    assert "GFLOPs" not in out + err.replace("stts: error", "")
+
+
+def test_table_counts_views_and_names_what_was_published():
+    stock = benchrows.Row("stock", "", gflops=2.0, views=(10, 3), seconds={"eval": [1.0]})
+    ours = benchrows.Row("ours", "", gflops=1.0, views=(5, 1), seconds={"eval": [1.0]})
+    assert "published" not in bench.table([stock, ours], 1)
+    stock.published = (77.0, "MODEL_ZOO.md")
+    head, _, first, second = bench.table([stock, ours], 1).splitlines()
+    assert "| views | GFLOPs / video | published top-1 |" in head
+    assert "| 2.00 | 10 x 3 | 60.00 | 77.0 (MODEL_ZOO.md) |" in first
+    assert "| 1.00 | 5 x 1 | 5.00 |  |" in second
+
+
+def test_published_accuracy_is_read_from_the_table_beside_the_configs(tmp_path):
+    (tmp_path / "MODEL_ZOO.md").write_text(
+        "| model | top1 | config |\n| - | - | - |\n| a | 75.6 | Kinetics/c2/NET_8x8 |\n"
+        "| b | - | Kinetics/EMPTY |\n\n"
+        "| model | top1 10-view | top1 30-view | config |\n| - | - | - | - |\n"
+        "| c | 75.1 | 76.2 | Kinetics/X3D_M |\n\n| model | config |\n| - | - |\n| d | OTHER |\n"
+    )
+    folder = tmp_path / "configs" / "Kinetics"
+
+    def top1(name):
+        found = benchrows.published(str(folder / f"{name}.yaml"))
+        return found and found[0]
+
+    assert benchrows.published(str(folder / "NET_8x8.yaml")) == (75.6, "MODEL_ZOO.md")
+    assert top1("X3D_M") == 76.2
+    assert [top1(name) for name in ("NET", "NET_8x8_R50", "EMPTY", "OTHER", "8x8")] == [None] * 5
+
+
+def test_ours_has_the_papers_numbers():
+    configs = Path(__file__).parents[2] / "configs" / "Kinetics"
+    row = configs / "STTS_MVIT_B_16x4_T0_0.5_S4_0.7.yaml"
+    assert benchrows.published(str(row)) == (76.6, "README.md")
+
+
+# ---- loaders and whole tests ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A config of 16 training and 8 test videos, with 2 views of each."""
+    folder = tmp_path_factory.mktemp("videos")
+    makedata.write_dataset(str(folder), "square", 16, 8, seed=0)
+    keys = makedata.config(str(folder), "square", 0)
+    keys["TRAIN"]["BATCH_SIZE"] = 4
+    keys["TEST"].update(BATCH_SIZE=5, NUM_ENSEMBLE_VIEWS=2)
+    makedata.write_config(str(folder / "config.yaml"), keys)
+    return folder / "config.yaml"
+
+
+def test_loader_is_measured_alone(videos, tmp_path, capsys):
+    numbers, picture = tmp_path / "numbers.json", tmp_path / "data.png"
+    words = ["bench", f"a={videos}", "--data", "--batches", "2", "--workers", "0", "1"]
+    assert cli.main([*words, "--json", str(numbers), "--plot", str(picture)]) == 0
+    rows = json.loads(numbers.read_text())
+    assert [(row["split"], row["workers"], row["clips"]) for row in rows] == [
+        *(("train", 0, 8), ("train", 1, 8), ("test", 0, 10), ("test", 1, 10)),
+    ]
+    for row in rows:
+        views = 2 if row["split"] == "test" else 1
+        assert row["clips / s"] == pytest.approx(views * row["videos / s"])
+        assert (row["core-ms / clip"] is None) is (row["workers"] == 1)
+    assert "| a | train | 0 | 8 |" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_whole_test_is_split_into_waiting_and_computing(videos, tmp_path, monkeypatch, capsys):
+    numbers, picture = tmp_path / "numbers.json", tmp_path / "test.png"
+    words = ["bench", f"a={videos}", f"b={videos},TEST.NUM_ENSEMBLE_VIEWS=1", "--end-to-end"]
+    assert cli.main([*words, "--json", str(numbers), "--plot", str(picture)]) == 0
+    rows = json.loads(numbers.read_text())
+    assert [(row["row"], row["videos"]) for row in rows] == [("a", 8), ("b", 8)]
+    for row in rows:
+        assert min(row["waiting s"], row["computing s"]) > 0
+        assert row["seconds"] == pytest.approx(row["waiting s"] + row["computing s"])
+        assert row["videos / s"] == pytest.approx(8 / row["seconds"])
+    assert "| a | 0 | 8 |" in capsys.readouterr().out and picture.is_file()
+
+
+def test_waiting_is_what_the_loader_takes(videos):
+    class Clock:
+        now = 0.0
+
+    clock = Clock()
+
+    def loader():
+        for _ in range(3):
+            clock.now += 5
+            yield (torch.zeros(2, 3, 1, 2, 2),)
+        clock.now += 1
+
+    def model(clips):
+        clock.now += 2
+        return clips
+
+    row = benchrows.Row("a", str(videos), engine="slowfast")
+    times = benchdata.run_test(row, loader(), model, "cpu", lambda: clock.now)
+    assert times == (16, 6)
+
+
+def test_data_that_cannot_be_read_is_told_first(videos, capsys):
+    rows = [str(videos), f"gone={videos},DATA.PATH_TO_DATA_DIR=/nowhere"]
+    assert cli.main(["bench", *rows, "--data"]) == 2
+    assert "row gone: its data cannot be read: " in capsys.readouterr().err

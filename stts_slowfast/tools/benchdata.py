@@ -1,0 +1,202 @@
+"""``stts bench --data`` and ``--end-to-end``: the loader alone, and tests from files to scores."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from stts_slowfast.tools.benchrows import Row, build_all, read_config
+
+SPLITS = ("train", "test")
+DATA = ("row", "split", "workers", "clips", "videos / s", "clips / s", "core-ms / clip")
+TEST = ("row", "workers", "videos", "seconds", "videos / s", "waiting s", "computing s")
+
+
+def run(rows: Sequence[Row], args: argparse.Namespace) -> int:
+    """Measures the rows' loaders or tests, prints a table, writes --json and --plot.
+
+    Raises:
+        ValueError: naming every row whose data or model cannot be read or built.
+    """
+    measured = measure_loaders(rows, args) if args.data else measure_tests(rows, args)
+    print(table(DATA if args.data else TEST, measured))
+    if args.json:
+        Path(args.json).write_text(json.dumps(measured, indent=1) + "\n")
+    if args.plot:
+        plot(measured, args.plot)
+    return 0
+
+
+# ---- the loader alone -----------------------------------------------------------------------
+
+
+def measure_loaders(rows: Sequence[Row], args: argparse.Namespace) -> list[dict]:
+    """The first batches of training and testing, by number of workers.
+
+    The time of a core is measured where there are no workers; workers of their own are not ours to
+    measure.
+    """
+    measured = []
+    for row, loaders in zip(rows, _all_loaders(rows, args.workers, SPLITS)):
+        for split, workers, loader in loaders:
+            _, views = _size(row, loader, split)
+            start, busy = time.perf_counter(), time.process_time()
+            clips = sum(len(batch) for batch in islice(batches(row, loader), args.batches))
+            seconds, busy = time.perf_counter() - start, time.process_time() - busy
+            each = {"row": row.name, "split": split, "workers": workers, "clips": clips}
+            each["videos / s"] = clips / views / seconds
+            each["clips / s"] = clips / seconds
+            each["core-ms / clip"] = None if workers else 1000 * busy / clips
+            measured.append(each)
+            print(f"{row.name} {split}, {workers} workers: {seconds:.1f} s", file=sys.stderr)
+    return measured
+
+
+def batches(row: Row, loader) -> Iterator[torch.Tensor]:
+    """The clips (B, 3, T, H, W) of a loader of either engine; of SlowFast's the fast pathway."""
+    for batch in loader:
+        yield batch[0][-1] if isinstance(batch[0], (list, tuple)) else batch[0]
+
+
+def _all_loaders(
+    rows: Sequence[Row], workers: Sequence[int], splits: Iterable[str]
+) -> list[list[tuple[str, int, object]]]:
+    return _each(rows, lambda row: _loaders(row, workers, splits), "its data cannot be read")
+
+
+def _loaders(row: Row, workers: Sequence[int], splits: Iterable[str]):
+    found = []
+    for split in splits:
+        for number in workers:
+            cfg = read_config(row)
+            cfg.DATA_LOADER.NUM_WORKERS = number
+            found.append((split, number, _loader(row, cfg, split)))
+    return found
+
+
+def _loader(row: Row, cfg, split: str):
+    if row.engine == "slowfast":
+        from stts_slowfast.pyslowfast import zoo
+
+        return zoo.loader(cfg, split)
+    from stts_slowfast.standalone.data import build_loader
+
+    return build_loader(cfg, split)
+
+
+def _each(rows: Sequence[Row], what: Callable, text: str) -> list:
+    """Does it for all rows before anything is measured; tells all that fail in one error."""
+    done, failed = [], []
+    for row in rows:
+        try:
+            done.append(what(row))
+        except Exception as error:
+            failed.append(f"row {row.name}: {text}: {' '.join(str(error).split())}")
+    if failed:
+        raise ValueError("; ".join(failed))
+    return done
+
+
+def _size(row: Row, loader, split: str) -> tuple[int, int]:
+    """Videos of a split, and the clips that one of them gives."""
+    cfg = read_config(row)
+    if split == "train":
+        return len(loader.dataset), cfg.AUG.NUM_SAMPLE
+    views = cfg.TEST.NUM_ENSEMBLE_VIEWS * cfg.TEST.NUM_SPATIAL_CROPS
+    items = len(loader.dataset)
+    return (items // views if row.engine == "slowfast" else len(loader.dataset.videos)), views
+
+
+# ---- a whole test ---------------------------------------------------------------------------
+
+
+def measure_tests(rows: Sequence[Row], args: argparse.Namespace) -> list[dict]:
+    """All views of each row's test list through its model: time spent waiting for data, and
+    computing (moving and normalising clips included)."""
+    loaders = _all_loaders(rows, args.workers, ["test"])
+    models = build_all(list(rows), args.device)
+    measured = []
+    for row, tests, (model, _) in zip(rows, loaders, models):
+        model.eval()
+        for _, workers, loader in tests:
+            videos, _ = _size(row, loader, "test")
+            waiting, computing = run_test(row, loader, model, args.device)
+            seconds = waiting + computing
+            each = {"row": row.name, "workers": workers, "videos": videos, "seconds": seconds}
+            each |= {"videos / s": videos / seconds, "waiting s": waiting, "computing s": computing}
+            measured.append(each)
+            print(f"{row.name}, {workers} workers: {seconds:.1f} s", file=sys.stderr)
+    return measured
+
+
+@torch.no_grad()
+def run_test(
+    row: Row, loader, model: Callable, device: str, now: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
+    """Seconds of waiting and of computing over a whole loader, its start included."""
+    prepare = _preparation(row)
+    waiting = computing = 0.0
+    last = now()
+    for clips in batches(row, loader):
+        got = now()
+        model(prepare(clips.to(device))).float().cpu()  # .cpu() waits for the device
+        done = now()
+        waiting, computing, last = waiting + got - last, computing + done - got, done
+    return waiting + now() - last, computing
+
+
+def _preparation(row: Row) -> Callable:
+    if row.engine == "slowfast":
+        return lambda clips: clips
+    from stts_slowfast.standalone.data import prepare
+
+    cfg = read_config(row)
+    return lambda clips: prepare(clips, cfg)
+
+
+# ---- what is told ---------------------------------------------------------------------------
+
+
+def table(columns: Sequence[str], measured: Sequence[dict]) -> str:
+    """The rows as Markdown."""
+    lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[_cell(each[column]) for column in columns] for each in measured]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot(measured: Sequence[dict], path: str) -> None:
+    """Bars: seconds of a whole test, split into waiting and computing, or clips a second."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 0.4 * len(measured)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(measured))
+    labels = [
+        " ".join(str(each[key]) for key in ("row", "split") if key in each)
+        + (f", {each['workers']} workers")
+        for each in measured
+    ]
+    if "seconds" in measured[0]:
+        waiting = [each["waiting s"] for each in measured]
+        axes.barh(places, waiting, label="waiting for data")
+        computing = [each["computing s"] for each in measured]
+        axes.barh(places, computing, left=waiting, label="computing")
+        axes.set_xlabel("seconds of a whole test")
+        axes.legend()
+    else:
+        axes.barh(places, [each["clips / s"] for each in measured])
+        axes.set_xlabel("clips / s of the loader")
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=150)

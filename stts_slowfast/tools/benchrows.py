@@ -1,0 +1,146 @@
+"""The rows of ``stts bench``: what stands in one, and the models behind them."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ENGINES = ("standalone", "slowfast")
+
+
+@dataclass
+class Row:
+    """A model that is measured, and what came out.
+
+    Attributes:
+        name: what the table calls it.
+        config: a YAML file.
+        opts: KEY VALUE pairs on top of it.
+        engine: who builds it, see ``ENGINES``.
+        frames: frames of a clip; None for the config's.
+        parameters: how many.
+        gflops: multiply-adds of one clip in evaluation, in 1e9, as fvcore counts them.
+        views: clips and crops of a video in testing, such as (10, 3).
+        published: top-1 in percent that a table beside the config gives it, and that table's file.
+        seconds: by mode, the time of every measured step of one batch.
+        memory: by mode, the most bytes of the model's and one step's tensors at a time.
+    """
+
+    name: str
+    config: str
+    opts: list[str] = field(default_factory=list)
+    engine: str = "standalone"
+    frames: int | None = None
+    parameters: int = 0
+    gflops: float = 0.0
+    views: tuple[int, int] = (1, 1)
+    published: tuple[float, str] | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def parse_row(text: str, engine: str = "standalone") -> Row:
+    """Reads ``[NAME=]FILE[,KEY=VALUE...]``; commas inside brackets belong to a value.
+
+    Raises:
+        ValueError: where a key has no value.
+    """
+    first, *pairs = re.split(r",(?![^\[(]*[\])])", text)
+    name, _, config = first.rpartition("=")
+    opts = []
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"row {text!r}: {pair!r} is no KEY=VALUE")
+        opts += [key.strip(), value.strip()]
+    return Row(name or Path(config).stem, config, opts, engine)
+
+
+def read_config(row: Row):
+    """The row's config, as its engine reads it."""
+    frames = [] if row.frames is None else ["DATA.NUM_FRAMES", row.frames]
+    opts = [*row.opts, *frames]
+    if row.engine == "slowfast":
+        from stts_slowfast.pyslowfast import zoo
+
+        return zoo.read_config(row.config, opts)
+    from stts_slowfast.standalone.defaults import load_config
+
+    return load_config(row.config, opts)
+
+
+def build(row: Row, device: str) -> tuple[nn.Module, dict[str, torch.Size]]:
+    """The row's model, with random weights, and by mode the shape of one clip; fills in what is
+    known of the row without measuring."""
+    cfg = read_config(row)
+    torch.manual_seed(0)
+    if row.engine == "slowfast":
+        from stts_slowfast.pyslowfast import zoo
+
+        model = zoo.build(cfg)
+    else:
+        from stts_slowfast.standalone.model import build_model
+
+        model = build_model(cfg)
+    row.views = (cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_SPATIAL_CROPS)
+    row.published = published(row.config)
+    row.parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = {"train": cfg.DATA.TRAIN_CROP_SIZE, "eval": cfg.DATA.TEST_CROP_SIZE}
+    shapes = {
+        mode: torch.Size((3, cfg.DATA.NUM_FRAMES, side, side)) for mode, side in sizes.items()
+    }
+    return model.to(device), shapes
+
+
+def build_all(rows: list[Row], device: str) -> list[tuple[nn.Module, dict[str, torch.Size]]]:
+    """The models of all rows.
+
+    Raises:
+        ValueError: naming every row that cannot be built, and why.
+    """
+    built, failed = [], []
+    for row in rows:
+        try:
+            built.append(build(row, device))
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failed.append(f"row {row.name} cannot be built by {row.engine}: {reason}")
+    if failed:
+        raise ValueError("; ".join(failed))
+    return built
+
+
+def published(config: str) -> tuple[float, str] | None:
+    """Top-1 that a Markdown table gives a config: MODEL_ZOO.md or README.md in a folder above it.
+
+    SlowFast's MODEL_ZOO.md names configs by folder and stem, our README by file name.
+    """
+    path = Path(config).resolve()
+    for folder in path.parents:
+        for name in ("MODEL_ZOO.md", "README.md"):
+            if (folder / name).is_file():
+                top1 = _in_table((folder / name).read_text(errors="replace"), path.stem)
+                if top1 is not None:
+                    return top1, name
+    return None
+
+
+def _in_table(text: str, stem: str) -> float | None:
+    """The top-1 of the first row that names a config; of several top-1 columns the last."""
+    whole = re.compile(rf"(?<![\w]){re.escape(stem)}(?:\.yaml)?(?![\w.])")
+    columns: list[int] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.lstrip().startswith("|"):
+            columns = []
+        elif not columns:
+            columns = [n for n, cell in enumerate(cells) if re.search(r"top-?1\b", cell.lower())]
+            columns = columns or [-1]
+        elif whole.search(line) and columns != [-1]:
+            try:
+                return float(cells[columns[-1]])
+            except (ValueError, IndexError):
+                continue
+    return None

@@ -1,0 +1,62 @@
+"""SlowFast's own models stand beside ours in ``stts bench``."""
+
+import json
+
+import pytest
+import torch
+
+from stts_slowfast.pyslowfast import zoo
+from stts_slowfast.tools import benchrows, cli
+
+ROWS = {
+    "SLOWFAST_8x8_R50": (77.0, 32),
+    "X3D_M": (76.2, 16),
+    "C2D_8x8_R50": (None, 8),
+    "I3D_8x8_R50": (73.5, 8),
+    "MVIT_B_16x4_CONV": (78.4, 16),
+    "MVITv2_S_16x4": (81.0, 16),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_stock_configs_are_rows(checkout, name):
+    top1, frames = ROWS[name]
+    path = str(checkout / "configs" / "Kinetics" / f"{name}.yaml")
+    row = benchrows.Row(name, path, engine="slowfast")
+    model, shapes = benchrows.build(row, "cpu")
+    assert shapes["eval"][1] == frames and row.parameters > 1e6
+    assert (row.published and row.published[0]) == top1
+    if name == "X3D_M":
+        assert shapes["train"][-1] == 224 and shapes["eval"][-1] == 256 and row.views == (10, 3)
+        with torch.no_grad():
+            assert model.eval()(torch.zeros(1, *shapes["eval"])).shape == (1, 400)
+
+
+def test_pathways_are_those_of_the_loader(checkout):
+    from slowfast.datasets.utils import pack_pathway_output
+
+    cfg = zoo.read_config(str(checkout / "configs/Kinetics/SLOWFAST_8x8_R50.yaml"))
+    clips = torch.randn(2, 3, 32, 4, 4)
+    slow, fast = zoo.Pathways(torch.nn.Identity(), cfg)(clips)
+    for item in range(2):
+        expected = pack_pathway_output(cfg, clips[item])
+        assert torch.equal(slow[item], expected[0]) and torch.equal(fast[item], expected[1])
+
+
+def test_rows_of_both_kinds_are_measured(checkout, get_cfg, videos, tmp_path, capsys):
+    cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.PATH_PREFIX", str(videos))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(cfg.dump())
+    numbers = tmp_path / "numbers.json"
+    words = ["bench", f"stock={path}", f"ours={path},STTS.ENABLE=True", "--engine", "slowfast"]
+    more = ["--modes", "eval", "--repeats", "1", "--batch-size", "1", "--json", str(numbers)]
+    assert cli.main([*words, *more]) == 0
+    rows = json.loads(numbers.read_text())["rows"]
+    assert rows[1]["gflops"] < rows[0]["gflops"] and rows[1]["parameters"] > rows[0]["parameters"]
+    for what in ("--data", "--end-to-end"):
+        assert cli.main([*words, what, "--batches", "1", "--json", str(numbers)]) == 0
+        rows = json.loads(numbers.read_text())
+        assert {row["row"] for row in rows} == {"stock", "ours"}
+        assert all(row["videos / s"] > 0 for row in rows)
+    assert cli.main(["bench", f"{path},NO.SUCH=1", "--engine", "slowfast"]) == 2
+    assert "cannot be built by slowfast: " in capsys.readouterr().err
