@@ -31,6 +31,8 @@ def find_config(name: str | os.PathLike) -> str:
         path = CONFIGS / folder / f"{stem}.yaml"
         if path.is_file():
             return str(path)
+    if os.sep in stem and not stem.startswith(("Kinetics/", "SSv2/")):
+        raise FileNotFoundError(f"there is no config file {name}")
     known = [str(p.relative_to(CONFIGS).with_suffix("")) for p in sorted(CONFIGS.glob("*/*.yaml"))]
     near = difflib.get_close_matches(f"Kinetics/{stem}", known, 1, cutoff=0.7)
     raise FileNotFoundError(

@@ -81,5 +81,12 @@ def choose_engine(asked: str | None) -> tuple[str, str]:
 
 def _slowfast_arguments(args: argparse.Namespace) -> list[str]:
     words = ["--shard_id", str(args.shard_id), "--num_shards", str(args.num_shards)]
-    words += ["--init_method", args.init_method, "--cfg", *map(find_config, args.cfg)]
+    words += ["--init_method", args.init_method, "--cfg", *map(_for_slowfast, args.cfg)]
     return [*words, "--opts", *args.opts] if args.opts else words
+
+
+def _for_slowfast(cfg: str) -> str:
+    try:
+        return find_config(cfg)
+    except FileNotFoundError:
+        return cfg  # its own launcher says what is missing

@@ -27,7 +27,9 @@ def test_a_file_here_comes_before_one_that_comes_along(tmp_path, monkeypatch):
 def test_an_unknown_name_says_the_nearest():
     with pytest.raises(FileNotFoundError, match=r"did you mean STTS_SWIN_T_32x2_T0_0\.9\?"):
         load_config("STTS_SWIN_T_32x2_T0_0.99")
-    with pytest.raises(FileNotFoundError, match=r"no config file /x/zzz\.yaml, and none of that"):
+    with pytest.raises(FileNotFoundError, match=r"no config file zzz, and none of that"):
+        load_config("zzz")
+    with pytest.raises(FileNotFoundError, match=r"no config file /x/zzz\.yaml$"):
         load_config("/x/zzz.yaml")
 
 

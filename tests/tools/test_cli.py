@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from stts_slowfast.pyslowfast import launch
+from stts_slowfast.standalone.yamlfiles import find_config
 from stts_slowfast.tools import cli, run
 
 
@@ -170,3 +171,6 @@ def test_slowfast_gets_its_own_arguments(monkeypatch, capsys):
     ]
     assert capsys.readouterr().out.startswith("engine: slowfast (found /checkout/tools")
     assert run.choose_engine("standalone") == ("standalone", "--engine asks for it")
+    given.clear()
+    cli.main(["run", "--cfg", "STTS_SWIN_T_32x2_T0_0.9"])
+    assert given[-1] == find_config("STTS_SWIN_T_32x2_T0_0.9")
