@@ -16,6 +16,7 @@ from stts_slowfast import backbones, hosts
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.schedule import set_progress
+from stts_slowfast.standalone.model import build_model
 
 
 @pytest.fixture
@@ -310,12 +311,14 @@ def replicate(model):
     return twins[model]
 
 
-def test_replicas_of_data_parallel_use_their_own_selectors(model, clips):
+@pytest.mark.parametrize("which", ["model", "relative"])
+def test_replicas_of_data_parallel_use_their_own_selectors(which, request, clips):
     """The hooks of a replica are the model's: its selectors lie on another device."""
+    model = request.getfixturevalue(which)
     expected = model(clips)
     replica = replicate(model)
-    for selector in model.stts.values():
-        selector.scorer = None  # whoever asks the model's selectors fails
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)  # whoever asks the model's own modules gets NaN
     torch.testing.assert_close(replica(clips), expected)
     assert not hasattr(model.blocks[0], "stts_replicas")
 
@@ -484,6 +487,22 @@ def test_a_width_no_scorer_can_have_leaves_the_model_as_it_was(tiny_cfg):
     with pytest.raises(ValueError, match="6 is no multiple of 4"):
         attach(model, tiny_cfg.STTS)
     assert not hasattr(model, "stts") and not any(b._forward_pre_hooks for b in model.blocks)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("true_distances", [True, False])
+def test_attach_is_all_that_a_node_needs(golden, clips, fuse, true_distances):
+    """The built model and a stock one with selectors attached compute the same."""
+    cfg = golden("slowfast_mvit_v2").cfg()
+    cfg.STTS.ENABLE, cfg.STTS.TIME.KEEP = True, [0.5]
+    cfg.STTS.SPACE.BLOCKS, cfg.STTS.SPACE.KEEP = [2], [0.6]
+    cfg.STTS.FUSED_ATTENTION, cfg.STTS.TRUE_DISTANCES = fuse, true_distances
+    built = build_model(cfg).eval()
+    attached = attach(backbones.build(cfg), cfg.STTS).eval()
+    assert [type(m) for m in built.modules()] == [type(m) for m in attached.modules()]
+    nn.init.normal_(built.blocks[2].attn.rel_pos_h)
+    attached.load_state_dict(built.state_dict())
+    assert torch.equal(attached(clips), built(clips))
 
 
 def test_plain_arguments_are_the_node(plain, tiny_cfg, clips):
