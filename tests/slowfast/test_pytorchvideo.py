@@ -74,6 +74,8 @@ def test_selection_outside_of_slowfast():
         twin = copy.deepcopy(model)
         torch.manual_seed(0)
         stts.attach(twin, time={0: 0.75}, space={2: 0.6}, num_samples=20, fused_attention=fuse)
+        for parameter in twin.stts.parameters():
+            nn.init.normal_(parameter, std=0.3)
         outputs.append(results(twin, clips))
         assert all(grad is not None for grad in outputs[-1][1].values())
         assert stts.selections(twin)["time_0"].shape == (2, 3)
