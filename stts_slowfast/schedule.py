@@ -83,6 +83,7 @@ def param_groups(optimizer_groups: list[dict], model: nn.Module, cfg) -> list[di
     scorers = {id(parameter) for parameter in _scorer_parameters(model)}
     if not cfg.STTS.ENABLE or not scorers:
         return optimizer_groups
+    _check_noise(cfg.STTS)
     groups = []
     for group in optimizer_groups:
         for backbone in (True, False):
@@ -176,6 +177,21 @@ def step(model: nn.Module, groups: list[dict], lr: float, epoch: float, cfg) -> 
     noise = set_progress(model, min(epoch / cfg.SOLVER.MAX_EPOCH, 1.0))
     learns = any(True for _ in _scorer_parameters(model))
     return {"sigma": noise, "backbone_lr": backbone} if learns else {}
+
+
+def _check_noise(node) -> None:
+    perturbed = node.get("OPERATOR", "perturbed") == "perturbed"
+    if node.SIGMA == 0:
+        key, least = "STTS.SIGMA is 0", "above 0 (0.1)"
+    elif node.NUM_SAMPLES == 1 and node.GRADIENT == "exact" and perturbed:
+        # Its baseline is the mean of the samples, so the one sample itself.
+        key, least = "STTS.NUM_SAMPLES is 1", "at least 2 (500)"
+    else:
+        return
+    raise ValueError(
+        f"{key}: the gradient of learned scorers would be 0, so nothing would learn; train with "
+        f"{least}, or set STTS.TIME.SCORER and STTS.SPACE.SCORER to some that need no training"
+    )
 
 
 def _scorer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

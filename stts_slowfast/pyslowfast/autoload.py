@@ -19,16 +19,25 @@ HOOKS = {
         "compat.imports.mend_ava_evaluation",
         "compat.imports.explain_missing_packages",
     ],
-    "slowfast.config.defaults": ["plugin.add_config", "compat.config.mend_prefetch_key"],
     "slowfast.datasets.decoder": ["decoder.mend_decoder"],
-    "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint"],
-    "slowfast.utils.logging": ["plugin.wrap_log"],
     "slowfast.models.attention": ["fused.register"],
+    "slowfast.models.build": ["guard.wrap_build_model"],
+    "slowfast.models.optimizer": ["training.wrap_optimizer"],
     "slowfast.models.video_model_builder": [
         "plugin.wrap_models",
         "compat.devices.mend_cuda_synchronize",
     ],
-    "slowfast.models.optimizer": ["plugin.wrap_optimizer"],
+    "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint"],
+    "slowfast.utils.logging": ["training.wrap_log"],
+    "slowfast.utils.misc": ["shards.wrap_launch_job"],
+    "slowfast.visualization.tensorboard_vis": ["training.wrap_tensorboard"],
+    # Last: where the others cannot be waited for, SlowFast does not know the node STTS either.
+    "slowfast.config.defaults": [
+        "plugin.add_config",
+        "settings.read_our_nodes",
+        "guard.wrap_config",
+        "compat.config.mend_prefetch_key",
+    ],
 }
 
 # How the functions of HOOKS fared: their errors, None for success. What is not here never ran.

@@ -1,6 +1,7 @@
 """The config nodes in SlowFast's defaults, and its ways to override them."""
 
 import argparse
+import pickle
 
 import pytest
 
@@ -32,6 +33,42 @@ def test_yaml_and_opts_override_the_node(checkout, tmp_path):
     assert (cfg.STTS.TIME.KEEP, cfg.STTS.SIGMA, cfg.STTS.SPACE.BLOCKS) == ([0.8], 0.3, [])
 
 
-def test_a_misspelt_key_is_an_error(get_cfg):
-    with pytest.raises(AssertionError, match=r"STTS\.TIME\.KEPT"):
-        get_cfg("STTS.TIME.KEPT", [0.5])
+@pytest.mark.parametrize(
+    ("line", "opts", "told"),
+    [
+        ("TIME: {KEPE: [0.5]}", ["STTS.TIME.KEPE", "[0.5]"], r"did you mean STTS.TIME.KEEP\?"),
+        ("TIME: {KEEP: 0.5}", ["STTS.TIME.KEEP", "0.5"], r"takes a list, such as \[0.9\]"),
+        ("SIGMA: much", ["STTS.SIGMA", "much"], "it takes a number, such as 0.1"),
+        ("TIME: 3", ["STTS.TIME", "3"], "give one of STTS.TIME.BLOCKS, STTS.TIME.KEEP"),
+    ],
+)
+def test_mistakes_get_the_nearest_key_and_an_example(get_cfg, tmp_path, line, opts, told):
+    with pytest.raises(ValueError, match=told):
+        get_cfg(*opts)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"STTS:\n  {line}\n")
+    with pytest.raises(ValueError, match=f"in {path}.*{told}"):
+        get_cfg().merge_from_file(str(path))
+
+
+def test_whole_numbers_are_numbers(get_cfg, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("STTS:\n  SIGMA: 0\n  TIME:\n  SPACE:\n    KEEP: [1]\nNUM_GPUS: 0\n")
+    cfg = get_cfg("STTS.FREEZE_BACKBONE_EPOCHS", "0", "VIDEO_SWIN.DROPPATH_RATE", 0)
+    cfg.merge_from_file(str(path))
+    values = (cfg.STTS.SIGMA, cfg.STTS.FREEZE_BACKBONE_EPOCHS, cfg.VIDEO_SWIN.DROPPATH_RATE)
+    assert values == (0.0, 0.0, 0.0) and all(type(value) is float for value in values)
+    assert cfg.STTS.TIME.BLOCKS == [0] and cfg.STTS.SPACE.KEEP == [1]
+
+
+def test_copies_and_pickles_read_as_the_config_does(get_cfg):
+    cfg = pickle.loads(pickle.dumps(get_cfg().clone()))
+    cfg.merge_from_list(["STTS.SIGMA", "1"])
+    assert cfg.STTS.SIGMA == 1.0
+
+
+def test_slowfasts_own_keys_are_read_as_ever(get_cfg):
+    with pytest.raises(ValueError, match="Type mismatch"):
+        get_cfg("SOLVER.BASE_LR", "1")
+    with pytest.raises(AssertionError, match=r"Non-existent key: SOLVER\.BASE"):
+        get_cfg("SOLVER.BASE", "1.0")

@@ -1,0 +1,84 @@
+"""Where ``STTS.ENABLE`` is True, what did not happen stops the run.
+
+Every stage that a run passes (config, launch, model, optimizer) asks here, each from a hook of its
+own, so that one of them failing leaves the others.
+"""
+
+from torch import nn
+
+from stts_slowfast.pyslowfast import autoload, shards
+from stts_slowfast.pyslowfast.wrap import wrap
+from stts_slowfast.selectors import Selector
+
+OFF = "or set STTS.ENABLE False"
+
+
+def enabled(cfg) -> bool:
+    """Whether a config asks for selection; one made before the node was there does not."""
+    return "STTS" in cfg and cfg.STTS.ENABLE
+
+
+def wrap_config(defaults) -> None:
+    """``assert_and_infer_cfg``, with which a launcher ends reading its config."""
+    wrap(defaults, "assert_and_infer_cfg", _assert_config)
+
+
+def wrap_build_model(build) -> None:
+    """``slowfast.models.build.build_model``, through which every tool gets its model."""
+    wrap(build, "build_model", _build_model)
+
+
+def confirm(cfg) -> None:
+    """Stops a run with selection where a hook of this package failed, or never ran.
+
+    Raises:
+        RuntimeError: naming the hooks and the way out.
+    """
+    if not enabled(cfg):
+        return
+    if troubles := autoload.troubles():
+        raise RuntimeError(
+            "STTS.ENABLE is True, but stts_slowfast has not taken hold of SlowFast: "
+            f"{'; '.join(troubles)}. `stts doctor` tells more; mend that, {OFF}"
+        )
+
+
+def check_selectors(model: nn.Module, cfg) -> None:
+    """Refuses a model without the selectors that a config asks for.
+
+    Args:
+        model: wrapped (DDP) or not.
+        cfg: with ``STTS``, or without.
+
+    Raises:
+        RuntimeError: naming what the model has, and what it lacks.
+    """
+    if not enabled(cfg):
+        return
+    wanted = [
+        f"{dimension.lower()}_{block}"
+        for dimension in ("TIME", "SPACE")
+        for block in cfg.STTS[dimension].BLOCKS
+    ]
+    inner = getattr(model, "module", model)
+    stts = getattr(inner, "stts", None)
+    attached = stts.items() if isinstance(stts, nn.ModuleDict) else ()
+    found = [key for key, module in attached if isinstance(module, Selector)]
+    if sorted(found) != sorted(wanted) or (wanted and stts is None):
+        raise RuntimeError(
+            f"STTS.ENABLE is True and asks for the selectors {', '.join(wanted)}, but this "
+            f"{type(inner).__name__} has {', '.join(found) or 'none'}: build it with this config "
+            f"by slowfast.models.build_model(cfg), {OFF}"
+        )
+
+
+def _assert_config(assert_and_infer_cfg, cfg):
+    confirm(cfg)
+    return assert_and_infer_cfg(cfg)
+
+
+def _build_model(build_model, cfg, *args, **kwargs):
+    confirm(cfg)
+    model = shards.build_model(build_model, cfg, *args, **kwargs)
+    check_selectors(model, cfg)
+    return model

@@ -1,0 +1,145 @@
+"""``--num_shards`` with one process a machine is one run: SlowFast joins only where NUM_GPUS > 1.
+
+SlowFast asks ``cfg.NUM_GPUS > 1`` wherever it means "are there other processes?": samplers,
+gradients, errors, predictions, checkpoints. So in such a run that key holds :class:`OneOfMany`.
+"""
+
+import atexit
+import functools
+import logging
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs import config as yacs
+
+from stts_slowfast.pyslowfast.wrap import wrap
+
+logger = logging.getLogger(__name__)
+
+# The function that this process runs for SlowFast's launcher: train, test, visualize, ...
+_job = ""
+
+
+class OneOfMany(int):
+    """``NUM_GPUS`` of 0 or 1 in a run of several processes: greater than 1 all the same.
+
+    In arithmetic it is 1, the processes of this machine. Its truth and its equality are those of
+    the number that was given, so that ``if cfg.NUM_GPUS:`` asks for a GPU as before.
+    """
+
+    def __new__(cls, given: int):
+        number = super().__new__(cls, 1)
+        number.given = given
+        return number
+
+    def __gt__(self, other) -> bool:
+        return other == 1 or self.given > other
+
+    def __le__(self, other) -> bool:
+        return not self > other
+
+    def __eq__(self, other) -> bool:
+        return self.given == other
+
+    def __hash__(self) -> int:
+        return hash(self.given)
+
+    def __bool__(self) -> bool:
+        return bool(self.given)
+
+    def __repr__(self) -> str:
+        return repr(self.given)
+
+    __str__ = __repr__
+
+    def __reduce__(self):
+        return OneOfMany, (self.given,)
+
+
+# Checkpoints hold cfg.dump().
+yacs._VALID_TYPES.add(OneOfMany)
+yaml.SafeDumper.add_representer(OneOfMany, lambda dumper, n: dumper.represent_int(n.given))
+
+
+def wrap_launch_job(misc) -> None:
+    """``slowfast.utils.misc.launch_job``, through which launchers start every job."""
+    wrap(misc, "launch_job", _launch)
+
+
+def job() -> str:
+    """What this process runs for SlowFast's launcher: ``train``, ``test``, ...; else empty."""
+    return _job
+
+
+def rank() -> int:
+    """This process's number among all of a run."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def build_model(stock, cfg, *args, **kwargs) -> nn.Module:
+    """SlowFast's ``build_model``, and DDP on a CPU, which that does not know."""
+    if not isinstance(cfg.NUM_GPUS, OneOfMany) or cfg.NUM_GPUS:
+        return stock(cfg, *args, **kwargs)
+    alone = cfg.clone()
+    alone.NUM_GPUS = 0
+    contrastive = cfg.MODEL.MODEL_NAME == "ContrastiveModel"
+    unused = cfg.MODEL.DETACH_FINAL_FC or contrastive  # as SlowFast has it on GPUs
+    return DistributedDataParallel(stock(alone, *args, **kwargs), find_unused_parameters=unused)
+
+
+def _launch(launch_job, cfg, init_method, func, daemon=False):
+    if cfg.NUM_SHARDS > 1 and cfg.NUM_GPUS <= 1:
+        cfg = _join(cfg, init_method)
+        return _run(func, cfg=cfg)
+    # Unpickling it in a child of its own loads this package there.
+    return launch_job(cfg, init_method, functools.partial(_run, func), daemon)
+
+
+def _run(func, cfg):
+    """Runs one of a launcher's jobs, in whichever process."""
+    from stts_slowfast.pyslowfast.guard import confirm
+
+    global _job
+    confirm(cfg)
+    _job = getattr(func, "__name__", "")
+    try:
+        return func(cfg=cfg)
+    finally:
+        _job = ""
+
+
+def _join(cfg, init_method: str):
+    """Meets the other shards, once a process, and gives the config of a run of several.
+
+    Training, testing and whatever follows happen in one process a shard, so the group stays.
+
+    Raises:
+        ValueError: for a shard that the run does not have.
+    """
+    if not 0 <= cfg.SHARD_ID < cfg.NUM_SHARDS:
+        raise ValueError(
+            f"--shard_id is {cfg.SHARD_ID}: with --num_shards {cfg.NUM_SHARDS} it is one of 0 to "
+            f"{cfg.NUM_SHARDS - 1}"
+        )
+    if not dist.is_initialized():
+        if cfg.NUM_GPUS:
+            torch.cuda.set_device(0)
+        logger.info("Shard %d of %d meets at %s", cfg.SHARD_ID, cfg.NUM_SHARDS, init_method)
+        dist.init_process_group(
+            backend=cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo",
+            init_method=init_method,
+            world_size=cfg.NUM_SHARDS,
+            rank=cfg.SHARD_ID,
+        )
+        atexit.register(_leave)
+    cfg = cfg.clone()
+    cfg.NUM_GPUS = OneOfMany(cfg.NUM_GPUS)
+    return cfg
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

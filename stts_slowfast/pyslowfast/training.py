@@ -1,0 +1,79 @@
+"""SlowFast's training loop with STTS: parameter groups, sigma, both rates, and their log."""
+
+import weakref
+from decimal import Decimal
+
+import torch
+
+from stts_slowfast import schedule
+from stts_slowfast.pyslowfast import families, shards, weights
+from stts_slowfast.pyslowfast.guard import check_selectors, confirm, enabled
+from stts_slowfast.pyslowfast.wrap import wrap
+
+# What the run in this process stands at: `epoch` from get_epoch_lr, `rates` for the log. SlowFast
+# trains one model a process.
+_now = {}
+
+
+def wrap_optimizer(optimizer_module) -> None:
+    """``construct_optimizer``, ``get_epoch_lr`` and ``set_lr``, which the training loop calls."""
+    wrap(optimizer_module, "construct_optimizer", _construct_optimizer)
+    wrap(optimizer_module, "get_epoch_lr", _note_epoch)
+    wrap(optimizer_module, "set_lr", _set_rates_and_sigma)
+
+
+def wrap_log(logging) -> None:
+    """``slowfast.utils.logging.log_json_stats``: training gains ``sigma`` and ``backbone_lr``."""
+    wrap(logging, "log_json_stats", _log_with_rates)
+
+
+def wrap_tensorboard(tensorboard_vis) -> None:
+    """``TensorboardWriter.add_scalars``: training gains the same beside ``Train/lr``."""
+    wrap(tensorboard_vis.TensorboardWriter, "add_scalars", _add_scalars)
+
+
+def _construct_optimizer(construct_optimizer, model, cfg):
+    confirm(cfg)
+    check_selectors(model, cfg)
+    optimizer = construct_optimizer(model, cfg)
+    optimizer.param_groups[:] = families.decay_by_layer(optimizer.param_groups, model, cfg)
+    if enabled(cfg):
+        optimizer.param_groups[:] = schedule.param_groups(optimizer.param_groups, model, cfg)
+        optimizer.stts_run, optimizer.stts_begun = (weakref.ref(model), cfg), False
+        if shards.rank():
+            # SlowFast seeds all processes alike, and all would perturb their scores alike.
+            torch.manual_seed(cfg.RNG_SEED + 1_000_003 * shards.rank())
+    return optimizer
+
+
+def _note_epoch(get_epoch_lr, cur_epoch, cfg):
+    _now["epoch"] = cur_epoch
+    return get_epoch_lr(cur_epoch, cfg)
+
+
+def _set_rates_and_sigma(set_lr, optimizer, new_lr):
+    set_lr(optimizer, new_lr)
+    _now["rates"] = {}
+    model_ref, cfg = getattr(optimizer, "stts_run", (None, None))
+    if cfg is None or "epoch" not in _now:
+        return
+    model, groups = model_ref(), optimizer.param_groups
+    if not optimizer.stts_begun:  # not before now are weights and optimizer state loaded
+        schedule.begin(groups, weights.is_trained(model), cfg)
+        optimizer.stts_begun = True
+    _now["rates"] = schedule.step(model, groups, new_lr, _now["epoch"], cfg)
+
+
+def _log_with_rates(log_json_stats, stats, *args, **kwargs):
+    if str(stats.get("_type", "")).startswith("train_"):
+        # SlowFast cuts floats to five places, too few for a rate that falls to 1e-6.
+        rates = {key: Decimal(f"{rate:.6g}") for key, rate in _now.get("rates", {}).items()}
+        stats = {**stats, **rates}
+    return log_json_stats(stats, *args, **kwargs)
+
+
+def _add_scalars(add_scalars, writer, data_dict, *args, **kwargs):
+    if "Train/lr" in data_dict:
+        rates = {f"Train/{key}": rate for key, rate in _now.get("rates", {}).items()}
+        data_dict = {**data_dict, **rates}
+    return add_scalars(writer, data_dict, *args, **kwargs)

@@ -1,0 +1,129 @@
+"""The optimizer, the schedule and the log of SlowFast's training loop, on stand-ins."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from stts_slowfast.pyslowfast import training, weights
+
+
+@pytest.fixture
+def optim(monkeypatch):
+    """SlowFast's optimizer module, in short."""
+
+    def construct_optimizer(model, cfg):
+        params = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.SGD([{"params": params, "layer_decay": 0.5}], lr=cfg.SOLVER.BASE_LR)
+
+    def set_lr(optimizer, new_lr):
+        for group in optimizer.param_groups:
+            group["lr"] = new_lr * group["layer_decay"]
+
+    monkeypatch.setattr(training, "_now", {})
+    module = SimpleNamespace(
+        construct_optimizer=construct_optimizer,
+        get_epoch_lr=lambda cur_epoch, cfg: cfg.SOLVER.BASE_LR,
+        set_lr=set_lr,
+    )
+    training.wrap_optimizer(module)
+    training.wrap_optimizer(module)
+    return module
+
+
+def step(optim, optimizer, epoch, cfg):
+    optim.set_lr(optimizer, optim.get_epoch_lr(epoch, cfg))
+
+
+def test_configs_without_the_node_build_stock_models(registry, cfg, optim):
+    del cfg["STTS"]
+    model = registry.get("Transformer")(cfg)
+    assert not hasattr(model, "stts")
+    assert "backbone" not in optim.construct_optimizer(model, cfg).param_groups[0]
+
+
+def test_scorers_and_backbone_have_their_own_rates_and_sigma_decays(registry, cfg, optim):
+    cfg.merge_from_list(["SOLVER.MAX_EPOCH", 10, "SOLVER.BASE_LR", 0.8])
+    model = registry.get("Transformer")(cfg)
+    weights.note_trained(model)
+    optimizer = optim.construct_optimizer(model, cfg)
+    assert [group["backbone"] for group in optimizer.param_groups] == [True, False]
+    step(optim, optimizer, 1.5, cfg)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0, 0.4])
+    assert model.stts["time_0"].sigma.item() == pytest.approx(0.085)
+    step(optim, optimizer, 5.0, cfg)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.04, 0.4])
+    assert model.stts["space_1"].sigma.item() == pytest.approx(0.05)
+
+
+def test_sigma_reaches_the_model_inside_ddp(registry, cfg, optim):
+    wrapped = nn.DataParallel(registry.get("Transformer")(cfg))
+    optimizer = optim.construct_optimizer(wrapped, cfg)
+    step(optim, optimizer, cfg.SOLVER.MAX_EPOCH / 2, cfg)
+    assert wrapped.module.stts["time_0"].sigma.item() == pytest.approx(0.05)
+
+
+def test_disabled_optimizers_are_stock(registry, cfg, optim):
+    cfg.STTS.ENABLE = False
+    optimizer = optim.construct_optimizer(registry.get("Transformer")(cfg), cfg)
+    step(optim, optimizer, 0.0, cfg)
+    (group,) = optimizer.param_groups
+    assert "backbone" not in group
+    assert group["lr"] == cfg.SOLVER.BASE_LR * 0.5
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_resumed_run_is_held_back_as_it_was(registry, cfg, optim, trained):
+    model = registry.get("Transformer")(cfg)
+    if trained:
+        weights.note_trained(model)
+    first = optim.construct_optimizer(model, cfg)
+    step(optim, first, 0.0, cfg)
+    state = first.state_dict()
+    model = registry.get("Transformer")(cfg)
+    optimizer = optim.construct_optimizer(model, cfg)
+    optimizer.load_state_dict(state)
+    weights.note_trained(model)
+    step(optim, optimizer, 0.0, cfg)
+    assert (optimizer.param_groups[0]["lr"] == 0.0) == trained
+    assert set(state) == {"state", "param_groups"}
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_model_is_trained_once_a_checkpoint_was_loaded_into_it(wrapped):
+    checkpoint = SimpleNamespace(load_checkpoint=lambda path, model, data_parallel=True: 7)
+    weights.wrap_load_checkpoint(checkpoint)
+    model = nn.Linear(1, 1)
+    outer = nn.DataParallel(model) if wrapped else model
+    assert not weights.is_trained(outer)
+    assert checkpoint.load_checkpoint("x.pyth", outer, wrapped) == 7
+    assert weights.is_trained(outer) and weights.is_trained(model)
+
+
+def test_the_line_says_once_where_a_run_starts_from(registry, cfg, optim, caplog):
+    caplog.set_level("INFO")
+    optimizer = optim.construct_optimizer(model := registry.get("Transformer")(cfg), cfg)
+    for epoch in (0.0, 0.5):
+        step(optim, optimizer, epoch, cfg)
+    assert caplog.text.count("from random weights: everything learns") == 1
+    del model
+
+
+def test_training_lines_gain_sigma_and_the_backbone_rate(registry, cfg, optim):
+    lines = []
+    log = SimpleNamespace(log_json_stats=lambda stats, output_dir=None: lines.append(stats))
+    training.wrap_log(log)
+    log.log_json_stats({"_type": "train_iter_"})
+    model = registry.get("Transformer")(cfg)
+    optimizer = optim.construct_optimizer(model, cfg)
+    epoch = cfg.SOLVER.MAX_EPOCH / 2
+    step(optim, optimizer, epoch, cfg)
+    stats = {"_type": "train_epoch"}
+    log.log_json_stats(stats, output_dir="x")
+    log.log_json_stats({"_type": "val_epoch"})
+    assert stats == {"_type": "train_epoch"}
+    assert lines[0] == {"_type": "train_iter_"}
+    assert float(lines[1]["sigma"]) == pytest.approx(0.05)
+    assert float(lines[1]["backbone_lr"]) == pytest.approx(cfg.SOLVER.BASE_LR)
+    assert lines[2] == {"_type": "val_epoch"}
