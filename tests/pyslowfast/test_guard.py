@@ -198,6 +198,8 @@ def test_a_run_with_selection_stops_where_a_hook_does_not_run(runs, hook, how):
     }
     silent = {stage for stage in ("config", "launch", "optimizer") if not stages[stage]}
     assert silent == own.get(hook, set())
+    told = {stage for stage in ("config", "launch", "optimizer") if name in stages[stage]}
+    assert told == {"config", "launch", "optimizer"} - silent
 
 
 @pytest.mark.parametrize("how", ["fails", "never ran"])
@@ -220,3 +222,15 @@ def test_an_optimizer_wants_the_selectors_of_its_config(registry, cfg):
     cfg.STTS.SPACE.BLOCKS = [0]
     with pytest.raises(RuntimeError, match="space_0, but this Transformer has time_0, space_1"):
         guard.check_selectors(model, cfg)
+
+
+def test_a_model_built_past_the_registry_is_refused(registry, cfg):
+    build = SimpleNamespace(build_model=lambda cfg, gpu_id=None: registry.get("Transformer")(cfg))
+    guard.wrap_build_model(build)
+    cfg.NUM_GPUS = 0
+    assert list(build.build_model(cfg, gpu_id=None).stts) == ["time_0", "space_1"]
+    stock = registry.get("Transformer").__wrapped__
+    past = SimpleNamespace(build_model=lambda cfg: stock(cfg))
+    guard.wrap_build_model(past)
+    with pytest.raises(RuntimeError, match="has none: build it with this config"):
+        past.build_model(cfg)
