@@ -1,7 +1,7 @@
 """Transforms of clips in training and testing, and the mixing of mini-batches, as in SlowFast.
 
-All but `batch_mixer` work on a clip (T, 3, H, W) and treat its frames alike. What is random draws
-from PyTorch's and Python's generators, which DataLoader seeds in every worker.
+All but `batch_mixer` work on one clip and treat its frames alike, in uint8 as long as they can.
+What is random draws from PyTorch's and Python's generators, which data.py seeds for every item.
 """
 
 import functools
@@ -15,12 +15,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from stts_slowfast.standalone.warp import warp
+
 _INTERPOLATIONS = {
     "bilinear": [F.InterpolationMode.BILINEAR],
     "bicubic": [F.InterpolationMode.BICUBIC],
     "random": [F.InterpolationMode.BILINEAR, F.InterpolationMode.BICUBIC],
 }
-_GREY = [128, 128, 128]
 
 
 class RandAugment:
@@ -51,6 +52,7 @@ class RandAugment:
         self.interpolations = _INTERPOLATIONS[interpolation]
 
     def __call__(self, clip: torch.Tensor) -> torch.Tensor:
+        clip = clip.contiguous()  # several times faster than the decoder's order
         for name in random.choices(OPERATIONS, k=self.num_ops):
             if random.random() < 0.5:
                 magnitude = min(max(random.gauss(self.magnitude, self.deviation), 0.0), 10.0)
@@ -109,33 +111,33 @@ def apply_operation(
         return F.posterize(clip, bits) if bits else torch.zeros_like(clip)
     if name == "Solarize":
         threshold = 256 - int(level * 256) if increasing else int(level * 256)
-        return F.solarize(clip, threshold) if threshold < 256 else clip
+        return clip ^ ((clip >= threshold).to(clip.dtype) * 255) if threshold < 256 else clip
     if name == "SolarizeAdd":
-        brighter = (clip.int() + int(level * 110)).clamp(max=255).to(clip.dtype)
-        return torch.where(clip < 128, brighter, clip)
+        return clip + (clip < 128).to(clip.dtype) * int(level * 110)
     raise ValueError(f"{name!r} is none of {OPERATIONS}")
 
 
 def _move(clip: torch.Tensor, name: str, amount: float, interpolation) -> torch.Tensor:
     """Rotates by 30 degrees, shears by 0.3, or moves by 0.45 of the side, times ``amount``."""
-    angle, translate, shear, center = 0.0, [0.0, 0.0], [0.0, 0.0], [0, 0]
-    axis = "XY".find(name[-1])
-    if name == "Rotate":
-        angle, center = 30 * amount, None
-    elif name.startswith("Translate"):
-        translate[axis] = 0.45 * amount * clip.shape[-1 - axis]
+    height, width = clip.shape[-2:]
+    if name == "Rotate":  # about the middle
+        cos, sin = math.cos(math.radians(30 * amount)), math.sin(math.radians(30 * amount))
+        x, y = width / 2, height / 2
+        matrix = (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
     else:
-        shear[axis] = math.degrees(math.atan(0.3 * amount))
-    moved = []
-    for frame in clip:  # as PIL images: for tensors torchvision has no bicubic interpolation here
-        image = F.to_pil_image(frame)
-        image = F.affine(image, angle, translate, 1.0, shear, interpolation, _GREY, center)
-        moved.append(F.pil_to_tensor(image))
-    return torch.stack(moved)
+        shear, shift = 0.3 * amount, -0.45 * amount
+        matrix = {
+            "ShearX": (1, shear, 0, 0, 1, 0),
+            "ShearY": (1, 0, 0, shear, 1, 0),
+            "TranslateX": (1, 0, shift * width, 0, 1, 0),
+            "TranslateY": (1, 0, 0, 0, 1, shift * height),
+        }[name]
+    return warp(clip, matrix, interpolation == F.InterpolationMode.BICUBIC)
 
 
 class RandomErasing:
-    """Random erasing (arXiv 1708.04896) of the same boxes in all frames of a normalised clip.
+    """Random erasing (arXiv 1708.04896) of the same boxes in all frames of a normalised clip
+    (3, T, H, W).
 
     1 to ``count`` boxes, together 2% to a third of the frame; ``mode`` ``pixel`` fills them with
     normal noise, ``rand`` with one normal colour for each frame, ``const`` with zeros. (With
@@ -152,12 +154,12 @@ class RandomErasing:
         if random.random() > self.prob:
             return clip
         clip = clip.clone()
-        dirty = clip[len(clip) // self.count if self.count > 1 else 0 :]
+        dirty = clip[:, clip.shape[1] // self.count if self.count > 1 else 0 :]
         count = random.randint(1, self.count)
         for _ in range(count):
             top, left, height, width = self._box(*clip.shape[-2:], count)
             box = dirty[..., top : top + height, left : left + width]
-            size = {"pixel": box.shape, "rand": (len(dirty), 3, 1, 1), "const": (1,)}[self.mode]
+            size = {"pixel": box.shape, "rand": (*dirty.shape[:2], 1, 1), "const": (1,)}[self.mode]
             box.copy_(torch.zeros(size) if self.mode == "const" else torch.randn(size))
         return clip
 
@@ -218,7 +220,8 @@ class _RandomCrop:
 
 
 def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """(T, 3, H, W) uint8 -> (3, T, TRAIN_CROP_SIZE, TRAIN_CROP_SIZE) float32.
+    """(T, 3, H, W) uint8 -> (3, T, TRAIN_CROP_SIZE, TRAIN_CROP_SIZE), uint8 but for random erasing,
+    before which clips are normalised: see `prepare`.
 
     SlowFast validates on random crops too, but without augmentation.
     """
@@ -227,7 +230,6 @@ def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
     steps = []
     if augment and cfg.AUG.AA_TYPE:
         steps.append(RandAugment(cfg.AUG.AA_TYPE, cfg.AUG.INTERPOLATION))
-    steps.append(v2.ToDtype(torch.float32, scale=True))
     if train and (cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE or cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE):
         steps.append(_random_resized_crop(cfg))
     else:
@@ -237,10 +239,10 @@ def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
         steps.append(_RandomCrop(scales, cfg.DATA.TRAIN_CROP_SIZE, inverse))
     if cfg.DATA.RANDOM_FLIP:
         steps.append(v2.RandomHorizontalFlip())
-    steps.append(v2.Normalize(cfg.DATA.MEAN, cfg.DATA.STD))
-    if augment and cfg.AUG.RE_PROB > 0:
-        steps.append(RandomErasing(cfg.AUG.RE_PROB, cfg.AUG.RE_MODE, cfg.AUG.RE_COUNT))
     steps.append(functools.partial(_to_model, reverse=cfg.DATA.REVERSE_INPUT_CHANNEL))
+    if augment and cfg.AUG.RE_PROB > 0:  # normal noise of a normalised clip does not fit in uint8
+        steps.append(functools.partial(prepare, cfg=cfg))
+        steps.append(RandomErasing(cfg.AUG.RE_PROB, cfg.AUG.RE_MODE, cfg.AUG.RE_COUNT))
     return v2.Compose(steps)
 
 

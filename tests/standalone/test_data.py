@@ -17,7 +17,6 @@ from stts_slowfast.standalone.badvideos import too_many
 from stts_slowfast.standalone.data import (
     UNREADABLE,
     ClipDataset,
-    batch_mixer,
     build_loader,
     prepare,
 )
@@ -75,7 +74,8 @@ def test_training_batches_have_the_declared_shapes(cfg):
     batches = list(build_loader(cfg, "train"))
     assert len(batches) == 3
     clips, labels, videos, views = batches[0]
-    assert clips.shape == (2, 3, 4, 32, 32) and clips.dtype == torch.float32
+    assert clips.shape == (2, 3, 4, 32, 32) and clips.dtype == torch.uint8
+    assert prepare(clips, cfg).dtype == torch.float32
     assert labels.dtype == videos.dtype == torch.long
     assert sorted(torch.cat([batch[2] for batch in batches]).tolist()) == [0, 1, 2, 3, 4, 5]
     assert torch.equal(labels, videos % 3) and not views.any()
@@ -485,87 +485,3 @@ def test_ssv2_lists_are_checked(ssv2):
     rewrite(ssv2, '[{"id": "1"}]', "something-something-v2-train.json")
     with pytest.raises(ValueError, match=r"train\.json: entry 0 .* an id and a template"):
         build_loader(ssv2, "train")
-
-
-# ---- transforms
-
-
-@pytest.mark.parametrize("increasing", [False, True])
-@pytest.mark.parametrize("name", transforms.OPERATIONS)
-def test_every_operation_keeps_shape_and_changes_the_clip(name, increasing):
-    clip = torch.randint(0, 200, (2, 3, 24, 32), dtype=torch.uint8)
-    bilinear = transforms.F.InterpolationMode.BILINEAR
-    for level in (0.0, 0.7, 1.0):
-        for sign in (-1, 1):
-            out = transforms.apply_operation(clip, name, level, increasing, sign, bilinear)
-            assert out.shape == clip.shape and out.dtype == torch.uint8
-            if level == 0.7:
-                assert not torch.equal(out, clip)
-
-
-def test_operations_treat_frames_alike():
-    clip = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8).expand(3, 3, 24, 32)
-    augment = transforms.RandAugment("rand-m7-n4-mstd0.5-inc1")
-    for _ in range(10):
-        out = augment(clip)
-        assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
-
-
-def test_policy_is_parsed_as_timm_writes_it():
-    augment = transforms.RandAugment("rand-m7-n4-mstd0.5-inc1")
-    assert (augment.magnitude, augment.num_ops, augment.deviation) == (7, 4, 0.5)
-    assert augment.increasing and not transforms.RandAugment("rand-m9-inc0").increasing
-    for policy in ("auto-m7", "rand-q3", "rand-m"):
-        with pytest.raises(ValueError, match=r"AUG\.AA_TYPE"):
-            transforms.RandAugment(policy)
-
-
-def test_erased_boxes_lie_in_the_same_place_in_all_frames():
-    clip = torch.ones(4, 3, 32, 32)
-    for mode, count in (("pixel", 1), ("rand", 1), ("const", 1)):
-        out = transforms.RandomErasing(1.0, mode, count)(clip)
-        gone = (out != 1).all(1)
-        assert torch.equal(gone, gone[:1].expand_as(gone))
-        assert 0.01 < gone[0].float().mean() < 0.36
-        assert mode == "const" or not torch.equal(out[0], out[1])
-    assert torch.equal(transforms.RandomErasing(0.0)(clip), clip) and (clip == 1).all()
-
-
-def test_short_side_is_scaled_and_the_long_side_rounded_down():
-    assert transforms.scale_short_side(torch.zeros(2, 3, 50, 77), 32).shape == (2, 3, 32, 49)
-    assert transforms.scale_short_side(torch.zeros(2, 3, 77, 50), 32).shape == (2, 3, 49, 32)
-
-
-# ---- mixing
-
-
-def mixing(**keys):
-    cfg = get_cfg()
-    cfg.MODEL.NUM_CLASSES = 3
-    cfg.MIXUP.ENABLE = True
-    for key, value in keys.items():
-        cfg.MIXUP[key] = value
-    return batch_mixer(cfg)
-
-
-def test_nothing_is_mixed_unless_asked():
-    assert batch_mixer(get_cfg()) is None
-
-
-@pytest.mark.parametrize("keys", [{"CUTMIX_ALPHA": 0.0}, {"ALPHA": 0.0}, {}])
-def test_soft_labels_follow_the_mixed_pixels(keys):
-    mix = mixing(LABEL_SMOOTH_VALUE=0.0, **keys)
-    labels = torch.tensor([0, 1, 2])
-    clips = labels.view(3, 1, 1, 1, 1).float().expand(3, 3, 2, 16, 16).clone()
-    for _ in range(10):
-        mixed, soft = mix(clips, labels)
-        assert type(mixed) is torch.Tensor and mixed.shape == clips.shape
-        torch.testing.assert_close(soft.sum(1), torch.ones(3))
-        mean = (soft * torch.arange(3.0)).sum(1)
-        torch.testing.assert_close(mixed.mean((1, 2, 3, 4)), mean, atol=1e-5, rtol=0)
-
-
-def test_labels_are_smoothed_even_without_mixing():
-    _, soft = mixing(PROB=0.0)(torch.zeros(2, 3, 2, 8, 8), torch.tensor([2, 0]))
-    low, high = 0.1 / 3, 0.9 + 0.1 / 3
-    torch.testing.assert_close(soft, torch.tensor([[low, low, high], [high, low, low]]))

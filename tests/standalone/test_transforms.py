@@ -1,0 +1,164 @@
+"""Augmentation has the distributions and the pixels of SlowFast's, which uses PIL; and mixing."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from stts_slowfast.standalone import transforms
+from stts_slowfast.standalone.data import batch_mixer
+from stts_slowfast.standalone.defaults import get_cfg
+
+BILINEAR = transforms.F.InterpolationMode.BILINEAR
+BICUBIC = transforms.F.InterpolationMode.BICUBIC
+GREY = (128, 128, 128)
+
+
+def by_pil(image, name, level, increasing, sign, resample):
+    """timm's operations (arXiv 1909.13719) on one PIL image, at the same scales."""
+    signed, enhance = sign * level, 1 + sign * 0.9 * level if increasing else 0.1 + 1.8 * level
+
+    def affine(*matrix):
+        return image.transform(image.size, Image.AFFINE, matrix, resample, fillcolor=GREY)
+
+    steps = int(level * 4)
+    threshold = 256 - int(level * 256) if increasing else int(level * 256)
+    values = np.arange(256)
+    added = np.where(values < 128, np.minimum(values + int(level * 110), 255), values)
+    return {
+        "AutoContrast": lambda: ImageOps.autocontrast(image),
+        "Equalize": lambda: ImageOps.equalize(image),
+        "Invert": lambda: ImageOps.invert(image),
+        "Rotate": lambda: image.rotate(-30 * signed, resample, fillcolor=GREY),
+        "Posterize": lambda: image.point(
+            [v & ~(2 ** (8 - (4 - steps if increasing else steps)) - 1) for v in range(256)] * 3
+        ),
+        "Solarize": lambda: ImageOps.solarize(image, threshold),
+        "SolarizeAdd": lambda: image.point(added.tolist() * 3),
+        "Color": lambda: ImageEnhance.Color(image).enhance(enhance),
+        "Contrast": lambda: ImageEnhance.Contrast(image).enhance(enhance),
+        "Brightness": lambda: ImageEnhance.Brightness(image).enhance(enhance),
+        "Sharpness": lambda: ImageEnhance.Sharpness(image).enhance(enhance),
+        "ShearX": lambda: affine(1, 0.3 * signed, 0, 0, 1, 0),
+        "ShearY": lambda: affine(1, 0, 0, 0.3 * signed, 1, 0),
+        "TranslateX": lambda: affine(1, 0, -0.45 * signed * image.size[0], 0, 1, 0),
+        "TranslateY": lambda: affine(1, 0, 0, 0, 1, -0.45 * signed * image.size[1]),
+    }[name]()
+
+
+@pytest.mark.parametrize("interpolation", [BILINEAR, BICUBIC])
+@pytest.mark.parametrize("increasing", [False, True])
+@pytest.mark.parametrize("name", transforms.OPERATIONS)
+def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, interpolation):
+    rng = np.random.default_rng(0)
+    low, high = rng.integers(0, 40), rng.integers(180, 250)
+    images = rng.integers(low, high, (2, 37, 52, 3), dtype=np.uint8)
+    images[1] = np.asarray(Image.fromarray(images[1, :6, :8]).resize((52, 37)))  # a smooth one
+    clip = torch.from_numpy(images).permute(0, 3, 1, 2)
+    resample = {BILINEAR: Image.BILINEAR, BICUBIC: Image.BICUBIC}[interpolation]
+    for level in (0.0, 0.3, 0.7, 1.0):
+        for sign in (-1, 1):
+            out = transforms.apply_operation(clip, name, level, increasing, sign, interpolation)
+            assert out.shape == clip.shape and out.dtype == torch.uint8
+            for image, frame in zip(images, out.permute(0, 2, 3, 1).numpy()):
+                expected = by_pil(Image.fromarray(image), name, level, increasing, sign, resample)
+                difference = np.abs(np.asarray(expected).astype(int) - frame)
+                assert difference.max() <= 1, (level, sign, (difference > 1).mean())
+
+
+@pytest.mark.parametrize("relative", [[], [0.1, 1.0]])
+def test_crops_in_bytes_are_within_a_grey_level_of_those_in_float(relative):
+    cfg = get_cfg()
+    cfg.DATA.TRAIN_JITTER_SCALES, cfg.DATA.TRAIN_CROP_SIZE = [40, 60], 32
+    cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE = relative
+    crop = transforms.train_transform(cfg, "train")
+    clip = torch.randint(0, 256, (2, 48, 70, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for seed in range(20):
+        random.seed(seed), torch.manual_seed(seed)
+        out = crop(clip)
+        random.seed(seed), torch.manual_seed(seed)
+        exact = crop(clip.float())
+        assert out.shape == (3, 2, 32, 32) and out.dtype == torch.uint8
+        assert (out - exact.round()).abs().max() <= 1
+
+
+def test_erased_clips_are_normalised_before():
+    cfg = get_cfg()
+    cfg.DATA.TRAIN_JITTER_SCALES, cfg.DATA.TRAIN_CROP_SIZE = [40, 40], 32
+    cfg.AUG.ENABLE, cfg.AUG.AA_TYPE, cfg.AUG.RE_PROB = True, "", 1.0
+    clip = torch.full((4, 3, 40, 50), 200, dtype=torch.uint8)
+    out = transforms.train_transform(cfg, "train")(clip)
+    close = torch.isclose(out, torch.tensor((200 / 255 - 0.45) / 0.225), atol=1e-5)
+    noise = out[~close]
+    assert 0.6 < close.float().mean() < 0.99
+    assert abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.2
+
+
+def test_operations_treat_frames_alike():
+    clip = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8).expand(3, 3, 24, 32)
+    augment = transforms.RandAugment("rand-m7-n4-mstd0.5-inc1")
+    for _ in range(10):
+        out = augment(clip)
+        assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+
+
+def test_policy_is_parsed_as_timm_writes_it():
+    augment = transforms.RandAugment("rand-m7-n4-mstd0.5-inc1")
+    assert (augment.magnitude, augment.num_ops, augment.deviation) == (7, 4, 0.5)
+    assert augment.increasing and not transforms.RandAugment("rand-m9-inc0").increasing
+    for policy in ("auto-m7", "rand-q3", "rand-m"):
+        with pytest.raises(ValueError, match=r"AUG\.AA_TYPE"):
+            transforms.RandAugment(policy)
+
+
+def test_erased_boxes_lie_in_the_same_place_in_all_frames():
+    clip = torch.ones(3, 4, 32, 32)
+    for mode, count in (("pixel", 1), ("rand", 1), ("const", 1)):
+        out = transforms.RandomErasing(1.0, mode, count)(clip)
+        gone = (out != 1).all(0)
+        assert torch.equal(gone, gone[:1].expand_as(gone))
+        assert 0.01 < gone[0].float().mean() < 0.36
+        assert mode == "const" or not torch.equal(out[:, 0], out[:, 1])
+    assert torch.equal(transforms.RandomErasing(0.0)(clip), clip) and (clip == 1).all()
+
+
+def test_short_side_is_scaled_and_the_long_side_rounded_down():
+    assert transforms.scale_short_side(torch.zeros(2, 3, 50, 77), 32).shape == (2, 3, 32, 49)
+    assert transforms.scale_short_side(torch.zeros(2, 3, 77, 50), 32).shape == (2, 3, 49, 32)
+
+
+# ---- mixing
+
+
+def mixing(**keys):
+    cfg = get_cfg()
+    cfg.MODEL.NUM_CLASSES = 3
+    cfg.MIXUP.ENABLE = True
+    for key, value in keys.items():
+        cfg.MIXUP[key] = value
+    return batch_mixer(cfg)
+
+
+def test_nothing_is_mixed_unless_asked():
+    assert batch_mixer(get_cfg()) is None
+
+
+@pytest.mark.parametrize("keys", [{"CUTMIX_ALPHA": 0.0}, {"ALPHA": 0.0}, {}])
+def test_soft_labels_follow_the_mixed_pixels(keys):
+    mix = mixing(LABEL_SMOOTH_VALUE=0.0, **keys)
+    labels = torch.tensor([0, 1, 2])
+    clips = labels.view(3, 1, 1, 1, 1).float().expand(3, 3, 2, 16, 16).clone()
+    for _ in range(10):
+        mixed, soft = mix(clips, labels)
+        assert type(mixed) is torch.Tensor and mixed.shape == clips.shape
+        torch.testing.assert_close(soft.sum(1), torch.ones(3))
+        mean = (soft * torch.arange(3.0)).sum(1)
+        torch.testing.assert_close(mixed.mean((1, 2, 3, 4)), mean, atol=1e-5, rtol=0)
+
+
+def test_labels_are_smoothed_even_without_mixing():
+    _, soft = mixing(PROB=0.0)(torch.zeros(2, 3, 2, 8, 8), torch.tensor([2, 0]))
+    low, high = 0.1 / 3, 0.9 + 0.1 / 3
+    torch.testing.assert_close(soft, torch.tensor([[low, low, high], [high, low, low]]))
