@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 from stts_slowfast import schedule
 from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.standalone import optim, report, resume
 from stts_slowfast.standalone.data import batch_mixer, build_loader, prepare
 from stts_slowfast.standalone.report import Board, LossWatch, Meter, Timer
@@ -118,6 +119,7 @@ class Training:
         stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats])).tolist()
         loss, grad_norm, top1, top5, *asked = stats
         timer.toc()
+        raise_on_nan(self.model)  # which names the selector; the loss would not
         self.losses.check(loss, grad_norm, exact)
         meter.add((loss, top1, top5), len(clips))
         self._tell_step(epoch, iteration, {"lr": lr, **rates}, grad_norm, meter, timer)

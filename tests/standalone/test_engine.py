@@ -298,6 +298,22 @@ def test_mixed_precision_and_clipping_train(run, cfg):
     assert all(s["grad_norm"] > 1e-3 for s in run.json_stats("train_iter_"))  # before clipping
 
 
+def test_nan_scores_on_a_device_stop_training_by_the_selectors_name(cfg, monkeypatch):
+    """Together with the loss; here the machine's memory passes for a device's."""
+    for module in ("selectors", "topk"):
+        monkeypatch.setattr(f"stts_slowfast.{module}.on_host", lambda tensor: False)
+    steps = []
+
+    def poison(split, model, batch):
+        steps.append(split)
+        with torch.no_grad():
+            next(model.stts["time_0"].parameters()).fill_(torch.nan)
+
+    with pytest.raises(ValueError, match="STTS time_0: scores hold NaN"):
+        engine.train(cfg, watch=Watch(poison))
+    assert steps == ["train"]
+
+
 def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint(run, cfg):
     cfg.SOLVER.BASE_LR, cfg.SOLVER.OPTIMIZING_METHOD = 1e18, "sgd"
     cfg.STTS.ENABLE = False
