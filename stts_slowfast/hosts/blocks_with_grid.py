@@ -22,11 +22,15 @@ from stts_slowfast.hosts import HOSTS, Host, Tokens
 
 @HOSTS.register()
 class BlocksWithGrid(Host):
-    """``model.blocks``, each called with tokens and their ``thw``."""
+    """``model.blocks``, each called with tokens and their ``thw``.
+
+    Or ``model.model.blocks``, of a model that only wraps another, as SlowFast's PTVMViT.
+    """
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        blocks = getattr(model, "blocks", None)
+        holder = model if hasattr(model, "blocks") else getattr(model, "model", None)
+        blocks = getattr(holder, "blocks", None)
         return blocks if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else ()
 
     def read(self, args: tuple, kwargs: dict) -> Tokens:

@@ -80,3 +80,10 @@ def test_an_empty_list_of_blocks_is_refused():
         find_blocks(model)
     model.blocks.append(nn.Linear(2, 2))
     assert isinstance(find(model)[0], BlocksWithGrid)
+
+
+def test_blocks_of_a_model_in_a_wrapper_are_found():
+    wrapper, inside = nn.Module(), nn.Module()
+    inside.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    wrapper.model = inside
+    assert find_blocks(wrapper) == [inside.blocks[0]]
