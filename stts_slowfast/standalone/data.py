@@ -346,6 +346,8 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
         sampler,
         drop_last=train,
         num_workers=workers,
+        # Whatever the default is (spawn in a process that was spawned): they end with their parent.
+        multiprocessing_context="fork" if workers else None,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available() and not test,
         persistent_workers=not test and workers > 0,
         generator=torch.Generator().manual_seed(cfg.RNG_SEED + rank),

@@ -102,6 +102,8 @@ def _train(cfg, fabric: Fabric, stop: Stop, watch: Watch | None, strict: bool) -
     check_choice("MODEL.LOSS_FUNC", cfg.MODEL.LOSS_FUNC, LOSSES)
     seed_everything(cfg.RNG_SEED, verbose=False)
     _tell_machine(cfg, fabric, "Training")
+    if fabric.is_global_zero:
+        resume.remove_unfinished(cfg)
     model = build_model(cfg)
     start = resume.starting_point(cfg, model, strict)
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TRAIN_CROP_SIZE)

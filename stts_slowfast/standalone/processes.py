@@ -4,6 +4,7 @@ import contextlib
 import gc
 import inspect
 import logging
+import multiprocessing
 import os
 import pickle
 import re
@@ -25,6 +26,8 @@ from stts_slowfast.standalone.stops import (
     Interrupted,
     Lifeline,
     die_with_parent,
+    end_children,
+    end_soon,
     hold,
     listen,
 )
@@ -162,22 +165,27 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
         start = time.perf_counter()
         fabric = open_fabric(cfg, place)
         lifeline = Lifeline(fabric, place.host) if place.world > 1 else None
+        before = multiprocessing.active_children()
         try:
             if main:
                 stack.enter_context(hold(cfg.OUTPUT_DIR))
             stack.enter_context(log_to(cfg.OUTPUT_DIR, main=main))
             result = job(cfg, fabric, stop, **options)
         except BaseException as error:
-            # The loaders go now, and their processes with them, while the signals are listened to.
-            traceback.clear_frames(error.__traceback__)
-            gc.collect()
             if lifeline and isinstance(error, Interrupted) and error.agreed:
                 lifeline.release()
+            elif lifeline:  # whatever still waits for the others
+                end_soon("did not end after an error")
+            end_children(before)
+            # The loaders go now, while signals are listened to, not with the last traceback.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
             if lost := _lost_worker(error):
                 raise ChildProcessError(lost) from error
             raise
         if lifeline:
             lifeline.release()
+        end_children(before)
         logger.info("done in %.1f s", time.perf_counter() - start)
         return result
 

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Collection
 
 GRACE = 8.0  # seconds between a signal and the end by force
 _PR_SET_PDEATHSIG = 1
@@ -131,6 +132,31 @@ def end_now(reason: str, status: int) -> None:
         with contextlib.suppress(Exception):
             child.kill()
     os._exit(status)
+
+
+def end_soon(reason: str) -> None:
+    """As :func:`end_now`, some seconds from now, should this process still be there."""
+    timer = threading.Timer(GRACE, end_now, (reason, 1))
+    timer.daemon = True
+    timer.start()
+
+
+def end_children(spared: Collection = ()) -> None:
+    """Ends the processes that were started from here, other than the spared ones, and waits.
+
+    A loader whose run failed would wait for each of its processes in turn, by seconds.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    children = [child for child in multiprocessing.active_children() if child not in spared]
+    # PyTorch's handler would raise for a child that ends by a signal.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main and children else None
+    for end in ("terminate", "kill"):
+        for child in children:
+            getattr(child, end)()
+        for child in children:
+            child.join(1.0)
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 # --- processes of one run watch over each other --------------------------------------------------

@@ -1,0 +1,257 @@
+"""However a run is stopped, it goes on to the same weights; nothing of it stays behind."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from stts_slowfast.standalone import engine, resume, stops
+from stts_slowfast.standalone.stops import Interrupted
+
+
+@pytest.fixture
+def cfg(run):
+    """Two readers, and augmentation."""
+    run.cfg.DATA_LOADER.NUM_WORKERS, run.cfg.AUG.ENABLE = 2, True
+    return run.cfg
+
+
+class Signal:
+    """Sends this process a signal after so many batches; ``to`` says to whom."""
+
+    def __init__(self, batches, number, to=lambda: os.getpid()):
+        self.left, self.number, self.to = batches, number, to
+
+    def __call__(self, split, model, batch):
+        self.left -= 1
+        if not self.left:
+            os.kill(self.to(), self.number)
+
+
+@pytest.fixture
+def whole(run, cfg, tmp_path):
+    """The last checkpoint of an undisturbed run."""
+    folder, cfg.OUTPUT_DIR = cfg.OUTPUT_DIR, str(tmp_path / "whole")
+    engine.train(cfg)
+    last = run.checkpoint(2)
+    cfg.OUTPUT_DIR = folder
+    return last
+
+
+def goes_on_to(run, cfg, whole):
+    engine.train(cfg)
+    for key in ("model_state", "optimizer_state"):
+        torch.testing.assert_close(run.checkpoint(2)[key], whole[key], rtol=0, atol=0)
+    assert run.checkpoints() == ["checkpoint_epoch_00001.pyth", "checkpoint_epoch_00002.pyth"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_loses_no_iteration(run, cfg, whole, number):
+    with pytest.raises(Interrupted, match=r"goes on from .*within_epoch_00001_iteration_0000002"):
+        engine.train(cfg, watch=Signal(4, number))  # processes tell each other in the next step
+    assert len(run.json_stats("train_iter_")) == 5
+    goes_on_to(run, cfg, whole)
+    iterations = [s["epoch"] + " " + s["iter"] for s in run.json_stats("train_iter_")]
+    assert iterations[5:] == ["2/2 3/3"]
+    assert multiprocessing.active_children() == []
+
+
+def test_a_warning_writes_a_checkpoint_and_goes_on(run, cfg, whole):
+    seen = []
+
+    def watch(split, model, batch):
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        seen.append([name for name in run.checkpoints() if "within" in name])
+
+    engine.train(cfg, watch=watch)
+    # asked for after iteration 2, all processes know with the next one
+    name = "within_epoch_00000_iteration_0000002.pyth"
+    assert seen[:3] == [[], [], [name]] or seen[:3] == [[], [], []]
+    goes_on_to(run, cfg, whole)
+
+
+def test_checkpoints_by_time_are_gone_on_from(run, cfg, whole):
+    cfg.TRAIN.CHECKPOINT_EVERY_MINUTES = 1e-9
+    kill = KeyboardInterrupt()
+
+    def watch(split, model, batch, left=[5]):  # noqa: B006
+        left[0] -= 1
+        if not left[0]:
+            raise kill
+
+    with pytest.raises(Interrupted, match=r"within_epoch_00001_iteration_0000001"):
+        engine.train(cfg, watch=watch)
+    goes_on_to(run, cfg, whole)
+    epochs = run.json_stats("train_epoch")
+    cfg.TRAIN.CHECKPOINT_EVERY_MINUTES, cfg.TRAIN.AUTO_RESUME = 0.0, False
+    engine.train(cfg)  # what an epoch's line sums up goes on too
+    again = run.json_stats("train_epoch")[len(epochs) :]
+    assert [s["loss"] for s in epochs] == [s["loss"] for s in again]
+
+
+def test_another_batch_size_inside_an_epoch_is_refused(run, cfg):
+    with pytest.raises(Interrupted):
+        engine.train(cfg, watch=Signal(4, signal.SIGTERM))
+    cfg.TRAIN.BATCH_SIZE = 1
+    with pytest.raises(ValueError, match=r"is 2 of 3 iterations .* now has 7: .*BATCH_SIZE"):
+        engine.train(cfg)
+
+
+def test_a_killed_reader_is_one_line(run, cfg, whole):
+    def reader():
+        return multiprocessing.active_children()[0].pid
+
+    with pytest.raises(ChildProcessError, match=r"reads videos was lost .*goes on from the last"):
+        engine.train(cfg, watch=Signal(4, signal.SIGKILL, reader))
+    assert multiprocessing.active_children() == []
+    goes_on_to(run, cfg, whole)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated"])
+def test_a_damaged_last_checkpoint_is_told_and_the_one_before_used(run, cfg, whole, damage):
+    engine.train(cfg)
+    path = run.folder / "checkpoints" / "checkpoint_epoch_00002.pyth"
+    data = path.read_bytes()
+    path.write_bytes(b"" if damage == "empty" else data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"00002\.pyth cannot be read .*strict-resume"):
+        engine.train(cfg, strict_resume=True)
+    with pytest.raises(ValueError, match=r"00002\.pyth cannot be read .*strict-resume"):
+        engine.test(cfg, strict_resume=True)
+    goes_on_to(run, cfg, whole)
+    log = (run.folder / "stdout.log").read_text()
+    assert "00002.pyth cannot be read" in log and "going on from the checkpoint before" in log
+
+
+def test_the_last_checkpoint_is_that_of_the_largest_number(run, cfg):
+    folder = run.folder / "checkpoints"
+    folder.mkdir(parents=True)
+    names = [
+        "checkpoint_epoch_100000.pyth",
+        "within_epoch_99999_iteration_0000007.pyth",
+        "checkpoint_epoch_99999.pyth",
+        "within_epoch_00003_iteration_0000010.pyth",
+    ]
+    for name in reversed(names):
+        (folder / name).touch()
+    (folder / ".partial-12.tmp").touch()
+    assert resume.checkpoints(cfg) == [str(folder / name) for name in names]
+    resume.remove_unfinished(cfg)
+    assert run.checkpoints() == sorted(names)
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 7 on here", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_a_folder_is_told_at_once(run, cfg):
+    run.folder.mkdir()
+    command = [sys.executable, "-c", HOLD, str(run.folder / ".running")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=r"another run .*process 7 on here.*OUTPUT_DIR"):
+            engine.train(cfg)
+        other.stdin.close()
+    cfg.SOLVER.MAX_EPOCH = 1
+    engine.train(cfg)
+
+
+DEAF = """
+import sys, time
+from stts_slowfast.standalone import stops
+stops.GRACE = 1.0
+with stops.listen() as stop:
+    stop.deferred = True
+    print("ready", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_process_that_does_not_listen_ends_all_the_same():
+    command = [sys.executable, "-c", DEAF]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert b"did not end within 1 s" in process.stderr.read()
+
+
+def alive(session):
+    """The processes of a session that are more than a table's entry."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                state, _, _, its_session = file.read().rpartition(") ")[2].split()[:4]
+        except OSError:
+            continue
+        if int(its_session) == session and state not in "ZX":
+            found.append(int(pid))
+    return found
+
+
+def wait_for(text, process):
+    """Reads a command's output up to a line with this text."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"no {text!r} in {lines}")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_process_takes_all_others_along(run, cfg, processes):
+    cfg.SOLVER.MAX_EPOCH = 1000
+    process = run.start("--processes", str(processes))
+    try:
+        wait_for('"epoch": "2/1000"', process)
+        everyone = alive(process.pid)
+        # the one that was started last but for the readers: a rank, or the run itself
+        victim = process.pid if processes == 1 else sorted(ranks(process.pid))[-1]
+        os.kill(victim, signal.SIGKILL)
+        until = time.monotonic() + 10
+        while alive(process.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert len(everyone) >= 1 + 2 * processes and alive(process.pid) == []
+    finally:
+        for pid in alive(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def ranks(parent):
+    found = []
+    for pid in alive(parent):
+        with open(f"/proc/{pid}/stat") as file:
+            its_parent = int(file.read().rpartition(") ")[2].split()[1])
+        with open(f"/proc/{pid}/cmdline") as file:
+            if its_parent == parent and "spawn_main" in file.read():
+                found.append(pid)
+    return found
+
+
+def test_forked_children_leave_stopping_to_their_parent():
+    with stops.listen():
+        context = multiprocessing.get_context("fork")
+        reader, writer = context.Pipe(duplex=False)
+        child = context.Process(target=_handlers, args=(writer,))
+        child.start()
+        assert reader.recv() == [signal.SIG_IGN, signal.SIG_DFL, -1]
+        child.join()
+
+
+def _handlers(writer):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    writer.send([*handlers, signal.set_wakeup_fd(-1)])
