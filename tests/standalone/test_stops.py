@@ -113,12 +113,14 @@ def test_a_killed_reader_is_one_line(run, cfg, whole):
     goes_on_to(run, cfg, whole)
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated"])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
 def test_a_damaged_last_checkpoint_is_told_and_the_one_before_used(run, cfg, whole, damage):
     engine.train(cfg)
     path = run.folder / "checkpoints" / "checkpoint_epoch_00002.pyth"
     data = path.read_bytes()
-    path.write_bytes(b"" if damage == "empty" else data[: len(data) // 2])
+    middle = len(data) // 2
+    flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    path.write_bytes({"empty": b"", "truncated": data[:middle], "flipped": flipped}[damage])
     with pytest.raises(ValueError, match=r"00002\.pyth cannot be read .*strict-resume"):
         engine.train(cfg, strict_resume=True)
     with pytest.raises(ValueError, match=r"00002\.pyth cannot be read .*strict-resume"):

@@ -1,0 +1,170 @@
+"""Changes that must turn the tests red: ``python tests/mutations.py [name ...]``.
+
+Each row breaks one promise in a copy of the tree and runs the tests that must notice. ``--list``
+names the rows. Exit status 1 where a change stays green, or no longer finds its line.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "stts_slowfast"
+TIME_LIMIT = 600.0  # seconds for the tests of a row
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``line`` of ``file``, which must occur once, is replaced; ``tests`` must go red."""
+
+    file: str
+    line: str
+    replacement: str
+    tests: str  # arguments of pytest
+
+
+ENGINE = "tests/standalone/test_engine.py"
+PROCESSES = "tests/standalone/test_processes.py"
+STOPS = "tests/standalone/test_stops.py"
+
+MUTATIONS = {
+    "seed-without-epoch": Mutation(
+        "standalone/training.py",
+        "iteration_seed(self.cfg.RNG_SEED, epoch, iteration, self.fabric.global_rank)",
+        "iteration_seed(self.cfg.RNG_SEED, iteration, self.fabric.global_rank)",
+        f"{ENGINE} -k own_seed",
+    ),
+    "seed-without-rank": Mutation(
+        "standalone/training.py",
+        "iteration_seed(self.cfg.RNG_SEED, epoch, iteration, self.fabric.global_rank)",
+        "iteration_seed(self.cfg.RNG_SEED, epoch, iteration)",
+        f"{PROCESSES} -k draw_apart",
+    ),
+    "evaluation-in-autocast": Mutation(
+        "standalone/testing.py",
+        "with torch.autocast(clips.device.type, enabled=False):",
+        "with torch.autocast(clips.device.type, torch.bfloat16):",
+        f"{ENGINE} -k leave_autocast",
+    ),
+    "fp16-allreduce-ignored": Mutation(
+        "standalone/training.py",
+        "if cfg.MODEL.FP16_ALLREDUCE and fabric.world_size > 1:",
+        "if False:",
+        f"{PROCESSES} -k draw_apart",
+    ),
+    "no-processes-started": Mutation(
+        "standalone/processes.py",
+        "children = torch.multiprocessing.spawn(",
+        "children = (lambda *_, **__: None)(",
+        f"{PROCESSES} -k by_spawn",
+    ),
+    "test-prefers-the-starting-point": Mutation(
+        "standalone/resume.py",
+        "path, checkpoint = cfg.TEST.CHECKPOINT_FILE_PATH, None",
+        "path = cfg.TEST.CHECKPOINT_FILE_PATH or cfg.TRAIN.CHECKPOINT_FILE_PATH; checkpoint = None",
+        f"{ENGINE} -k prefers",
+    ),
+    "training-without-shuffling": Mutation(
+        "standalone/data.py",
+        "cfg.RNG_SEED if train else None)",
+        "None)",
+        f"{ENGINE} -k shuffles",
+    ),
+    "validation-on-other-clips": Mutation(
+        "standalone/training.py",
+        "self.val_loader.set_epoch(epoch)",
+        "self.val_loader.set_epoch(int(time.time()))",
+        f"{ENGINE} -k same_clips",
+    ),
+    "resumed-inside-an-epoch-from-its-start": Mutation(
+        "standalone/training.py",
+        "self.train_loader.skip(first)",
+        "pass",
+        f"{STOPS} -k loses_no_iteration",
+    ),
+    "readers-outlive-their-run": Mutation(
+        "standalone/stops.py",
+        "ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)",
+        "pass",
+        f"{STOPS} -k takes_all_others_along",
+    ),
+    "processes-do-not-watch-each-other": Mutation(
+        "standalone/stops.py",
+        "if not self._over.wait(GRACE):",
+        "if False:",
+        f"{STOPS} -k does_not_listen",
+    ),
+    "two-runs-in-a-folder": Mutation(
+        "standalone/stops.py",
+        "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        f"{STOPS} -k second_run",
+    ),
+    "damage-is-not-passed-over": Mutation(
+        "standalone/resume.py",
+        "            if strict:",
+        "            if True:",
+        f"{STOPS} -k damaged",
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="rows; all of them by default")
+    parser.add_argument("--list", action="store_true", help="name the rows")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(MUTATIONS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; --list names them")
+    if args.list:
+        print("\n".join(MUTATIONS))
+        return 0
+    failed = []
+    for name in args.names or MUTATIONS:
+        start = time.perf_counter()
+        verdict = judge(MUTATIONS[name])
+        print(f"{name}: {verdict} ({time.perf_counter() - start:.0f} s)", flush=True)
+        if verdict != "red":
+            failed.append(name)
+    return int(bool(failed))
+
+
+def judge(mutation: Mutation) -> str:
+    """``red`` where the tests notice the change; else what happened instead."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("pyproject.toml", "setup.cfg", "README.md"):
+            shutil.copy(ROOT / name, tree)
+        ignore = shutil.ignore_patterns("__pycache__")
+        for name in (PACKAGE, "tests", "configs", "projects"):
+            shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+        path = tree / PACKAGE / mutation.file
+        source = path.read_text()
+        if (count := source.count(mutation.line)) != 1:
+            return f"its line occurs {count} times in {mutation.file}"
+        path.write_text(source.replace(mutation.line, mutation.replacement))
+        words = [*mutation.tests.split(), "-q", "-x", "-p", "no:cacheprovider"]
+        try:
+            tests = subprocess.run(
+                [sys.executable, "-m", "pytest", *words],
+                cwd=tree,
+                env={**os.environ, "PYTHONPATH": str(tree)},
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no result after {TIME_LIMIT:g} s"
+    if tests.returncode == 1:
+        return "red"
+    return "GREEN" if tests.returncode == 0 else f"no tests ran: {tests.stdout[-300:]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
