@@ -7,12 +7,13 @@ OUT/configs.
 """
 
 import argparse
-import json
+import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from stts_slowfast import selections
 from stts_slowfast.standalone import engine
@@ -21,7 +22,12 @@ from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.resume import load_for_test
 from stts_slowfast.tools import makedata, visualize
-from stts_slowfast.tools.filmstrip import draw
+from stts_slowfast.tools.evaluate import Places, find_truth, shown_boxes
+from stts_slowfast.tools.filmstrip import WHOLE, draw
+from stts_slowfast.tools.outputs import read_output
+from stts_slowfast.tools.report import write_report
+from stts_slowfast.tools.study import Row, quiet_logs
+from stts_slowfast.tools.tables import write_results
 
 KIND = "square"
 NAMES = ("all", "learned", "uniform", "random")
@@ -64,16 +70,21 @@ def main(args: argparse.Namespace) -> int:
     write_configs(args.out, size, args.seed)
     for name in NAMES:  # no more: there may be other runs beside them
         shutil.rmtree(os.path.join(args.out, "runs", name), ignore_errors=True)
-    results = [run(args.out, name) for name in NAMES]
-    results_path = os.path.join(args.out, "results.json")
-    with open(results_path, "w") as file:
-        json.dump(results, file, indent=1)
-    picture = os.path.join(args.out, "filmstrip.png")
+    # On a terminal each run shows a bar; its lines are in its stdout.log either way.
+    with quiet_logs() if sys.stdout.isatty() else contextlib.nullcontext():
+        results = [run(args.out, name) for name in NAMES]
+    write_results(args.out, results)
+    picture, page = (os.path.join(args.out, name) for name in ("filmstrip.png", "report.html"))
     draw_picture(args.out, picture)
+    runs = [os.path.join(args.out, "runs", name) for name in NAMES]
+    outputs = [read_output(folder) for folder in (*runs, args.out)]
+    write_report(page, outputs, 4, "Quickstart: selection learned on real video")
     print_table(results)
-    print(f"table    {results_path}\npicture  {picture}\nvideos   {data_dir}")
+    print(
+        f"table    {os.path.join(args.out, 'study.csv')}\npicture  {picture}\nvideos   {data_dir}"
+    )
     print(f"configs  {os.path.join(args.out, 'configs')}, each for: stts run --cfg FILE")
-    print(f"done in {time.perf_counter() - start:.0f} s")
+    print(f"done in {time.perf_counter() - start:.0f} s; all of it in one page, to open: {page}")
     return check(results) if args.smoke else 0
 
 
@@ -122,43 +133,43 @@ def _checkpoint(out: str, name: str, epochs: int) -> str:
 # ---- runs -----------------------------------------------------------------------------------
 
 
-class KeptFrames:
-    """Sums up, while a model is tested, how many of the frames that show the class it kept."""
+class Watch:
+    """Sums up, while a model is tested, which frames and places it kept."""
 
-    def __init__(self, cfg, truth: dict[str, makedata.Truth]):
-        self.cfg, self.truth = cfg, truth
+    def __init__(self, cfg):
+        self.cfg, self.places = cfg, Places.of(cfg)
         self.videos = ClipDataset(cfg, "test").videos
-        self.kept = self.shown = 0
+        self.whole = dict.fromkeys(range(len(self.places.frames)), WHOLE)
 
     def __call__(self, split: str, model, batch) -> None:
-        kept = selections(model)
+        kept = selections(model) if self.cfg.STTS.ENABLE else None
         for item, index in enumerate(batch[2].tolist()):
-            shown = shown_frames(self.cfg, self.truth[os.path.basename(self.videos[index].path)])
-            self.kept += len(shown & set(visualize.kept_regions(self.cfg, kept, item)))
-            self.shown += len(shown)
+            name = os.path.basename(self.videos[index].path)
+            regions = self.whole if kept is None else visualize.kept_regions(self.cfg, kept, item)
+            self.places.add(self.cfg, regions, name)
 
 
 def run(out: str, name: str) -> dict:
-    """Trains where the config says so, and tests; returns a row of results.json."""
+    """Trains where the config says so, and tests; returns a row as `stts study` writes them."""
     cfg = load_config(_config_path(out, name))
     print(f"\n== {name}: stts run --cfg {_config_path(out, name)}", flush=True)
     if cfg.TRAIN.ENABLE:
         engine.train(cfg)
-    watch = KeptFrames(cfg, makedata.read_truth(cfg.DATA.PATH_TO_DATA_DIR))
-    tested = engine.test(cfg, watch=watch if cfg.STTS.ENABLE else None)
+    watch = Watch(cfg)
+    tested = engine.test(cfg, watch=watch)
+    shares = (KEEP_TIME, KEEP_SPACE) if cfg.STTS.ENABLE else (None, None)
+    row = Row(*shares, name, trained=name == "learned", seed=cfg.RNG_SEED)
     return {
-        "name": name,
+        "name": row.name,
+        "dimension": row.dimension,
+        **asdict(row),
         "top1": round(tested["top1_acc"], 2),
-        "frames_kept": round(watch.kept / watch.shown, 4) if cfg.STTS.ENABLE else 1.0,
+        "top5": round(tested["top5_acc"], 2),
         "gflops": round(tested["gflops"], 5),
         "clips_per_s": round(tested["clips_per_s"], 1),
+        "agreement": None,
+        **watch.places.summary(),
     }
-
-
-def shown_frames(cfg, truth: makedata.Truth) -> set[int]:
-    """The frames of tokens that show the class: those with a frame of pixels that does."""
-    step = cfg.DATA.SAMPLING_RATE * cfg.MVIT.PATCH_STRIDE[0]
-    return {frame // step for frame in truth.frames}
 
 
 # ---- what is told ---------------------------------------------------------------------------
@@ -169,19 +180,19 @@ def draw_picture(out: str, path: str, num_videos: int = 4) -> None:
     cfg = load_config(_config_path(out, "learned"))
     model = build_model(cfg)
     load_for_test(cfg, model)
-    truth = makedata.read_truth(cfg.DATA.PATH_TO_DATA_DIR)
+    truth = find_truth(cfg)
     strips = []
     for name in sorted(name for name in truth if name.startswith("test"))[:num_videos]:
         clip = visualize.read_clip(cfg, os.path.join(cfg.DATA.PATH_PREFIX, name))
         seen = visualize.look(cfg, model, clip)
         title = f"{name}, class {truth[name].label}: {visualize.predicted(seen.probs, None)}"
-        shown = shown_frames(cfg, truth[name])
-        strips.append(visualize.make_strip(cfg, clip, seen, title, sorted(shown)))
+        shown = sorted(shown_boxes(cfg, truth[name]))
+        strips.append(visualize.make_strip(cfg, clip, seen, title, shown))
     draw(strips, path)
 
 
 def print_table(results: Sequence[dict]) -> None:
-    """The rows of results.json as a table."""
+    """The rows as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -191,9 +202,9 @@ def print_table(results: Sequence[dict]) -> None:
         table.add_column(column, justify="right")
     for row in results:
         table.add_row(
-            row["name"],
+            row["scorer"],
             f"{row['top1']:.1f}",
-            f"{100 * row['frames_kept']:.1f}",
+            f"{100 * row['frame_recall']:.1f}",
             f"{row['gflops']:.4f}",
             f"{row['clips_per_s']:.0f}",
         )
@@ -202,8 +213,8 @@ def print_table(results: Sequence[dict]) -> None:
 
 def check(results: Sequence[dict]) -> int:
     """1, and a sentence, where learned selection does not beat random in accuracy and in frames."""
-    learned, other = (next(r for r in results if r["name"] == n) for n in ("learned", "random"))
-    failed = [key for key in ("top1", "frames_kept") if not learned[key] > other[key]]
+    learned, other = (next(r for r in results if r["scorer"] == n) for n in ("learned", "random"))
+    failed = [key for key in ("top1", "frame_recall") if not learned[key] > other[key]]
     for key in failed:
         print(f"FAILED: learned {key} {learned[key]} does not beat random's {other[key]}")
     return int(bool(failed))

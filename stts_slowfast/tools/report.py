@@ -8,10 +8,9 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from stts_slowfast.checkpoints import write_whole
+from stts_slowfast.checkpoints.files import check_target, write_whole
 from stts_slowfast.tools.outputs import Output, differences, read_output
 from stts_slowfast.tools.tables import NUMBERS, over_seeds, plot
-from stts_slowfast.tools.visualize import check_output
 
 TITLES = {
     "top1": "top-1 %",
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
         ValueError: for a folder without a run in it, or a page that is there already.
     """
     path = args.out or os.path.join(args.folders[0], "report.html")
-    check_output(path, args.force)
+    check_target(path, args.force, ())
     outputs = [read_output(folder) for folder in args.folders]
     write_report(path, outputs, args.strips)
     print(f"wrote {path}")
@@ -92,7 +91,6 @@ def write_report(path: str, outputs: Sequence[Output], strips: int, title: str =
         with open(partial, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
 
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     write_whole(path, write)
 
 

@@ -69,16 +69,13 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: where that goes for all of them, or the file to write is there already.
     """
-    from stts_slowfast.checkpoints import write_whole
+    from stts_slowfast.checkpoints.files import check_target, write_whole
     from stts_slowfast.standalone.defaults import load_config
     from stts_slowfast.standalone.model import build_model
     from stts_slowfast.standalone.resume import load_for_test
 
     film = args.out.lower().endswith(".mp4")
-    check_output(args.out, args.force)
-    for path in args.video:
-        if os.path.realpath(path) == os.path.realpath(args.out):
-            raise ValueError(f"{path} would be written over itself: name another --out")
+    check_target(args.out, args.force, args.video)
     if film and len(args.video) > 1:
         raise ValueError(f"{args.out} shows one video: {len(args.video)} are given")
     if args.views < 1:
@@ -107,26 +104,15 @@ def main(args: argparse.Namespace) -> int:
             shown.append(Shown(view.indices, len(strips[-1].frames), each.kept, view.crop))
     if not strips:
         raise ValueError("none of the videos could be read")
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     if film:
         with Video(args.video[0]) as video:
-            write_whole(args.out, lambda path: write_dimmed(path, video, shown))
+            write_whole(args.out, lambda path: write_dimmed(path, video, shown), args.force)
         print(strips[0].title)
     else:
         ending = os.path.splitext(args.out)[1][1:].lower() or "png"
-        write_whole(args.out, lambda path: draw(strips, path, ending))
+        write_whole(args.out, lambda path: draw(strips, path, ending), args.force)
     print(f"wrote {args.out}")
     return 0
-
-
-def check_output(path: str, force: bool) -> None:
-    """Refuses to write over a file unasked.
-
-    Raises:
-        ValueError: where there is one.
-    """
-    if os.path.lexists(path) and not force:
-        raise ValueError(f"{path} is there already: name another, or add --force")
 
 
 def read_classes(path: str, num_classes: int) -> list[str]:

@@ -1,12 +1,14 @@
 """The quickstart's configs read its videos in full, and its whole job runs."""
 
 import json
+import logging
 
 import pytest
 
 from stts_slowfast.standalone.data import ClipDataset
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.tools import cli, makedata, quickstart
+from stts_slowfast.tools.evaluate import shown_boxes
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +28,12 @@ def test_configs_read_the_videos_in_full(data, tmp_path):
         true = data[1][f"test_{number:04d}.mp4"]
         spread = (clip.amax(0) - clip.amin(0)).amax((1, 2))  # (T,)
         colored = {frame // 2 for frame in (spread > 2).nonzero().flatten().tolist()}
-        assert colored == quickstart.shown_frames(cfg, true)
-
-
-def test_shown_frames_count_in_frames_of_tokens(tmp_path):
-    quickstart.write_configs(str(tmp_path), quickstart.SMOKE, 0)
-    cfg = load_config(str(tmp_path / "configs" / "learned.yaml"))
-    assert quickstart.shown_frames(cfg, makedata.Truth(0, [*range(8, 16)], [])) == {2, 3}
-    assert quickstart.shown_frames(cfg, makedata.Truth(0, [*range(24, 32)], [])) == {6, 7}
+        assert colored == set(shown_boxes(cfg, true))
 
 
 def test_check_fails_where_learned_does_not_beat_random(capsys):
-    learned = {"name": "learned", "top1": 90.0, "frames_kept": 0.9}
-    other = {"name": "random", "top1": 50.0, "frames_kept": 0.3}
+    learned = {"scorer": "learned", "top1": 90.0, "frame_recall": 0.9}
+    other = {"scorer": "random", "top1": 50.0, "frame_recall": 0.3}
     assert quickstart.check([learned, other]) == 0
     assert quickstart.check([learned, {**other, "top1": 90.0}]) == 1
     assert "top1 90.0 does not beat" in capsys.readouterr().out
@@ -52,14 +47,32 @@ def test_whole_job_runs_and_tells_its_results(tmp_path, capsys, monkeypatch):
     other_run.mkdir(parents=True)
     assert cli.main(["quickstart", "--out", str(out), "--seed", "3"]) == 0
     assert other_run.is_dir()
-    rows = json.loads((out / "results.json").read_text())
-    assert [row["name"] for row in rows] == ["all", "learned", "uniform", "random"]
+    rows = json.loads((out / "study.json").read_text())
+    assert [row["scorer"] for row in rows] == ["all", "learned", "uniform", "random"]
     for row in rows:
-        assert set(row) == {"name", "top1", "frames_kept", "gflops", "clips_per_s"}
-        assert 0 <= row["frames_kept"] <= 1 and row["clips_per_s"] > 0
+        assert 0 <= row["box_recall"] <= row["frame_recall"] <= 1 and row["clips_per_s"] > 0
+        assert sum(row["frames_kept"]) == pytest.approx(8 if row["scorer"] == "all" else 2)
     everything, learned, uniform, random = rows
-    assert everything["frames_kept"] == 1.0
+    assert everything["frame_recall"] == everything["box_recall"] == 1.0
     assert uniform["gflops"] == random["gflops"] < learned["gflops"] < everything["gflops"] / 2
     told = capsys.readouterr().out
-    for told_path in ("results.json", "filmstrip.png"):
+    for told_path in ("study.csv", "filmstrip.png", "report.html"):
         assert str(out / told_path) in told and (out / told_path).exists()
+    page = (out / "report.html").read_text()
+    for name in ("all", "learned", "uniform", "random"):
+        assert f"<td>{name}</td>" in page
+    assert "accuracy against GFLOPs" in page and "what was kept of some test videos" in page
+    assert told.rstrip().splitlines()[-1].endswith(f"to open: {out / 'report.html'}")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_log_lines_are_for_who_sees_no_bars(tmp_path, capsys, monkeypatch, terminal):
+    size = quickstart.Size(num_train=32, num_test=8, epochs_all=2, epochs_learned=1)
+    monkeypatch.setattr(quickstart, "FULL", size)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(quickstart, "write_results", lambda *_: 1 / 0)  # it is long enough
+    monkeypatch.setattr(quickstart, "NAMES", ("all",))
+    assert cli.main(["quickstart", "--out", str(tmp_path)]) == 1
+    assert ("json_stats: {" in capsys.readouterr().out) is not terminal
+    assert "json_stats" in (tmp_path / "runs" / "all" / "stdout.log").read_text()

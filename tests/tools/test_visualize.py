@@ -128,7 +128,7 @@ def test_nothing_is_overwritten_unasked(words, tmp_path, capsys):
     assert out.read_text() == "mine"
     video = tmp_path / "b.mp4"
     assert cli.main([*command[:-1], str(video), "--force"]) == 2
-    assert "would be written over itself" in capsys.readouterr().err
+    assert "would replace the file that is read" in capsys.readouterr().err
     assert cli.main([*command, "--force"]) == 0
     assert Image.open(out).format == "PNG"
 
