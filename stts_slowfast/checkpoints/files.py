@@ -130,6 +130,15 @@ def save(checkpoint: dict, path: str) -> None:
         sink.finish()
 
 
+def save_bytes(data: bytes, path: str) -> None:
+    """Writes ``data`` at ``path``: use it inside :func:`write_whole`; raises as :func:`save`."""
+    try:
+        Path(path).write_bytes(data)
+    except OSError as error:
+        error.needed = len(data)
+        raise
+
+
 def safetensors_bytes(state: State, notes: dict) -> bytes:
     """A safetensors file of parameters, with ``notes`` (JSON) and a checksum in its metadata."""
     state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}

@@ -1,7 +1,6 @@
 """``stts convert``: a checkpoint of any known format into another, the authors' YAML into ours."""
 
 import argparse
-from pathlib import Path
 
 import yaml
 from iopath.common.file_io import g_pathmgr
@@ -13,7 +12,7 @@ from stts_slowfast.checkpoints import (
     state_dict_of,
     write_whole,
 )
-from stts_slowfast.checkpoints.files import check_target, safetensors_bytes, save
+from stts_slowfast.checkpoints.files import check_target, safetensors_bytes, save, save_bytes
 from stts_slowfast.checkpoints.formats import targets
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
@@ -116,10 +115,11 @@ _OF_A_RUN = ("epoch", "optimizer_state", "scaler_state", "cfg", "stts")
 
 def _write(converted: dict, path: str, target: str) -> None:
     if not target.endswith(".safetensors"):
-        return save(converted, path)
+        save(converted, path)
+        return
     state = state_dict_of(converted)
     notes = {k: v for k, v in converted.items() if isinstance(v, (str, int, float))}
-    return Path(path).write_bytes(safetensors_bytes(state, notes))
+    save_bytes(safetensors_bytes(state, notes), path)
 
 
 def _selected_blocks(checkpoint: dict, cfg) -> dict[str, list[int]]:

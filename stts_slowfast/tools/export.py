@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stts_slowfast.checkpoints.files import check_target, write_whole
+from stts_slowfast.checkpoints.files import check_target, save_bytes, write_whole
 from stts_slowfast.extras import need
 from stts_slowfast.tools.cli import add_opts
 
@@ -47,9 +47,11 @@ def main(args: argparse.Namespace) -> int:
     cfg = load_config(args.cfg, args.opts)
     model = build_model(cfg)
     if args.checkpoint:
-        from stts_slowfast.checkpoints import load_weights
+        from stts_slowfast.checkpoints import check, load_weights, read_checkpoint
 
-        print(f"{args.checkpoint}: {load_weights(model, args.checkpoint)}")
+        checkpoint = read_checkpoint(args.checkpoint)
+        check(model, checkpoint, cfg, "test", args.checkpoint)
+        print(f"{args.checkpoint}: {load_weights(model, checkpoint)}")
     size = cfg.DATA.TRAIN_CROP_SIZE
     generator = torch.Generator().manual_seed(0)
     clips = torch.randn(args.batch_size, 3, cfg.DATA.NUM_FRAMES, size, size, generator=generator)
@@ -93,7 +95,7 @@ def export(
     difference = (logits - expected).abs().max().item()
     if difference > TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ValueError(f"{path} gives logits that differ from the model's by {difference:.1e}")
-    write_whole(path, lambda partial: Path(partial).write_bytes(data), overwrite, sources)
+    write_whole(path, lambda partial: save_bytes(data, partial), overwrite, sources)
     return difference
 
 

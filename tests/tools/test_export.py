@@ -1,5 +1,8 @@
 """``stts export`` writes models that select for themselves and compute the same."""
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -72,3 +75,42 @@ def test_a_wrong_export_is_told(model, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="differ from the model's"):
         export.export(model, torch.randn(1, 3, 8, 32, 32), str(tmp_path / "model.pt2"))
+
+
+def test_nothing_is_left_of_a_model_that_computes_something_else(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match=r"model\.pt2 gives logits that differ"):
+        export.export(model, torch.randn(1, 3, 8, 32, 32), str(tmp_path / "model.pt2"))
+    assert list(tmp_path.glob("*model*")) == []
+
+
+def test_a_full_disk_is_one_line(config, tmp_path, capsys, monkeypatch):
+    def full(path, data):
+        path.open("wb").write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert cli.main(["export", "--cfg", str(config), "--out", str(tmp_path / "model.pt2")]) == 2
+    said = capsys.readouterr().err
+    assert "model.pt2 was not written: it needs" in said and said.count("\n") == 1
+    assert "more than" not in said, "the size is known"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_nothing_is_written_over_unasked(config, tmp_path, capsys):
+    out = tmp_path / "model.pt2"
+    out.write_text("mine")
+    words = ["export", "--cfg", str(config), "--out", str(out)]
+    assert cli.main(words) == 2
+    assert "is there already: name another, or add --force" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    assert cli.main([*words, "--force"]) == 0
+
+
+def test_scorers_that_were_never_trained_are_not_exported(config, tmp_path, tiny_cfg, capsys):
+    tiny_cfg.STTS.ENABLE = False
+    save_checkpoint(tmp_path / "base.pyth", build_model(tiny_cfg), tiny_cfg, 0)
+    out = str(tmp_path / "model.pt2")
+    words = ["--out", out, "--checkpoint", str(tmp_path / "base.pyth")]
+    assert cli.main(["export", "--cfg", str(config), *words]) == 2
+    assert "has no trained scorers" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Installs the oldest versions that setup.cfg allows, each ">=" as "==", and runs a small model.
+#   bash projects/stts/lower_bounds.sh [DIR]
+# DIR (a temporary folder where none is given) gets the environment, about 6 GB; it is removed at
+# the end. PYTHON names an interpreter; the oldest one that is found by default.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+dir=${1:-$(mktemp -d)}
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+for candidate in "${PYTHON:-}" python3.10 python3.11 python3; do
+    [ -n "$candidate" ] && "$candidate" -c "" 2> /dev/null && break
+done
+trap 'rm -rf "$dir/venv" "$dir/run"' EXIT
+"$candidate" -m venv "$dir/venv"
+source "$dir/venv/bin/activate"
+python - "$root/setup.cfg" > "$dir/venv/bounds.txt" << 'PYTHON'
+import configparser
+import sys
+
+config = configparser.ConfigParser()
+config.read(sys.argv[1])
+lists = [config["options"]["install_requires"]]
+lists += [config["options.extras_require"][extra] for extra in ("standalone", "tools")]
+for line in "\n".join(lists).split("\n"):
+    if ">=" in line:
+        print(line.strip().replace(">=", "=="))
+PYTHON
+cat "$dir/venv/bounds.txt"
+pip=(python -m pip install --quiet --disable-pip-version-check)
+"${pip[@]}" -r "$dir/venv/bounds.txt" "pytest>=8.0" "setuptools>=64,<81" wheel
+mkdir -p "$dir/run/sources" # building leaves folders behind: not in the working tree
+cp -r "$root"/{stts_slowfast,configs,setup.cfg,pyproject.toml,README.md,LICENSE} "$dir/run/sources"
+"${pip[@]}" --no-deps --no-build-isolation "$dir/run/sources"
+cp -r "$root/tests" "$root/pyproject.toml" "$dir/run"
+cd "$dir/run" # the installed package is what is tested, not the working tree
+python -m pytest -q --import-mode=importlib -p no:cacheprovider \
+    tests/test_topk.py tests/test_selectors.py tests/test_hooks.py tests/test_config.py \
+    tests/backbones tests/checkpoints tests/standalone/test_defaults.py \
+    tests/standalone/test_engine.py
+stts run --help > /dev/null
+echo "the lower bounds of setup.cfg work with $(python --version)"
