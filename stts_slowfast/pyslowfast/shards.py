@@ -44,6 +44,9 @@ class OneOfMany(int):
     def __eq__(self, other) -> bool:
         return self.given == other
 
+    def __ne__(self, other) -> bool:
+        return self.given != other
+
     def __hash__(self) -> int:
         return hash(self.given)
 
