@@ -34,15 +34,14 @@ def linear(
         norm: what normalises the tokens; None for nothing.
         places: take the tokens at these indices into ``N`` alone, each at most once.
     """
-    if not in_pieces(x):
+    if norm is None or not in_pieces(x):
         x = x if places is None else x.index_select(1, places)
         return F.linear(x if norm is None else norm(x), weight, bias)
     dtype = _dtype(x)
-    x = x.to(dtype) if norm is None else x
     tokens = len(x) * (x.shape[1] if places is None else len(places))
-    rows = tokens if norm is None else min(AT_ONCE // x.shape[2], tokens)
+    rows = max(min(AT_ONCE // x.shape[2], tokens), 1)
     layer = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _Linear.apply(x, *_settings(norm), *layer, places, max(rows, 1))
+    return _NormedLinear.apply(x, *_settings(norm), *layer, places, rows)
 
 
 def residual_mlp(
@@ -96,8 +95,8 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def _settings(norm: nn.LayerNorm | None) -> tuple:
-    return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+def _settings(norm: nn.LayerNorm) -> tuple:
+    return norm.weight, norm.bias, norm.eps
 
 
 def _normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple:
@@ -121,7 +120,7 @@ def _normalize_backward(
     return grad_x.to(x.dtype), *grads
 
 
-class _Linear(torch.autograd.Function):
+class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, places, rows):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, places)
@@ -129,9 +128,7 @@ class _Linear(torch.autograd.Function):
         read = x if places is None else x.index_select(1, places)
         tokens, out = read.flatten(0, 1), None
         for part in _parts_of(tokens, rows):
-            piece = tokens[part]
-            if norm_weight is not None:
-                piece = _normalize(piece, norm_weight, norm_bias, eps)[0].to(weight.dtype)
+            piece = _normalize(tokens[part], norm_weight, norm_bias, eps)[0].to(weight.dtype)
             out = _put(out, part, F.linear(piece, weight, bias), len(tokens))
         return out.view(*read.shape[:2], -1)
 
@@ -144,21 +141,17 @@ class _Linear(torch.autograd.Function):
         read = x if places is None else x.index_select(1, places)
         tokens, grad_output = read.flatten(0, 1), grad_output.flatten(0, 1)
         for part in _parts_of(tokens, ctx.rows):
-            piece, grad = tokens[part], grad_output[part]
-            if norm_weight is not None:
-                norm = _normalize(piece, norm_weight, norm_bias, ctx.eps)
-                piece = norm[0].to(weight.dtype)
+            grad = grad_output[part]
+            norm = _normalize(tokens[part], norm_weight, norm_bias, ctx.eps)
             if needed[4]:
-                grad_weight = _add(grad_weight, grad.t() @ piece)
+                grad_weight = _add(grad_weight, grad.t() @ norm[0].to(weight.dtype))
             if not any(needed[:3]):
                 continue
-            grad = grad @ weight
-            if norm_weight is not None:
-                grad, by_weight, by_bias = _normalize_backward(
-                    grad, tokens[part], norm, norm_weight, norm_bias
-                )
-                grad_norm_weight = _add(grad_norm_weight, by_weight)
-                grad_norm_bias = _add(grad_norm_bias, by_bias)
+            grad, by_weight, by_bias = _normalize_backward(
+                grad @ weight, tokens[part], norm, norm_weight, norm_bias
+            )
+            grad_norm_weight = _add(grad_norm_weight, by_weight)
+            grad_norm_bias = _add(grad_norm_bias, by_bias)
             grad_x = _put(grad_x, part, grad, len(tokens))
         if grad_x is not None:
             grad_x = grad_x.view(read.shape)
