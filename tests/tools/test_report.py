@@ -5,12 +5,14 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stts_slowfast import load_config
+from stts_slowfast import build_model, load_config
+from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.standalone import engine
 from stts_slowfast.tools import cli, makedata, outputs, report
 
@@ -113,13 +115,9 @@ def test_strips_that_cannot_be_drawn_leave_the_page(folders, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(folders[1], folder)
     run = outputs.read_output(str(folder))
-    config = {**run.config, "DATA.PATH_PREFIX": "/nowhere"}
-    assert config["STTS.ENABLE"] is True
-    import torch
-
-    checkpoint = torch.load(run.checkpoint, weights_only=True)
-    checkpoint["cfg"] = re.sub(r"PATH_PREFIX: .*", "PATH_PREFIX: /nowhere", checkpoint["cfg"])
-    torch.save(checkpoint, run.checkpoint)
+    opts = ["STTS.ENABLE", True, "DATA.PATH_PREFIX", "/nowhere"]
+    cfg = load_config(str(Path(folders[1]).parent / "config.yaml"), opts)
+    save_checkpoint(run.checkpoint, build_model(cfg), cfg, 1)
     assert cli.main(["report", str(folder)]) == 0
     page = Page((folder / "report.html").read_text())
     assert any("not drawn: " in words and "/nowhere" in words for words in page.words)
