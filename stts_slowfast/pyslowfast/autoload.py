@@ -29,7 +29,7 @@ HOOKS = {
     ],
     "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint"],
     "slowfast.utils.logging": ["training.wrap_log"],
-    "slowfast.utils.misc": ["shards.wrap_launch_job"],
+    "slowfast.utils.misc": ["shards.wrap_launch_job", "training.wrap_losses"],
     "slowfast.visualization.tensorboard_vis": ["training.wrap_tensorboard"],
     # Last: where the others cannot be waited for, SlowFast does not know the node STTS either.
     "slowfast.config.defaults": [

@@ -6,6 +6,7 @@ from decimal import Decimal
 import torch
 
 from stts_slowfast import schedule
+from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.pyslowfast import families, shards, weights
 from stts_slowfast.pyslowfast.guard import check_selectors, confirm, enabled
 from stts_slowfast.pyslowfast.wrap import wrap
@@ -25,6 +26,11 @@ def wrap_optimizer(optimizer_module) -> None:
 def wrap_log(logging) -> None:
     """``slowfast.utils.logging.log_json_stats``: training gains ``sigma`` and ``backbone_lr``."""
     wrap(logging, "log_json_stats", _log_with_rates)
+
+
+def wrap_losses(misc) -> None:
+    """``slowfast.utils.misc.check_nan_losses``: names the selector whose scores were NaN."""
+    wrap(misc, "check_nan_losses", _check_losses)
 
 
 def wrap_tensorboard(tensorboard_vis) -> None:
@@ -57,11 +63,19 @@ def _set_rates_and_sigma(set_lr, optimizer, new_lr):
     model_ref, cfg = getattr(optimizer, "stts_run", (None, None))
     if cfg is None or "epoch" not in _now:
         return
+    _now["model"] = model_ref
     model, groups = model_ref(), optimizer.param_groups
     if not optimizer.stts_begun:  # not before now are weights and optimizer state loaded
         schedule.begin(groups, weights.is_trained(model), cfg)
         optimizer.stts_begun = True
     _now["rates"] = schedule.step(model, groups, new_lr, _now["epoch"], cfg)
+
+
+def _check_losses(check_nan_losses, loss):
+    model = _now["model"]() if "model" in _now else None
+    if model is not None:
+        raise_on_nan(model)
+    return check_nan_losses(loss)
 
 
 def _log_with_rates(log_json_stats, stats, *args, **kwargs):

@@ -80,6 +80,8 @@ def set_lr(optimizer, new_lr): ...
     "slowfast/utils/misc.py": """
 def launch_job(cfg, init_method, func, daemon=False):
     func(cfg=cfg)
+
+def check_nan_losses(loss): ...
 """,
     "slowfast/visualization/__init__.py": "",
     "slowfast/visualization/tensorboard_vis.py": """

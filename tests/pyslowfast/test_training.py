@@ -127,3 +127,22 @@ def test_training_lines_gain_sigma_and_the_backbone_rate(registry, cfg, optim):
     assert float(lines[1]["sigma"]) == pytest.approx(0.05)
     assert float(lines[1]["backbone_lr"]) == pytest.approx(cfg.SOLVER.BASE_LR)
     assert lines[2] == {"_type": "val_epoch"}
+
+
+def test_a_loss_is_not_looked_at_before_the_scores(registry, cfg, optim):
+    """SlowFast says that the loss is NaN; the selector is what a user can look for."""
+
+    def check_nan_losses(loss):
+        raise RuntimeError("NaN losses")
+
+    misc = SimpleNamespace(check_nan_losses=check_nan_losses)
+    training.wrap_losses(misc)
+    with pytest.raises(RuntimeError, match="NaN losses"):
+        misc.check_nan_losses(torch.tensor(torch.nan))
+    model = registry.get("Transformer")(cfg)
+    step(optim, optim.construct_optimizer(model, cfg), 1.0, cfg)
+    with pytest.raises(RuntimeError, match="NaN losses"):
+        misc.check_nan_losses(torch.tensor(torch.nan))
+    model.stts["space_1"].nan_scores = torch.tensor(True)
+    with pytest.raises(ValueError, match="STTS space_1: scores hold NaN"):
+        misc.check_nan_losses(torch.tensor(torch.nan))
