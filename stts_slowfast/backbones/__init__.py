@@ -8,10 +8,19 @@ from torch import nn
 
 from stts_slowfast.backbones import mvit, timesformer, video_swin  # noqa: F401  they register
 from stts_slowfast.backbones.family import FAMILIES, Family, Format
-from stts_slowfast.backbones.recompute import detach_backbone, recompute
+from stts_slowfast.backbones.recompute import detach_backbone, recompute, refuse_detached_scorers
 from stts_slowfast.extensions import load_extensions
 
-__all__ = ["FAMILIES", "Family", "Format", "add_configs", "block_grids", "build", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Format",
+    "add_configs",
+    "block_grids",
+    "build",
+    "family_of",
+    "refuse_detached_scorers",
+]
 
 
 def add_configs(cfg) -> None:
@@ -31,7 +40,8 @@ def build(cfg) -> nn.Module:
     """
     model = family_of(cfg).build(cfg)
     if cfg.MODEL.get("DETACH_FINAL_FC"):
-        detach_backbone(model, cfg)
+        refuse_detached_scorers(cfg)
+        detach_backbone(model)
     if cfg.MODEL.get("ACT_CHECKPOINT"):
         recompute(model)
     return model

@@ -36,26 +36,31 @@ def recompute(model: nn.Module) -> nn.Module:
     return model
 
 
-def detach_backbone(model: nn.Module, cfg) -> nn.Module:
-    """Leaves the classifier ``model.head`` alone to train, in place.
+def refuse_detached_scorers(cfg) -> None:
+    """Raises ``ValueError`` where scorers are to be learned and ``MODEL.DETACH_FINAL_FC`` bars it.
 
-    Raises:
-        ValueError: where scorers are to be learned, which no gradient would reach.
+    Scorers learn through the backbone, from which the classifier is then cut off.
     """
+    if not cfg.MODEL.get("DETACH_FINAL_FC") or not cfg.TRAIN.ENABLE:
+        return
+    if "STTS" not in cfg or not cfg.STTS.ENABLE:
+        return
     learned = [
         f"STTS.{dimension}.SCORER"
         for dimension in ("TIME", "SPACE")
-        if "STTS" in cfg
-        and cfg.STTS.ENABLE
-        and cfg.STTS[dimension].BLOCKS
-        and cfg.STTS[dimension].SCORER == "learned"
+        if cfg.STTS[dimension].BLOCKS and cfg.STTS[dimension].SCORER == "learned"
     ]
-    if learned and cfg.TRAIN.ENABLE:
+    if learned:
         raise ValueError(
             "MODEL.DETACH_FINAL_FC is True: the head alone would learn, and no gradient reaches "
             f"the scorers of {' and '.join(learned)}; set MODEL.DETACH_FINAL_FC False, with "
-            "STTS.BACKBONE_LR 0.0 to keep the backbone as it is, or scorers that need no training"
+            "STTS.BACKBONE_LR 0.0 to keep the backbone as it is, or scorers that need no training, "
+            "or set STTS.ENABLE False"
         )
+
+
+def detach_backbone(model: nn.Module) -> nn.Module:
+    """Leaves the classifier ``model.head`` alone to train, in place."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
     return model

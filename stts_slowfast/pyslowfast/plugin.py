@@ -63,6 +63,7 @@ def refuse(cfg) -> None:
     Raises:
         ValueError: naming the key and what would be right.
     """
+    backbones.refuse_detached_scorers(cfg)
     name = cfg.MODEL.MODEL_NAME
     if cfg.MASK.ENABLE:
         raise ValueError(

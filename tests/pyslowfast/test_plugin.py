@@ -54,6 +54,7 @@ def test_a_model_without_blocks_is_refused(registry, cfg):
         ("MULTIGRID.LONG_CYCLE", "MULTIGRID.LONG_CYCLE False"),
         ("MULTIGRID.SHORT_CYCLE", "MULTIGRID.SHORT_CYCLE False"),
         ("DETECTION.ENABLE", r"STTS.SPACE.BLOCKS \[\]"),
+        ("MODEL.DETACH_FINAL_FC", r"STTS.TIME.SCORER and STTS.SPACE.SCORER; set MODEL.DETACH"),
     ],
 )
 def test_refusals_name_the_key_and_the_remedy(registry, cfg, key, remedy):
