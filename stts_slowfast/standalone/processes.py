@@ -176,11 +176,12 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
                 lifeline.release()
             elif lifeline:  # whatever still waits for the others
                 end_soon("did not end after an error")
+            lost = _lost_worker(error)
             end_children(before)
             # The loaders go now, while signals are listened to, not with the last traceback.
             traceback.clear_frames(error.__traceback__)
             gc.collect()
-            if lost := _lost_worker(error):
+            if lost:
                 raise ChildProcessError(lost) from error
             raise
         if lifeline:
@@ -194,11 +195,16 @@ def _lost_worker(error: BaseException) -> str | None:
     """What to say where a loader's process was killed; None for any other error."""
     text = " ".join(str(error).split())
     match = re.search(r"DataLoader worker.*?(killed by signal: \w+|exited unexpectedly)", text)
-    if not isinstance(error, RuntimeError) or match is None or text.startswith("Caught"):
-        return None
-    return (
-        f"a process that reads videos was lost ({match.group(1)}): if nobody killed it, memory was "
-        "short: lower DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint"
+    how = match.group(1) if match and not text.startswith("Caught") else None
+    if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
+        # It ended while a tensor of its was on the way.
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        how = "in the middle of a batch" if any("reductions.py" in name for name in files) else None
+    elif not isinstance(error, RuntimeError):
+        how = None
+    return how and (
+        f"a process that reads videos was lost ({how}): if nobody killed it, memory was short: "
+        "lower DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint"
     )
 
 
