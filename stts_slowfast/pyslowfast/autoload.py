@@ -22,15 +22,20 @@ HOOKS = {
     "slowfast.datasets.decoder": ["decoder.mend_decoder"],
     "slowfast.models.attention": ["fused.register"],
     "slowfast.models.build": ["guard.wrap_build_model"],
-    "slowfast.models.optimizer": ["training.wrap_optimizer"],
+    "slowfast.datasets.loader": ["compat.tools.mend_visualization"],
+    "slowfast.models.optimizer": ["training.wrap_optimizer", "compat.tools.mend_mt_adamw"],
+    "slowfast.models.ptv_model_builder": ["compat.tools.mend_ptv_mvit"],
     "slowfast.models.video_model_builder": [
         "plugin.wrap_models",
         "compat.devices.mend_cuda_synchronize",
     ],
     "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint"],
     "slowfast.utils.logging": ["training.wrap_log"],
+    "slowfast.utils.meters": ["compat.tools.mend_ava_test"],
     "slowfast.utils.misc": ["shards.wrap_launch_job", "training.wrap_losses"],
+    "slowfast.utils.parser": ["compat.tools.mend_load_config"],
     "slowfast.visualization.tensorboard_vis": ["training.wrap_tensorboard"],
+    "slowfast.visualization.utils": ["compat.tools.mend_demo"],
     # Last: where the others cannot be waited for, SlowFast does not know the node STTS either.
     "slowfast.config.defaults": [
         "plugin.add_config",

@@ -17,6 +17,12 @@ MENDS = {
     "pkg_resources": "detectron2.model_zoo finds its files without pkg_resources",
     "decoder": "DATA.DECODING_BACKEND pyav and torchvision decode with PyAV",
     "cuda_synchronize": "torch.cuda.synchronize() does nothing on a CPU run",
+    "mt_adamw": "SOLVER.OPTIMIZING_METHOD mt_adamw finds its optimizer",
+    "ava_test": "AVA's meter takes the end of a test iteration once",
+    "visualization": "tools/visualization.py gets the batches that it unpacks",
+    "load_config": "tools/benchmark.py reads --cfg",
+    "demo": "the demo crops videos to a square for MViT",
+    "ptv_mvit": "MODEL_NAME PTVMViT builds with MVIT.POOL_KV_STRIDE_ADAPTIVE",
 }
 
 # Packages that SlowFast imports, that no mend can replace, and how to get them.
