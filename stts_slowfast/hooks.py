@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stts_slowfast import fused
 from stts_slowfast.config import Settings, as_arguments
-from stts_slowfast.hosts import Host, Tokens, find
+from stts_slowfast.hosts import Host, Tokens, find, hosted
 from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class ShareReplicas:
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if not getattr(model, "_is_replica", False):
             return
-        for number, block in enumerate(self.host.blocks(model)):
+        for number, block in enumerate(self.host.blocks(hosted(model))):
             block.stts_replicas = tuple(
                 selector for selector in model.stts.values() if selector.block == number
             )

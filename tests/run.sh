@@ -3,7 +3,7 @@
 #   bash tests/run.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=dev,export
+extras=dev,export,hosts
 source projects/stts/setup_venv.sh
 ruff check .
 ruff format --check .

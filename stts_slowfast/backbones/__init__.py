@@ -4,9 +4,11 @@ A family is a record in :data:`FAMILIES`; a new one is a file here and its name 
 or a file elsewhere that registers its record before the config is read.
 """
 
+from collections.abc import Collection
+
 from torch import nn
 
-from stts_slowfast.backbones import mvit, timesformer, video_swin  # noqa: F401  they register
+from stts_slowfast.backbones import hf, mvit, timesformer, video_swin  # noqa: F401  they register
 from stts_slowfast.backbones.family import FAMILIES, Family, Format
 from stts_slowfast.backbones.recompute import detach_backbone, recompute, refuse_detached_scorers
 from stts_slowfast.extensions import load_extensions
@@ -20,6 +22,7 @@ __all__ = [
     "build",
     "family_of",
     "refuse_detached_scorers",
+    "settle",
 ]
 
 
@@ -47,6 +50,21 @@ def build(cfg) -> nn.Module:
     return model
 
 
+def settle(cfg, given: Collection[str]) -> None:
+    """Completes a config with what the model's own files say, where it has such.
+
+    Args:
+        cfg: the config, changed in place.
+        given: the keys that a file or a command line gives.
+
+    Raises:
+        FileNotFoundError: where they are missing.
+        ValueError: where a given key contradicts them.
+    """
+    if cfg.MODEL.MODEL_NAME in FAMILIES or cfg.MODEL.MODEL_NAME.startswith(hf.PREFIX):
+        family_of(cfg).settle(cfg, given)
+
+
 def block_grids(cfg) -> list[tuple[int, int, int]]:
     """The token grid ``(T, H, W)`` that arrives at each block when nothing is selected.
 
@@ -60,7 +78,9 @@ def family_of(cfg) -> Family:
     """The family of ``cfg.MODEL.MODEL_NAME``; raises ``ValueError`` for an unknown name."""
     load_extensions()
     name = cfg.MODEL.MODEL_NAME
-    if name not in FAMILIES:
-        known = ", ".join(known for known, _ in FAMILIES)
+    if name.startswith(hf.PREFIX):
+        return FAMILIES.get("hf")
+    if name not in FAMILIES or name == "hf":
+        known = ", ".join(f"{name}:FOLDER" if name == "hf" else name for name, _ in FAMILIES)
         raise ValueError(f"MODEL.MODEL_NAME is {name!r}: use one of {known}")
     return FAMILIES.get(name)

@@ -1,6 +1,6 @@
 """What a family of backbones is: one record, in the registry ``FAMILIES``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from fvcore.common.config import CfgNode
@@ -60,6 +60,9 @@ class Family:
         facts: what checkpoints carry beside parameters, with the values they have where they do
             not say; ``read_facts(model)`` finds them, ``set_facts(model, facts)`` sets them and
             says in sentences what it changed.
+        settle: (a config, the keys that a file or command line gives) completes the config with
+            what the model's own files say; raises ValueError where that contradicts a given key.
+        trained: a config to the folder whose weights, and selectors, ``build`` starts from; "".
     """
 
     name: str
@@ -75,6 +78,8 @@ class Family:
     facts: Mapping = field(default_factory=dict)
     read_facts: Callable[[nn.Module], dict] = lambda model: {}
     set_facts: Callable[[nn.Module, Mapping], list[str]] = lambda model, facts: []
+    settle: Callable[[CfgNode, Collection[str]], None] = lambda cfg, given: None
+    trained: Callable[[CfgNode], str] = lambda cfg: ""
 
     @property
     def __name__(self) -> str:  # what fvcore's Registry files it under

@@ -5,6 +5,7 @@
 
 from stts_slowfast.checkpoints.check import check
 from stts_slowfast.checkpoints.files import read_checkpoint, write_whole
+from stts_slowfast.checkpoints.folders import own_weights
 from stts_slowfast.checkpoints.formats import (
     Loaded,
     convert,
@@ -22,6 +23,7 @@ __all__ = [
     "convert",
     "load_pretrained",
     "load_weights",
+    "own_weights",
     "read_checkpoint",
     "recognize",
     "save_checkpoint",

@@ -9,8 +9,8 @@ from stts_slowfast.backbones.names import AUTHORS_SCORER, State
 from stts_slowfast.checkpoints.formats import is_standalone, recognize, state_dict_of, to_model
 
 _SCORER = re.compile(r"^stts\.(time|space)_(\d+)\.")
-_BLOCK = re.compile(r"^(?:model\.)?(?:blocks|features|layers)\.(\d+)\.")
-_HEAD = re.compile(r"^(?:model\.)?(?:head\.|cls_head\.)")
+_BLOCK = re.compile(r"^(?:model\.)?(?:\w+\.)?(?:encoder\.)?(?:blocks|features|layers?)\.(\d+)\.")
+_HEAD = re.compile(r"^(?:model\.)?(?:head\.|cls_head\.|classifier\.)")
 # What is no weight: constants and counters.
 _CONSTANT = re.compile(r"(relative_position_index|num_batches_tracked)$")
 # What SlowFast's own loader resamples to the model's size.

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from stts_slowfast.backbones.names import State
+from stts_slowfast.extras import need
 
 PREFIX = "stts."
 
@@ -19,8 +20,6 @@ def read_selectors(folder: str | Path) -> State:
     Raises:
         FileNotFoundError: where the folder holds no ``model.safetensors``, whole or in shards.
     """
-    from safetensors import safe_open  # comes with transformers
-
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -31,10 +30,24 @@ def read_selectors(folder: str | Path) -> State:
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}: is it one of save_pretrained?")
-        with safe_open(folder / name, framework="pt") as file:
+        with need("safetensors").safe_open(folder / name, framework="pt") as file:
             keys = [key for key in file.keys() if key.startswith(PREFIX)]  # noqa: SIM118  no dict
             state.update((key, file.get_tensor(key)) for key in keys)
     return state
+
+
+def own_weights(model: nn.Module, folder: str | Path) -> dict:
+    """What a model that was built from a folder has from there, as a checkpoint.
+
+    Its parameters, but for those that are new (``model.new``), and the folder's selectors.
+    """
+    new = tuple(getattr(model, "new", ()))
+    state = {
+        key: value
+        for key, value in model.state_dict().items()
+        if not key.startswith((PREFIX, *new))
+    }
+    return {"model_state": {**state, **read_selectors(folder)}}
 
 
 def load_selectors(model: nn.Module, folder: str | Path) -> None:

@@ -125,6 +125,11 @@ def is_a(model: nn.Module, library: str, *names: str) -> bool:
     )
 
 
+def hosted(model: nn.Module) -> nn.Module:
+    """The model that has the blocks: ``model.hosted`` where it wraps another, else itself."""
+    return getattr(model, "hosted", model)
+
+
 def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     """The host of a model, and the model's blocks.
 
@@ -132,6 +137,7 @@ def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
         ValueError: where no host finds blocks in it.
     """
     load_extensions()
+    model = hosted(model)
     for _, host in reversed(list(HOSTS)):
         blocks = list(host.blocks(model))
         if blocks:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fvcore.common.config import CfgNode
 
-from stts_slowfast.backbones import add_configs
+from stts_slowfast.backbones import add_configs, settle
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.keys import all_keys, nearest, read_value
 from stts_slowfast.standalone.yamlfiles import find_config, read_yaml
@@ -481,7 +481,8 @@ def load_config(path: str, opts: Sequence = ()) -> CfgNode:
     """
     path = find_config(path)
     cfg = get_cfg()
-    for key, value in _leaves(read_yaml(path)):
+    values = dict(_leaves(read_yaml(path)))
+    for key, value in values.items():
         _set(cfg, key, value, f" in {path}")
     if len(opts) % 2:
         raise ValueError(
@@ -491,6 +492,7 @@ def load_config(path: str, opts: Sequence = ()) -> CfgNode:
     for key, value in zip(opts[0::2], opts[1::2]):
         _set(cfg, str(key), value, "")
     check_supported(cfg)
+    settle(cfg, {*values, *map(str, opts[0::2])})
     return cfg
 
 

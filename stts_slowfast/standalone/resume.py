@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from iopath.common.file_io import g_pathmgr
 from torch import nn
 
-from stts_slowfast.checkpoints import Loaded, check, load_weights, read_checkpoint
+from stts_slowfast.backbones import family_of
+from stts_slowfast.checkpoints import (
+    Loaded,
+    check,
+    load_weights,
+    own_weights,
+    read_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +102,9 @@ def starting_point(cfg, model: nn.Module, strict: bool = False) -> Start:
         return _start(path, checkpoint)
     path = cfg.TRAIN.CHECKPOINT_FILE_PATH
     if not path:
+        folder = family_of(cfg).trained(cfg)
+        if folder:
+            _load(cfg, model, own_weights(model, folder), folder, "finetune")
         return Start(trained=has_pretrained(cfg))
     checkpoint = _clear_names(read_checkpoint(path), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
     _load(cfg, model, checkpoint, path, "finetune")
@@ -112,7 +122,8 @@ def starting_point(cfg, model: nn.Module, strict: bool = False) -> Start:
 
 def has_pretrained(cfg) -> bool:
     """Whether building the model already loads weights from a file."""
-    return cfg.MODEL.MODEL_NAME == "TimeSformer" and bool(cfg.TIMESFORMER.PRETRAINED_MODEL)
+    family = family_of(cfg)
+    return bool(family.trained(cfg) or family.pretrained(cfg))
 
 
 def _start(path: str, checkpoint: dict) -> Start:
@@ -155,6 +166,8 @@ def load_for_test(cfg, model: nn.Module, strict: bool = False) -> None:
     if not path:
         path, checkpoint = _last_readable(cfg, strict)
     path = path or cfg.TRAIN.CHECKPOINT_FILE_PATH
+    if not path and (path := family_of(cfg).trained(cfg)):
+        checkpoint = own_weights(model, path)
     if not path:
         logger.warning("No checkpoint is named or found: testing random weights")
         return

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from stts_slowfast import backbones, build_model, load_config, load_weights
-from stts_slowfast.checkpoints import read_checkpoint
+from stts_slowfast.checkpoints import own_weights, read_checkpoint
 from stts_slowfast.config import validate_stts
 from stts_slowfast.tools.cli import add_opts
 from stts_slowfast.tools.evaluate import TestClips, evaluate
@@ -92,6 +92,7 @@ def main(args: argparse.Namespace) -> int:
     cfg = load_config(args.cfg, args.opts)
     recipe = load_config(args.cfg, [*args.opts, *args.recipe])
     path = args.checkpoint or cfg.TEST.CHECKPOINT_FILE_PATH or cfg.TRAIN.CHECKPOINT_FILE_PATH
+    path = path or backbones.family_of(cfg).trained(cfg)
     if not path:
         raise ValueError("no checkpoint is named: give --checkpoint or TEST.CHECKPOINT_FILE_PATH")
     rows = plan_rows(cfg, args)
@@ -175,7 +176,8 @@ def load(model: nn.Module, path: str) -> list[str]:
     Raises:
         ValueError: where it is of another backbone.
     """
-    loaded = load_weights(model, read_checkpoint(path))
+    folder = os.path.isdir(path)
+    loaded = load_weights(model, own_weights(model, path) if folder else read_checkpoint(path))
     lost = [name for name in loaded.missing if not name.startswith("stts.")]
     if lost or loaded.mismatched:
         raise ValueError(f"{path} is not of this config's model: {loaded}")
@@ -221,7 +223,8 @@ def fine_tune(cfg, path: str, folder: str, progress) -> str:
     from stts_slowfast.standalone import engine
 
     cfg.OUTPUT_DIR, cfg.TRAIN.ENABLE = folder, True
-    cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.TRAIN.CHECKPOINT_EPOCH_RESET = path, True
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = "" if os.path.isdir(path) else path
+    cfg.TRAIN.CHECKPOINT_EPOCH_RESET = True
     progress.stop()  # training has a bar of its own
     try:
         return engine.train(cfg)["checkpoint"]

@@ -20,7 +20,7 @@ class Example(NamedTuple):
 
 def hugging(name: str, model: str, size: dict, seed: int, **more) -> Example:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = getattr(transformers, f"{name}Config")(**WIDTH, **size, num_labels=5, **more)
+    config = getattr(transformers, f"{name}Config")(**WIDTH, **size, **{"num_labels": 5, **more})
     model = getattr(transformers, f"{name}{model}")(config).eval()
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():  # biases and cls tokens that start at 0 hide mistakes
