@@ -97,7 +97,7 @@ def apply_operation(
             "Color": F.adjust_saturation,
             "Contrast": F.adjust_contrast,
             "Brightness": F.adjust_brightness,
-            "Sharpness": F.adjust_sharpness,
+            "Sharpness": _sharpen,
         }[name]
         return adjust(clip, 1 + sign * 0.9 * level if increasing else 0.1 + 1.8 * level)
     if name == "AutoContrast":
@@ -115,6 +115,12 @@ def apply_operation(
     if name == "SolarizeAdd":
         return clip + (clip < 128).to(clip.dtype) * int(level * 110)
     raise ValueError(f"{name!r} is none of {OPERATIONS}")
+
+
+def _sharpen(clip: torch.Tensor, factor: float) -> torch.Tensor:
+    # Its convolution of bytes in the usual order takes twenty times as long.
+    clip = clip.contiguous(memory_format=torch.channels_last)
+    return F.adjust_sharpness(clip, factor).contiguous()
 
 
 def _move(clip: torch.Tensor, name: str, amount: float, interpolation) -> torch.Tensor:
