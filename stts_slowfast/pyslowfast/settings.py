@@ -6,6 +6,7 @@ from fvcore.common.config import CfgNode
 
 from stts_slowfast.keys import all_keys, nearest, read_value
 from stts_slowfast.pyslowfast import plugin
+from stts_slowfast.yamlfiles import check_file
 
 
 class Config(CfgNode):
@@ -19,6 +20,7 @@ class Config(CfgNode):
     _decode_cfg_value = CfgNode._decode_cfg_value
 
     def merge_from_file(self, cfg_filename, *args, **kwargs) -> None:
+        check_file(cfg_filename)
         tree = self.load_yaml_with_base(cfg_filename, *args, **kwargs)
         self._merge(tree, f" in {cfg_filename}")
 

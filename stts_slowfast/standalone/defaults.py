@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from stts_slowfast.backbones import add_configs, settle
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.keys import all_keys, nearest, read_value
-from stts_slowfast.standalone.yamlfiles import find_config, read_yaml
+from stts_slowfast.yamlfiles import find_config, read_yaml
 
 _C = CfgNode()
 

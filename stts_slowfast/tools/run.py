@@ -3,8 +3,8 @@
 import argparse
 
 from stts_slowfast.pyslowfast import launch
-from stts_slowfast.standalone.yamlfiles import find_config
 from stts_slowfast.tools.cli import add_opts
+from stts_slowfast.yamlfiles import find_config
 
 ENGINES = ("slowfast", "standalone")
 

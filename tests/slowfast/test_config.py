@@ -61,6 +61,13 @@ def test_whole_numbers_are_numbers(get_cfg, tmp_path):
     assert cfg.STTS.TIME.BLOCKS == [0] and cfg.STTS.SPACE.KEEP == [1]
 
 
+def test_a_node_given_twice_is_refused(get_cfg, tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("STTS:\n  ENABLE: True\nRNG_SEED: 1\nSTTS:\n  SIGMA: 0.1\n")
+    with pytest.raises(ValueError, match=r"STTS is given twice .* lines 1 and 4"):
+        get_cfg().merge_from_file(str(path))
+
+
 def test_copies_and_pickles_read_as_the_config_does(get_cfg):
     cfg = pickle.loads(pickle.dumps(get_cfg().clone()))
     cfg.merge_from_list(["STTS.SIGMA", "1"])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from stts_slowfast.pyslowfast import launch
-from stts_slowfast.standalone.yamlfiles import find_config
 from stts_slowfast.tools import cli, run
+from stts_slowfast.yamlfiles import find_config
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 import pytest
 
 from stts_slowfast.standalone.defaults import load_config
-from stts_slowfast.standalone.yamlfiles import CONFIGS, find_config
+from stts_slowfast.yamlfiles import CONFIGS, find_config
 
 
 def write(path, text):
@@ -43,6 +43,15 @@ def test_a_key_given_twice_is_told_with_both_lines(tmp_path):
     base = write(tmp_path / "c.yaml", f"_BASE_: {path}\n")
     with pytest.raises(ValueError, match=r"twice in .*b\.yaml"):
         load_config(base)
+
+
+def test_a_single_key_of_slowfasts_given_twice_is_told_and_the_last_counts(tmp_path, caplog):
+    path = write(tmp_path / "a.yaml", "SOLVER:\n  LAYER_DECAY: 0.75\n  LAYER_DECAY: 0.65\n")
+    assert load_config(path).SOLVER.LAYER_DECAY == 0.65
+    assert "SOLVER.LAYER_DECAY is given twice" in caplog.text and "lines 2 and 3" in caplog.text
+    caplog.clear()
+    path = write(tmp_path / "b.yaml", "SOLVER: {MAX_EPOCH: 7, MAX_EPOCH: 7}\n")
+    assert load_config(path).SOLVER.MAX_EPOCH == 7 and not caplog.text
 
 
 def test_bases_are_merged(tmp_path):

@@ -1,6 +1,7 @@
 """Config files: found by path or by the name of one that comes along, read with their bases."""
 
 import difflib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,13 @@ import yaml
 from fvcore.common.config import BASE_KEY, CfgNode
 from iopath.common.file_io import g_pathmgr
 
+logger = logging.getLogger(__name__)
+
+# Groups of keys in which nothing may stand twice.
+OURS = ("STTS.",)
+
 # In the repository a link to configs/, in a wheel its files.
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def find_config(name: str | os.PathLike) -> str:
@@ -46,10 +52,10 @@ def read_yaml(path: str) -> dict:
 
     Raises:
         FileNotFoundError: where the file, or one of its bases, does not exist.
-        ValueError: where it is no YAML, gives a key twice, or is its own base.
+        ValueError: where it is no YAML, or for what :func:`check_file` refuses.
     """
     try:
-        _check(path, ())
+        check_file(path)
         return CfgNode.load_yaml_with_base(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -65,8 +71,19 @@ def read_yaml(path: str) -> dict:
         raise ValueError(f"config file {path} is not YAML that can be read: {reason}") from error
 
 
-def _check(path: str, above: tuple[str, ...]) -> None:
-    """Looks for what the reader passes over: keys given twice, and bases that lead in a circle."""
+def check_file(path: str, above: tuple[str, ...] = ()) -> None:
+    """Looks for what the reader passes over: keys given twice, and bases that lead in a circle.
+
+    Of a group of keys given twice the first would be lost whole, so that is refused; of a key of
+    ours too. SlowFast's own files give single keys twice, and the last counts: that is told.
+
+    Args:
+        path: a file that iopath opens.
+        above: the files whose base it is, outermost first.
+
+    Raises:
+        ValueError: naming the key and both lines, or the circle.
+    """
     real = path if "://" in path else os.path.realpath(path)
     if real in above:
         raise ValueError(
@@ -82,20 +99,23 @@ def _check(path: str, above: tuple[str, ...]) -> None:
         base = os.path.expanduser(base)
         if not base.startswith("/") and "://" not in base:
             base = os.path.join(os.path.dirname(path), base)
-        _check(base, (*above, real))
+        check_file(base, (*above, real))
 
 
 def _no_key_twice(node: yaml.MappingNode, path: str, prefix: str = "") -> None:
-    lines: dict[str, int] = {}
+    first: dict[str, tuple[int, yaml.Node]] = {}
     for key, value in node.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        if name in lines:
-            raise ValueError(
-                f"{name} is given twice in {path}, in lines {lines[name]} and {line}: only the "
-                "last would count; leave one"
-            )
-        lines[name] = line
-        if isinstance(value, yaml.MappingNode):
+        group = isinstance(value, yaml.MappingNode)
+        if name in first:
+            line_before, before = first[name]
+            text = f"{name} is given twice in {path}, in lines {line_before} and {line}"
+            if group or isinstance(before, yaml.MappingNode) or name.startswith(OURS):
+                raise ValueError(f"{text}: only the last would count; leave one")
+            if yaml.serialize(before) != yaml.serialize(value):
+                logger.warning("%s: the last counts", text)
+        first[name] = (line, value)
+        if group:
             _no_key_twice(value, path, f"{name}.")
 
 
