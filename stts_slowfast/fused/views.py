@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, jit, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as every_module
 
 # The kinds of view, each of which says by `knows` what it can stand in for: those of parts of a
 # block and around blocks, and those of blocks. The files of hosts add theirs.
@@ -140,7 +140,8 @@ def watched() -> bool:
     if torch.compiler.is_compiling():
         return False
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return jit.is_tracing() or transformed or _has_any_global_hook()
+    hooked = any(getattr(every_module, f"_global{hooks}") for hooks in _HOOKS)
+    return jit.is_tracing() or transformed or hooked
 
 
 def differs(view: View) -> str:
