@@ -13,6 +13,11 @@ def is_a(module: nn.Module, name: str) -> bool:
     return name in [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
 
 
+def _is_separate(attn: nn.Module) -> bool:
+    """Whether queries, keys and values have a projection each; in the release 0.1.5 always."""
+    return getattr(attn, "separate_qkv", True)
+
+
 class PyTorchVideoAttention(AttentionView):
     """Stands in for ``pytorchvideo.layers.attention.MultiScaleAttention``."""
 
@@ -27,15 +32,15 @@ class PyTorchVideoAttention(AttentionView):
     def fits(cls, attn: nn.Module) -> bool:
         if attn.pool_first:
             return False
-        linears = [attn.q, attn.k, attn.v] if attn.separate_qkv else [attn.qkv]
+        linears = [attn.q, attn.k, attn.v] if _is_separate(attn) else [attn.qkv]
         return all(fusible(linear, cls.pools(attn)) for linear in linears)
 
     def channels(self) -> int:
-        linear = self.q if self.separate_qkv or self.pool_first else self.qkv
+        linear = self.q if _is_separate(self) or self.pool_first else self.qkv
         return inner(linear, "in_features").in_features
 
     def projections(self):
-        if self.separate_qkv:
+        if _is_separate(self):
             biases = [linear.bias for linear in (self.k, self.v)]
             kv = cat([self.k.weight, self.v.weight]), None if None in biases else cat(biases)
             return (self.q.weight, self.q.bias), kv
@@ -54,7 +59,7 @@ class PyTorchVideoAttention(AttentionView):
         return self.scale
 
     def residual(self) -> str:
-        return "all" if self.residual_pool else "none"
+        return "all" if getattr(self, "residual_pool", False) else "none"
 
     def output(self, x: Tensor) -> Tensor:
         x = cpu.linear(x, self.proj.weight, self.proj.bias)

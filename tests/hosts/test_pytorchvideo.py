@@ -1,5 +1,7 @@
 """pytorchvideo's MViT: blocks with their grid, as SlowFast's."""
 
+import copy
+
 import torch
 
 from stts_slowfast.hooks import attach, selections
@@ -23,3 +25,13 @@ def test_the_blocks_get_what_was_kept():
     x, thw = model.blocks[2](torch.cat([x[:, :1], grid.flatten(1, 3)], dim=1), [2, 3, 3])
     x, thw = model.blocks[3](x, thw)
     assert torch.equal(model.head(model.norm_embed(x)), logits)
+
+
+@torch.no_grad()
+def test_fused_attention_gives_the_same():
+    model, clips, logits = pytorchvideo()
+    fused = attach(copy.deepcopy(model), time={1: 0.5}, space={2: 0.6})
+    attach(model, time={1: 0.5}, space={2: 0.6}, fused_attention=False)
+    model.load_state_dict(fused.state_dict())
+    assert type(fused.blocks[0].attn) is not type(model.blocks[0].attn)
+    torch.testing.assert_close(logits(fused, clips), logits(model, clips), atol=1e-5, rtol=0)
