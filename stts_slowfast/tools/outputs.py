@@ -64,7 +64,11 @@ def read_output(folder: str) -> Output:
     output = Output(folder, os.path.basename(os.path.abspath(folder)))
     logs = [os.path.join(folder, name) for name in ("json_stats.log", "stdout.log")]
     texts = [_text(path) for path in logs]
-    output.stats = _stats(texts[0] or texts[1])
+    # SlowFast's json_stats.log has its epochs; the last lines of its tests are in stdout.log alone.
+    told = _stats(texts[1])
+    output.stats = (_stats(texts[0]) or told) + [
+        line for line in told if line.get("split") == "test_final"
+    ]
     for name, pattern in (("gflops", _GFLOPS), ("params", _PARAMS)):
         setattr(output, name, _number(pattern, texts[1], name))
     output.checkpoint = last_checkpoint(folder)

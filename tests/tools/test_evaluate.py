@@ -42,6 +42,7 @@ def test_boxes_count_in_frames_of_tokens_and_shares_of_the_frame(tiny_cfg):
     assert evaluate.share_inside(box, (0, 0, 1, 1)) == 1
     assert evaluate.share_inside(box, (0.5, 0.25, 0.5, 0.5)) == 0.25
     assert evaluate.share_inside(box, (0.75, 0, 0.25, 1)) == 0
+    assert evaluate.share_inside(box, (0.875, 0.875, 0.125, 0.125)) == 0
 
 
 def test_places_are_summed_up(tiny_cfg):

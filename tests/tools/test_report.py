@@ -136,12 +136,13 @@ def test_folders_without_a_run_are_refused(tmp_path, capsys):
 def test_lines_of_slowfast_are_read(tmp_path):
     (tmp_path / "stdout.log").write_text(
         "[01/01] misc.py: 186: Params: 34,537,744\n[01/01] misc.py: 189: Flops: 1,070.5 G\n"
+        '[01/01][INFO] logging.py: 97: json_stats: {"split": "test_iter", "cur_iter": "1"}\n'
+        '[01/01] json_stats: {"split": "test_final", "top1_acc": "71.25", "top5_acc": "90.00"}\n'
     )
     (tmp_path / "json_stats.log").write_text(
         'json_stats: {"_type": "val_epoch", "epoch": "1/2", "top1_err": 60.0}\n'
         'json_stats: {"_type": "val_epoch", "epoch": "2/2", "top1_err": 40.0}\n'
         'json_stats: {"_type": "val_epoch", "epoch": "2/2", "top1_err": 30.0}\n'
-        'json_stats: {"split": "test_final", "top1_acc": "71.25", "top5_acc": "90.00"}\n'
         'json_stats: {"_type": "val_epo'
     )
     run = outputs.read_output(str(tmp_path))
