@@ -93,7 +93,7 @@ def test_without_selection_every_frame_is_kept_whole(cfg):
 def words(cfg, tmp_path):
     """The command up to its videos; there are two with odd names."""
     generator = np.random.default_rng(0)
-    for name in ("a $x$ \udcff\n.mp4", "b.mp4"):
+    for name in ("a $\\frac$ \udcff\n.mp4", "b.mp4"):
         frames = makedata.draw_video("square", 1, generator)[0]
         makedata.write_video(str(tmp_path / name), frames)
     (tmp_path / "model.yaml").write_text(cfg.dump())
@@ -104,7 +104,7 @@ def words(cfg, tmp_path):
 
 def test_command_draws_ones_own_videos(words, tmp_path, capsys):
     out = tmp_path / "new" / "strip.png"
-    videos = [str(tmp_path / name) for name in ("a $x$ \udcff\n.mp4", "b.mp4")]
+    videos = [str(tmp_path / name) for name in ("a $\\frac$ \udcff\n.mp4", "b.mp4")]
     assert cli.main([*words, *videos, "--out", str(out)]) == 0
     assert f"wrote {out}" in capsys.readouterr().out
     size = Image.open(out).size
