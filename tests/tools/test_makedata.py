@@ -40,6 +40,8 @@ def test_truth_is_remembered_and_depends_on_seed_split_and_number_alone(kind, da
         written = (folder / "videos" / name).read_bytes()
         assert (tmp_path / "fewer" / "videos" / name).read_bytes() == written
     assert makedata.write_dataset(str(tmp_path / "other"), kind, 4, 8, seed=1) != fewer
+    files = [(folder / "videos" / name).read_bytes() for name in truth]
+    assert len(set(files)) == len(files)  # no test video is a training video
 
 
 def test_boxes_lie_in_the_frame_and_classes_come_equally_often(kind, data):
