@@ -23,11 +23,11 @@ from stts_slowfast.standalone.badvideos import BadVideos, Finding, too_many
 from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list_ssv2
 from stts_slowfast.standalone.transforms import (
     batch_mixer,
+    cut_views,
     prepare,
-    scale_for_view,
+    test_crops,
     train_transform,
     view_scale,
-    view_transform,
 )
 from stts_slowfast.video import (
     Video,
@@ -79,16 +79,13 @@ def read_ssv2(cfg, entry: Entry, split: str, short_side: int, rng):
     indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train", rng)
     wanted = sorted(set(indices))
     frames = torch.stack([_read_image(entry.frames[index]) for index in wanted]).flip(-1)
-    return frames, _places(wanted, [indices]) * _clips_in_time(cfg, split), ""
+    clips = cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1  # all of the same frames
+    return frames, _places(wanted, [indices]) * clips, ""
 
 
 def _places(wanted: list[int], clips: list[list[int]]) -> list[list[int]]:
     place = {index: number for number, index in enumerate(wanted)}
     return [[place[index] for index in clip] for clip in clips]
-
-
-def _clips_in_time(cfg, split: str) -> int:
-    return cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1
 
 
 def _read_image(path: str) -> torch.Tensor:
@@ -131,15 +128,15 @@ class ClipDataset(Dataset):
                 "names no videos"
             )
         if split == "test":
-            self.transforms = _test_transforms(cfg)
+            self.crops = test_crops(cfg)
+            self.num_views = cfg.TEST.NUM_ENSEMBLE_VIEWS * len(self.crops)
             self.short_side = view_scale(cfg)
         else:
-            self.transforms = [train_transform(cfg, split)]
-            self.transforms *= cfg.AUG.NUM_SAMPLE if split == "train" else 1
+            self.transform = train_transform(cfg, split)
+            self.num_views, self.num_samples = 1, cfg.AUG.NUM_SAMPLE if split == "train" else 1
             self.short_side = cfg.DATA.TRAIN_JITTER_SCALES[0]
         if cfg.DATA.DECODING_BACKEND == "pyav":
             self.short_side = 0  # SlowFast's PyAV backend leaves scaling to the transforms
-        self.num_views = _clips_in_time(cfg, split) * len(self.transforms) if split == "test" else 1
         # What is known of each video, shared by all workers: 1 it can be read, 2 it cannot.
         self.known = torch.zeros(len(self.videos), dtype=torch.uint8).share_memory_()
 
@@ -173,13 +170,11 @@ class ClipDataset(Dataset):
         if damage:
             findings.append(Finding(index, entry.path, "damaged", damage))
         self.known[index] = 1
-        views = []
-        for clip in clips:
-            clip = frames[clip].permute(0, 3, 1, 2)
-            if self.split == "test":
-                clip = scale_for_view(clip, view_scale(self.cfg))  # once for all crops
-            views += [transform(clip)[None] for transform in self.transforms]
-        return self._item(_joined(self.cfg, views), entry.label, index)
+        if self.split == "test":
+            return self._item(cut_views(self.cfg, frames, clips, self.crops), entry.label, index)
+        frames = frames[clips[0]].permute(0, 3, 1, 2)
+        samples = [self.transform(frames) for _ in range(self.num_samples)]
+        return self._item(torch.stack(samples), entry.label, index)
 
     def _item(self, clips: torch.Tensor, label: int, index: int):
         count = len(clips)
@@ -201,13 +196,6 @@ class ClipDataset(Dataset):
                 f"{self.split} list, more than DATA.MAX_BAD_SHARE {limit:g} allows. "
                 f"Is DATA.PATH_PREFIX ({self.cfg.DATA.PATH_PREFIX!r}) right?",
             )
-
-
-def _test_transforms(cfg) -> list[Callable]:
-    crops = cfg.TEST.NUM_SPATIAL_CROPS
-    if not 1 <= crops <= 3:
-        raise ValueError(f"TEST.NUM_SPATIAL_CROPS is {crops}: use 1 (centre), 2 or 3")
-    return [view_transform(cfg, position) for position in ([1] if crops == 1 else range(crops))]
 
 
 @contextlib.contextmanager

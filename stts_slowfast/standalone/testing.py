@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from stts_slowfast.standalone import report
-from stts_slowfast.standalone.data import UNREADABLE, build_loader, prepare
+from stts_slowfast.standalone.data import UNREADABLE, BadVideos, build_loader, prepare
 from stts_slowfast.standalone.defaults import check_choice
 from stts_slowfast.standalone.report import Board, Timer
 from stts_slowfast.standalone.stops import Stop
@@ -61,7 +61,7 @@ def run_test(cfg, fabric: Fabric, model: nn.Module, board: Board, stop: Stop, wa
             if watch:
                 watch("test", model, batch)
         views.gather(fabric)
-        result = _result(cfg, fabric, views)
+        result = _result(cfg, fabric, views, loader.bad)
         busy = busy[1:] or busy  # the first batch is a warm-up
         result["clips_per_s"] = sum(clips for clips, _ in busy) / sum(s for _, s in busy)
     return result
@@ -121,7 +121,7 @@ class Views:
         self.predictions = reduce(self.predictions, self.method)
 
 
-def _result(cfg, fabric: Fabric, views: Views) -> dict:
+def _result(cfg, fabric: Fabric, views: Views, bad: BadVideos) -> dict:
     missing = int((~views.seen).sum())
     if missing:
         logger.warning("%d of %d views were not tested", missing, views.seen.numel())
@@ -130,12 +130,20 @@ def _result(cfg, fabric: Fabric, views: Views) -> dict:
             f"none of the {len(views.labels)} test videos can be read: is DATA.PATH_PREFIX "
             f"({cfg.DATA.PATH_PREFIX!r}) right?"
         )
+    bad.require_all(cfg.TEST.ALLOW_MISSING)
+    found = bad.count()
     top1, top5 = (100.0 - each.item() for each in report.errors(views.predictions, views.labels))
+    accuracy = {"top1_acc": top1, "top5_acc": top5}
+    if found["unreadable"]:  # which count as wrong above
+        readable = views.labels != UNREADABLE
+        errors = report.errors(views.predictions[readable], views.labels[readable])
+        for name, error in zip(("top1_acc_readable", "top5_acc_readable"), errors):
+            accuracy[name] = 100.0 - error.item()
     if fabric.is_global_zero:
-        stats = {"top1_acc": f"{top1:.2f}", "top5_acc": f"{top5:.2f}"}
+        stats = {name: f"{value:.2f}" for name, value in accuracy.items()} | found
         report.log_json_stats({"split": "test_final", **stats}, cfg.OUTPUT_DIR)
         if name := cfg.TEST.SAVE_RESULTS_PATH:
             with g_pathmgr.open(os.path.join(cfg.OUTPUT_DIR, name), "wb") as file:
                 pickle.dump([views.predictions, views.labels], file)
     videos, num_views = views.seen.shape
-    return {"top1_acc": top1, "top5_acc": top5, "num_videos": videos, "num_views": num_views}
+    return {**accuracy, **found, "num_videos": videos, "num_views": num_views}

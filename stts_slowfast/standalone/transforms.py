@@ -7,170 +7,15 @@ What is random draws from PyTorch's and Python's generators, which data.py seeds
 import functools
 import math
 import random
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from stts_slowfast.standalone.warp import warp
-
-_INTERPOLATIONS = {
-    "bilinear": [F.InterpolationMode.BILINEAR],
-    "bicubic": [F.InterpolationMode.BICUBIC],
-    "random": [F.InterpolationMode.BILINEAR, F.InterpolationMode.BICUBIC],
-}
-
-
-class RandAugment:
-    """RandAugment (arXiv 1909.13719) by a policy in timm's notation, for uint8 clips.
-
-    ``rand-m7-n4-mstd0.5-inc1``: 4 operations, each done with probability 0.5, at a magnitude of
-    0..10 drawn from a normal distribution with mean 7 and standard deviation 0.5; ``inc1``: all
-    grow stronger with it. (`v2.RandAugment` has other operations, always done, and no deviation.)
-    """
-
-    def __init__(self, policy: str, interpolation: str = "bicubic"):
-        head, *parts = policy.split("-")
-        found = [re.fullmatch(r"(mstd|inc|m|n)(\d+(?:\.\d+)?)", part) for part in parts]
-        if head != "rand" or None in found:
-            raise ValueError(
-                f"AUG.AA_TYPE is {policy!r}: expected 'rand' and parts mX, nX, mstdX or incX, "
-                "such as rand-m7-n4-mstd0.5-inc1"
-            )
-        if interpolation not in _INTERPOLATIONS:
-            raise ValueError(
-                f"AUG.INTERPOLATION is {interpolation!r}: use one of {sorted(_INTERPOLATIONS)}"
-            )
-        values = {match[1]: float(match[2]) for match in found}
-        self.magnitude = values.get("m", 10.0)
-        self.num_ops = int(values.get("n", 2))
-        self.deviation = values.get("mstd", 0.0)
-        self.increasing = bool(values.get("inc", 0))
-        self.interpolations = _INTERPOLATIONS[interpolation]
-
-    def __call__(self, clip: torch.Tensor) -> torch.Tensor:
-        clip = clip.contiguous()  # several times faster than the decoder's order
-        for name in random.choices(OPERATIONS, k=self.num_ops):
-            if random.random() < 0.5:
-                magnitude = min(max(random.gauss(self.magnitude, self.deviation), 0.0), 10.0)
-                clip = apply_operation(
-                    clip,
-                    name,
-                    magnitude / 10,
-                    self.increasing,
-                    random.choice([-1, 1]),
-                    random.choice(self.interpolations),
-                )
-        return clip
-
-
-OPERATIONS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "SolarizeAdd",
-    "Color",
-    "Contrast",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-)
-
-
-def apply_operation(
-    clip: torch.Tensor, name: str, level: float, increasing: bool, sign: int, interpolation
-) -> torch.Tensor:
-    """One of ``OPERATIONS`` at a ``level`` of 0..1, by timm's scales; ``sign`` -1 or 1."""
-    if name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"):
-        return _move(clip, name, level * sign, interpolation)
-    if name in ("Color", "Contrast", "Brightness", "Sharpness"):
-        adjust = {
-            "Color": F.adjust_saturation,
-            "Contrast": F.adjust_contrast,
-            "Brightness": F.adjust_brightness,
-            "Sharpness": F.adjust_sharpness,
-        }[name]
-        return adjust(clip, 1 + sign * 0.9 * level if increasing else 0.1 + 1.8 * level)
-    if name == "AutoContrast":
-        return F.autocontrast(clip)
-    if name == "Equalize":
-        return F.equalize(clip)
-    if name == "Invert":
-        return F.invert(clip)
-    if name == "Posterize":
-        bits = 4 - int(level * 4) if increasing else int(level * 4)
-        return F.posterize(clip, bits) if bits else torch.zeros_like(clip)
-    if name == "Solarize":
-        threshold = 256 - int(level * 256) if increasing else int(level * 256)
-        return clip ^ ((clip >= threshold).to(clip.dtype) * 255) if threshold < 256 else clip
-    if name == "SolarizeAdd":
-        return clip + (clip < 128).to(clip.dtype) * int(level * 110)
-    raise ValueError(f"{name!r} is none of {OPERATIONS}")
-
-
-def _move(clip: torch.Tensor, name: str, amount: float, interpolation) -> torch.Tensor:
-    """Rotates by 30 degrees, shears by 0.3, or moves by 0.45 of the side, times ``amount``."""
-    height, width = clip.shape[-2:]
-    if name == "Rotate":  # about the middle
-        cos, sin = math.cos(math.radians(30 * amount)), math.sin(math.radians(30 * amount))
-        x, y = width / 2, height / 2
-        matrix = (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
-    else:
-        shear, shift = 0.3 * amount, -0.45 * amount
-        matrix = {
-            "ShearX": (1, shear, 0, 0, 1, 0),
-            "ShearY": (1, 0, 0, shear, 1, 0),
-            "TranslateX": (1, 0, shift * width, 0, 1, 0),
-            "TranslateY": (1, 0, 0, 0, 1, shift * height),
-        }[name]
-    return warp(clip, matrix, interpolation == F.InterpolationMode.BICUBIC)
-
-
-class RandomErasing:
-    """Random erasing (arXiv 1708.04896) of the same boxes in all frames of a normalised clip
-    (3, T, H, W).
-
-    1 to ``count`` boxes, together 2% to a third of the frame; ``mode`` ``pixel`` fills them with
-    normal noise, ``rand`` with one normal colour for each frame, ``const`` with zeros. (With
-    several boxes the first 1/``count`` of the frames stay clean, as in SlowFast.
-    `v2.RandomErasing` would give all frames the same noise.)
-    """
-
-    def __init__(self, prob: float, mode: str = "pixel", count: int = 1):
-        if mode not in ("pixel", "rand", "const"):
-            raise ValueError(f"AUG.RE_MODE is {mode!r}: use pixel, rand or const")
-        self.prob, self.mode, self.count = prob, mode, count
-
-    def __call__(self, clip: torch.Tensor) -> torch.Tensor:
-        if random.random() > self.prob:
-            return clip
-        clip = clip.clone()
-        dirty = clip[:, clip.shape[1] // self.count if self.count > 1 else 0 :]
-        count = random.randint(1, self.count)
-        for _ in range(count):
-            top, left, height, width = self._box(*clip.shape[-2:], count)
-            box = dirty[..., top : top + height, left : left + width]
-            size = {"pixel": box.shape, "rand": (*dirty.shape[:2], 1, 1), "const": (1,)}[self.mode]
-            box.copy_(torch.zeros(size) if self.mode == "const" else torch.randn(size))
-        return clip
-
-    def _box(self, height: int, width: int, count: int) -> tuple[int, int, int, int]:
-        for _ in range(100):
-            area = random.uniform(0.02, 1 / 3) * height * width / count
-            aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h < height and w < width:
-                return random.randint(0, height - h), random.randint(0, width - w), h, w
-        return 0, 0, 0, 0
+from stts_slowfast.standalone.augment import RandAugment, RandomErasing
 
 
 def scale_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
@@ -194,13 +39,17 @@ class UniformCrop:
 
     def __call__(self, clip: torch.Tensor) -> torch.Tensor:
         clip = scale_short_side(clip, self.scale)
-        height, width = clip.shape[-2:]
+        top, left = self.place(*clip.shape[-2:])
+        return clip[..., top : top + self.size, left : left + self.size]
+
+    def place(self, height: int, width: int) -> tuple[int, int]:
+        """Top and left of the square in a scaled frame."""
         top, left = math.ceil((height - self.size) / 2), math.ceil((width - self.size) / 2)
         if height > width:
             top = (0, top, height - self.size)[self.position]
         else:
             left = (0, left, width - self.size)[self.position]
-        return clip[..., top : top + self.size, left : left + self.size]
+        return top, left
 
 
 class _RandomCrop:
@@ -257,26 +106,54 @@ def _random_resized_crop(cfg) -> v2.RandomResizedCrop:
     )
 
 
-def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """(T, 3, H, W) uint8 -> (3, T, TEST_CROP_SIZE, TEST_CROP_SIZE): crop ``position`` of
-    NUM_SPATIAL_CROPS, or the centre where there is one. Still uint8 where the frames have the
-    right scale, else normalised float32: see `prepare`."""
-    size, scale = cfg.DATA.TEST_CROP_SIZE, view_scale(cfg)
+def test_crops(cfg) -> list[UniformCrop]:
+    """The NUM_SPATIAL_CROPS crops of testing; the centre where there is one."""
+    crops, size, scale = cfg.TEST.NUM_SPATIAL_CROPS, cfg.DATA.TEST_CROP_SIZE, view_scale(cfg)
+    if not 1 <= crops <= 3:
+        raise ValueError(f"TEST.NUM_SPATIAL_CROPS is {crops}: use 1 (centre), 2 or 3")
     _check_crop("TRAIN_JITTER_SCALES", scale, "TEST_CROP_SIZE", size)
-    return functools.partial(_view, cfg, UniformCrop(scale, size, position))
+    return [UniformCrop(scale, size, place) for place in ([1] if crops == 1 else range(crops))]
 
 
-def _view(cfg, crop: UniformCrop, clip: torch.Tensor) -> torch.Tensor:
-    clip = _to_model(crop(scale_for_view(clip, crop.scale)), cfg.DATA.REVERSE_INPUT_CHANNEL)
-    return _normalized(clip, cfg) if clip.is_floating_point() else clip
+def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """(T, 3, H, W) uint8 -> (3, T, TEST_CROP_SIZE, TEST_CROP_SIZE): one of `cut_views`."""
+    crop = UniformCrop(view_scale(cfg), cfg.DATA.TEST_CROP_SIZE, position)
+    return lambda clip: cut_views(cfg, clip.permute(0, 2, 3, 1), [range(len(clip))], [crop])[0]
 
 
-def scale_for_view(clip: torch.Tensor, scale: int) -> torch.Tensor:
-    """A uint8 clip (T, 3, H, W) as its crops need it: as it is where its short side is ``scale``,
-    else scaled, float32 of 0..1. What has been scaled passes."""
-    if min(clip.shape[-2:]) == scale:
-        return clip
-    return scale_short_side(F.to_dtype(clip, torch.float32, scale=True), scale)
+def cut_views(
+    cfg, frames: torch.Tensor, clips: Sequence[Sequence[int]], crops: list[UniformCrop]
+) -> torch.Tensor:
+    """The test views of a video: every crop of every clip, crop after crop.
+
+    Args:
+        frames: (N, H, W, 3) uint8.
+        clips: for each, the places of its T frames among them.
+
+    Returns:
+        (views, 3, T, TEST_CROP_SIZE, TEST_CROP_SIZE); still uint8 where the frames have the right
+        scale, else normalised float32: see `prepare`.
+    """
+    if min(frames.shape[1:3]) != crops[0].scale:
+        return torch.stack(
+            [view for clip in clips for view in _scaled(cfg, frames[list(clip)], crops)]
+        )
+    pixels, size = frames.numpy(), crops[0].size
+    views = np.empty((len(clips), len(crops), len(clips[0]), size, size, 3), np.uint8)
+    for views_of_clip, clip in zip(views, clips):
+        for view, crop in zip(views_of_clip, crops):
+            top, left = crop.place(*pixels.shape[1:3])
+            for image, place in zip(view, clip):  # rows of bytes, as they lie
+                image[:] = pixels[place, top : top + size, left : left + size]
+    views = torch.from_numpy(views.reshape(-1, *views.shape[2:])).permute(0, 4, 1, 2, 3)
+    return views.flip(1) if cfg.DATA.REVERSE_INPUT_CHANNEL else views
+
+
+def _scaled(cfg, frames: torch.Tensor, crops: list[UniformCrop]) -> torch.Tensor:
+    clip = F.to_dtype(frames.permute(0, 3, 1, 2), torch.float32, scale=True)
+    clip = scale_short_side(clip, crops[0].scale)  # once for all crops
+    views = (_to_model(crop(clip), cfg.DATA.REVERSE_INPUT_CHANNEL) for crop in crops)
+    return torch.stack([_normalized(view, cfg) for view in views])
 
 
 def prepare(clips: torch.Tensor, cfg) -> torch.Tensor:

@@ -65,5 +65,7 @@ def _taps(position: Tensor, size: int, bicubic: bool) -> tuple[Tensor, Tensor]:
         ]
     else:
         weights = [1 - t, t]
+    weights = torch.stack(weights)
     offsets = torch.arange(len(weights), dtype=torch.int32)[:, None] - int(bicubic)
-    return (before.int() + offsets).clamp(0, size - 1), torch.stack(weights)
+    used = weights.any(1)  # along the axis that a shear or shift leaves alone it is one pixel
+    return (before.int() + offsets[used]).clamp(0, size - 1), weights[used]

@@ -1,7 +1,7 @@
 """``stts make-data``: small H.264 videos whose class shows only where one looks, with the truth.
 
 A folder of videos, the lists that a run reads, ``truth.json`` with the frames and boxes that show
-the class, and ``config.yaml``, which trains a small MViT on them: ``stts run --cfg config.yaml``.
+the class, and configs of small models to train on them: ``stts run --cfg DIR/mvit.yaml``.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     """Writes the videos of a kind.
 
     Raises:
-        ValueError: for sizes that the model of config.yaml cannot see in whole tokens.
+        ValueError: for sizes that the models cannot see in whole tokens.
     """
     kind = KINDS[args.kind]
     side, num_frames = args.side or kind.side, args.frames or kind.num_frames
@@ -57,8 +57,10 @@ def main(args: argparse.Namespace) -> int:
         if count < NUM_CLASSES:
             raise ValueError(f"{name} is {count}: give each of the {NUM_CLASSES} classes a video")
     write_dataset(args.out, args.kind, *counts.values(), args.seed, side, num_frames)
-    path = os.path.join(args.out, "config.yaml")
-    write_config(path, config(args.out, args.kind, args.seed, side, num_frames))
+    for model in MODELS:
+        path = os.path.join(args.out, f"{model}.yaml")
+        write_config(path, config(args.out, args.kind, args.seed, side, num_frames, model))
+    path = os.path.join(args.out, "mvit.yaml")
     print(f"wrote {sum(counts.values())} videos to {args.out}; next: stts run --cfg {path}")
     return 0
 
@@ -139,23 +141,33 @@ def write_frames(path: str, frames: Iterable[np.ndarray], fps: float) -> None:
         container.mux(stream.encode())
 
 
-# ---- the config that learns it --------------------------------------------------------------
+# ---- configs that learn them -----------------------------------------------------------------
 
 
 def config(
-    folder: str, kind: str, seed: int, side: int | None = None, num_frames: int | None = None
+    folder: str,
+    kind: str,
+    seed: int,
+    side: int | None = None,
+    num_frames: int | None = None,
+    model: str = "mvit",
 ) -> dict:
-    """SlowFast's keys of a small MViT that learns a kind of videos in ``folder`` in minutes."""
+    """SlowFast's keys of a small model, one of ``MODELS``, for a kind of videos in ``folder``.
+
+    STTS is off; its blocks are those before which ``stts study`` selects.
+    """
     what = KINDS[kind]
     side, num_frames = side or what.side, num_frames or what.num_frames
-    stride = side // what.grid
+    # A frame of tokens is of two frames of pixels; TimeSformer's patches are of one.
+    frames = TOKEN_FRAMES if model == "timesformer" else 2 * TOKEN_FRAMES
+    name, nodes = MODELS[model](side // what.grid, what.kv_stride)
     return {
         "TRAIN": {"BATCH_SIZE": what.batch_size, "EVAL_PERIOD": 100, "CHECKPOINT_PERIOD": 100},
         "DATA": {
             "PATH_TO_DATA_DIR": folder,
             "PATH_PREFIX": os.path.join(folder, "videos"),
-            "NUM_FRAMES": 2 * TOKEN_FRAMES,
-            "SAMPLING_RATE": num_frames // (2 * TOKEN_FRAMES),
+            "NUM_FRAMES": frames,
+            "SAMPLING_RATE": num_frames // frames,
             "TARGET_FPS": FPS,
             "TRAIN_JITTER_SCALES": [side, side],
             "TRAIN_CROP_SIZE": side,
@@ -165,24 +177,15 @@ def config(
         },
         "MODEL": {
             "ARCH": "mvit",
-            "MODEL_NAME": "MViT",
+            "MODEL_NAME": name,
             "NUM_CLASSES": NUM_CLASSES,
             "DROPOUT_RATE": 0.0,
         },
-        "MVIT": {
-            "DEPTH": 4,
-            "EMBED_DIM": 32,
-            # A frame of tokens is of two frames of pixels and no others: what it shows is clear.
-            "PATCH_KERNEL": [2, 2 * stride - 1, 2 * stride - 1],
-            "PATCH_STRIDE": [2, stride, stride],
-            "PATCH_PADDING": [0, stride - 1, stride - 1],
-            "SEP_POS_EMBED": True,
-            "DROPPATH_RATE": 0.0,
-            "DIM_MUL": [[2, 2.0]],
-            "HEAD_MUL": [[2, 2.0]],
-            "POOL_Q_STRIDE": [[2, 1, 2, 2]],
-            "POOL_KV_STRIDE_ADAPTIVE": what.kv_stride,
-            "POOL_KVQ_KERNEL": [3, 3, 3],
+        **nodes,
+        "STTS": {
+            "ENABLE": False,
+            "TIME": {"BLOCKS": [0], "KEEP": [0.5]},
+            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], "STRIDE": 1},
         },
         "SOLVER": {
             "OPTIMIZING_METHOD": "adamw",
@@ -198,8 +201,42 @@ def config(
         "DATA_LOADER": {"NUM_WORKERS": 1},
         "NUM_GPUS": 0,
         "RNG_SEED": seed,
-        "OUTPUT_DIR": os.path.join(folder, "run"),
+        "OUTPUT_DIR": os.path.join(folder, f"run_{model}"),
     }
+
+
+def _mvit(stride: int, kv_stride: list[int]) -> tuple[str, dict]:
+    node = {
+        "DEPTH": 4,
+        "EMBED_DIM": 32,
+        # No others than the two frames of pixels: what a frame of tokens shows is clear.
+        "PATCH_KERNEL": [2, 2 * stride - 1, 2 * stride - 1],
+        "PATCH_STRIDE": [2, stride, stride],
+        "PATCH_PADDING": [0, stride - 1, stride - 1],
+        "SEP_POS_EMBED": True,
+        "DROPPATH_RATE": 0.0,
+        "DIM_MUL": [[2, 2.0]],
+        "HEAD_MUL": [[2, 2.0]],
+        "POOL_Q_STRIDE": [[2, 1, 2, 2]],
+        "POOL_KV_STRIDE_ADAPTIVE": kv_stride,
+        "POOL_KVQ_KERNEL": [3, 3, 3],
+    }
+    return "MViT", {"MVIT": node}
+
+
+def _timesformer(stride: int, kv_stride: list[int]) -> tuple[str, dict]:
+    sizes = {"PATCH_SIZE": stride, "EMBED_DIM": 32, "DEPTH": 4, "NUM_HEADS": 2}
+    return "TimeSformer", {"TIMESFORMER": {**sizes, "DROPPATH_RATE": 0.0}}
+
+
+def _video_swin(stride: int, kv_stride: list[int]) -> tuple[str, dict]:
+    sizes = {"PATCH_SIZE": [2, stride, stride], "EMBED_DIM": 32, "DEPTHS": [2, 2]}
+    windows = {"NUM_HEADS": [2, 4], "WINDOW_SIZE": [8, 3, 3], "DROPPATH_RATE": 0.0}
+    return "VideoSwin", {"VIDEO_SWIN": {**sizes, **windows}}
+
+
+# File name of the config -> (pixels of a token, pooling of keys) -> MODEL_NAME and its node.
+MODELS = {"mvit": _mvit, "timesformer": _timesformer, "video_swin": _video_swin}
 
 
 def write_config(path: str, values: dict) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 NUM_CLASSES = 8
 TOKEN_FRAMES = 8  # a model sees a video as so many frames of tokens
-GRID = 6  # tokens a side that objects are made for: they begin where a token does
+GRID = 8  # tokens a side that objects are made for: they begin where a token does
 
 # top, left, height and width in pixels
 Box = tuple[int, int, int, int]
@@ -161,7 +161,7 @@ def _draw_clutter(label, rng, num_frames, side):
     token = side // GRID
     size, turns = 2 * token - 1, rng.permutation(8)
     chosen = int(rng.integers(9))
-    corners = [(2 * token * row, 2 * token * column) for row in range(3) for column in range(3)]
+    corners = [(3 * token * row, 3 * token * column) for row in range(3) for column in range(3)]
     sheet = np.zeros((side, side))
     for place, (top, left) in enumerate(corners):
         gaps = [label] if place == chosen else [turns[place % 8], turns[place % 8] + 4]
@@ -192,7 +192,7 @@ KINDS = {
         text="a glyph for a moment, its cells shuffled else",
     ),
     "motion": Kind(
-        *(_draw_motion, 48, 32, GRID, [1, 2, 2], 16, 8, 2048),
+        *(_draw_motion, 48, 32, 6, [1, 2, 2], 16, 3, 2048),
         text="which way a disc goes for a while",
     ),
     "clutter": Kind(

@@ -1,5 +1,6 @@
 """Training, resuming and testing on real video files, with SlowFast's checkpoints and lines."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -283,6 +284,27 @@ def test_a_test_that_reads_no_video_fails(run, cfg):
     cfg.DATA.PATH_PREFIX = "nowhere"
     with pytest.raises(ValueError, match=r"none of the \d+ test videos .*PATH_PREFIX \('nowhere'"):
         engine.test(cfg)
+
+
+def test_testing_ends_with_the_list_of_unreadable_videos_unless_they_are_allowed(run, cfg):
+    folder, known = cfg.DATA.PATH_PREFIX, range(run.num_videos - 1)
+    lines = [f"{folder}/{number}.mp4 {number % 6}\n" for number in known]
+    cfg.DATA.PATH_PREFIX = ""
+    cfg.DATA.PATH_TO_DATA_DIR = cfg.OUTPUT_DIR
+    os.makedirs(cfg.OUTPUT_DIR)
+    with open(os.path.join(cfg.OUTPUT_DIR, "test.csv"), "w") as file:
+        file.writelines([*lines, "gone.mp4 0\n"])
+    with pytest.raises(ValueError, match=r"1 of the test videos .*ALLOW_MISSING.*\n  gone.mp4"):
+        engine.test(cfg)
+    cfg.TEST.ALLOW_MISSING = True
+    result = engine.test(cfg)
+    assert (result["unreadable"], result["damaged"]) == (1, 0)
+    count = run.num_videos - 1
+    for name in ("top1_acc", "top5_acc"):  # the lost one counts as wrong
+        expected = result[f"{name}_readable"] * count / (count + 1)
+        assert result[name] == pytest.approx(expected, abs=1e-3)
+    with open(os.path.join(cfg.OUTPUT_DIR, "json_stats.log")) as file:
+        assert '"unreadable": 1' in file.read().splitlines()[-1]
 
 
 def test_mixed_precision_and_clipping_train(run, cfg):

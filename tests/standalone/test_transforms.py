@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from stts_slowfast.standalone import transforms
+from stts_slowfast.standalone import augment, transforms
 from stts_slowfast.standalone.data import batch_mixer
 from stts_slowfast.standalone.defaults import get_cfg
 
@@ -50,7 +50,7 @@ def by_pil(image, name, level, increasing, sign, resample):
 
 @pytest.mark.parametrize("interpolation", [BILINEAR, BICUBIC])
 @pytest.mark.parametrize("increasing", [False, True])
-@pytest.mark.parametrize("name", transforms.OPERATIONS)
+@pytest.mark.parametrize("name", augment.OPERATIONS)
 def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, interpolation):
     rng = np.random.default_rng(0)
     low, high = rng.integers(0, 40), rng.integers(180, 250)
@@ -60,7 +60,7 @@ def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, interp
     resample = {BILINEAR: Image.BILINEAR, BICUBIC: Image.BICUBIC}[interpolation]
     for level in (0.0, 0.3, 0.7, 1.0):
         for sign in (-1, 1):
-            out = transforms.apply_operation(clip, name, level, increasing, sign, interpolation)
+            out = augment.apply_operation(clip, name, level, increasing, sign, interpolation)
             assert out.shape == clip.shape and out.dtype == torch.uint8
             for image, frame in zip(images, out.permute(0, 2, 3, 1).numpy()):
                 expected = by_pil(Image.fromarray(image), name, level, increasing, sign, resample)
@@ -98,30 +98,30 @@ def test_erased_clips_are_normalised_before():
 
 def test_operations_treat_frames_alike():
     clip = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8).expand(3, 3, 24, 32)
-    augment = transforms.RandAugment("rand-m7-n4-mstd0.5-inc1")
+    policy = augment.RandAugment("rand-m7-n4-mstd0.5-inc1")
     for _ in range(10):
-        out = augment(clip)
+        out = policy(clip)
         assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
 
 
 def test_policy_is_parsed_as_timm_writes_it():
-    augment = transforms.RandAugment("rand-m7-n4-mstd0.5-inc1")
-    assert (augment.magnitude, augment.num_ops, augment.deviation) == (7, 4, 0.5)
-    assert augment.increasing and not transforms.RandAugment("rand-m9-inc0").increasing
-    for policy in ("auto-m7", "rand-q3", "rand-m"):
+    policy = augment.RandAugment("rand-m7-n4-mstd0.5-inc1")
+    assert (policy.magnitude, policy.num_ops, policy.deviation) == (7, 4, 0.5)
+    assert policy.increasing and not augment.RandAugment("rand-m9-inc0").increasing
+    for wrong in ("auto-m7", "rand-q3", "rand-m"):
         with pytest.raises(ValueError, match=r"AUG\.AA_TYPE"):
-            transforms.RandAugment(policy)
+            augment.RandAugment(wrong)
 
 
 def test_erased_boxes_lie_in_the_same_place_in_all_frames():
     clip = torch.ones(3, 4, 32, 32)
     for mode, count in (("pixel", 1), ("rand", 1), ("const", 1)):
-        out = transforms.RandomErasing(1.0, mode, count)(clip)
+        out = augment.RandomErasing(1.0, mode, count)(clip)
         gone = (out != 1).all(0)
         assert torch.equal(gone, gone[:1].expand_as(gone))
         assert 0.01 < gone[0].float().mean() < 0.36
         assert mode == "const" or not torch.equal(out[:, 0], out[:, 1])
-    assert torch.equal(transforms.RandomErasing(0.0)(clip), clip) and (clip == 1).all()
+    assert torch.equal(augment.RandomErasing(0.0)(clip), clip) and (clip == 1).all()
 
 
 def test_short_side_is_scaled_and_the_long_side_rounded_down():

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from stts_slowfast import build_model
+from stts_slowfast.backbones import block_grids
 from stts_slowfast.standalone.data import ClipDataset
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.tools import cli, makedata, scenes
@@ -143,16 +145,21 @@ def ring_light(frame, top, left, size, side):
     return frame[round(row), round(column)]
 
 
-def test_command_writes_videos_and_the_config_that_learns_them(kind, tmp_path, capsys):
+def test_command_writes_videos_and_configs_of_three_families(kind, tmp_path, capsys):
     out = tmp_path / "a folder"
     words = ["make-data", "--kind", kind, "--out", str(out), "--train", "8", "--test", "8"]
     assert cli.main([*words, "--side", "48", "--frames", "16"]) == 0
-    path = out / "config.yaml"
-    assert f"stts run --cfg {path}" in capsys.readouterr().out
-    cfg = load_config(str(path))
-    for split in ("train", "test"):
-        clips, labels = ClipDataset(cfg, split)[3][:2]
-        assert clips.shape == (1, 3, 16, 48, 48) and labels.tolist() == [3]
+    assert f"stts run --cfg {out / 'mvit.yaml'}" in capsys.readouterr().out
+    for model in makedata.MODELS:
+        cfg = load_config(str(out / f"{model}.yaml"))
+        for split in ("train", "test"):
+            clips, labels = ClipDataset(cfg, split)[3][:2]
+            assert clips.shape[2] * cfg.DATA.SAMPLING_RATE == 16 and clips.shape[-1] == 48
+            assert labels.tolist() == [3]
+        # Selected before its first block, each sees frames and places as the truth counts them.
+        assert block_grids(cfg)[0] == (8, *[scenes.KINDS[kind].grid] * 2)
+        cfg.STTS.ENABLE = True
+        assert build_model(cfg).eval()(torch.zeros(1, *clips.shape[1:])).shape == (1, 8)
     # A flipped left would be a right.
     assert cfg.DATA.RANDOM_FLIP is (kind == "square")
 
@@ -160,7 +167,7 @@ def test_command_writes_videos_and_the_config_that_learns_them(kind, tmp_path, c
 def test_sizes_without_whole_tokens_are_refused(tmp_path, capsys):
     words = ["make-data", "--kind", "needle", "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--side", "50"]) == 2
-    assert "--side is 50: give a multiple of 12" in capsys.readouterr().err
+    assert "--side is 50: give a multiple of 16" in capsys.readouterr().err
     assert cli.main([*words, "--frames", "8"]) == 2
     assert cli.main([*words, "--test", "4"]) == 2
     assert "--test is 4: give each of the 8 classes a video" in capsys.readouterr().err

@@ -1,14 +1,19 @@
 """A study measures what it says, once, and goes on where it stopped."""
 
+import argparse
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from stts_slowfast import build_model, load_config
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.standalone import engine
-from stts_slowfast.tools import cli, makedata, study
+from stts_slowfast.tools import cli, makedata, run, study
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +157,36 @@ def test_mistakes_show_before_anything_is_measured(folder, tmp_path, capsys, mor
     assert cli.main(words(folder, tmp_path / "out", *scorers, *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path):
+    """Its words, with commands that only write down how they were called."""
+    script = Path(__file__).parents[2] / "projects" / "stts" / "selection.sh"
+    fake = tmp_path / "bin" / "stts"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/usr/bin/env bash\n(IFS="|"; echo "$*" >> "$CALLS")\n'
+        f'[ "$1" = make-data ] && exec {sys.executable} -m stts_slowfast "$@"\n'
+        '[ "$1" = run ] && mkdir -p "$DATA/run_mvit/checkpoints" && '
+        'touch "$DATA/run_mvit/checkpoints/checkpoint_epoch_0000"{1,2}.pyth\nexit 0\n'
+    )
+    fake.chmod(0o755)
+    env = {**os.environ, "CALLS": str(tmp_path / "calls"), "DATA": str(tmp_path / "t" / "motion")}
+    env |= {"KINDS": "motion", "MODELS": "mvit", "TRAIN": "8", "TEST": "8", "EPOCHS": "1"}
+    env |= {"PATH": f"{fake.parent}:{env['PATH']}", "SEEDS": "2"}
+    env["PYTHONPATH"] = str(script.parents[2])
+    for _ in range(2):
+        subprocess.run(["bash", str(script), str(tmp_path / "t")], env=env, check=True)
+    calls = [line.split("|") for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call[0] for call in calls] == ["make-data", "run", "study", "run", "study"]
+    parsed = {}
+    for name, module in (("run", run), ("study", study)):
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        parsed[name] = parser.parse_args(next(call for call in calls if call[0] == name)[1:])
+    assert parsed["run"].opts[:2] == ["SOLVER.MAX_EPOCH", "1"]
+    load_config(parsed["run"].cfg[0], parsed["run"].opts)
+    args = parsed["study"]
+    assert args.checkpoint.endswith("checkpoint_epoch_00002.pyth") and args.train
+    rows = study.plan_rows(load_config(args.cfg, args.recipe), args)
+    assert len(rows) == 1 + 2 + 3 * (3 + 2 + 4 * 2)
