@@ -94,7 +94,19 @@ MUTATIONS = {
         "pass",
         f"{STOPS} -k takes_all_others_along",
     ),
-    "processes-do-not-watch-each-other": Mutation(
+    "readers-obey-the-groups-signal": Mutation(
+        "standalone/data.py",
+        "worker_init_fn=in_reader,",
+        "",
+        f"{STOPS}::test_a_signal_to_the_whole_group_loses_no_iteration[1-Signals.SIGTERM]",
+    ),
+    "nobody-reads-late-signals": Mutation(
+        "standalone/stops.py",
+        "threading.Thread(target=self._end, args=(number[0],), daemon=True).start()",
+        "return",
+        f"{STOPS} -k print_nothing",
+    ),
+    "a-deaf-process-stays": Mutation(
         "standalone/stops.py",
         "if not self._over.wait(GRACE):",
         "if False:",

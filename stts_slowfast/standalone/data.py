@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stts_slowfast.standalone.badvideos import BadVideos, Finding, too_many
 from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list_ssv2
+from stts_slowfast.standalone.stops import in_reader
 from stts_slowfast.standalone.transforms import (
     batch_mixer,
     cut_views,
@@ -336,6 +337,7 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
         num_workers=workers,
         # Whatever the default is (spawn in a process that was spawned): they end with their parent.
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=in_reader,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available() and not test,
         persistent_workers=not test and workers > 0,
         generator=torch.Generator().manual_seed(cfg.RNG_SEED + rank),

@@ -181,6 +181,8 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
             # The loaders go now, while signals are listened to, not with the last traceback.
             traceback.clear_frames(error.__traceback__)
             gc.collect()
+            if lost and stop.number:  # whatever ended the reader was to end the run
+                raise Interrupted(number=stop.number) from error
             if lost:
                 raise ChildProcessError(lost) from error
             raise

@@ -55,20 +55,23 @@ class Stop:
         if number == signal.SIGUSR1:
             self.save = True
             return
-        self.number = self.number or number
+        if self.number:
+            return  # the first is being obeyed
+        self.number = number
         if not self.deferred:
             self.check()
 
     def _watch(self, reader: int) -> None:
-        """Ends the process where a signal was not obeyed in time."""
+        """Reads the signals' numbers until the run is over."""
         with open(reader, "rb", buffering=0) as numbers:
             while number := numbers.read(1):
                 if number[0] in (signal.SIGINT, signal.SIGTERM):
-                    break
-            else:
-                return  # the run is over
+                    threading.Thread(target=self._end, args=(number[0],), daemon=True).start()
+
+    def _end(self, number: int) -> None:
+        """Ends the process where a signal is not obeyed in time."""
         if not self._over.wait(GRACE):
-            end_now(f"did not end within {GRACE:g} s", 128 + number[0])
+            end_now(f"did not end within {GRACE:g} s", 128 + number)
 
 
 _listening: Stop | None = None
@@ -118,6 +121,16 @@ def _in_forked_child() -> None:
 os.register_at_fork(after_in_child=_in_forked_child)
 
 
+def in_reader(worker: int) -> None:
+    """For a loader's ``worker_init_fn``: a signal to the whole process group (timeout, Slurm) is
+    obeyed by the run, which needs its readers up to the end of the step.
+
+    PyTorch sets a handler of its own for SIGTERM after the fork, so it is not done there.
+    """
+    if _listening is not None:  # else nobody would kill a reader that is stuck
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def die_with_parent() -> None:
     """Has the kernel kill this process when the one that started it ends (on Linux)."""
     if sys.platform == "linux":
@@ -142,19 +155,19 @@ def end_soon(reason: str) -> None:
 
 
 def end_children(spared: Collection = ()) -> None:
-    """Ends the processes that were started from here, other than the spared ones, and waits.
+    """Kills the processes that were started from here, other than the spared ones, and waits.
 
-    A loader whose run failed would wait for each of its processes in turn, by seconds.
+    A loader whose run failed would wait for each of its processes in turn, by seconds; and they
+    pass SIGTERM over (:func:`in_reader`).
     """
     main = threading.current_thread() is threading.main_thread()
     children = [child for child in multiprocessing.active_children() if child not in spared]
     # PyTorch's handler would raise for a child that ends by a signal.
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main and children else None
-    for end in ("terminate", "kill"):
-        for child in children:
-            getattr(child, end)()
-        for child in children:
-            child.join(1.0)
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(1.0)
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
 

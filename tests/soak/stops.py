@@ -134,7 +134,7 @@ def stop(process: subprocess.Popen, chance: random.Random, counts: Counter) -> s
     what = f"{signal.Signals(number).name} to {whom}"
     counts["stops"] += 1
     counts[what] += 1
-    # A reader passes Ctrl-C over, and ends as it should by SIGTERM: then the run may go on.
+    # A reader passes both over, as the run is asked too where they are meant for it.
     reader = whom == "one" and number != signal.SIGKILL and targets != [process.pid]
     until = time.monotonic() + 10.0
     while (left := alive(process.pid)) and time.monotonic() < until:

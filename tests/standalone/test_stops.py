@@ -61,6 +61,65 @@ def test_a_signal_loses_no_iteration(run, cfg, whole, number):
     assert multiprocessing.active_children() == []
 
 
+GROUP = """
+import os, signal, sys
+import torch.distributed as dist
+from stts_slowfast.standalone import engine
+from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.stops import Interrupted
+
+left = int(sys.argv[3])
+
+def watch(split, model, batch):
+    global left
+    left -= 1
+    if left == 0 and not (dist.is_initialized() and dist.get_rank()):
+        os.killpg(0, int(sys.argv[4]))
+
+if __name__ == "__main__":
+    try:
+        engine.train(load_config(sys.argv[1]), processes=int(sys.argv[2]), watch=watch)
+    except Interrupted as stopped:
+        print("STOPPED", stopped)
+        sys.exit(stopped.status)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_whole_group_loses_no_iteration(run, cfg, processes, number):
+    """As timeout(1) and Slurm send it: the readers get it too."""
+    cfg.TRAIN.BATCH_SIZE = 2 * processes
+    script = run.tmp_path / "group.py"
+    script.write_text(GROUP)
+
+    def train(batches):
+        words = [sys.executable, script, run.write(), processes, batches, int(number)]
+        done = subprocess.run(
+            list(map(str, words)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            start_new_session=True,
+        )
+        return done.returncode, done.stdout
+
+    folder, cfg.OUTPUT_DIR = cfg.OUTPUT_DIR, str(run.tmp_path / "whole")
+    assert train(0)[0] == 0
+    whole = run.checkpoint(2)
+    cfg.OUTPUT_DIR = folder
+    # obeyed after the next iteration; an epoch has 3 of them, or 2 in two processes
+    status, said = train(4 if processes == 1 else 2)
+    assert status == 128 + number, said
+    (within,) = [name for name in run.checkpoints() if "within_epoch_00001" in name]
+    assert f"{within}\n" in said.partition("STOPPED interrupted; the same command goes on from")[2]
+    assert "lost" not in said and "Exception ignored" not in said
+    assert train(0)[0] == 0
+    for key in ("model_state", "optimizer_state"):
+        torch.testing.assert_close(run.checkpoint(2)[key], whole[key], rtol=0, atol=0)
+
+
 def test_a_warning_writes_a_checkpoint_and_goes_on(run, cfg, whole):
     seen = []
 
@@ -187,6 +246,23 @@ def test_a_process_that_does_not_listen_ends_all_the_same():
         process.terminate()
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
         assert b"did not end within 1 s" in process.stderr.read()
+
+
+LATE = """
+import os, signal, subprocess, sys
+from stts_slowfast.standalone import stops
+signal.signal(signal.SIGCHLD, lambda *_: None)  # as PyTorch's loaders do
+with stops.listen() as stop:
+    stop.deferred = True
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(20):
+        subprocess.run([sys.executable, "-S", "-c", ""])
+"""
+
+
+def test_children_that_end_after_a_signal_print_nothing():
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def alive(session):
