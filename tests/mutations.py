@@ -98,7 +98,7 @@ MUTATIONS = {
         "standalone/data.py",
         "worker_init_fn=in_reader,",
         "",
-        f"{STOPS}::test_a_signal_to_the_whole_group_loses_no_iteration[1-Signals.SIGTERM]",
+        f"{STOPS}::test_a_signal_to_the_whole_group_loses_no_iteration[1-15]",
     ),
     "nobody-reads-late-signals": Mutation(
         "standalone/stops.py",
