@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import time
+import tracemalloc
 
 import av
 import numpy as np
@@ -21,6 +22,7 @@ from stts_slowfast.standalone.data import (
     prepare,
 )
 from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.standalone.lists import list_ssv2
 from stts_slowfast.video import Video, VideoError, clip_span, frame_indices
 
 
@@ -459,6 +461,22 @@ def test_ssv2_takes_a_frame_of_every_segment_in_rgb(ssv2):
         expected = 10.0 * torch.tensor(frames)
         torch.testing.assert_close(red.mean((1, 2)), expected, atol=0.1, rtol=0)
         assert green.abs().max() < 0.1
+
+
+def test_a_list_of_many_frames_takes_few_bytes_each(ssv2):
+    rows = ["original_vido_id video_id frame_id path labels"]
+    rows += [f'{n % 50} 0 {n} {n % 50}/{n:06d}.jpg ""' for n in range(20_000)]  # not in one place
+    rewrite(ssv2, "\n".join(rows))
+    videos = [{"id": str(n), "template": "Holding [something]"} for n in (7, 3)]
+    rewrite(ssv2, json.dumps(videos), "something-something-v2-train.json")
+    tracemalloc.start()
+    entries = list_ssv2(ssv2, "train")
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 60 * 20_000
+    assert [entry.path for entry in entries] == ["7", "3"] and len(entries) == 2
+    frames = entries[1].frames
+    assert len(frames) == 400 and frames[1] == f"{ssv2.DATA.PATH_PREFIX}/3/000053.jpg"
 
 
 def test_ssv2_trains_and_validates(ssv2):

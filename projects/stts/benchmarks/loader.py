@@ -177,10 +177,12 @@ def decoder_ways(path: str, views: int) -> dict:
             module = importlib.import_module(
                 name if name != "torchcodec" else "torchcodec.decoders"
             )
-        except Exception as error:
-            print(f"left out: {name} ({' '.join(str(error).split())[:70]})")
+            read = make(module, path, wanted)
+            read()
+        except Exception as error:  # missing, or installed without the libraries that it needs
+            print(f"left out: {name} ({' '.join(str(error).split())[:50]})")
             continue
-        ways[f"{name} {getattr(module, '__version__', '')}".strip()] = make(module, path, wanted)
+        ways[f"{name} {getattr(module, '__version__', '')}".strip()] = read
     return ways
 
 
