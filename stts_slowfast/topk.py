@@ -179,6 +179,7 @@ class _PerturbedTopK(torch.autograd.Function):
             marks = torch.zeros_like(noise, dtype=torch.uint8).scatter_(2, kept, 1)
             ranks = marks.cumsum(2, dtype=torch.int32).gather(2, kept)  # 1..k
             places = kept.add_(ranks.sub_(1), alpha=d).flatten(1)  # (B, n*k)
+        # Ones add up to the same in any order.
         ones = scores.new_ones(()).expand(places.shape)
         indicators = scores.new_zeros(batch, k * d).scatter_add_(1, places, ones)
         ctx.save_for_backward(noise, sigma, places)
@@ -196,9 +197,11 @@ class _PerturbedTopK(torch.autograd.Function):
             weights = weights - weights.mean(dim=1, keepdim=True)
             grad = torch.bmm(weights[:, None], noise).squeeze(1)  # (B, d)
         else:
-            columns = places.remainder(d)
-            noise = noise.gather(2, columns.view(batch, num_samples, -1)).flatten(1)
-            grad = noise.new_zeros(batch, d).scatter_add_(1, columns, marked * noise)
+            # A sample keeps an entry once at most, so nothing is added up in a scatter, whose order
+            # on a GPU is that of its threads: the gradient is the same bits in every run.
+            columns = places.remainder(d).view(batch, num_samples, -1)  # (B, n, k)
+            marked = marked.view_as(columns)
+            grad = torch.zeros_like(noise).scatter_(2, columns, marked).mul_(noise).sum(dim=1)
         scale = torch.where(sigma > SMALLEST_SIGMA, 1.0 / (num_samples * sigma), 0.0)
         return grad * scale, None, None, None, None
 

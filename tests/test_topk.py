@@ -252,3 +252,31 @@ def test_subset_compiles_and_is_named_when_bad():
         subset(torch.full((2, 6), torch.nan), 2, 0.1)
     with pytest.raises(ValueError, match="k is 7"):
         subset(scores, 7, 0.1)
+
+
+# What adds in an order that a GPU's threads decide.
+ACCUMULATING = ("scatter_add", "scatter_reduce", "index_add", "index_put", "put_", "bincount")
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("gradient", ["exact", "diagonal"])
+def test_the_same_bits_in_any_order_of_threads(gradient, k):
+    """Only ones are added up without an order, which is exact; so a run on a GPU can be repeated."""
+    added = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(name in str(func) for name in ACCUMULATING):
+                added.append(args[3])
+            return func(*args, **(kwargs or {}))
+
+    scores = torch.rand(2, 9, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Watch():
+            out = perturbed_topk(scores, k, 500, 0.1, gradient)
+            out.backward(torch.randn_like(out))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(added) == 1 and added[0].eq(1).all()
+    assert scores.grad.abs().sum() > 0
