@@ -59,7 +59,8 @@ class Grid(tuple):
         sizes = Grid(sizes)
         if sizes == self:
             return self
-        time, rows, columns = (max(round(a / b), 1) for a, b in zip(self, sizes))
+        # Rounded up, so that as many frames are taken as there are: 5 pooled by 4 are 2.
+        time, rows, columns = (-(-a // b) for a, b in zip(self, sizes))
         frames, windows = self.frames, self.windows
         if frames is not None and time > 1:
             frames = frames[:, ::time] // time

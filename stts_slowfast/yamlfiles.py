@@ -91,9 +91,14 @@ def check_file(path: str, above: tuple[str, ...] = ()) -> None:
             "a config file cannot be its own base"
         )
     with g_pathmgr.open(path) as f:
-        root = yaml.compose(f, Loader=yaml.SafeLoader)
+        try:
+            root = yaml.compose(f, Loader=yaml.SafeLoader)
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"config file {path} is not YAML that can be read: {error}") from error
+    if root is None:
+        raise ValueError(f"config file {path} is empty")
     if not isinstance(root, yaml.MappingNode):
-        return  # an empty file, or no mapping: told when it is read
+        raise ValueError(f"config file {path} is no mapping: write lines such as 'STTS:'")
     _no_key_twice(root, path)
     for base in _bases(root):
         base = os.path.expanduser(base)
@@ -102,21 +107,41 @@ def check_file(path: str, above: tuple[str, ...] = ()) -> None:
         check_file(base, (*above, real))
 
 
-def _no_key_twice(node: yaml.MappingNode, path: str, prefix: str = "") -> None:
+def _no_key_twice(root: yaml.Node, path: str) -> None:
+    done = set()  # what several places name is looked at once
+
+    def look(node: yaml.Node, prefix: str, above: tuple[yaml.Node, ...]) -> None:
+        if node in above:
+            line = node.start_mark.line + 1
+            raise ValueError(f"config file {path}: what begins in line {line} contains itself")
+        if node in done:
+            return
+        above = (*above, node)
+        if isinstance(node, yaml.SequenceNode):
+            for part in node.value:
+                look(part, prefix, above)
+        if isinstance(node, yaml.MappingNode):
+            _keys_of(node, path, prefix)
+            for key, value in node.value:
+                look(value, f"{prefix}{key.value}.", above)
+        done.add(node)
+
+    look(root, "", ())
+
+
+def _keys_of(node: yaml.MappingNode, path: str, prefix: str) -> None:
     first: dict[str, tuple[int, yaml.Node]] = {}
     for key, value in node.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        group = isinstance(value, yaml.MappingNode)
         if name in first:
             line_before, before = first[name]
             text = f"{name} is given twice in {path}, in lines {line_before} and {line}"
-            if group or isinstance(before, yaml.MappingNode) or name.startswith(OURS):
+            groups = any(isinstance(each, yaml.MappingNode) for each in (before, value))
+            if groups or name.startswith(OURS):
                 raise ValueError(f"{text}: only the last would count; leave one")
             if yaml.serialize(before) != yaml.serialize(value):
                 logger.warning("%s: the last counts", text)
         first[name] = (line, value)
-        if group:
-            _no_key_twice(value, path, f"{name}.")
 
 
 def _bases(root: yaml.MappingNode) -> Iterator[str]:

@@ -261,7 +261,7 @@ ACCUMULATING = ("scatter_add", "scatter_reduce", "index_add", "index_put", "put_
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("gradient", ["exact", "diagonal"])
 def test_the_same_bits_in_any_order_of_threads(gradient, k):
-    """Only ones are added up without an order, which is exact; so a run on a GPU can be repeated."""
+    """Without an order only ones are added up, which is exact: a GPU repeats a run."""
     added = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -1,7 +1,8 @@
 import pytest
+import yaml
 
 from stts_slowfast.standalone.defaults import load_config
-from stts_slowfast.yamlfiles import CONFIGS, find_config
+from stts_slowfast.yamlfiles import CONFIGS, _no_key_twice, find_config, read_yaml
 
 
 def write(path, text):
@@ -75,3 +76,25 @@ def test_a_missing_base_is_named_with_who_asks(tmp_path):
     path = write(tmp_path / "top.yaml", "_BASE_: gone.yaml\n")
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml \(asked for by .*top\.yaml\)"):
         load_config(path)
+
+
+def test_what_lists_hold_is_looked_at_too(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("A:\n- B: {}\n  C: 2\n  B: {}\n")
+    with pytest.raises(ValueError, match=r"A\.B is given twice .* lines 2 and 4"):
+        read_yaml(str(path))
+
+
+def test_a_node_that_contains_itself_is_told(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("A: 1\nB: &b\n  C: [*b]\n")
+    with pytest.raises(ValueError, match=r"a\.yaml: what begins in line 3 contains itself"):
+        read_yaml(str(path))
+
+
+def test_what_many_places_name_is_looked_at_once(tmp_path):
+    path = tmp_path / "a.yaml"
+    lines = ["A0: &a0 [1]"]
+    lines += [f"A{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    path.write_text("\n".join(lines))
+    _no_key_twice(yaml.compose(path.read_text()), "")  # ten to the eighth, place by place

@@ -70,6 +70,8 @@ def list_kinetics(cfg, split: str) -> VideoList:
     """Reads ``{split}.csv``: a line ``path label`` for each video (label 0 where there is none)."""
     path = _data_file(cfg, f"{split}.csv", "a line 'path label' for each video")
     separator, labels = cfg.DATA.PATH_LABEL_SEPARATOR, array("q")
+    if not separator:
+        raise ValueError("DATA.PATH_LABEL_SEPARATOR is empty: say what stands before the label")
 
     def paths() -> Iterator[str]:
         for number, line in _lines(path):
@@ -91,15 +93,16 @@ def list_ssv2(cfg, split: str) -> VideoList:
     ``template``), and the frame list ``{train,val}.csv`` (a header, then
     ``original_vido_id video_id frame_id path labels``). Testing is on the validation set."""
     name = "train" if split == "train" else "validation"
-    known = _read_json(cfg, "something-something-v2-labels.json", "label numbers by template")
-    videos = _read_json(cfg, f"something-something-v2-{name}.json", "id and template of videos")
+    known = _read_json(cfg, "something-something-v2-labels.json", dict, "label numbers by template")
+    videos = _read_json(cfg, f"something-something-v2-{name}.json", list, "videos' id and template")
     frames, owners, names = _frame_list(cfg, "train.csv" if split == "train" else "val.csv")
     ids, labels, kept = [], array("q"), []
     for number, video in enumerate(videos):
-        if not isinstance(video, dict) or not {"id", "template"} <= video.keys():
+        both = [video.get(key) for key in ("id", "template")] if isinstance(video, dict) else []
+        if not both or not all(isinstance(text, str) for text in both):
             raise ValueError(
                 f"something-something-v2-{name}.json: entry {number} is {video!r}: "
-                "give each video an id and a template"
+                "give each video an id and a template, both texts"
             )
         template = video["template"].replace("[", "").replace("]", "")
         where = f"something-something-v2-{name}.json, video {video['id']}"
@@ -163,20 +166,27 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _read_json(cfg, name: str, content: str):
+def _read_json(cfg, name: str, kind: type, content: str):
     path = _data_file(cfg, name, content)
     with g_pathmgr.open(path, "r") as file:
         try:
-            return json.load(file)
-        except ValueError as error:
+            found = json.load(file)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, kind):
+        raise ValueError(
+            f"{path} holds a {type(found).__name__}: write a {kind.__name__}, {content}"
+        )
+    return found
 
 
 def _label(cfg, text: str | int, where: str) -> int:
     try:
-        label = int(text)
+        label = int(text) if isinstance(text, str) or type(text) is int else None
     except ValueError:
-        raise ValueError(f"{where}: the label {text!r} is not a whole number") from None
+        label = None
+    if label is None:
+        raise ValueError(f"{where}: the label {text!r} is not a whole number")
     if not 0 <= label < cfg.MODEL.NUM_CLASSES:
         raise ValueError(
             f"{where}: the label is {label} but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, "
