@@ -32,6 +32,8 @@ class Mutation:
 ENGINE = "tests/standalone/test_engine.py"
 PROCESSES = "tests/standalone/test_processes.py"
 STOPS = "tests/standalone/test_stops.py"
+TOPK, FILES = "tests/test_topk.py", "tests/checkpoints/test_files.py"
+GUARD = "tests/pyslowfast/test_guard.py"
 
 MUTATIONS = {
     "seed-without-epoch": Mutation(
@@ -117,6 +119,79 @@ MUTATIONS = {
         "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
         f"{STOPS} -k second_run",
+    ),
+    "smallest-sigma": Mutation(
+        "topk.py",
+        "SMALLEST_SIGMA = 1e-4",
+        "SMALLEST_SIGMA = 0.04",
+        f"{TOPK} -k wherever_noise",
+    ),
+    "sums-in-the-order-of-threads": Mutation(
+        "topk.py",
+        "torch.zeros_like(noise).scatter_(2, columns, marked).mul_(noise).sum(dim=1)",
+        "torch.zeros_like(noise[:, 0]).scatter_add_(1, columns.flatten(1), "
+        "(marked * noise.gather(2, columns)).flatten(1))",
+        f"{TOPK} -k order_of_threads",
+    ),
+    "nan-check-inverted": Mutation(
+        "selectors.py",
+        "found = scores.detach().isnan().any()",
+        "found = ~scores.detach().isnan().any()",
+        "tests/test_selectors.py -k on_a_device",
+    ),
+    "device-taken-for-the-host": Mutation(
+        "topk.py",
+        'return tensor.device.type == "cpu"',
+        'return tensor.device.type != "cpu"',
+        "tests/test_selectors.py -k nan_scores",
+    ),
+    "provenance-dropped": Mutation(
+        "hooks.py",
+        "return None if thw is None else self.host.hand_on(output, thw)",
+        "return None",
+        "tests/test_hooks.py -k travels",
+    ),
+    "guard-that-lets-pass": Mutation(
+        "pyslowfast/guard.py",
+        "if troubles := autoload.troubles():",
+        "if troubles := []:",
+        f"{GUARD} -k does_not_run",
+    ),
+    "selectors-not-missed": Mutation(
+        "pyslowfast/guard.py",
+        "if sorted(found) != sorted(wanted) or (wanted and stts is None):",
+        "if False:",
+        f"{GUARD} -k past_the_registry",
+    ),
+    "checksum-not-verified": Mutation(
+        "checkpoints/files.py",
+        "if checksum != _sha256(content):",
+        "if False:",
+        f"{FILES} -k flipped_byte",
+    ),
+    "special-files-replaced": Mutation(
+        "checkpoints/files.py",
+        "if not os.path.isfile(path):",
+        "if False:",
+        f"{FILES} -k special_files",
+    ),
+    "links-not-followed": Mutation(
+        "checkpoints/files.py",
+        "    path = os.path.realpath(path)\n    folder =",
+        "    folder =",
+        f"{FILES} -k links_are_followed",
+    ),
+    "any-share-of-bad-videos": Mutation(
+        "standalone/data.py",
+        "limit = self.cfg.DATA.MAX_BAD_SHARE",
+        "limit = 1.0",
+        "tests/standalone/test_data.py -k goes_on_up_to_the_share",
+    ),
+    "keys-given-twice": Mutation(
+        "yamlfiles.py",
+        "if groups or name.startswith(OURS):",
+        "if False:",
+        "tests/test_properties.py -k given_twice",
     ),
     "damage-is-not-passed-over": Mutation(
         "standalone/resume.py",

@@ -381,42 +381,15 @@ def test_any_bytes_are_a_config_or_refused(tmp_path, data):
 
 # --- state dicts --------------------------------------------------------------------------------
 
+# fmt: off
 PIECES = [
-    "module",
-    "model",
-    "backbone",
-    "cls_head",
-    "head",
-    "patch_embed",
-    "patch_embed3d",
-    "proj",
-    "projection",
-    "blocks",
-    "layers",
-    "features",
-    "0",
-    "1",
-    "2",
-    "11",
-    "attn",
-    "self_attn",
-    "qkv",
-    "norm1",
-    "weight",
-    "bias",
-    "rel_pos_h",
-    "relative_position_index",
-    "timesformer",
-    "encoder",
-    "stts",
-    "time_0",
-    "space_4",
-    "scorer",
-    "predictor",
-    "temporal_attn",
-    "score_predictor",
+    "module", "model", "backbone", "cls_head", "head", "patch_embed", "patch_embed3d", "proj",
+    "projection", "blocks", "layers", "features", "0", "1", "2", "11", "attn", "self_attn", "qkv",
+    "norm1", "weight", "bias", "rel_pos_h", "relative_position_index", "timesformer", "encoder",
+    "stts", "time_0", "space_4", "scorer", "predictor", "temporal_attn", "score_predictor",
     "cls_token",
 ]
+# fmt: on
 names = st.lists(st.sampled_from([*PIECES, ""]), max_size=6).map(".".join)
 shapes = st.sampled_from([(), (0,), (1,), (6,), (3, 4), (1, 8, 4), (4, 3, 3, 7, 7)])
 tensors = shapes.map(torch.zeros)
