@@ -169,12 +169,6 @@ MUTATIONS = {
         "if False:",
         f"{FILES} -k flipped_byte",
     ),
-    "special-files-replaced": Mutation(
-        "checkpoints/files.py",
-        "if not os.path.isfile(path):",
-        "if False:",
-        f"{FILES} -k special_files",
-    ),
     "links-not-followed": Mutation(
         "checkpoints/files.py",
         "    path = os.path.realpath(path)\n    folder =",

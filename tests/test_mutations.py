@@ -12,12 +12,8 @@ spec.loader.exec_module(mutations)
 
 
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
-def test_a_row_finds_its_line_and_its_tests(name):
+def test_a_row_finds_its_line(name):
     row = mutations.MUTATIONS[name]
     source = (HERE.parent / mutations.PACKAGE / row.file).read_text()
     assert source.count(row.line) == 1
-    file, _, word = row.tests.partition(" -k ")
-    functions = [
-        line for line in (HERE.parent / file).read_text().splitlines() if "def test" in line
-    ]
-    assert any(part in line for part in word.split(" or ") for line in functions)
+    assert (HERE.parent / row.tests.split()[0]).is_file()
