@@ -66,6 +66,12 @@ MUTATIONS = {
         "children = (lambda *_, **__: None)(",
         f"{PROCESSES} -k by_spawn",
     ),
+    "bad-videos-of-one-process-alone": Mutation(
+        "standalone/badvideos.py",
+        "if not torch.distributed.is_initialized():",
+        "if True:",
+        f"{PROCESSES} -k same_unreadable",
+    ),
     "test-prefers-the-starting-point": Mutation(
         "standalone/resume.py",
         "path, checkpoint = cfg.TEST.CHECKPOINT_FILE_PATH, None",
@@ -211,13 +217,13 @@ def main() -> int:
         start = time.perf_counter()
         verdict = judge(MUTATIONS[name])
         print(f"{name}: {verdict} ({time.perf_counter() - start:.0f} s)", flush=True)
-        if verdict != "red":
+        if not verdict.startswith("red"):
             failed.append(name)
     return int(bool(failed))
 
 
 def judge(mutation: Mutation) -> str:
-    """``red`` where the tests notice the change; else what happened instead."""
+    """``red`` and why, where the tests notice the change; else what happened instead."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in ("pyproject.toml", "setup.cfg", "README.md"):
@@ -243,7 +249,8 @@ def judge(mutation: Mutation) -> str:
         except subprocess.TimeoutExpired:
             return f"no result after {TIME_LIMIT:g} s"
     if tests.returncode == 1:
-        return "red"
+        reasons = [line for line in tests.stdout.splitlines() if line.startswith("E  ")]
+        return f"red, {' '.join(reasons[0].split())[:200]}" if reasons else "red"
     return "GREEN" if tests.returncode == 0 else f"no tests ran: {tests.stdout[-300:]}"
 
 

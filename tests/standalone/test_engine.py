@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stts_slowfast.standalone import engine, report, resume
 from stts_slowfast.standalone.model import build_model
@@ -65,7 +66,13 @@ def test_training_and_testing_write_what_slowfast_writes(run, cfg):
     assert val["epoch"] == "2/2" and val["min_top1_err"] == val["top1_err"]
     assert val["top1_err"] == pytest.approx(result["top1_err"], abs=1e-4)
     assert len(run.json_stats("train_epoch", "json_stats.log")) == 2
-    assert list(Path(cfg.OUTPUT_DIR, "runs-kinetics").glob("events*"))
+    events = EventAccumulator(str(run.folder / "runs-kinetics"))
+    events.Reload()
+    for name in ("sigma", "backbone_lr", "lr", "loss"):
+        scalars = events.Scalars(f"Train/{name}")
+        assert [each.step for each in scalars] == list(range(6))
+        expected = [s[name] for s in iterations]
+        assert [each.value for each in scalars] == pytest.approx(expected, abs=1e-5)
     assert not Path(cfg.OUTPUT_DIR, "lightning_logs").exists()
 
     result = engine.test(cfg)

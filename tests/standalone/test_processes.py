@@ -79,6 +79,31 @@ def test_two_processes_train_and_test_as_one_does(alone, start):
     torch.testing.assert_close(results(run), expected, rtol=1e-5, atol=3e-5)
 
 
+def test_two_processes_tell_of_the_same_unreadable_videos(plain_run):
+    """Whichever of them met a video; two here, one of each process."""
+    run, cfg = plain_run, plain_run.cfg
+    videos, cfg.DATA.PATH_PREFIX = cfg.DATA.PATH_PREFIX, ""
+    cfg.TRAIN.ENABLE, cfg.TEST.ENABLE = False, True
+    cfg.DATA.PATH_TO_DATA_DIR = str(run.tmp_path)
+    names = [f"{videos}/{number}.mp4" for number in range(4)] + ["gone.mp4", "lost.mp4"]
+    lines = [f"{name} {number % 6}\n" for number, name in enumerate(names)]
+    (run.tmp_path / "test.csv").write_text("".join(lines))
+    refused = run.start("--processes", "2")
+    said = refused.communicate(timeout=300)[0]
+    assert refused.returncode and "2 of the test videos cannot be read" in said, said
+    assert "gone.mp4: No such" in said and "lost.mp4: No such" in said
+    assert run.json_stats("test_final") == []
+    cfg.TEST.ALLOW_MISSING = True
+    result = engine.test(cfg)
+    assert result["unreadable"] == 2
+    assert result["top5_acc"] == pytest.approx(result["top5_acc_readable"] * 4 / 6)
+    by_spawn(run)
+    alone, together = run.json_stats("test_final")
+    assert together == alone and alone["unreadable"] == 2
+    records = (run.folder / "bad_videos.jsonl").read_text().splitlines()
+    assert len(records) == 2  # each once, over both processes and all three runs
+
+
 LOOK = """
 import os, sys, torch
 from stts_slowfast.standalone import engine
