@@ -1,6 +1,7 @@
-"""The list of changes that must turn the tests red still finds what it changes."""
+"""What is written about the tests holds: changes that must turn them red, tests of promises."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,12 @@ def test_a_row_finds_its_line(name):
     source = (HERE.parent / mutations.PACKAGE / row.file).read_text()
     assert source.count(row.line) == 1
     assert (HERE.parent / row.tests.split()[0]).is_file()
+
+
+def test_the_tests_of_promises_exist():
+    text = (HERE.parent / "projects" / "stts" / "reliability.md").read_text()
+    names = set(re.findall(r"::(test_\w+)", text))
+    defined = set()
+    for path in HERE.rglob("test_*.py"):
+        defined |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    assert len(names) > 30 and names <= defined
