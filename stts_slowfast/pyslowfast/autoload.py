@@ -34,8 +34,11 @@ HOOKS = {
     "slowfast.utils.meters": ["compat.tools.mend_ava_test"],
     "slowfast.utils.misc": ["shards.wrap_launch_job", "training.wrap_losses"],
     "slowfast.utils.parser": ["compat.tools.mend_load_config"],
-    "slowfast.visualization.tensorboard_vis": ["training.wrap_tensorboard"],
-    "slowfast.visualization.utils": ["compat.tools.mend_demo"],
+    "slowfast.visualization.tensorboard_vis": [
+        "training.wrap_tensorboard",
+        "compat.tools.mend_layer_weights",
+    ],
+    "slowfast.visualization.utils": ["compat.tools.mend_demo", "compat.tools.mend_activations"],
     # Last: where the others cannot be waited for, SlowFast does not know the node STTS either.
     "slowfast.config.defaults": [
         "plugin.add_config",

@@ -20,6 +20,8 @@ MENDS = {
     "mt_adamw": "SOLVER.OPTIMIZING_METHOD mt_adamw finds its optimizer",
     "ava_test": "AVA's meter takes the end of a test iteration once",
     "visualization": "tools/visualization.py gets the batches that it unpacks",
+    "activations": "tools/visualization.py shows the tokens of a transformer's block",
+    "layer_weights": "tools/visualization.py draws the weights of layers of any sizes",
     "load_config": "tools/benchmark.py reads --cfg",
     "demo": "the demo crops videos to a square for MViT",
     "ptv_mvit": "MODEL_NAME PTVMViT builds with MVIT.POOL_KV_STRIDE_ADAPTIVE",

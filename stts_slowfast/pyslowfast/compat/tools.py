@@ -81,6 +81,43 @@ class WithoutTime:
 
 
 @mend
+def mend_activations(utils) -> bool:
+    """Activations are taken for tensors, but a transformer's block gives its tokens and their grid.
+
+    Of several things that a layer gives, the first is shown: the tokens, (batch, tokens, width).
+    """
+    if hasattr(utils.GetWeightAndActivation._register_single_hook, "stock"):
+        return False
+    import torch
+
+    def register_single_hook(stock, activations, layer_name):
+        def keep(module, inputs, output):
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            # What is drawn is viewed in other shapes, which a transposed result would not allow.
+            kept = first.detach().clone(memory_format=torch.contiguous_format)
+            activations.hooks[layer_name] = kept
+
+        utils.get_layer(activations.model, layer_name).register_forward_hook(keep)
+
+    wrap(utils.GetWeightAndActivation, "_register_single_hook", register_single_hook)
+    return True
+
+
+@mend
+def mend_layer_weights(tensorboard_vis) -> bool:
+    """Weights of several layers are drawn with the indices of the first layer's rows."""
+    if hasattr(tensorboard_vis.TensorboardWriter.plot_weights_and_activations, "stock"):
+        return False
+    wrap(tensorboard_vis.TensorboardWriter, "plot_weights_and_activations", _layer_by_layer)
+    return True
+
+
+def _layer_by_layer(plot_weights_and_activations, writer, layers, *args, **kwargs):
+    for name, values in layers.items():
+        plot_weights_and_activations(writer, {name: values}, *args, **kwargs)
+
+
+@mend
 def mend_load_config(parser) -> bool:
     """``tools/benchmark.py`` asks for no config file, so ``--cfg`` would be passed over."""
     if hasattr(parser.load_config, "stock"):
