@@ -101,7 +101,7 @@ def test_grad_cam_maps_a_clip_through_the_selection(get_cfg, build):
     (maps,), _ = cam._calculate_localization_map([clip])
     kept = [set(row.tolist()) for row in selections(cam.model)["time_0"]]
     gradients = cam.gradients["patch_embed/proj"]  # (2, 16, 4, 8, 8)
-    assert 0.0 <= maps.min() and maps.max() > 0.5
+    assert maps.min() >= 0.0 and maps.max() > 0.5
     for gradient, frames in zip(gradients, kept, strict=True):
         moved = {t for t in range(gradient.shape[1]) if gradient[:, t].abs().max() > 0}
         assert moved == frames
