@@ -88,19 +88,24 @@ def mend_activations(utils) -> bool:
     """
     if hasattr(utils.GetWeightAndActivation._register_single_hook, "stock"):
         return False
-    import torch
-
-    def register_single_hook(stock, activations, layer_name):
-        def keep(module, inputs, output):
-            first = output[0] if isinstance(output, (tuple, list)) else output
-            # What is drawn is viewed in other shapes, which a transposed result would not allow.
-            kept = first.detach().clone(memory_format=torch.contiguous_format)
-            activations.hooks[layer_name] = kept
-
-        utils.get_layer(activations.model, layer_name).register_forward_hook(keep)
-
-    wrap(utils.GetWeightAndActivation, "_register_single_hook", register_single_hook)
+    wrap(utils.GetWeightAndActivation, "_register_single_hook", _keep_tokens)
     return True
+
+
+def _keep_tokens(register_single_hook, activations, layer_name):
+    from slowfast.visualization.utils import get_layer
+
+    register_single_hook(activations, layer_name)
+    hooks = get_layer(activations.model, layer_name)._forward_hooks
+    last = next(reversed(hooks))
+    keep = hooks[last]
+
+    def keep_first(layer, inputs, output):
+        first = output[0] if isinstance(output, (tuple, list)) else output
+        # What is drawn is viewed in other shapes, which a transposed result would not allow.
+        keep(layer, inputs, first.contiguous())
+
+    hooks[last] = keep_first
 
 
 @mend
