@@ -159,9 +159,8 @@ def test_a_model_without_selectors_has_no_progress(tiny_cfg):
 
 def test_what_cannot_learn_does_not_begin(tiny_cfg, model):
     tiny_cfg.STTS.SIGMA = 0
-    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
     with pytest.raises(ValueError, match=r"STTS\.SIGMA is 0"):
-        begin(groups, True, tiny_cfg)
+        param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
 
 
 def test_a_step_names_a_selector_whose_scores_were_nan(tiny_cfg, model):

@@ -73,7 +73,7 @@ class AttentionView(View):
     def composed(self, x: Tensor, thw):
         """As the stock module's ``forward``, at true distances."""
         q, k, v, q_thw, k_thw = self.project_and_pool(x, thw)
-        out = self.attend(q, k, v, thw, tuple(q_thw), tuple(k_thw), _attend_spelt_out)
+        out = self.attend_spelt_out(q, k, v, thw, tuple(q_thw), tuple(k_thw))
         if self.residual() == "all":
             out = out + q
         elif self.residual() == "patches":
@@ -89,7 +89,7 @@ class AttentionView(View):
             cls_alone: let the cls token alone ask, and return it alone: ``(B, 1, C)``.
         """
         q, k, v, q_thw, k_thw = self._project(x, tuple(thw), norm, cls_alone)
-        out = self.attend(q, k, v, thw, q_thw, k_thw, _attend)
+        out = self.attend(q, k, v, thw, q_thw, k_thw)
         residual = self.residual()
         if residual == "all":
             out = out + q
@@ -99,12 +99,26 @@ class AttentionView(View):
             out = out.addcmul(q.to(out.dtype), patches[:, None, None])
         return self.output(out.flatten(2)), _moved(thw, q_thw)
 
-    def attend(self, q, k, v, thw, q_thw: tuple, k_thw: tuple, function) -> Tensor:
+    def attend(self, q, k, v, thw, q_thw: tuple, k_thw: tuple) -> Tensor:
         """Attention with its position term, of ``(B, N, heads, D)``, likewise laid out."""
         if not self.has_positions():
-            return function(q, k, v, self.softmax_scale())
+            return _attend(q, k, v, self.softmax_scale())
         query, key, value = self._fold(q, k * self.softmax_scale(), v, thw, q_thw, k_thw)
-        return function(query, key, value, 1.0)[..., : q.shape[3]]
+        return _attend(query, key, value, 1.0)[..., : q.shape[3]]
+
+    def attend_spelt_out(self, q, k, v, thw, q_thw: tuple, k_thw: tuple) -> Tensor:
+        """The same by operators that can be counted, transformed and differentiated twice."""
+        cls, positions = int(self.has_cls()), 0.0
+        for axis, products in self._products(q, thw, q_thw, k_thw):
+            sides = [k_thw[axis] if other == axis else 1 for other in range(3)]
+            products = products.flatten(1, 3).transpose(1, 2).unflatten(3, sides)
+            positions = positions + products  # (B, heads, T*H*W, T, H, W) in the end
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        scores = q * self.softmax_scale() @ k.transpose(2, 3)  # (B, heads, N, N)
+        if self.has_positions():
+            positions = positions.expand(*positions.shape[:3], *k_thw).flatten(3)
+            scores = scores + F.pad(positions, (cls, 0, cls, 0))
+        return (scores.softmax(dim=3) @ v).transpose(1, 2)
 
     def _project(self, x: Tensor, thw: tuple, norm: nn.LayerNorm | None, cls_alone: bool):
         """Pooled queries, keys and values ``(B, N, heads, D)``, and the grids of both."""
@@ -155,13 +169,9 @@ class AttentionView(View):
         each axis, ``k`` the one-hot of its place along each axis, ``v`` zeros.
         """
         cls = int(self.has_cls())
-        patches = q[:, cls:].unflatten(1, q_thw)  # (B, T, H, W, heads, D)
         products, places = [], []
-        for axis, table in enumerate(self.tables()):
-            if table is None:
-                continue
-            rows = self._rows(axis, table, thw, q_thw[axis], k_thw[axis]).to(q.dtype)
-            products.append(_products(patches, rows, axis))
+        for axis, product in self._products(q, thw, q_thw, k_thw):
+            products.append(product)
             shape = [1, 1, 1, k_thw[axis]]
             shape[axis] = k_thw[axis]
             place = eye(k_thw[axis], dtype=k.dtype, device=k.device).view(shape)
@@ -172,6 +182,14 @@ class AttentionView(View):
         places = F.pad(cat(places, dim=3).flatten(0, 2), (0, pad, cls, 0))  # (N, extra + pad)
         places = places[None, :, None].expand(*k.shape[:3], -1)
         return cat([q, products], dim=3), cat([k, places], dim=3), F.pad(v, (0, extra + pad))
+
+    def _products(self, q: Tensor, thw, q_thw: tuple, k_thw: tuple):
+        """By axis, the products ``(B, T, H, W, heads, places)`` of queries with the table rows."""
+        patches = q[:, int(self.has_cls()) :].unflatten(1, q_thw)  # (B, T, H, W, heads, D)
+        for axis, table in enumerate(self.tables()):
+            if table is not None:
+                rows = self._rows(axis, table, thw, q_thw[axis], k_thw[axis]).to(q.dtype)
+                yield axis, _products(patches, rows, axis)
 
     def _rows(self, axis: int, table: Tensor, thw, q_size: int, k_size: int) -> Tensor:
         """Table rows ``(q_size, k_size, D)`` of every query and key place along an axis.
@@ -291,12 +309,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """``softmax(scale * q k^T) v`` of ``(B, N, heads, D)``, likewise laid out."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-def _attend_spelt_out(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same by operators that can be counted, transformed and differentiated twice."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return ((q * scale @ k.transpose(2, 3)).softmax(dim=3) @ v).transpose(1, 2)
 
 
 def _products(patches: Tensor, rows: Tensor, axis: int) -> Tensor:

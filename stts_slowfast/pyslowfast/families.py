@@ -55,9 +55,12 @@ class SlowFastModel(nn.Module):
 
 
 def register(registry) -> None:
-    """Adds the families that ``MODEL_REGISTRY`` does not have; does nothing where it has them."""
+    """Adds the families that ``MODEL_REGISTRY`` does not have; does nothing where it has them.
+
+    Not those whose ``MODEL.MODEL_NAME`` goes on behind a colon: a registry holds whole names.
+    """
     for name, _ in backbones.FAMILIES:
-        if name not in registry:
+        if name not in registry and f"{name}:" != backbones.hf.PREFIX:
             registry.register(_builder(name))
 
 
