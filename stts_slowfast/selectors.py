@@ -10,6 +10,9 @@ from stts_slowfast.config import kept_frames, kept_window, nothing_left, window_
 from stts_slowfast.scorers import SCORERS, normalize
 from stts_slowfast.topk import NAN, OPERATORS, full_precision, hard_topk, on_host
 
+# PyTorch before 2.7 does not tell, and exports as it compiles.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 class Choice(NamedTuple):
     """What a selector chose.
@@ -98,7 +101,7 @@ class Selector(nn.Module):
         There they are noted, and the first forward pass that finds the note on the host raises;
         :meth:`raise_on_nan` is for who waits for the device anyway.
         """
-        if scores.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if scores.is_meta or torch.jit.is_tracing() or is_exporting():
             return
         found = scores.detach().isnan().any()
         if torch.compiler.is_compiling():

@@ -96,7 +96,7 @@ class Times:
         return True
 
 
-def from_index(stream: av.VideoStream, size: int) -> Times | None:
+def from_index(stream: av.video.stream.VideoStream, size: int) -> Times | None:
     """From the container's own index; None where it has none of all packets, or where the file
     (of ``size`` bytes) is not what the index says."""
     entries = getattr(stream, "index_entries", None)  # PyAV 14 does not show them
@@ -112,7 +112,9 @@ def from_index(stream: av.VideoStream, size: int) -> Times | None:
     return Times(unknown, starts, unknown[: len(starts)].copy(), decoded)
 
 
-def from_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Times:
+def from_packets(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream
+) -> Times:
     """By reading all packets, none of which is kept."""
     pts, keys = array("q"), array("q")
     previous, count, rising, reliable, broken = UNKNOWN, 0, True, True, ""
@@ -145,7 +147,7 @@ def from_packets(container: av.container.InputContainer, stream: av.VideoStream)
     return Times(ordered, np.searchsorted(ordered, keys), keys, damage=damage)
 
 
-def _ends_early(container, stream: av.VideoStream, count: int, pts: array) -> str:
+def _ends_early(container, stream: av.video.stream.VideoStream, count: int, pts: array) -> str:
     """Whether a file holds clearly less than its header promises."""
     if stream.frames and count < 0.98 * stream.frames - 1:
         return f"it ends early: {count} of {stream.frames} frames are there"
