@@ -7,4 +7,6 @@ extras=dev,export,hosts
 source projects/stts/setup_venv.sh
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# Two files of tests at a time, a thread each: the same order of tests in a file as without.
+export OMP_NUM_THREADS=1
+python -m pytest -n 2 --dist loadfile "$@"
