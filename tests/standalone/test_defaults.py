@@ -113,7 +113,7 @@ def test_nodes_of_other_models_are_ignored(write):
         ("MODEL: {FROZEN_BN: True}", r"MODEL\.FROZEN_BN is True: frozen"),
         ("DATA: {DUMMY_LOAD: True}", r"DATA\.DUMMY_LOAD is True"),
         ("TRAIN: [", r"config\.yaml is not YAML"),
-        ("- 1", r"KEY: VALUE"),
+        ("- 1", r"is no mapping"),
         ("", r"config\.yaml is empty"),
     ],
 )
