@@ -1,6 +1,7 @@
 """Classifiers of transformers by their folder: what it says holds, and every command takes it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,8 +178,9 @@ def job(tmp_path_factory):
 def test_the_runner_trains_resumes_and_tests(job, capsys):
     words = ["run", "--engine", "standalone", "--cfg", str(job / "job.yaml")]
     cli.main(words)
-    whole = resume.read_checkpoint(str(job / "run" / "checkpoints" / "checkpoint_epoch_00002.pyth"))
     cfg = stts.load_config(str(job / "job.yaml"))
+    last = Path(resume.checkpoint_path(cfg, 2))
+    whole = resume.read_checkpoint(last)
     first = resume.read_checkpoint(resume.checkpoint_path(cfg, 1))["model_state"]
     start = stts.build_model(cfg).state_dict()
     for key in whole["model_state"]:
@@ -188,7 +190,7 @@ def test_the_runner_trains_resumes_and_tests(job, capsys):
         key for key, value in whole["model_state"].items() if not torch.equal(first[key], value)
     }
     assert any(key.startswith("model.videomae.encoder.layer.3") for key in changed)
-    (job / "run" / "checkpoints" / "checkpoint_epoch_00002.pyth").unlink()
+    last.unlink()
     engine.train(cfg)
     again = resume.read_checkpoint(resume.checkpoint_path(cfg, 2))["model_state"]
     assert all(torch.equal(again[key], value) for key, value in whole["model_state"].items())
