@@ -64,6 +64,12 @@ def test_sigma_reaches_the_model_inside_ddp(registry, cfg, optim):
     assert wrapped.module.stts["time_0"].sigma.item() == pytest.approx(0.05)
 
 
+def test_a_model_without_its_selectors_gets_no_optimizer(registry, cfg, optim):
+    stock = registry.get("Transformer").__wrapped__(cfg)
+    with pytest.raises(RuntimeError, match="has none: build it with this config"):
+        optim.construct_optimizer(stock, cfg)
+
+
 def test_disabled_optimizers_are_stock(registry, cfg, optim):
     cfg.STTS.ENABLE = False
     optimizer = optim.construct_optimizer(registry.get("Transformer")(cfg), cfg)
