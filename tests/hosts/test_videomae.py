@@ -41,17 +41,6 @@ def test_pretraining_is_no_host():
         attach(hugging("VideoMAE", "ForPreTraining", {}, 1).model, time={0: 0.5})
 
 
-@torch.no_grad()
-def test_eager_attention_selects_the_same():
-    model, clips, logits = videomae()
-    attach(model, time={0: 0.5}, space={1: 0.6}, fused_attention=False)
-    assert model.config._attn_implementation == "sdpa"
-    sdpa, kept = logits(model, clips), selections(model)
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(logits(model, clips), sdpa, atol=1e-5, rtol=0)
-    assert all(torch.equal(kept[key], value) for key, value in selections(model).items())
-
-
 def test_clips_that_are_not_square():
     model, _, logits = hugging(
         "VideoMAE",

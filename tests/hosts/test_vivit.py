@@ -34,14 +34,3 @@ def test_another_size_is_refused():
     tokens = model.vivit.embeddings.position_embeddings[:, :37].expand(2, -1, -1)
     with pytest.raises(ValueError, match=r"\(2, 37, 24\) do not make a grid of 4x4x4 with 1 cls"):
         model.vivit.layers[0](tokens)
-
-
-@torch.no_grad()
-def test_eager_attention_selects_the_same():
-    model, clips, logits = vivit()
-    attach(model, time={0: 0.5}, space={1: 0.6}, fused_attention=False)
-    assert model.config._attn_implementation == "sdpa"
-    sdpa, kept = logits(model, clips), selections(model)
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(logits(model, clips), sdpa, atol=1e-5, rtol=0)
-    assert all(torch.equal(kept[key], value) for key, value in selections(model).items())

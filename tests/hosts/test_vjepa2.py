@@ -39,14 +39,3 @@ def test_every_layer_is_told_the_places_in_the_clip(length):
 def test_the_predictor_is_no_host():
     with pytest.raises(ValueError, match="select tokens in VJEPA2ForVideoClassification"):
         attach(vjepa2().model.vjepa2, time={0: 0.5})
-
-
-@torch.no_grad()
-def test_eager_attention_selects_the_same():
-    model, clips, logits = vjepa2()
-    attach(model, time={0: 0.5}, space={1: 0.6}, fused_attention=False)
-    assert model.config._attn_implementation == "sdpa"
-    sdpa, kept = logits(model, clips), selections(model)
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(logits(model, clips), sdpa, atol=1e-5, rtol=0)
-    assert all(torch.equal(kept[key], value) for key, value in selections(model).items())
