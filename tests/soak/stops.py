@@ -1,20 +1,23 @@
 """Stops a run again and again, by signals at any moment, and looks at what is left.
 
-    python tests/soak/stops.py [--stops 100] [--minutes 30] [--processes 1] [--seed 0]
+    python tests/soak/stops.py [--stops 100] [--minutes 60] [--processes 1] [--seed 0]
 
 A small training with two readers and augmentation is stopped by SIGINT, SIGTERM or SIGKILL to the
-command, to one of its processes, or to all of them, and started again until it is done. After each
+command, to a rank, to a reader or to all of them, and started again until it is done. After each
 stop every process must be gone within 10 s, and nothing left in /dev/shm; the last weights must be
 those of an undisturbed run, bit for bit. Then the next run begins. Not part of the test suite.
+
+The command is forked from a process that has imported everything, as imports would take most of the
+time; the ranks of several processes import by themselves.
 """
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,78 +27,103 @@ from pathlib import Path
 import torch
 import yaml
 
-from stts_slowfast.tools import makedata
+from stts_slowfast.tools import cli, makedata
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+SOON = 10.0  # seconds in which all must be gone
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["__main__", "stts_slowfast.tools.run", "stts_slowfast.standalone.engine"]
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stops", type=int, default=100)
-    parser.add_argument("--minutes", type=float, default=30.0, help="no new stop after so long")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no new stop after so long")
     parser.add_argument("--processes", type=int, default=1, help="of the run")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     chance, until = random.Random(args.seed), time.monotonic() + 60.0 * args.minutes
-    counts, faults = Counter(), []
+    counts, faults, stops = Counter(), [], 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         makedata.write_dataset(str(folder / "data"), "square", 24, 4, args.seed)
-        started = time.monotonic()
-        process = start(folder, "whole", args)
-        if process.wait() != 0:
+        start(folder, "warm", args, epochs=1).join()  # what a first run compiles and reads
+        process, started = start(folder, "whole", args), time.monotonic()
+        startup = begin(process, folder / "whole") - started
+        process.join()
+        if process.exitcode != 0:
             print((folder / "whole.log").read_text())
             return 1
-        whole, seconds = last_weights(folder, "whole"), time.monotonic() - started
-        print(f"undisturbed: {seconds:.0f} s", flush=True)
-        number = 0
-        while counts["stops"] < args.stops and time.monotonic() < until:
-            number += 1
-            name = f"run{number}"
-            while True:
-                process = start(folder, name, args)
-                moment = chance.uniform(0.2, 1.1) * seconds
-                try:
-                    status = process.wait(moment)
-                except subprocess.TimeoutExpired:
-                    fault = stop(process, chance, counts)
-                    faults += [fault] if fault else []
-                    print(f"{counts['stops']} stops: {fault or 'ok'}", flush=True)
-                    if counts["stops"] >= args.stops or time.monotonic() > until:
-                        process = start(folder, name, args)  # to its end
-                        status = process.wait()
-                        break
-                    continue
-                break
-            if status != 0:
-                faults.append(f"{name} ended with {status}: {(folder / f'{name}.log').read_text()}")
+        whole, work = last_weights(folder, "whole"), time.monotonic() - started - startup
+        print(f"undisturbed: {startup:.1f} s to start, {work:.1f} s of work", flush=True)
+        while more := stops < args.stops and time.monotonic() < until:
+            name = f"run{counts['runs']}"
+            while process := start(folder, name, args):
+                if more and chance.random() < 0.2:
+                    process.join(chance.uniform(0.1, 1.0) * startup)
+                elif more:
+                    begin(process, folder / name)
+                    process.join(chance.uniform(0.0, 0.7) * work)
+                else:
+                    process.join()
+                if process.exitcode is not None:
+                    break
+                what, fault = stop(process, chance, args.processes)
+                faults += [f"{name}, {what}: {fault}"] if fault else []
+                counts[what] += 1
+                stops += 1
+                print(f"{stops} stops: {what}: {fault or 'ok'}", flush=True)
+                more = stops < args.stops and time.monotonic() < until
+            log = folder / f"{name}.log"
+            if process.exitcode != 0:
+                faults.append(f"{name} ended with {process.exitcode}: {log.read_text()}")
             elif not same(last_weights(folder, name), whole):
                 faults.append(f"{name} ended in other weights")
             counts["runs"] += 1
             shutil.rmtree(folder / name)
-    print(dict(counts), "faults:", len(faults), *faults, sep="\n")
+    print(f"{stops} stops", *(f"{n} {what}" for what, n in sorted(counts.items())), sep="\n")
+    print("faults:", len(faults), *faults, sep="\n")
     return int(bool(faults))
 
 
-def start(folder: Path, name: str, args) -> subprocess.Popen:
+def start(folder: Path, name: str, args, epochs: int = 0):
+    """The command ``stts run`` in a process and a session of its own."""
     config = folder / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(settings(folder, name, args)))
+    config.write_text(yaml.safe_dump(settings(folder, name, epochs or args.epochs)))
     words = ["run", "--engine", "standalone", "--cfg", str(config)]
-    with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "stts_slowfast", *words, "--processes", str(args.processes)],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    words += ["--processes", str(args.processes)]
+    process = FORKS.Process(target=command, args=(words, str(folder / f"{name}.log")))
+    process.start()
+    return process
 
 
-def settings(folder: Path, name: str, args) -> dict:
+def begin(process, folder: Path) -> float:
+    """Waits until the run holds its folder, or is over; the time."""
+    started = time.time()
+    while process.exitcode is None:
+        with contextlib.suppress(FileNotFoundError):
+            if (folder / ".running").stat().st_mtime > started:
+                break
+        time.sleep(0.02)
+    return time.monotonic()
+
+
+def command(words: list[str], log: str) -> None:
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.exit(cli.main(words))
+
+
+def settings(folder: Path, name: str, epochs: int) -> dict:
     data = str(folder / "data")
     side = 32
     return {
-        "TRAIN": {"BATCH_SIZE": 4, "EVAL_PERIOD": 1, "CHECKPOINT_PERIOD": 1},
+        "TRAIN": {"BATCH_SIZE": 4, "EVAL_PERIOD": 1, "CHECKPOINT_EVERY_MINUTES": 0.03},
         "TEST": {"ENABLE": False},
         "AUG": {"ENABLE": True},
         "DATA": {
@@ -111,7 +139,7 @@ def settings(folder: Path, name: str, args) -> dict:
         "MODEL": {"ARCH": "mvit", "MODEL_NAME": "MViT", "NUM_CLASSES": 8},
         "MVIT": {"DEPTH": 2, "EMBED_DIM": 16, "SEP_POS_EMBED": True, "DROPPATH_RATE": 0.1},
         "STTS": {"ENABLE": True, "TIME": {"BLOCKS": [0]}, "SPACE": {"BLOCKS": [1]}},
-        "SOLVER": {"MAX_EPOCH": args.epochs, "BASE_LR": 1e-3, "OPTIMIZING_METHOD": "adamw"},
+        "SOLVER": {"MAX_EPOCH": epochs, "BASE_LR": 1e-3, "OPTIMIZING_METHOD": "adamw"},
         "DATA_LOADER": {"NUM_WORKERS": 2},
         "NUM_GPUS": 0,
         "LOG_MODEL_INFO": False,
@@ -119,64 +147,59 @@ def settings(folder: Path, name: str, args) -> dict:
     }
 
 
-def stop(process: subprocess.Popen, chance: random.Random, counts: Counter) -> str | None:
-    """Stops the run one way or the other; what is wrong afterwards."""
-    members = alive(process.pid)
-    if not members:
-        return None
-    number = chance.choice(SIGNALS)
-    whom = chance.choice(("command", "one", "all"))
-    targets = {"command": [process.pid], "one": [chance.choice(members)], "all": members}[whom]
-    before = shared_memory()
-    for pid in targets:
+def stop(process, chance: random.Random, processes: int) -> tuple[str, str | None]:
+    """Stops the run one way or the other: what was done, and what is wrong afterwards."""
+    number, family = chance.choice(SIGNALS), alive(process.pid)
+    members = sorted(family)
+
+    def level(pid: int) -> int:
+        return 1 + level(family[pid]) if pid in family and pid != process.pid else 0
+
+    names = ["command", *(["rank"] if processes > 1 else []), *["reader"] * 2]
+    kinds = {name: [pid for pid in members if names[level(pid)] == name] for name in names}
+    kinds["all"] = members
+    whom = chance.choice([kind for kind, pids in kinds.items() if pids])
+    targets = members if whom == "all" else [chance.choice(kinds[whom])]
+    what = f"{signal.Signals(number).name} to {whom}"
+    before = set(os.listdir("/dev/shm"))
+    send(number, targets)
+    if whom == "reader" and number != signal.SIGKILL:  # it passes that over
+        process.join(1.0)
+        if process.exitcode is None and targets[0] not in alive(process.pid):
+            return what, "the reader is gone"
+        send(signal.SIGTERM, [process.pid])
+    until = time.monotonic() + SOON
+    while (left := alive(process.pid)) and time.monotonic() < until:
+        process.join(0.05)
+    send(signal.SIGKILL, left)
+    process.join()
+    if left:
+        return what, f"{len(left)} of {len(members)} processes were there after {SOON:g} s"
+    # A file in /dev/shm has the number of its process in its name.
+    new = set(os.listdir("/dev/shm")) - before
+    if of_these := [name for name in new if any(str(pid) in name for pid in members)]:
+        return what, f"/dev/shm has {', '.join(sorted(of_these))}"
+    return what, None
+
+
+def send(number: int, pids) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    what = f"{signal.Signals(number).name} to {whom}"
-    counts["stops"] += 1
-    counts[what] += 1
-    # A reader passes both over, as the run is asked too where they are meant for it.
-    reader = whom == "one" and number != signal.SIGKILL and targets != [process.pid]
-    until = time.monotonic() + 10.0
-    while (left := alive(process.pid)) and time.monotonic() < until:
-        process.poll()
-        time.sleep(0.05)
-    if left and reader:
-        os.kill(process.pid, signal.SIGTERM)
-        until = time.monotonic() + 10.0
-        while (left := alive(process.pid)) and time.monotonic() < until:
-            process.poll()
-            time.sleep(0.05)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    if left:
-        return f"{what}: {len(left)} of {len(members)} processes were there after 10 s"
-    if new := {name for name in shared_memory() - before if of(name, members)}:
-        return f"{what}: /dev/shm has {', '.join(sorted(new))}"
-    return None
 
 
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
-
-
-def of(name: str, members: list[int]) -> bool:
-    """Whether a file in /dev/shm is by one of these processes: its name has their number."""
-    return any(str(pid) in name for pid in members)
-
-
-def alive(session: int) -> list[int]:
-    """The processes of a session that are more than a table's entry."""
-    found = []
+def alive(session: int) -> dict[int, int]:
+    """The processes of a session that are more than a table's entry, and the parent of each."""
+    found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             continue
-        state, _, _, its_session = stat.rpartition(") ")[2].split()[:4]
+        state, parent, _, its_session = stat.rpartition(") ")[2].split()[:4]
         if int(its_session) == session and state not in "ZX":
-            found.append(int(pid))
-    return sorted(found)
+            found[int(pid)] = int(parent)
+    return found
 
 
 def last_weights(folder: Path, name: str) -> dict:
