@@ -3,7 +3,9 @@
 import contextlib
 import difflib
 from ast import literal_eval
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from fvcore.common.config import CfgNode
 
 _TYPE_NAMES = {
     bool: "True or False",
@@ -13,6 +15,54 @@ _TYPE_NAMES = {
     list: "a list",
     tuple: "a list",
 }
+
+
+def read_tree(
+    tree: Mapping, known: CfgNode, where: str = "", optional: Mapping | None = None
+) -> CfgNode:
+    """Nested values from a file or a command line, each as its key's type: what yacs merges.
+
+    Args:
+        tree: the values. A key that ``known`` does not have is passed over in a node that allows
+            new ones, and an error in others.
+        known: all keys with their defaults.
+        where: where the values stand, for messages: ``" in run.yaml"``.
+        optional: keys that may be None, with an example of their other values.
+
+    Raises:
+        ValueError: for an unknown key, with the nearest, and a value of another type.
+    """
+
+    def read(key: str, value, default):
+        if not isinstance(default, CfgNode):
+            example = (optional or {}).get(key)
+            value = read_value(key, value, default, where, example and type(example))
+            return repr(value) if isinstance(value, str) else value  # yacs evaluates texts
+        if value is None:
+            value = {}  # a node without keys says nothing
+        if not isinstance(value, Mapping):
+            names = ", ".join(f"{key}.{name}" for name in default)
+            raise ValueError(f"{key}{where} is a group of keys: give one of {names}")
+        found = CfgNode()
+        for name, part in value.items():
+            inner = f"{key}.{name}" if key else name
+            if name in default:
+                found[name] = read(inner, part, default[name])
+            elif not default.is_new_allowed():
+                wrong = next(iter(all_keys({inner: part})), inner)
+                raise ValueError(
+                    f"unknown config key {wrong}{where}; {nearest(wrong, all_keys(known))}"
+                )
+        return found
+
+    return read("", tree, known)
+
+
+def nested(key: str, value) -> dict:
+    """``{"A": {"B": value}}`` for the key ``A.B``."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
 
 
 def read_value(key: str, value, default, where: str = "", optional: type | None = None):

@@ -47,8 +47,12 @@ def find_config(name: str | os.PathLike) -> str:
     )
 
 
-def read_yaml(path: str) -> dict:
+def read_yaml(path: str, allow_unsafe: bool = False) -> dict:
     """A config file as nested dicts, the files that it names as ``_BASE_`` merged in.
+
+    Args:
+        path: a file that iopath opens.
+        allow_unsafe: as fvcore's reader has it: read tags that run code.
 
     Raises:
         FileNotFoundError: where the file, or one of its bases, does not exist.
@@ -56,7 +60,7 @@ def read_yaml(path: str) -> dict:
     """
     try:
         check_file(path)
-        return CfgNode.load_yaml_with_base(path)
+        return CfgNode.load_yaml_with_base(path, allow_unsafe)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"there is no config file {error.filename or path}"

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 from fvcore.common.config import CfgNode
 
-from stts_slowfast.keys import all_keys, nearest, read_value
+from stts_slowfast.keys import nested, read_tree
 from stts_slowfast.pyslowfast import plugin
-from stts_slowfast.yamlfiles import check_file
+from stts_slowfast.yamlfiles import read_yaml
 
 
 class Config(CfgNode):
@@ -20,27 +20,25 @@ class Config(CfgNode):
     _decode_cfg_value = CfgNode._decode_cfg_value
 
     def merge_from_file(self, cfg_filename, *args, **kwargs) -> None:
-        check_file(cfg_filename)
-        tree = self.load_yaml_with_base(cfg_filename, *args, **kwargs)
-        self._merge(tree, f" in {cfg_filename}")
+        self._merge(read_yaml(cfg_filename, *args, **kwargs), f" in {cfg_filename}")
 
     def merge_from_other_cfg(self, cfg_other) -> None:
         self._merge(cfg_other, "")
 
     def merge_from_list(self, cfg_list) -> None:
-        words = list(cfg_list)
-        ours = our_nodes()
-        for place, key in enumerate(words[0::2]):
-            if str(key).split(".")[0] in ours and len(words) > 2 * place + 1:
-                words[2 * place + 1] = _read(str(key), words[2 * place + 1], ours, "")
-        super().merge_from_list(words)
+        ours, theirs = our_nodes(), []
+        for place in range(0, len(cfg_list), 2):
+            pair = cfg_list[place : place + 2]
+            if len(pair) == 2 and str(pair[0]).split(".")[0] in ours:
+                self._merge(nested(*pair), "")
+            else:
+                theirs += pair
+        super().merge_from_list(theirs)
 
     def _merge(self, tree, where: str) -> None:
         ours = our_nodes()
-        tree = dict(tree or {})
-        for name in [name for name in tree if name in ours]:
-            tree[name] = _read_node(name, tree[name], ours, where)
-        super().merge_from_other_cfg(CfgNode(tree))
+        read = read_tree({name: tree[name] for name in ours if name in tree}, ours, where)
+        super().merge_from_other_cfg(CfgNode({**tree, **read}))
 
 
 def read_our_nodes(defaults) -> None:
@@ -55,39 +53,3 @@ def our_nodes() -> CfgNode:
     blank = SimpleNamespace(_C=CfgNode())
     plugin.add_config(blank)
     return blank._C
-
-
-def _read_node(key: str, node, ours: CfgNode, where: str) -> CfgNode:
-    if node is None:
-        node = {}  # a node without keys says nothing
-    if not isinstance(node, dict):
-        raise ValueError(_group(key, ours, where))
-    return CfgNode(
-        {
-            name: _read_node(f"{key}.{name}", value, ours, where)
-            if isinstance(_default(f"{key}.{name}", ours), CfgNode)
-            else _read(f"{key}.{name}", value, ours, where)
-            for name, value in node.items()
-        }
-    )
-
-
-def _read(key: str, value, ours: CfgNode, where: str):
-    default = _default(key, ours)
-    if default is None:
-        raise ValueError(f"unknown config key {key}{where}; {nearest(key, all_keys(ours))}")
-    if isinstance(default, CfgNode):
-        raise ValueError(_group(key, ours, where))
-    return read_value(key, value, default, where)
-
-
-def _group(key: str, ours: CfgNode, where: str) -> str:
-    names = ", ".join(f"{key}.{name}" for name in _default(key, ours))
-    return f"{key}{where} is a group of keys: give one of {names}"
-
-
-def _default(key: str, ours: CfgNode):
-    node = ours
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, dict) else None
-    return node

@@ -4,17 +4,25 @@ A file for SlowFast is a file for us: keys that nothing here reads are known all
 only SlowFast can do is refused by name instead of being ignored.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import yaml
 from fvcore.common.config import CfgNode
 
 from stts_slowfast.backbones import add_configs, settle
 from stts_slowfast.config import add_stts_config
-from stts_slowfast.keys import all_keys, nearest, read_value
-from stts_slowfast.standalone.slowfast_keys import KEYS, NOT_READ, ONLY_IN_SLOWFAST, OPTIONAL
+from stts_slowfast.keys import all_keys, nested, read_tree
 from stts_slowfast.yamlfiles import find_config, read_yaml
 
-_C = KEYS.clone()
+# The keys, the nodes with more that are passed over, what is refused, and what may be None.
+_KEYS, _PASSED_OVER, _ONLY_IN_SLOWFAST, _OPTIONAL = yaml.safe_load_all(
+    Path(__file__).with_name("slowfast_keys.yaml").read_text()
+)
+_C = CfgNode({**{name: {} for name in _PASSED_OVER}, **_KEYS})
+for _name in _PASSED_OVER:
+    _C[_name].set_new_allowed(True)
 add_stts_config(_C)
 add_configs(_C)
 
@@ -40,26 +48,26 @@ def load_config(path: str, opts: Sequence = ()) -> CfgNode:
             it names the key.
     """
     path = find_config(path)
-    cfg = get_cfg()
-    values = dict(_leaves(read_yaml(path)))
-    for key, value in values.items():
-        _set(cfg, key, value, f" in {path}")
     if len(opts) % 2:
         raise ValueError(
             f"--opts takes pairs of KEY and VALUE, but {len(opts)} words were given; "
             f"the last is {opts[-1]!r}"
         )
-    for key, value in zip(opts[0::2], opts[1::2]):
-        _set(cfg, str(key), value, "")
+    cfg, given = get_cfg(), set()
+    pairs = [(nested(str(key), value), "") for key, value in zip(opts[0::2], opts[1::2])]
+    for tree, where in [(read_yaml(path), f" in {path}"), *pairs]:
+        values = read_tree(tree, _C, where, _OPTIONAL)
+        cfg.merge_from_other_cfg(values)
+        given.update(all_keys(values))
     check_supported(cfg)
-    settle(cfg, {*values, *map(str, opts[0::2])})
+    settle(cfg, given)
     return cfg
 
 
 def check_supported(cfg: CfgNode) -> None:
     """Raises ``ValueError`` for a key whose value asks for what only SlowFast can do."""
-    for key, what in ONLY_IN_SLOWFAST.items():
-        value, default = _get(cfg, key), _get(_C, key)
+    for key, what in _ONLY_IN_SLOWFAST.items():
+        value, default = (functools.reduce(dict.get, key.split("."), node) for node in (cfg, _C))
         if value != default:
             raise ValueError(
                 f"{key} is {value!r}: {what} is only in SlowFast itself; leave it at {default!r}, "
@@ -71,41 +79,3 @@ def check_choice(key: str, value: str, known: Iterable[str]) -> None:
     """Raises ``ValueError`` naming ``key`` where its value is none of the known ones."""
     if value not in known:
         raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")
-
-
-def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """``(full key, value)`` of everything in nested mappings."""
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{key}.")
-        elif value is not None or not isinstance(_get(_C, key), CfgNode):
-            yield key, value  # a node without keys says nothing
-
-
-def _set(cfg: CfgNode, key: str, value, where: str) -> None:
-    known = _get(cfg, key)
-    if known is _MISSING:
-        if key.split(".")[0] in NOT_READ:
-            return
-        raise ValueError(f"unknown config key {key}{where}; {nearest(key, all_keys(_C))}")
-    if isinstance(known, CfgNode):
-        raise ValueError(f"{key}{where} is a group of keys: give one of {_names(known, key)}")
-    node, _, leaf = key.rpartition(".")
-    value = read_value(key, value, _get(_C, key), where, OPTIONAL.get(key))
-    (_get(cfg, node) if node else cfg)[leaf] = value
-
-
-_MISSING = object()
-
-
-def _get(cfg: CfgNode, key: str):
-    for name in key.split("."):
-        if not isinstance(cfg, CfgNode) or name not in cfg:
-            return _MISSING
-        cfg = cfg[name]
-    return cfg
-
-
-def _names(node: CfgNode, prefix: str) -> str:
-    return ", ".join(f"{prefix}.{name}" for name in node)

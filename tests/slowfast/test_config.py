@@ -74,6 +74,35 @@ def test_copies_and_pickles_read_as_the_config_does(get_cfg):
     assert cfg.STTS.SIGMA == 1.0
 
 
+def test_a_text_that_looks_like_a_number_stays_one(get_cfg, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("TIMESFORMER:\n  PRETRAINED_MODEL: '2024'\n")
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    assert cfg.TIMESFORMER.PRETRAINED_MODEL == "2024"
+    assert get_cfg("TIMESFORMER.PRETRAINED_MODEL", "2025").TIMESFORMER.PRETRAINED_MODEL == "2025"
+
+
+def test_the_standalone_runner_knows_every_key_with_its_default(checkout):
+    from slowfast.config import defaults
+
+    from stts_slowfast.keys import all_keys
+    from stts_slowfast.standalone.defaults import get_cfg
+
+    def at(node, key):
+        for name in key.split("."):
+            if name not in node:
+                return "passed over" if node.is_new_allowed() else "unknown"
+            node = node[name]
+        return list(node) if isinstance(node, tuple) else node
+
+    theirs, ours = defaults.get_cfg(), get_cfg()
+    keys = list(all_keys(theirs))
+    assert len(keys) > 300
+    wrong = [key for key in keys if at(ours, key) not in (at(theirs, key), "passed over")]
+    assert not wrong
+
+
 def test_slowfasts_own_keys_are_read_as_ever(get_cfg):
     with pytest.raises(ValueError, match="Type mismatch"):
         get_cfg("SOLVER.BASE_LR", "1")
