@@ -15,7 +15,14 @@ import av
 import numpy as np
 import yaml
 
-from stts_slowfast.tools.scenes import KINDS, NUM_CLASSES, TOKEN_FRAMES
+from stts_slowfast.tools.scenes import (
+    GRID,
+    KINDS,
+    NUM_CLASSES,
+    NUM_FRAMES,
+    SIDE,
+    TOKEN_FRAMES,
+)
 
 FPS = 16
 
@@ -31,13 +38,13 @@ class Truth:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``stts make-data``."""
-    kinds = "; ".join(f"{name}: {kind.text}" for name, kind in KINDS.items())
+    kinds = "; ".join(f"{name}: {kind.__doc__}" for name, kind in KINDS.items())
     parser.add_argument("--kind", required=True, choices=KINDS, help=kinds)
     parser.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
-    parser.add_argument("--train", type=int, metavar="N", help="training videos")
+    parser.add_argument("--train", type=int, default=2048, metavar="N", help="training videos")
     parser.add_argument("--test", type=int, default=256, metavar="N", help="test videos")
-    parser.add_argument("--side", type=int, metavar="PIXELS", help="of a frame")
-    parser.add_argument("--frames", type=int, metavar="N", help="of a video, a multiple of 16")
+    parser.add_argument("--side", type=int, default=SIDE, metavar="PIXELS", help="of a frame")
+    parser.add_argument("--frames", type=int, default=NUM_FRAMES, metavar="N", help="of a video")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -47,21 +54,21 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: for sizes that the models cannot see in whole tokens.
     """
-    kind = KINDS[args.kind]
-    side, num_frames = args.side or kind.side, args.frames or kind.num_frames
-    for name, size, step in (("side", side, 2 * kind.grid), ("frames", num_frames, 16)):
-        if size < step or size % step:
-            raise ValueError(f"--{name} is {size}: give a multiple of {step}")
-    counts = {"--train": kind.num_train if args.train is None else args.train, "--test": args.test}
-    for name, count in counts.items():
+    for name in ("side", "frames"):
+        size = getattr(args, name)
+        if size < 16 or size % 16:
+            raise ValueError(f"--{name} is {size}: give a multiple of 16")
+    for name in ("train", "test"):
+        count = getattr(args, name)
         if count < NUM_CLASSES:
-            raise ValueError(f"{name} is {count}: give each of the {NUM_CLASSES} classes a video")
-    write_dataset(args.out, args.kind, *counts.values(), args.seed, side, num_frames)
+            raise ValueError(f"--{name} is {count}: give each of the {NUM_CLASSES} classes a video")
+    size = (args.side, args.frames)
+    write_dataset(args.out, args.kind, args.train, args.test, args.seed, *size)
     for model in MODELS:
         path = os.path.join(args.out, f"{model}.yaml")
-        write_config(path, config(args.out, args.kind, args.seed, side, num_frames, model))
+        write_config(path, config(args.out, args.seed, *size, model))
     path = os.path.join(args.out, "mvit.yaml")
-    print(f"wrote {sum(counts.values())} videos to {args.out}; next: stts run --cfg {path}")
+    print(f"wrote {args.train + args.test} videos to {args.out}; next: stts run --cfg {path}")
     return 0
 
 
@@ -74,8 +81,8 @@ def write_dataset(
     num_train: int,
     num_test: int,
     seed: int,
-    side: int | None = None,
-    num_frames: int | None = None,
+    side: int = SIDE,
+    num_frames: int = NUM_FRAMES,
 ) -> dict[str, Truth]:
     """Writes ``videos/*.mp4``, the lists ``train.csv``, ``val.csv`` and ``test.csv`` (the last two
     alike), and ``truth.json``. Returns the truth by file name; classes come equally often, and a
@@ -108,16 +115,14 @@ def draw_video(
     kind: str,
     label: int,
     rng: np.random.Generator,
-    side: int | None = None,
-    num_frames: int | None = None,
+    side: int = SIDE,
+    num_frames: int = NUM_FRAMES,
 ) -> tuple[np.ndarray, Truth]:
     """Frames (T, H, W, 3) uint8 of a video of class ``label``, and the truth about it."""
-    what = KINDS[kind]
-    frames, boxes = what.draw(label, rng, num_frames or what.num_frames, side or what.side)
-    if frames.ndim == 3:
-        frames = np.repeat(frames[..., None], 3, axis=3)
+    grey, boxes = KINDS[kind](label, rng, num_frames, side)
     truth = Truth(label, sorted(boxes), [[int(n) for n in boxes[frame]] for frame in sorted(boxes)])
-    return frames.clip(0, 255).astype(np.uint8), truth
+    frames = grey.clip(0, 255).astype(np.uint8)
+    return np.repeat(frames[..., None], 3, axis=3), truth
 
 
 def write_video(path: str, frames: np.ndarray) -> None:
@@ -146,23 +151,20 @@ def write_frames(path: str, frames: Iterable[np.ndarray], fps: float) -> None:
 
 def config(
     folder: str,
-    kind: str,
     seed: int,
-    side: int | None = None,
-    num_frames: int | None = None,
+    side: int = SIDE,
+    num_frames: int = NUM_FRAMES,
     model: str = "mvit",
 ) -> dict:
-    """SlowFast's keys of a small model, one of ``MODELS``, for a kind of videos in ``folder``.
+    """SlowFast's keys of a small model, one of ``MODELS``, for the videos in ``folder``.
 
     STTS is off; its blocks are those before which ``stts study`` selects.
     """
-    what = KINDS[kind]
-    side, num_frames = side or what.side, num_frames or what.num_frames
     # A frame of tokens is of two frames of pixels; TimeSformer's patches are of one.
     frames = TOKEN_FRAMES if model == "timesformer" else 2 * TOKEN_FRAMES
-    name, nodes = MODELS[model](side // what.grid, what.kv_stride)
+    name, nodes = MODELS[model](side // GRID)
     return {
-        "TRAIN": {"BATCH_SIZE": what.batch_size, "EVAL_PERIOD": 100, "CHECKPOINT_PERIOD": 100},
+        "TRAIN": {"BATCH_SIZE": 16, "EVAL_PERIOD": 100, "CHECKPOINT_PERIOD": 100},
         "DATA": {
             "PATH_TO_DATA_DIR": folder,
             "PATH_PREFIX": os.path.join(folder, "videos"),
@@ -173,7 +175,7 @@ def config(
             "TRAIN_CROP_SIZE": side,
             "TEST_CROP_SIZE": side,
             "INPUT_CHANNEL_NUM": [3],
-            "RANDOM_FLIP": kind == "square",  # the other classes have a left and a right
+            "RANDOM_FLIP": False,  # the classes have a left and a right
         },
         "MODEL": {
             "ARCH": "mvit",
@@ -190,8 +192,8 @@ def config(
         "SOLVER": {
             "OPTIMIZING_METHOD": "adamw",
             "BASE_LR": 2e-3,
-            "MAX_EPOCH": what.epochs,
-            "WARMUP_EPOCHS": 1.0,
+            "MAX_EPOCH": 2,
+            "WARMUP_EPOCHS": 0.5,
             "COSINE_AFTER_WARMUP": True,
             "WARMUP_START_LR": 1e-4,
             "WEIGHT_DECAY": 0.05,
@@ -205,9 +207,9 @@ def config(
     }
 
 
-def _mvit(stride: int, kv_stride: list[int]) -> tuple[str, dict]:
+def _mvit(stride: int) -> tuple[str, dict]:
     node = {
-        "DEPTH": 4,
+        "DEPTH": 3,
         "EMBED_DIM": 32,
         # No others than the two frames of pixels: what a frame of tokens shows is clear.
         "PATCH_KERNEL": [2, 2 * stride - 1, 2 * stride - 1],
@@ -215,27 +217,27 @@ def _mvit(stride: int, kv_stride: list[int]) -> tuple[str, dict]:
         "PATCH_PADDING": [0, stride - 1, stride - 1],
         "SEP_POS_EMBED": True,
         "DROPPATH_RATE": 0.0,
-        "DIM_MUL": [[2, 2.0]],
-        "HEAD_MUL": [[2, 2.0]],
-        "POOL_Q_STRIDE": [[2, 1, 2, 2]],
-        "POOL_KV_STRIDE_ADAPTIVE": kv_stride,
+        "DIM_MUL": [[1, 2.0]],
+        "HEAD_MUL": [[1, 2.0]],
+        "POOL_Q_STRIDE": [[1, 1, 2, 2]],
+        "POOL_KV_STRIDE_ADAPTIVE": [1, 2, 2],
         "POOL_KVQ_KERNEL": [3, 3, 3],
     }
     return "MViT", {"MVIT": node}
 
 
-def _timesformer(stride: int, kv_stride: list[int]) -> tuple[str, dict]:
+def _timesformer(stride: int) -> tuple[str, dict]:
     sizes = {"PATCH_SIZE": stride, "EMBED_DIM": 32, "DEPTH": 4, "NUM_HEADS": 2}
     return "TimeSformer", {"TIMESFORMER": {**sizes, "DROPPATH_RATE": 0.0}}
 
 
-def _video_swin(stride: int, kv_stride: list[int]) -> tuple[str, dict]:
+def _video_swin(stride: int) -> tuple[str, dict]:
     sizes = {"PATCH_SIZE": [2, stride, stride], "EMBED_DIM": 32, "DEPTHS": [2, 2]}
     windows = {"NUM_HEADS": [2, 4], "WINDOW_SIZE": [8, 3, 3], "DROPPATH_RATE": 0.0}
     return "VideoSwin", {"VIDEO_SWIN": {**sizes, **windows}}
 
 
-# File name of the config -> (pixels of a token, pooling of keys) -> MODEL_NAME and its node.
+# File name of the config -> pixels of a token -> MODEL_NAME and its node.
 MODELS = {"mvit": _mvit, "timesformer": _timesformer, "video_swin": _video_swin}
 
 

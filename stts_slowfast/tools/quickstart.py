@@ -29,7 +29,7 @@ from stts_slowfast.tools.report import write_report
 from stts_slowfast.tools.study import Row, quiet_logs
 from stts_slowfast.tools.tables import write_results
 
-KIND = "square"
+KIND = "needle"
 NAMES = ("all", "learned", "uniform", "random")
 KEEP_TIME = 0.25  # 2 of 8 frames of tokens
 KEEP_SPACE = 0.25  # a window of 4 x 4 of 8 x 8 tokens
@@ -95,7 +95,7 @@ def write_configs(out: str, size: Size, seed: int) -> None:
     """Writes ``OUT/configs/NAME.yaml`` for the four ``NAMES``: files as ``stts run`` takes them."""
     os.makedirs(os.path.join(out, "configs"), exist_ok=True)
     for name in NAMES:
-        config = makedata.config(os.path.join(out, "data"), KIND, seed)
+        config = makedata.config(os.path.join(out, "data"), seed)
         config["OUTPUT_DIR"] = os.path.join(out, "runs", name)
         trained = _checkpoint(out, "all", size.epochs_all)
         if name == "all":

@@ -1,137 +1,86 @@
-"""What the videos of ``stts make-data`` show: four kinds of scenes, each with its truth."""
+"""What the videos of ``stts make-data`` show: three kinds of scenes, each with its truth.
 
-import colorsys
+All have four classes, and a dark background: beside it a token of a glyph is a loud one, also
+after a LayerNorm, and small models learn in a minute where they have to look.
+"""
+
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
-NUM_CLASSES = 8
-TOKEN_FRAMES = 8  # a model sees a video as so many frames of tokens
-GRID = 8  # tokens a side that objects are made for: they begin where a token does
+NUM_CLASSES = 4
+NUM_FRAMES = 32
+SIDE = 32  # pixels
+TOKEN_FRAMES = 8  # a model sees a video as so many frames of tokens,
+GRID = 8  # each of so many a side; objects are of 2 x 2, and begin where a token does
 
 # top, left, height and width in pixels
 Box = tuple[int, int, int, int]
+# Grey frames (T, H, W) float around 0..255, and the box of each frame that shows the class.
+Scene = tuple[np.ndarray, dict[int, Box]]
+
+_LIGHT = 120.0  # what an object adds to the background
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of videos.
-
-    Attributes:
-        draw: ``(label, rng, num_frames, side)`` -> grey or coloured frames (T, H, W[, 3]) float
-            around 0..255, and the box of each frame that shows the class.
-        side, num_frames: the size unless another is asked for.
-        grid: tokens a side of a frame.
-        kv_stride: POOL_KV_STRIDE_ADAPTIVE of the model; what is small needs many keys.
-        batch_size, epochs, num_train: of the training on all tokens.
-        text: what there is to see.
-    """
-
-    draw: Callable[..., tuple[np.ndarray, dict[int, Box]]]
-    side: int
-    num_frames: int
-    grid: int
-    kv_stride: list[int]
-    batch_size: int
-    epochs: int
-    num_train: int
-    text: str
-
-
-def _texture(rng: np.random.Generator, num_frames: int, side: int) -> np.ndarray:
-    """A cloudy background (T, side, side) around 110 that moves evenly, with a little noise."""
+def _background(rng: np.random.Generator, num_frames: int, side: int) -> np.ndarray:
+    """Dark clouds (T, side, side) that move evenly, with a little noise."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side))
     spectrum = np.fft.rfft2(rng.normal(size=(side, side))) / (frequency + 2 / side)
     clouds = np.fft.irfft2(spectrum, (side, side))
-    clouds *= 12 / clouds.std()
+    clouds *= 10 / clouds.std()
     velocity = rng.uniform(-1.5, 1.5, size=2)
     moved = [
         np.roll(clouds, np.round(velocity * number).astype(int), (0, 1))
         for number in range(num_frames)
     ]
-    return 110 + np.stack(moved) + rng.normal(0, 4, (num_frames, side, side))
+    return 60 + np.stack(moved) + rng.normal(0, 4, (num_frames, side, side))
 
 
-def _paste(frame: np.ndarray, picture: np.ndarray, top: int, left: int) -> None:
+def _add(frame: np.ndarray, picture: np.ndarray, top: int, left: int) -> None:
     """Adds a picture to a frame whose opposite borders meet."""
     rows = (top + np.arange(picture.shape[0])) % frame.shape[0]
     columns = (left + np.arange(picture.shape[1])) % frame.shape[1]
-    frame[np.ix_(rows, columns)] += picture
+    frame[np.ix_(rows, columns)] += _LIGHT * picture
 
 
-def _glyph(rows: Iterable[str]) -> np.ndarray:
-    return np.array([[cell == "#" for cell in row] for row in rows])
+# ---- kinds ----------------------------------------------------------------------------------
 
 
-# One a class, each of nine cells, so that none is told by how bright it is.
-GLYPHS = [
-    _glyph(rows.split())
-    for rows in (
-        "..#.. ..#.. ##### ..#.. ..#..",
-        "#...# .#.#. ..#.. .#.#. #...#",
-        "##### ..#.. ..#.. ..#.. ..#..",
-        "..#.. ..#.. ..#.. ..#.. #####",
-        "#.... #.... #.... #.... #####",
-        "##### ....# ....# ....# ....#",
-        "#.... #.... ##### #.... #....",
-        "#...# #...# .###. ..#.. ..#..",
-    )
-]
-
-
-def _draw_square(label, rng, num_frames, side):
-    """Grey noise with a grey square that jumps about. For a quarter of the video the square is
-    coloured and stays where it is; its hue is the class."""
-    frames = np.repeat(rng.normal(110, 25, (num_frames, side, side, 1)), 3, axis=3)
-    size, step = side * 14 // 32, num_frames // TOKEN_FRAMES
-    start, place = step * int(rng.integers(TOKEN_FRAMES - 1)), rng.integers(side - size + 1, size=2)
-    hue = np.array(colorsys.hsv_to_rgb(label / NUM_CLASSES, 0.8, 0.9)) * 255
-    boxes = {}
-    for number in range(num_frames):
-        if start <= number < start + 2 * step:
-            (top, left), color = place, hue
-            boxes[number] = (top, left, size, size)
-        elif number % step == 0:
-            top, left = rng.integers(side - size + 1, size=2)
-            color = np.full(3, rng.uniform(40, 240))
-        square = frames[number, top : top + size, left : left + size]
-        square[:] = color + 0.3 * (square - 110)
-    return frames, boxes
-
-
-def _draw_needle(label, rng, num_frames, side):
-    """A glyph in an eighth of the frames; before and after it, elsewhere, its cells shuffled."""
-    frames = _texture(rng, num_frames, side)
+def needle(label: int, rng: np.random.Generator, num_frames: int, side: int) -> Scene:
+    """a glyph for an eighth of the video; before and after it, elsewhere, its pixels shuffled"""
+    frames, boxes = _background(rng, num_frames, side), {}
     token, step = side // GRID, num_frames // TOKEN_FRAMES
-    cell, shown = max(2 * token // 5, 1), int(rng.integers(TOKEN_FRAMES))
-    size = 5 * cell
-    boxes = {}
+    shown = int(rng.integers(TOKEN_FRAMES))
     for moment in range(TOKEN_FRAMES):
-        cells = GLYPHS[label]
+        picture = glyph(2 * token, label)
         if moment != shown:
-            cells = rng.permutation(cells.flatten()).reshape(5, 5)
-        picture = 120.0 * np.kron(cells, np.ones((cell, cell)))
-        top, left = token * rng.integers((side - size) // token + 1, size=2)
+            picture = rng.permutation(picture.flatten()).reshape(picture.shape)
+        top, left = token * rng.integers(GRID - 1, size=2)
         for number in range(moment * step, (moment + 1) * step):
-            _paste(frames[number], picture, top, left)
+            _add(frames[number], picture, top, left)
             if moment == shown:
-                boxes[number] = (top, left, size, size)
+                boxes[number] = (top, left, *picture.shape)
     return frames, boxes
 
 
-def _draw_motion(label, rng, num_frames, side):
-    """A disc that goes one of eight ways for half of the video, and hops about before and after:
-    where it is in any one frame says nothing."""
-    frames = _texture(rng, num_frames, side)
+def glyph(size: int, label: int) -> np.ndarray:
+    """A square with two strokes in one of four directions, which fill half of its pixels."""
+    rows, columns = np.mgrid[:size, :size]
+    across = (rows, columns, rows + columns, rows - columns)[label]
+    return across % (size // 2) < size // 4
+
+
+def motion(label: int, rng: np.random.Generator, num_frames: int, side: int) -> Scene:
+    """a disc that goes one of four ways for half of the video, and hops about before and after"""
+    frames, boxes = _background(rng, num_frames, side), {}
     size, step = side // 4, num_frames // TOKEN_FRAMES
     rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
-    picture = 120.0 * (np.hypot(rows, columns) < size / 2)
-    angle = 2 * np.pi * label / NUM_CLASSES
+    disc = np.hypot(rows, columns) < size / 2
+    angle = np.pi / 2 * label
     speed = side / 8 / step  # an eighth of the frame between two frames of tokens
     velocity = speed * np.array([np.sin(angle), np.cos(angle)])
     start = step * int(rng.integers(TOKEN_FRAMES // 2 + 1))
-    place, boxes = rng.uniform(0, side, size=2), {}
+    place = rng.uniform(0, side, size=2)
     for number in range(num_frames):
         moves = start <= number < start + num_frames // 2
         if moves:
@@ -139,7 +88,7 @@ def _draw_motion(label, rng, num_frames, side):
         elif number % step == 0:
             place = rng.uniform(0, side, size=2)
         top, left = np.round(place).astype(int)
-        _paste(frames[number], picture, top, left)
+        _add(frames[number], disc, top, left)
         if moves:
             boxes[number] = _visible(top, left, size, side)
     return frames, boxes
@@ -154,49 +103,28 @@ def _visible(top: int, left: int, size: int, side: int) -> Box:
     return spans[0][0], spans[1][0], spans[0][1], spans[1][1]
 
 
-def _draw_clutter(label, rng, num_frames, side):
-    """Nine rings that tremble together; eight have two gaps that face each other, one has a gap on
-    one side alone: which side is the class."""
-    frames = _texture(rng, num_frames, side)
-    token = side // GRID
-    size, turns = 2 * token - 1, rng.permutation(8)
-    chosen = int(rng.integers(9))
-    corners = [(3 * token * row, 3 * token * column) for row in range(3) for column in range(3)]
-    sheet = np.zeros((side, side))
+def clutter(label: int, rng: np.random.Generator, num_frames: int, side: int) -> Scene:
+    """sixteen rings: one is open at one of four sides, the others at two that face each other"""
+    frames, size = _background(rng, num_frames, side), 2 * (side // GRID)
+    chosen, upright = int(rng.integers(16)), rng.permutation(16) % 2
+    corners = [(size * row, size * column) for row in range(4) for column in range(4)]
     for place, (top, left) in enumerate(corners):
-        gaps = [label] if place == chosen else [turns[place % 8], turns[place % 8] + 4]
-        _paste(sheet, _ring(size, gaps), top, left)
-    for frame in frames:
-        frame += np.roll(sheet, rng.integers(2, size=2), (0, 1))
-    return frames, dict.fromkeys(range(num_frames), (*corners[chosen], size + 1, size + 1))
+        gaps = [label] if place == chosen else [upright[place], upright[place] + 2]
+        for frame in frames:
+            _add(frame, ring(size - 1, gaps), top, left)
+    return frames, dict.fromkeys(range(num_frames), (*corners[chosen], size, size))
 
 
-def _ring(size: int, gaps: Iterable[int]) -> np.ndarray:
-    """A bright ring of ``size`` pixels, open at some of eight directions."""
+def ring(size: int, gaps: Iterable[int]) -> np.ndarray:
+    """A ring that is open at some of four sides: right, below, left, above."""
     rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
     distance, angle = np.hypot(rows, columns), np.arctan2(rows, columns)
-    ring = (distance < size / 2) & (distance > size / 4)
+    closed = (distance < size / 2) & (distance > size / 4)
     for gap in gaps:
-        turned = np.angle(np.exp(1j * (angle - gap * np.pi / 4)))
-        ring &= np.abs(turned) > np.pi / 6
-    return 120.0 * ring
+        turned = np.angle(np.exp(1j * (angle - gap * np.pi / 2)))
+        closed &= np.abs(turned) > np.pi / 6
+    return closed
 
 
-KINDS = {
-    "square": Kind(
-        *(_draw_square, 32, 32, 8, [2, 8, 8], 32, 10, 512),
-        text="a square that is coloured for a moment",
-    ),
-    "needle": Kind(
-        *(_draw_needle, 48, 32, GRID, [1, 2, 2], 16, 8, 2048),
-        text="a glyph for a moment, its cells shuffled else",
-    ),
-    "motion": Kind(
-        *(_draw_motion, 48, 32, 6, [1, 2, 2], 16, 3, 2048),
-        text="which way a disc goes for a while",
-    ),
-    "clutter": Kind(
-        *(_draw_clutter, 48, 32, GRID, [1, 2, 2], 16, 8, 2048),
-        text="the one ring of nine with a single gap",
-    ),
-}
+# Functions (label, rng, num_frames, side) -> scene, which begin by saying what there is to see.
+KINDS: dict[str, Callable[..., Scene]] = {"needle": needle, "motion": motion, "clutter": clutter}

@@ -154,10 +154,10 @@ def test_untrained_scorers_are_not_tested(tmp_path):
 def job(tmp_path_factory):
     """Videos, a folder of VideoMAE, and a config that trains its scorers on them."""
     folder = tmp_path_factory.mktemp("hf")
-    makedata.write_dataset(str(folder), "square", 16, 8, seed=0)
+    makedata.write_dataset(str(folder), "needle", 16, 8, seed=0)
     save(folder)
     videomae(num_labels=makedata.NUM_CLASSES).model.save_pretrained(folder)
-    keys = makedata.config(str(folder), "square", 0)
+    keys = makedata.config(str(folder), 0)
     keys["DATA"].update(NUM_FRAMES=8, SAMPLING_RATE=4)
     del keys["MVIT"], keys["MODEL"]["DROPOUT_RATE"]
     keys["MODEL"]["MODEL_NAME"] = f"hf:{folder}"

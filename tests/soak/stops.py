@@ -49,7 +49,7 @@ def main() -> int:
     counts, faults, stops = Counter(), [], 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        makedata.write_dataset(str(folder / "data"), "square", 24, 4, args.seed)
+        makedata.write_dataset(str(folder / "data"), "needle", 24, 4, args.seed)
         start(folder, "warm", args, epochs=1).join()  # what a first run compiles and reads
         process, started = start(folder, "whole", args), time.monotonic()
         startup = begin(process, folder / "whole") - started

@@ -164,8 +164,8 @@ def test_ours_has_the_papers_numbers():
 def videos(tmp_path_factory):
     """A config of 16 training and 8 test videos, with 2 views of each."""
     folder = tmp_path_factory.mktemp("videos")
-    makedata.write_dataset(str(folder), "square", 16, 8, seed=0)
-    keys = makedata.config(str(folder), "square", 0)
+    makedata.write_dataset(str(folder), "needle", 16, 8, seed=0)
+    keys = makedata.config(str(folder), 0)
     keys["TRAIN"]["BATCH_SIZE"] = 4
     keys["TEST"].update(BATCH_SIZE=5, NUM_ENSEMBLE_VIEWS=2)
     makedata.write_config(str(folder / "config.yaml"), keys)

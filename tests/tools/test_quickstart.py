@@ -15,7 +15,7 @@ from stts_slowfast.tools.evaluate import shown_boxes
 def data(tmp_path_factory):
     """Folder and truth of 16 training and 8 test videos."""
     folder = tmp_path_factory.mktemp("data")
-    return folder, makedata.write_dataset(str(folder), "square", 16, 8, seed=0)
+    return folder, makedata.write_dataset(str(folder), "needle", 16, 8, seed=0)
 
 
 def test_configs_read_the_videos_in_full(data, tmp_path):

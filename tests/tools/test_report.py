@@ -24,9 +24,8 @@ VOID = {"meta", "img", "br", "link"}
 def folders(tmp_path_factory):
     """Output folders of a baseline, of a run with selection, and of a study."""
     folder = tmp_path_factory.mktemp("report")
-    makedata.write_dataset(str(folder), "square", 32, 8, seed=0)
-    keys = makedata.config(str(folder), "square", 0)
-    keys["MVIT"]["DEPTH"] = 3
+    makedata.write_dataset(str(folder), "needle", 32, 8, seed=0)
+    keys = makedata.config(str(folder), 0)
     keys["DATA_LOADER"]["NUM_WORKERS"] = 0
     keys["SOLVER"].update(MAX_EPOCH=2, WARMUP_EPOCHS=0.0)
     keys["STTS"] = {"TIME": {"BLOCKS": [0], "KEEP": [0.5]}, "SPACE": {"BLOCKS": []}}

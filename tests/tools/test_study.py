@@ -20,10 +20,9 @@ from stts_slowfast.tools import cli, makedata, run, study
 def folder(tmp_path_factory):
     """Videos, a config with both selections, and a checkpoint with and one without scorers."""
     folder = tmp_path_factory.mktemp("study")
-    makedata.write_dataset(str(folder), "square", 32, 16, seed=0)
-    keys = makedata.config(str(folder), "square", 0)
+    makedata.write_dataset(str(folder), "needle", 32, 16, seed=0)
+    keys = makedata.config(str(folder), 0)
     keys["STTS"] = {"TIME": {"BLOCKS": [0]}, "SPACE": {"BLOCKS": [0], "STRIDE": 1}}
-    keys["MVIT"]["DEPTH"] = 3
     keys["DATA_LOADER"]["NUM_WORKERS"] = 0
     makedata.write_config(str(folder / "config.yaml"), keys)
     for name, enable in (("scorers.pyth", True), ("plain.pyth", False)):

@@ -94,7 +94,7 @@ def words(cfg, tmp_path):
     """The command up to its videos; there are two with odd names."""
     generator = np.random.default_rng(0)
     for name in ("a $\\frac$ \udcff\n.mp4", "b.mp4"):
-        frames = makedata.draw_video("square", 1, generator)[0]
+        frames = makedata.draw_video("needle", 1, generator)[0]
         makedata.write_video(str(tmp_path / name), frames)
     (tmp_path / "model.yaml").write_text(cfg.dump())
     save_checkpoint(str(tmp_path / "model.pyth"), build_model(cfg), cfg, 1)
