@@ -192,8 +192,8 @@ def config(
         "SOLVER": {
             "OPTIMIZING_METHOD": "adamw",
             "BASE_LR": 2e-3,
-            "MAX_EPOCH": 2,
-            "WARMUP_EPOCHS": 0.5,
+            "MAX_EPOCH": 3,
+            "WARMUP_EPOCHS": 1.0,
             "COSINE_AFTER_WARMUP": True,
             "WARMUP_START_LR": 1e-4,
             "WEIGHT_DECAY": 0.05,
