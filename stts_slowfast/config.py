@@ -27,7 +27,8 @@ def add_stts_config(cfg) -> None:
     cfg.STTS.TIME = node()
     # Before which blocks frames are selected; empty for no temporal selection.
     cfg.STTS.TIME.BLOCKS = [0]
-    # Share of the arriving frames that goes on, one per block: int(T * keep) frames.
+    # Share of the arriving frames that goes on, one per block: int(T * keep) frames. A range
+    # inside the list, [[0.25, 0.9]], is drawn from in each iteration of training; a test needs one.
     cfg.STTS.TIME.KEEP = [0.9]
     # What scores a frame: learned, uniform (evenly spaced), random, change (from the frame
     # before), or what is registered in scorers.SCORERS.
@@ -38,7 +39,8 @@ def add_stts_config(cfg) -> None:
     # Before which blocks windows are selected; empty for no spatial selection.
     cfg.STTS.SPACE.BLOCKS = [4]
     # Share of a frame's tokens that goes on, one per block: a window of side
-    # int(sqrt(int(H * W * keep))), or of int(side * sqrt(keep)) per axis where H != W.
+    # int(sqrt(int(H * W * keep))), or of int(side * sqrt(keep)) per axis where H != W. A range as
+    # for TIME.
     cfg.STTS.SPACE.KEEP = [0.9]
     # What scores a window: learned, uniform (the middle one), random, change, or what is
     # registered in scorers.SCORERS.
@@ -87,6 +89,19 @@ def kept_window(height: int, width: int, keep: float) -> tuple[int, int]:
     return int(height * keep**0.5 + 1e-6), int(width * keep**0.5 + 1e-6)
 
 
+def ends(keep: float | Sequence[float]) -> tuple[float, float]:
+    """The low and the high end of a share: a number is both."""
+    low, high = keep if isinstance(keep, (list, tuple)) else (keep, keep)
+    return low, high
+
+
+def between(low: Sequence[int], high: Sequence[int], draw: float) -> tuple[int, ...]:
+    """The sizes at ``draw``, in 0..1, of all from ``low`` to ``high``, each of them as likely."""
+    steps = max(b - a for a, b in zip(low, high))
+    step = min(int(draw * (steps + 1)), steps)
+    return tuple(a + round(step * (b - a) / max(steps, 1)) for a, b in zip(low, high))
+
+
 def window_stride(size: int, window: int, stride: int) -> int:
     """Tokens between neighbouring windows along one axis; ``stride`` 0 asks for the default."""
     return stride or max((size - window) // 2, 1)
@@ -96,12 +111,12 @@ def window_stride(size: int, window: int, stride: int) -> int:
 class Settings:
     """What the node ``STTS`` says, as plain values: each key of it, by its name in small letters.
 
-    ``time`` and ``space`` are the blocks with their shares, ``{4: 0.9}``; in the node they stand in
-    the lists ``BLOCKS`` and ``KEEP``.
+    ``time`` and ``space`` are the blocks with their shares, ``{4: 0.9}`` or a range
+    ``{4: (0.25, 0.9)}``; in the node they stand in the lists ``BLOCKS`` and ``KEEP``.
     """
 
-    time: Mapping[int, float]
-    space: Mapping[int, float]
+    time: Mapping[int, float | Sequence[float]]
+    space: Mapping[int, float | Sequence[float]]
     time_scorer: str
     space_scorer: str
     space_stride: int
@@ -251,12 +266,18 @@ def plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, 
         grids: the token grid ``(T, H, W)`` that arrives at each block without selection.
 
     Returns:
-        ``{"time_0": ((8, 56, 56), (7, 56, 56)), ...}`` in the order in which they run.
+        ``{"time_0": ((8, 56, 56), (7, 56, 56)), ...}`` in the order in which they run; of ranges,
+        what their high ends do.
 
     Raises:
-        ValueError: where a share leaves no frame or no window.
+        ValueError: where a share, or an end of its range, leaves no frame or no window.
     """
     settings = node if isinstance(node, Settings) else Settings.of_node(node)
+    _plan(settings, grids, 0)
+    return _plan(settings, grids, 1)
+
+
+def _plan(settings: Settings, grids, end: int) -> dict[str, tuple[tuple, tuple]]:
     steps = {}
     grid = tuple(grids[0])
     for block, full in enumerate(grids):
@@ -265,13 +286,13 @@ def plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, 
             grid = tuple(-(-size // stride) for size, stride in zip(grid, strides))
         for dimension, shares in (("TIME", settings.time), ("SPACE", settings.space)):
             if block in shares:
-                before = grid
+                before, share = grid, ends(shares[block])[end]
                 if dimension == "TIME":
-                    grid = (kept_frames(grid[0], shares[block]), *grid[1:])
+                    grid = (kept_frames(grid[0], share), *grid[1:])
                 else:
-                    grid = (grid[0], *kept_window(*grid[1:], shares[block]))
+                    grid = (grid[0], *kept_window(*grid[1:], share))
                 if min(grid) < 1:
-                    raise ValueError(nothing_left(dimension, shares[block], block, before))
+                    raise ValueError(nothing_left(dimension, share, block, before))
                 steps[f"{dimension.lower()}_{block}"] = (before, grid)
     return steps
 
@@ -297,7 +318,7 @@ def _shares(key: str, node) -> dict:
     if blocks and len(blocks) != len(keep):
         raise ValueError(
             f"{key}.KEEP has {len(keep)} values but {key}.BLOCKS has {len(blocks)}: "
-            "give one share per block"
+            "give one share per block; a range is a list in it, [[0.25, 0.9]]"
         )
     for block in blocks:
         if isinstance(block, bool) or not isinstance(block, int):
@@ -313,8 +334,16 @@ def _check_shares(key: str, shares: Mapping, num_blocks: int) -> None:
             raise ValueError(
                 f"{key}.BLOCKS names block {block!r}: the model's blocks are 0 to {num_blocks - 1}"
             )
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise ValueError(f"{key}.KEEP holds {share!r}: a share lies above 0 and up to 1")
+        pair = share if isinstance(share, (list, tuple)) else (share, share)
+        if (
+            len(pair) != 2
+            or not all(_is_number(end) for end in pair)
+            or not (0 < pair[0] <= pair[1] <= 1)
+        ):
+            raise ValueError(
+                f"{key}.KEEP holds {share!r}: a share lies above 0 and up to 1; a range of them is "
+                "[low, high]"
+            )
 
 
 def _one_of(key: str, value, known: Sequence[str]) -> None:
@@ -322,6 +351,10 @@ def _one_of(key: str, value, known: Sequence[str]) -> None:
         raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _at_least(key: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+    if not _is_number(value) or not value >= least:
         raise ValueError(f"{key} is {value!r}: it must be at least {least}")

@@ -105,7 +105,7 @@ def attach(
             known (``backbones.block_grids(cfg)``): shares that leave nothing are then found now
             instead of in the first forward pass, and each selector is logged with its grids.
         time: share of frames that goes on, by the block before which they are selected:
-            ``{0: 0.9}``.
+            ``{0: 0.9}``; or a range to draw from in training, ``{0: (0.25, 0.9)}``.
         space: share of a frame's tokens that goes on, likewise: ``{4: 0.9}``.
         **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
             ``space_scorer``, ``space_stride``, ``space_shared``, ``sigma``, ``num_samples``,
@@ -183,8 +183,9 @@ def _make_selectors(
             (SpatialSelector, settings.space, settings.space_scorer, window),
         ):
             if number in shares:
-                keep, channels = float(shares[number]), host.channels(block)
-                selector = kind(channels, number, keep, scorer, **more, **operator)
+                selector = kind(
+                    host.channels(block), number, shares[number], scorer, **more, **operator
+                )
                 parameter = next(block.parameters())
                 selector.to(parameter.device, parameter.dtype).train(training)
                 stts[selector.key] = selector
@@ -292,7 +293,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 def _describe(key: str, selector: Selector, scorer: str, step) -> str:
     what = "frames" if selector.dimension == "TIME" else "window"
-    text = f"STTS {key}: {scorer} {what} before block {selector.block}, keep {selector.keep:g}"
+    text = f"STTS {key}: {scorer} {what} before block {selector.block}, keep {selector.share_text}"
     if step is None:
         return text
     (before, after) = ("x".join(map(str, grid)) for grid in step)

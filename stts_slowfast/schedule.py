@@ -6,6 +6,7 @@ loaded, and `step` before every iteration.
 
 import logging
 import math
+import random
 from collections.abc import Iterator
 
 from torch import nn
@@ -28,14 +29,16 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
     return initial * (1.0 - fraction) if decay == "linear" else initial
 
 
-def set_progress(model: nn.Module, fraction: float) -> float | None:
-    """Sets every selector's sigma to what belongs to this point of training.
+def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
+    """Sets every selector's sigma, and its budget of a range, at this point of training.
 
-    It depends on nothing but the fraction, so a resumed run is where it was.
+    Both depend on nothing but the arguments: all processes have the same, and a resumed run is
+    where it was. Each selector draws its own budget, and all sizes of its range are as likely.
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
         fraction: 0 to 1 of training done.
+        seed: of the budgets, the run's.
 
     Returns:
         That sigma; None where there is no selector.
@@ -50,6 +53,7 @@ def set_progress(model: nn.Module, fraction: float) -> float | None:
         if isinstance(module, Selector):
             noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
             module.sigma.fill_(noise)
+            module.set_budget(random.Random(f"{seed} {fraction!r} {module.key}").random())
     return noise
 
 
@@ -174,7 +178,7 @@ def step(model: nn.Module, groups: list[dict], lr: float, epoch: float, cfg) -> 
     for group in groups:
         rate = backbone if group.get("backbone") else lr
         group["lr"] = rate * group.get("layer_decay", 1.0)
-    noise = set_progress(model, min(epoch / cfg.SOLVER.MAX_EPOCH, 1.0))
+    noise = set_progress(model, min(epoch / cfg.SOLVER.MAX_EPOCH, 1.0), cfg.RNG_SEED)
     learns = any(True for _ in _scorer_parameters(model))
     return {"sigma": noise, "backbone_lr": backbone} if learns else {}
 

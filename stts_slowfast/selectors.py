@@ -1,17 +1,30 @@
 """Temporal and spatial selectors: a token grid in, a smaller token grid out."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stts_slowfast.config import kept_frames, kept_window, nothing_left, window_stride
+from stts_slowfast.config import (
+    between,
+    ends,
+    kept_frames,
+    kept_window,
+    nothing_left,
+    window_stride,
+)
 from stts_slowfast.scorers import SCORERS, normalize
 from stts_slowfast.topk import NAN, OPERATORS, full_precision, hard_topk, on_host
 
 # PyTorch before 2.7 does not tell, and exports as it compiles.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+# Shares are kept in billionths: torch.compile takes a module's whole numbers for constants, but its
+# floats for variables as soon as two selectors differ, and no shape can depend on those.
+WHOLE = 10**9
 
 
 class Choice(NamedTuple):
@@ -38,6 +51,7 @@ class Selector(nn.Module):
         kept: what the last forward kept, for people who look (``hooks.selections``); nothing that
             is computed reads it.
         sigma: 0-dim buffer, the present noise level; see ``schedule.set_progress``.
+        share: low and high end of the share of what arrives that goes on.
     """
 
     dimension: str
@@ -46,7 +60,7 @@ class Selector(nn.Module):
         self,
         scorer: nn.Module,
         block: int,
-        keep: float,
+        keep: float | Sequence[float],
         sigma: float = 0.1,
         sigma_decay: str = "linear",
         num_samples: int = 500,
@@ -56,9 +70,10 @@ class Selector(nn.Module):
         super().__init__()
         self.scorer = scorer
         self.block = block
-        # In billionths: torch.compile takes a module's whole numbers for constants, but its floats
-        # for variables as soon as two selectors differ, and no shape can depend on those.
-        self.keep_billionths = round(keep * 10**9)
+        self.share = ends(keep)
+        self.low, self.high = (round(share * WHOLE) for share in self.share)
+        # Where between them; nobody has drawn from a range yet.
+        self.draw = 0 if self.low == self.high else None
         self.num_samples = num_samples
         self.gradient = gradient
         self.operator = OPERATORS.get(operator)
@@ -77,10 +92,31 @@ class Selector(nn.Module):
         """Its name in ``model.stts``: ``time_0``, ``space_4``."""
         return f"{self.dimension.lower()}_{self.block}"
 
-    @property
-    def keep(self) -> float:
-        """Share of what arrives that goes on."""
-        return self.keep_billionths / 10**9
+    def set_budget(self, draw: float) -> None:
+        """What goes on in training until the next call; in evaluation it is the high end.
+
+        Args:
+            draw: 0..1 of the way through the range of sizes; a single share is no range.
+        """
+        if self.low != self.high:
+            self.draw = round(draw * WHOLE)
+
+    def goes_on(self, grid: Tensor) -> tuple[int, ...]:
+        """How many frames, or height and width of the window, go on of ``(B, T, H, W, C)`` now."""
+        if self.draw is None:
+            raise ValueError(
+                f"STTS.{self.dimension}.KEEP of block {self.block} is {self.share_text}: give one "
+                f'share to test (--opts STTS.{self.dimension}.KEEP "[{self.share[1]:g}]"); to '
+                "train, set_progress(model, fraction) draws one before each iteration"
+            )
+        thw = grid.shape[1:4]
+        least = (self.low if self.training else self.high) / WHOLE
+        sizes = between(
+            self.sizes(thw, least), self.sizes(thw, self.high / WHOLE), self.draw / WHOLE
+        )
+        if min(sizes) < 1:
+            raise ValueError(nothing_left(self.dimension, least, self.block, thw))
+        return sizes
 
     def forward(self, grid: Tensor) -> Tensor:
         return self.take(grid, self.choose(grid))
@@ -121,8 +157,13 @@ class Selector(nn.Module):
         """Soft choice ``(N, k, d)`` of the top ``k`` of normalised ``scores`` ``(N, d)``."""
         return self.operator(scores, k, self.sigma, self.num_samples, self.gradient)
 
+    @property
+    def share_text(self) -> str:
+        """The share in words."""
+        return " to ".join(f"{share:g}" for share in dict.fromkeys(self.share))
+
     def extra_repr(self) -> str:
-        return f"block={self.block}, keep={self.keep:g}"
+        return f"block={self.block}, keep={self.share_text}"
 
 
 class TemporalSelector(Selector):
@@ -131,7 +172,7 @@ class TemporalSelector(Selector):
     Args:
         channels: channels of a token.
         block: the block in front of which the selector sits.
-        keep: share of the arriving frames that goes on.
+        keep: share of the arriving frames that goes on, or a range of it.
         scorer: what scores a frame, a name in ``scorers.SCORERS``.
         **settings: of the operator, see :class:`Selector`.
 
@@ -141,14 +182,15 @@ class TemporalSelector(Selector):
 
     dimension = "TIME"
 
-    def __init__(self, channels: int, block: int, keep: float, scorer: str = "learned", **settings):
+    def __init__(self, channels: int, block: int, keep, scorer: str = "learned", **settings):
         super().__init__(SCORERS.get(scorer)("TIME", channels), block, keep, **settings)
+
+    def sizes(self, thw: Sequence[int], share: float) -> tuple[int, ...]:
+        return (kept_frames(thw[0], share),)
 
     def choose(self, grid: Tensor) -> Choice:
         """Indices ``(B, k)``, and in training weights ``(B, k, T)``."""
-        k = kept_frames(grid.shape[1], self.keep)
-        if k < 1:
-            raise ValueError(nothing_left("TIME", self.keep, self.block, grid.shape[1:4]))
+        (k,) = self.goes_on(grid)
         with full_precision(grid):
             scores = self.scorer(grid, k)
             self.watch(scores)
@@ -172,7 +214,7 @@ class SpatialSelector(Selector):
     Args:
         channels: channels of a token.
         block: the block in front of which the selector sits.
-        keep: share of a frame's tokens that goes on; the window's sides are
+        keep: share of a frame's tokens that goes on, or a range of it; the window's sides are
             ``config.kept_window``'s.
         scorer: what scores a window, a name in ``scorers.SCORERS``.
         stride: tokens between neighbouring windows; 0 for ``config.window_stride``'s default.
@@ -189,7 +231,7 @@ class SpatialSelector(Selector):
         self,
         channels: int,
         block: int,
-        keep: float,
+        keep,
         scorer: str = "learned",
         stride: int = 0,
         shared: bool = False,
@@ -199,12 +241,13 @@ class SpatialSelector(Selector):
         self.stride = stride
         self.shared = shared
 
+    def sizes(self, thw: Sequence[int], share: float) -> tuple[int, ...]:
+        return kept_window(*thw[1:], share)
+
     def choose(self, grid: Tensor) -> Choice:
         """Windows ``(B*T, 4)``, and in training weights ``(B*T, windows)``."""
-        batch, frames, height, width = grid.shape[:4]
-        window = kept_window(height, width, self.keep)
-        if min(window) < 1:
-            raise ValueError(nothing_left("SPACE", self.keep, self.block, grid.shape[1:4]))
+        batch, frames, _, width = grid.shape[:4]
+        window = self.goes_on(grid)
         steps = self._steps(grid)
         with full_precision(grid):
             scores = self.scorer(grid, window, steps)  # (B*T, rows * columns)
@@ -224,7 +267,7 @@ class SpatialSelector(Selector):
 
     def take(self, grid: Tensor, choice: Choice) -> Tensor:
         """Applies a choice to ``grid`` ``(B, T, H, W, C)``."""
-        window = kept_window(*grid.shape[2:4], self.keep)
+        window = self.goes_on(grid)
         if choice.weights is not None:
             weights = choice.weights.to(grid.dtype).unflatten(0, grid.shape[:2])
             return _MixWindows.apply(grid, weights, window, self._steps(grid))
@@ -239,9 +282,9 @@ class SpatialSelector(Selector):
         return grid[clips, times, rows[..., None], columns[..., None, :]]
 
     def _steps(self, grid: Tensor) -> tuple[int, int]:
-        window = kept_window(*grid.shape[2:4], self.keep)
         rows, columns = (
-            window_stride(size, side, self.stride) for size, side in zip(grid.shape[2:4], window)
+            window_stride(size, side, self.stride)
+            for size, side in zip(grid.shape[2:4], self.goes_on(grid))
         )
         return rows, columns
 

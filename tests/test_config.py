@@ -5,6 +5,7 @@ from yacs.config import CfgNode as YacsNode
 from stts_slowfast import scorers, topk
 from stts_slowfast.config import (
     add_stts_config,
+    between,
     check_training,
     kept_frames,
     kept_window,
@@ -60,6 +61,36 @@ def test_a_window_keeps_the_shape_of_its_grid():
     assert kept_window(8, 16, 0.25) == (4, 8)
 
 
+def test_of_ranges_the_plan_is_what_the_high_ends_do(node):
+    alone = plan(node, MVIT_B)
+    node.TIME.KEEP, node.SPACE.KEEP = [[0.25, 0.9]], [[0.5, 0.9]]
+    validate_stts(node, 16, MVIT_B)
+    assert plan(node, MVIT_B) == alone
+
+
+def test_a_range_is_read_from_a_command_line_and_a_file(tmp_path):
+    cfg = CfgNode()
+    add_stts_config(cfg)
+    cfg.merge_from_list(["STTS.TIME.KEEP", "[[0.25, 0.9]]"])
+    assert cfg.STTS.TIME.KEEP == [[0.25, 0.9]]
+    (tmp_path / "a.yaml").write_text(cfg.dump())
+    again = CfgNode()
+    add_stts_config(again)
+    again.merge_from_file(str(tmp_path / "a.yaml"))
+    assert again.STTS.TIME.KEEP == [[0.25, 0.9]]
+
+
+@pytest.mark.parametrize(
+    "low, high", [((2,), (7,)), ((3, 3), (6, 6)), ((2, 4), (4, 8)), ((4,), (4,))]
+)
+def test_every_size_of_a_range_is_as_likely_both_ends_among_them(low, high):
+    drawn = [between(low, high, (number + 0.5) / 840) for number in range(840)]
+    sizes = sorted(set(drawn))
+    assert (sizes[0], sizes[-1]) == (low, high) == (between(low, high, 0), between(low, high, 1))
+    assert len(sizes) == max(b - a for a, b in zip(low, high)) + 1
+    assert {drawn.count(size) for size in sizes} == {840 // len(sizes)}
+
+
 def test_plan_follows_the_strides_behind_a_window(node):
     node.SPACE.BLOCKS, node.SPACE.KEEP = [4, 14], [0.7367, 0.5]
     assert plan(node, MVIT_B)["space_14"] == ((7, 6, 6), (7, 4, 4))
@@ -80,6 +111,17 @@ def test_plan_follows_the_strides_behind_a_window(node):
         ("NUM_SAMPLES", 2.5, r"STTS.NUM_SAMPLES is 2.5: give a whole number"),
         ("SIGMA", "0.1", r"STTS.SIGMA is '0.1'"),
         ("SPACE.KEEP", ["most"], r"STTS.SPACE.KEEP holds 'most'"),
+        (
+            "TIME.KEEP",
+            [0.25, 0.9],
+            r"KEEP has 2 values .* a list in it, \[\[0.25, 0.9\]\]",
+        ),
+        ("TIME.KEEP", [[0.9, 0.5]], r"holds \[0.9, 0.5\]: .* a range of them is \[low, high\]"),
+        ("TIME.KEEP", [[0.5, 1.1]], r"STTS.TIME.KEEP holds \[0.5, 1.1\]"),
+        ("SPACE.KEEP", [[0.5]], r"STTS.SPACE.KEEP holds \[0.5\]"),
+        ("SPACE.KEEP", [[True, True]], r"STTS.SPACE.KEEP holds \[True, True\]"),
+        ("TIME.KEEP", [[0.1, 0.9]], r"STTS.TIME.KEEP 0.1 leaves no frame of the 8 frames"),
+        ("SPACE.KEEP", [[0.001, 0.9]], r"STTS.SPACE.KEEP 0.001 leaves no window of the 14x14"),
         ("TIME.SCORER", "learnt", r"STTS.TIME.SCORER is 'learnt': use one of learned, uniform"),
         (
             "SPACE.SCORER",

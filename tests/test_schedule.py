@@ -1,7 +1,10 @@
+import copy
+import random
+
 import pytest
 import torch
 
-from stts_slowfast.hooks import attach
+from stts_slowfast.hooks import attach, selections
 from stts_slowfast.schedule import backbone_lr, begin, param_groups, set_progress, sigma, step
 from stts_slowfast.standalone.model import build_model
 
@@ -22,6 +25,56 @@ def test_progress_reaches_every_selector_and_needs_no_history(model):
     assert [float(s.sigma) for s in model.stts.values()] == pytest.approx([0.025, 0.025])
     set_progress(model, 0.25)
     assert [float(s.sigma) for s in model.stts.values()] == pytest.approx([0.075, 0.075])
+
+
+def budgets(model, steps=80, seed=0):
+    """Frames and side of the window at each step of a training."""
+    grid, found = torch.empty(1, 8, 14, 14, 1), []
+    for number in range(steps):
+        set_progress(model, number / steps, seed)
+        found.append([module.goes_on(grid)[0] for module in model.stts.values()])
+    return found
+
+
+@pytest.fixture
+def ranged(tiny_cfg):
+    tiny_cfg.STTS.ENABLE = True
+    tiny_cfg.STTS.TIME.KEEP, tiny_cfg.STTS.SPACE.KEEP = [[0.25, 0.9]], [[0.25, 0.9]]
+    return build_model(tiny_cfg)
+
+
+def test_each_iteration_draws_a_budget_and_reaches_both_ends(ranged):
+    frames, sides = (set(drawn) for drawn in zip(*budgets(ranged)))
+    assert frames == {2, 3, 4, 5, 6, 7} and sides == {7, 8, 9, 10, 11, 12, 13}
+
+
+def test_budgets_follow_from_seed_and_progress_alone(ranged):
+    drawn = budgets(ranged)
+    torch.manual_seed(1)
+    random.seed(1)
+    torch.rand(3)
+    assert budgets(copy.deepcopy(ranged)) == drawn
+    assert budgets(ranged, seed=1) != drawn
+    # the same in every process, of whatever hash seed, and in every version
+    assert drawn[:4] == [[4, 13], [6, 13], [3, 9], [7, 7]]
+
+
+def test_selectors_draw_their_budgets_apart(ranged):
+    pairs = {(a - 2, b - 7) for a, b in budgets(ranged)}
+    assert len({a - b for a, b in pairs}) > 2
+
+
+def test_a_range_is_refused_before_anything_was_drawn_and_else_evaluated_at_its_high_end(ranged):
+    clips = torch.randn(1, 3, 8, 32, 32)
+    for training in (True, False):
+        with pytest.raises(ValueError, match=r'is .*0.25 to 0.9: .*KEEP "\[0.9\]".*set_prog'):
+            ranged.train(training)(clips)
+    set_progress(ranged, 0.3)
+    ranged.eval()(clips)
+    assert {key: kept.shape for key, kept in selections(ranged).items()} == {
+        "time_0": (1, 3), "space_2": (3, 4)
+    }  # fmt: skip
+    assert (selections(ranged)["space_2"][:, 2:] == 3).all()
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])

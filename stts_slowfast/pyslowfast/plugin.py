@@ -14,6 +14,7 @@ from stts_slowfast.config import add_stts_config
 from stts_slowfast.hooks import attach
 from stts_slowfast.pyslowfast import families, shards, weights
 from stts_slowfast.pyslowfast.guard import OFF, confirm, enabled
+from stts_slowfast.schedule import set_progress
 
 # ---- config ---------------------------------------------------------------------------------
 
@@ -100,6 +101,8 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
         attach(model, cfg.STTS, arriving_grids(cfg))
     except ValueError as error:
         raise ValueError(f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}: {error}") from error
+    if _trains(cfg):
+        set_progress(model, 0.0, cfg.RNG_SEED)
     if cfg.DETECTION.ENABLE:
         pool_over_frames_left(model.head)
     return model
@@ -112,11 +115,14 @@ def arriving_grids(cfg) -> list[tuple[int, int, int]] | None:
     """
     if cfg.MODEL.MODEL_NAME not in backbones.FAMILIES:
         return None
-    trains = shards.job() == "train" if shards.job() else cfg.TRAIN.ENABLE
-    if not trains:
+    if not _trains(cfg):
         cfg = cfg.clone()
         cfg.DATA.TRAIN_CROP_SIZE = cfg.DATA.TEST_CROP_SIZE
     return backbones.block_grids(cfg)
+
+
+def _trains(cfg) -> bool:
+    return shards.job() == "train" if shards.job() else cfg.TRAIN.ENABLE
 
 
 def pool_over_frames_left(head: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric import Fabric, seed_everything
 from torch import Tensor, nn
 
+from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone import optim, resume
 from stts_slowfast.standalone.defaults import check_choice
 from stts_slowfast.standalone.flops import count_gflops
@@ -105,6 +106,7 @@ def _train(cfg, fabric: Fabric, stop: Stop, watch: Watch | None, strict: bool) -
     if fabric.is_global_zero:
         resume.remove_unfinished(cfg)
     model = build_model(cfg)
+    set_progress(model, 0.0, cfg.RNG_SEED)
     start = resume.starting_point(cfg, model, strict)
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TRAIN_CROP_SIZE)
     with Board(cfg, fabric.is_global_zero, writes=True) as board:

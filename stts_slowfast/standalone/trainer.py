@@ -89,7 +89,7 @@ class SelectionCallback(TrainerCallback):
             batches = state.max_steps * args.gradient_accumulation_steps
         self.steps_per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
         self.cfg.SOLVER.MAX_EPOCH = state.max_steps / self.steps_per_epoch
-        self.cfg.SOLVER.BASE_LR = args.learning_rate
+        self.cfg.SOLVER.BASE_LR, self.cfg.RNG_SEED = args.learning_rate, args.seed
         schedule.begin(groups, self.trained, self.cfg)
 
     def on_step_begin(self, args, state, control, **what) -> None:

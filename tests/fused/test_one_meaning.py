@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from stts_slowfast import attach
+from stts_slowfast import attach, selections, set_progress
 from stts_slowfast.backbones.timesformer import TimeSformer
 from stts_slowfast.backbones.vit import ViT
 
@@ -97,6 +97,38 @@ def test_numbers_do_not_depend_on_fusion(family, selection, training):
     apart = (results[True, True][0] - results[False, True][0]).abs().max()
     positions = family == "MViTv2" or (family == "Video Swin" and selection != "time")
     assert (apart > 1e-4) == positions  # else nothing was told apart
+
+
+@pytest.mark.parametrize("operator", ["perturbed", "subset"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_drawn_budget_computes_what_a_model_of_that_budget_computes(family, operator):
+    """Also in training, positions and gradients included, one budget after the other."""
+    stock = FAMILIES[family]()
+    frames = 4 if family == "TimeSformer" else 8
+    clips = torch.randn(2, 3, frames, 32, 32)
+
+    def attached(time, space):
+        torch.manual_seed(4)
+        shares = {"time": {0: time}, "space": {1: space}}
+        return attach(copy.deepcopy(stock), **shares, num_samples=20, operator=operator).train()
+
+    ranged, arrived, seen = attached((0.5, 1.0), (0.3, 0.9)), {}, set()
+    for key, selector in ranged.stts.items():
+        selector.scorer.register_forward_pre_hook(
+            lambda scorer, args, key=key: arrived.update({key: args[0].shape[1:4]})
+        )
+    for fraction in (0.0, 0.1, 0.2, 0.3, 0.4):
+        set_progress(ranged, fraction)
+        ranged.zero_grad()
+        found = run(ranged, clips)
+        (count,), window = selections(ranged)["time_0"].shape[1:], selections(ranged)["space_1"][0]
+        _, height, width = arrived["space_1"]
+        shares = (count / arrived["time_0"][0], window[2].item() ** 2 / (height * width))
+        alone = attached(*(min(share + 1e-3, 1.0) for share in shares))
+        set_progress(alone, fraction)
+        assert_same(found, run(alone, clips))
+        seen.add((count, window[2].item()))
+    assert len(seen) > 1
 
 
 def assert_same(ours, theirs):

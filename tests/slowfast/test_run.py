@@ -116,6 +116,18 @@ def test_fine_tuning_holds_the_backbone_back(command, checkout, tmp_path):
     assert [line["backbone_lr"] > 0 for line in train] == [False, False, True, True, True, True]
 
 
+def test_one_checkpoint_of_a_range_is_tested_at_one_budget(command, checkout, tmp_path):
+    """Training validates at the high end; a test that names no budget is refused."""
+    words = command(tmp_path, "SOLVER.MAX_EPOCH", "1", "STTS.TIME.KEEP", "[[0.25, 1.0]]")
+    log = run([*words, "TEST.ENABLE", "False"], checkout)
+    assert "keep 0.25 to 1, 4x8x8 -> 4x8x8" in log and '"_type": "val_epoch"' in log
+    words += ["TRAIN.ENABLE", "False"]
+    done = subprocess.run(words, cwd=checkout, env=environment(), capture_output=True, text=True)
+    assert done.returncode and 'give one share to test (--opts STTS.TIME.KEEP "[1]")' in done.stderr
+    log = run([*words, "STTS.TIME.KEEP", "[0.5]"], checkout)
+    assert "4x8x8 -> 2x8x8" in log and '"split": "test_final"' in log
+
+
 def stts(*words: str, **env: str) -> subprocess.CompletedProcess:
     """The command ``stts``."""
     code = "import sys; from stts_slowfast.tools.cli import main; sys.exit(main())"

@@ -1,11 +1,15 @@
-"""A model trained at one budget is tested at another, by ``stts run`` and nothing else."""
+"""A model trained at one budget, or at a range of them, is tested at another."""
 
+import contextlib
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+from stts_slowfast import selections
+from stts_slowfast.standalone import engine
+from stts_slowfast.standalone.stops import Interrupted
 from stts_slowfast.tools.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -91,3 +95,52 @@ def test_trained_at_one_share_tested_at_another(family, videos, tmp_path, caplog
     assert f"keep 0.5, {before}x{grid} -> {at_50}x{grid}" in tested
     assert str(checkpoints[0]) in tested
     assert not any(word in tested for word in ("missing", "unexpected", "mismatched"))
+
+
+@pytest.fixture
+def ranged(run):
+    run.cfg.STTS.TIME.KEEP, run.cfg.STTS.SPACE.KEEP = [[0.25, 0.9]], [[0.1, 1.0]]
+    return run
+
+
+def drawn(cfg, stop_after=99):
+    """Trains, at most for some iterations; frames and side of the window at each."""
+    found = []
+
+    def look(split, model, batch):
+        kept = selections(model)
+        if split == "train":
+            found.append((kept["time_0"].shape[1], int(kept["space_2"][0, 2])))
+            if len(found) == stop_after:
+                raise KeyboardInterrupt
+
+    with contextlib.suppress(Interrupted):
+        engine.train(cfg, watch=look)
+    return found
+
+
+def test_a_resumed_run_draws_the_budgets_of_the_whole_run(ranged, tmp_path):
+    cfg = ranged.cfg
+    whole = drawn(cfg)
+    assert len(whole) == 6 and len(set(whole)) > 2
+    assert all(1 <= frames <= 3 and 1 <= side <= 4 for frames, side in whole)
+    cfg.OUTPUT_DIR = str(tmp_path / "stopped")
+    assert drawn(cfg, 4) == whole[:4]
+    assert drawn(cfg) == whole[3:]
+    cfg.RNG_SEED, cfg.OUTPUT_DIR = 5, str(tmp_path / "other")
+    assert drawn(cfg) != whole
+
+
+def test_one_checkpoint_is_tested_at_any_budget_but_at_none_unsaid(ranged):
+    cfg = ranged.cfg
+    cfg.LOG_MODEL_INFO, cfg.TRAIN.EVAL_PERIOD = True, 1
+    engine.train(cfg)  # validates and counts GFLOPs at the high end
+    with pytest.raises(ValueError, match=r'STTS.TIME.KEEP of block 0 .*--opts STTS.TIME.KEEP "\[0'):
+        engine.test(cfg)
+    gflops = []
+    for keep in (0.25, 0.5, 0.6, 0.75, 0.9):
+        cfg.STTS.TIME.KEEP, cfg.STTS.SPACE.KEEP = [keep], [keep]
+        result = engine.test(cfg)
+        assert result["num_videos"] == ranged.num_videos
+        gflops.append(result["gflops"])
+    assert gflops == sorted(gflops) and gflops[0] < gflops[-1]

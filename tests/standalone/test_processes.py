@@ -106,6 +106,7 @@ def test_two_processes_tell_of_the_same_unreadable_videos(plain_run):
 
 LOOK = """
 import os, sys, torch
+from stts_slowfast import selections
 from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.defaults import load_config
 
@@ -113,7 +114,9 @@ def watch(split, model, batch):
     if split == "train":
         rank = torch.distributed.get_rank()
         halves = all(torch.equal(p.grad, p.grad.half().float()) for p in model.parameters())
-        os.write(1, f"LOOK {rank} {torch.initial_seed()} {halves}\\n".encode())  # in one piece
+        frames = selections(model)["time_0"].shape[1]
+        line = f"LOOK {rank} {torch.initial_seed()} {halves} {frames}\\n"
+        os.write(1, line.encode())  # in one piece
 
 if __name__ == "__main__":
     engine.train(load_config(sys.argv[1]), processes=2, watch=watch)
@@ -121,25 +124,30 @@ if __name__ == "__main__":
 
 
 def look(run):
-    """(rank, seed, whether all gradients are float16 numbers) of every step of two processes."""
+    """(rank, seed, whether all gradients are float16 numbers, kept frames) of every step of two
+    processes."""
     script = run.tmp_path / "look.py"
     script.write_text(LOOK)
     command = [sys.executable, str(script), str(run.write())]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     lines = [line.split()[1:] for line in output.stdout.splitlines() if line.startswith("LOOK")]
-    return [(int(rank), int(seed), halves == "True") for rank, seed, halves in lines]
+    return [(int(rank), int(seed), halves == "True", int(frames))
+            for rank, seed, halves, frames in lines]  # fmt: skip
 
 
 def test_processes_draw_apart_and_average_in_float16_where_asked(run):
     run.cfg.MODEL.FP16_ALLREDUCE = True
+    run.cfg.STTS.TIME.KEEP = [[0.25, 1.0]]
     seen = look(run)
     assert sorted(rank for rank, *_ in seen) == [0] * 8 + [1] * 8
-    assert len({seed for _, seed, _ in seen}) == 16
-    assert all(halves for *_, halves in seen)
+    assert len({seed for _, seed, *_ in seen}) == 16
+    assert all(halves for _, _, halves, _ in seen)
+    first, second = ([frames for number, *_, frames in seen if number == rank] for rank in (0, 1))
+    assert first == second and len(set(first)) > 1  # but the budget is one for all of them
 
 
 def test_gradients_are_averaged_in_full_by_default(run):
-    assert not any(halves for *_, halves in look(run))
+    assert not any(halves for _, _, halves, _ in look(run))
 
 
 FAIL = """
