@@ -236,21 +236,21 @@ def validate_stts(
     Settings.of_node(node).check(num_blocks, grids)
 
 
-def check_training(node) -> None:
+def check_training(settings: Settings) -> None:
     """Checks that scorers which learn would get a gradient; call it where training begins.
 
     Args:
-        node: ``cfg.STTS``, of a model with scorers that learn.
+        settings: of a model with scorers that learn.
 
     Raises:
         ValueError: naming the key by which their gradient would be exactly 0.
     """
-    if node.SIGMA <= SMALLEST_SIGMA:
+    if settings.sigma <= SMALLEST_SIGMA:
         raise ValueError(
-            f"STTS.SIGMA is {node.SIGMA:g}: in training the scorers would get no gradient and "
+            f"STTS.SIGMA is {settings.sigma:g}: in training the scorers would get no gradient and "
             f"learn nothing; give more than {SMALLEST_SIGMA:g}, or scorers that do not learn"
         )
-    if (node.OPERATOR, node.GRADIENT, node.NUM_SAMPLES) == ("perturbed", "exact", 1):
+    if (settings.operator, settings.gradient, settings.num_samples) == ("perturbed", "exact", 1):
         raise ValueError(
             "STTS.NUM_SAMPLES is 1: a single sample is its own baseline, so in training the "
             "scorers would get no gradient and learn nothing; give at least 2, or STTS.GRADIENT "

@@ -109,7 +109,9 @@ def attach(
         space: share of a frame's tokens that goes on, likewise: ``{4: 0.9}``.
         **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
             ``space_scorer``, ``space_stride``, ``space_shared``, ``sigma``, ``num_samples``,
-            ``fused_attention`` and so on (``config.Settings``).
+            ``fused_attention`` and so on (``config.Settings``). ``backbone_lr`` and
+            ``freeze_backbone_epochs`` are for training loops that call ``schedule.step``, as those
+            of both engines and ``SelectionCallback`` do.
 
     Returns:
         The same model. ``model.stts`` is an ``nn.ModuleDict`` with keys such as ``time_0`` and
@@ -254,6 +256,15 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
     if missing:
         raise ValueError(f"{', '.join(missing)} has selected nothing yet: run the model first")
     return kept
+
+
+def settings_of(model: nn.Module) -> Settings:
+    """What ``attach`` was asked for.
+
+    Raises:
+        ValueError: where the model has no selectors.
+    """
+    return _selectors(_unwrap(model)).settings
 
 
 def raise_on_nan(model: nn.Module) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from stts_slowfast.config import check_training
-from stts_slowfast.hooks import raise_on_nan
+from stts_slowfast.config import Settings, check_training
+from stts_slowfast.hooks import raise_on_nan, settings_of
 from stts_slowfast.selectors import Selector
 
 logger = logging.getLogger(__name__)
@@ -57,37 +57,40 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
     return noise
 
 
-def backbone_lr(lr: float, epoch: float, cfg) -> float:
+def backbone_lr(lr: float, epoch: float, settings: Settings, base_lr: float) -> float:
     """The rate of a backbone that is held back, where the scorers' is ``lr`` (paper section 4.1).
 
     Args:
         lr: what SlowFast's schedule gives for this epoch.
         epoch: exact epoch, a fraction of it included.
-        cfg: with ``STTS`` and ``SOLVER.BASE_LR``.
+        settings: ``model.stts.settings``.
+        base_lr: ``SOLVER.BASE_LR``.
     """
-    if epoch < cfg.STTS.FREEZE_BACKBONE_EPOCHS:
+    if epoch < settings.freeze_backbone_epochs:
         return 0.0
-    return min(lr, cfg.STTS.BACKBONE_LR * cfg.SOLVER.BASE_LR)
+    return min(lr, settings.backbone_lr * base_lr)
 
 
-def param_groups(optimizer_groups: list[dict], model: nn.Module, cfg) -> list[dict]:
+def param_groups(optimizer_groups: list[dict], model: nn.Module) -> list[dict]:
     """Splits each optimizer group into the backbone's part and the scorers' part.
 
     Args:
         optimizer_groups: groups as optimizers take them, ``params`` a list of parameters.
-        model: with selectors in ``model.stts``.
-        cfg: with ``STTS``.
+        model: with selectors or without.
 
     Returns:
         Groups with the keys they had, and ``backbone``: whether they hold the backbone's
-        parameters. Empty parts are left out. Where ``STTS.ENABLE`` is off, or no scorer learns
-        (``uniform``, ``random``, no selector at all), there is nothing to hold the backbone back
-        for: the groups are returned as they are.
+        parameters. Empty parts are left out. Where no scorer learns (``uniform``, ``random``, no
+        selector at all), there is nothing to hold the backbone back for: the groups are returned
+        as they are.
+
+    Raises:
+        ValueError: for settings by which the scorers would get no gradient.
     """
     scorers = {id(parameter) for parameter in _scorer_parameters(model)}
-    if not cfg.STTS.ENABLE or not scorers:
+    if not scorers:
         return optimizer_groups
-    _check_noise(cfg.STTS)
+    check_training(settings_of(model))
     groups = []
     for group in optimizer_groups:
         for backbone in (True, False):
@@ -97,7 +100,7 @@ def param_groups(optimizer_groups: list[dict], model: nn.Module, cfg) -> list[di
     return groups
 
 
-def begin(groups: list[dict], trained: bool, cfg) -> None:
+def begin(groups: list[dict], trained: bool, model: nn.Module, epochs: float) -> None:
     """Decides, once a run, whether the backbone is held back, and says so on one line.
 
     It is where the backbone is trained and the scorers are not: the paper's recipe is one of
@@ -108,14 +111,12 @@ def begin(groups: list[dict], trained: bool, cfg) -> None:
     Args:
         groups: of :func:`param_groups`, after a resumed optimizer state was loaded.
         trained: whether the run starts from trained weights.
-        cfg: with ``STTS`` and ``SOLVER.MAX_EPOCH``.
-
-    Raises:
-        ValueError: for a node by which the scorers would get no gradient.
+        model: with selectors, where groups say so.
+        epochs: of the whole training.
     """
     if not any("backbone" in group for group in groups):
         return
-    check_training(cfg.STTS)
+    settings = settings_of(model)
     resumed = all("held_back" in group for group in groups)
     held_back = any(group["held_back"] for group in groups) if resumed else bool(trained)
     for group in groups:
@@ -134,14 +135,14 @@ def begin(groups: list[dict], trained: bool, cfg) -> None:
         "STTS, %s: the backbone's rate is 0 for %g epochs (STTS.FREEZE_BACKBONE_EPOCHS), then at "
         "most %g of SOLVER.BASE_LR (STTS.BACKBONE_LR); the scorers' is the schedule's",
         origin,
-        cfg.STTS.FREEZE_BACKBONE_EPOCHS,
-        cfg.STTS.BACKBONE_LR,
+        settings.freeze_backbone_epochs,
+        settings.backbone_lr,
     )
-    if cfg.STTS.FREEZE_BACKBONE_EPOCHS >= cfg.SOLVER.MAX_EPOCH:
+    if settings.freeze_backbone_epochs >= epochs:
         logger.warning(
             "STTS.FREEZE_BACKBONE_EPOCHS is %g and SOLVER.MAX_EPOCH %g: only scorers will learn",
-            cfg.STTS.FREEZE_BACKBONE_EPOCHS,
-            cfg.SOLVER.MAX_EPOCH,
+            settings.freeze_backbone_epochs,
+            epochs,
         )
 
 
@@ -154,7 +155,8 @@ def step(model: nn.Module, groups: list[dict], lr: float, epoch: float, cfg) -> 
             is multiplied by the group's ``layer_decay``, as SlowFast does.
         lr: the schedule's rate.
         epoch: exact epoch, a fraction of it included.
-        cfg: with ``STTS``, ``SOLVER.BASE_LR`` and ``SOLVER.MAX_EPOCH``.
+        cfg: with ``SOLVER.BASE_LR``, ``SOLVER.MAX_EPOCH`` and ``RNG_SEED``; what the node or the
+            plain arguments said is in the model (``model.stts.settings``).
 
     Returns:
         What to log: ``sigma`` and ``backbone_lr``; nothing where the model has no scorer that
@@ -171,31 +173,18 @@ def step(model: nn.Module, groups: list[dict], lr: float, epoch: float, cfg) -> 
     if undecided:
         raise ValueError(
             "nobody has said whether this run starts from trained weights: call "
-            "schedule.begin(groups, trained, cfg) before the first iteration"
+            "schedule.begin(groups, trained, model, epochs) before the first iteration"
         )
     held_back = any(group.get("held_back") for group in groups)
-    backbone = backbone_lr(lr, epoch, cfg) if held_back else lr
+    backbone = lr
+    if held_back:
+        backbone = backbone_lr(lr, epoch, settings_of(model), cfg.SOLVER.BASE_LR)
     for group in groups:
         rate = backbone if group.get("backbone") else lr
         group["lr"] = rate * group.get("layer_decay", 1.0)
     noise = set_progress(model, min(epoch / cfg.SOLVER.MAX_EPOCH, 1.0), cfg.RNG_SEED)
     learns = any(True for _ in _scorer_parameters(model))
     return {"sigma": noise, "backbone_lr": backbone} if learns else {}
-
-
-def _check_noise(node) -> None:
-    perturbed = node.get("OPERATOR", "perturbed") == "perturbed"
-    if node.SIGMA == 0:
-        key, least = "STTS.SIGMA is 0", "above 0 (0.1)"
-    elif node.NUM_SAMPLES == 1 and node.GRADIENT == "exact" and perturbed:
-        # Its baseline is the mean of the samples, so the one sample itself.
-        key, least = "STTS.NUM_SAMPLES is 1", "at least 2 (500)"
-    else:
-        return
-    raise ValueError(
-        f"{key}: the gradient of learned scorers would be 0, so nothing would learn; train with "
-        f"{least}, or set STTS.TIME.SCORER and STTS.SPACE.SCORER to some that need no training"
-    )
 
 
 def _scorer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -4,6 +4,7 @@ from yacs.config import CfgNode as YacsNode
 
 from stts_slowfast import scorers, topk
 from stts_slowfast.config import (
+    Settings,
     add_stts_config,
     between,
     check_training,
@@ -207,11 +208,11 @@ def test_whole_numbers_are_numbers(node):
     ],
 )
 def test_training_in_which_nothing_would_learn_is_refused(node, key, value, message):
-    check_training(node)
+    check_training(Settings.of_node(node))
     node[key] = value
     validate_stts(node, 16)  # evaluation has no use for either
     with pytest.raises(ValueError, match=message):
-        check_training(node)
+        check_training(Settings.of_node(node))
 
 
 def test_one_sample_is_enough_where_it_gives_a_gradient(node):
@@ -219,4 +220,4 @@ def test_one_sample_is_enough_where_it_gives_a_gradient(node):
     for key, value in (("GRADIENT", "diagonal"), ("OPERATOR", "subset")):
         other = node.clone()
         other[key] = value
-        check_training(other)
+        check_training(Settings.of_node(other))

@@ -152,7 +152,7 @@ def test_one_training_step_and_one_test_step(name):
     model = build_model(cfg).train()
     optimizer = build_optimizer(model, cfg)
     epoch = cfg.STTS.FREEZE_BACKBONE_EPOCHS + 0.5
-    begin(optimizer.param_groups, True, cfg)
+    begin(optimizer.param_groups, True, model, cfg.SOLVER.MAX_EPOCH)
     step(model, optimizer.param_groups, lr_at(epoch, cfg), epoch, cfg)
     before = {key: value.clone() for key, value in model.named_parameters()}
 

@@ -4,7 +4,9 @@ import random
 import pytest
 import torch
 
-from stts_slowfast.hooks import attach, selections
+from stts_slowfast import backbones
+from stts_slowfast.config import Settings
+from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.schedule import backbone_lr, begin, param_groups, set_progress, sigma, step
 from stts_slowfast.standalone.model import build_model
 
@@ -84,9 +86,9 @@ def test_progress_outside_of_training_is_refused(model, fraction):
 
 
 def test_backbone_is_frozen_then_capped(tiny_cfg):
-    tiny_cfg.SOLVER.BASE_LR = 1e-3
     rates = [
-        backbone_lr(lr, epoch, tiny_cfg) for lr, epoch in [(1e-3, 2.9), (1e-3, 3.0), (1e-5, 9.0)]
+        backbone_lr(lr, epoch, Settings.of_node(tiny_cfg.STTS), 1e-3)
+        for lr, epoch in [(1e-3, 2.9), (1e-3, 3.0), (1e-5, 9.0)]
     ]
     assert rates == pytest.approx([0.0, 1e-4, 1e-5])
 
@@ -101,7 +103,6 @@ def test_groups_split_into_backbone_and_scorers(tiny_cfg, model):
             {"params": rest, "weight_decay": 0.0},
         ],
         model,
-        tiny_cfg,
     )
     assert [(g["backbone"], g["weight_decay"]) for g in groups] == [
         (True, 0.05), (False, 0.05), (True, 0.0), (False, 0.0)
@@ -109,15 +110,15 @@ def test_groups_split_into_backbone_and_scorers(tiny_cfg, model):
     scorers = {id(p) for p in model.stts.parameters()}
     assert all((id(p) in scorers) != g["backbone"] for g in groups for p in g["params"])
     assert sum(len(g["params"]) for g in groups) == len(params)
-    begin(groups, True, tiny_cfg)
+    begin(groups, True, model, tiny_cfg.SOLVER.MAX_EPOCH)
     step(model, groups, 1e-3, 0.0, tiny_cfg)
     assert [g["lr"] for g in groups] == pytest.approx([0.0, 5e-4, 0.0, 1e-3])
 
 
 def test_from_random_weights_everything_learns_at_the_schedules_rate(tiny_cfg, model, caplog):
     caplog.set_level("INFO")
-    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
-    begin(groups, False, tiny_cfg)
+    groups = param_groups([{"params": list(model.parameters())}], model)
+    begin(groups, False, model, tiny_cfg.SOLVER.MAX_EPOCH)
     assert step(model, groups, 1e-3, 0.0, tiny_cfg)["backbone_lr"] == 1e-3
     assert [g["lr"] for g in groups] == [1e-3, 1e-3]
     (record,) = caplog.records
@@ -126,8 +127,8 @@ def test_from_random_weights_everything_learns_at_the_schedules_rate(tiny_cfg, m
 
 def test_from_trained_weights_the_papers_recipe_holds_and_is_told(tiny_cfg, model, caplog):
     caplog.set_level("INFO")
-    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
-    begin(groups, True, tiny_cfg)
+    groups = param_groups([{"params": list(model.parameters())}], model)
+    begin(groups, True, model, tiny_cfg.SOLVER.MAX_EPOCH)
     (record,) = caplog.records
     assert "from trained weights: the backbone's rate is 0 for 3 epochs" in record.message
     half = tiny_cfg.SOLVER.MAX_EPOCH / 2
@@ -142,28 +143,43 @@ def test_from_trained_weights_the_papers_recipe_holds_and_is_told(tiny_cfg, mode
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_resumed_run_is_what_it_was(tiny_cfg, model, trained):
     def optimizer():
-        groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+        groups = param_groups([{"params": list(model.parameters())}], model)
         return torch.optim.AdamW(groups, lr=1.0)
 
     first = optimizer()
-    begin(first.param_groups, trained, tiny_cfg)
+    begin(first.param_groups, trained, model, tiny_cfg.SOLVER.MAX_EPOCH)
     second = optimizer()
     second.load_state_dict(first.state_dict())
-    begin(second.param_groups, True, tiny_cfg)  # it resumes from trained weights either way
+    begin(
+        second.param_groups, True, model, tiny_cfg.SOLVER.MAX_EPOCH
+    )  # it resumes from trained weights either way
     step(model, second.param_groups, 1e-3, 0.0, tiny_cfg)
     assert [g["lr"] for g in second.param_groups] == [0.0 if trained else 1e-3, 1e-3]
 
 
 def test_a_run_that_has_not_begun_is_refused(tiny_cfg, model):
-    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
-    with pytest.raises(ValueError, match=r"call schedule.begin\(groups, trained, cfg\)"):
+    groups = param_groups([{"params": list(model.parameters())}], model)
+    with pytest.raises(ValueError, match=r"call schedule.begin\(groups, trained, model, epochs\)"):
         step(model, groups, 1e-3, 0.0, tiny_cfg)
 
 
+def test_what_attach_was_given_holds_whatever_a_config_says(tiny_cfg):
+    """Also behind a wrapper, as DDP is one."""
+    more = {"freeze_backbone_epochs": 1.5, "backbone_lr": 0.25}
+    model = attach(backbones.build(tiny_cfg), time={0: 0.5}, **more)
+    groups = param_groups([{"params": list(model.parameters())}], model)
+    begin(groups, True, model, 20)
+    del tiny_cfg["STTS"]
+    wrapped = torch.nn.Module()
+    wrapped.module = model
+    rates = [step(wrapped, groups, 1.0, epoch, tiny_cfg)["backbone_lr"] for epoch in (1.4, 1.5)]
+    assert rates == [0.0, 0.25 * tiny_cfg.SOLVER.BASE_LR]
+
+
 def test_frozen_backbone_does_not_move(tiny_cfg, model):
-    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+    groups = param_groups([{"params": list(model.parameters())}], model)
     optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=0.05)
-    begin(optimizer.param_groups, True, tiny_cfg)
+    begin(optimizer.param_groups, True, model, tiny_cfg.SOLVER.MAX_EPOCH)
     step(model, optimizer.param_groups, 1e-2, 0.0, tiny_cfg)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(torch.randn(2, 3, 8, 32, 32)).square().sum().backward()
@@ -173,9 +189,8 @@ def test_frozen_backbone_does_not_move(tiny_cfg, model):
 
 
 def test_without_selection_groups_stay_as_they_are(tiny_cfg, model):
-    tiny_cfg.STTS.ENABLE = False
     groups = [{"params": list(model.parameters())}]
-    assert param_groups(groups, model, tiny_cfg) is groups
+    assert param_groups(groups, detach(model)) is groups
 
 
 @pytest.mark.parametrize("scorer", ["uniform", "random"])
@@ -183,8 +198,8 @@ def test_without_a_scorer_that_learns_the_backbone_is_not_held_back(tiny_cfg, sc
     tiny_cfg.STTS.ENABLE = True
     tiny_cfg.STTS.TIME.SCORER = tiny_cfg.STTS.SPACE.SCORER = scorer
     model = build_model(tiny_cfg)
-    groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
-    begin(groups, True, tiny_cfg)
+    groups = param_groups([{"params": list(model.parameters())}], model)
+    begin(groups, True, model, tiny_cfg.SOLVER.MAX_EPOCH)
     assert step(model, groups, 1e-3, 0.0, tiny_cfg) == {}
     assert [group["lr"] for group in groups] == [1e-3]
 
@@ -193,8 +208,8 @@ def test_a_backbone_that_is_frozen_to_the_end_is_told(tiny_cfg, model, caplog):
     for epochs, trained in ((4, True), (3, False), (3, True)):
         assert not caplog.records
         tiny_cfg.SOLVER.MAX_EPOCH = epochs
-        groups = param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
-        begin(groups, trained, tiny_cfg)
+        groups = param_groups([{"params": list(model.parameters())}], model)
+        begin(groups, trained, model, tiny_cfg.SOLVER.MAX_EPOCH)
     assert "FREEZE_BACKBONE_EPOCHS is 3 and SOLVER.MAX_EPOCH 3" in caplog.text
 
 
@@ -210,10 +225,10 @@ def test_a_model_without_selectors_has_no_progress(tiny_cfg):
     assert float(model.stts["time_0"].sigma) == pytest.approx(tiny_cfg.STTS.SIGMA)
 
 
-def test_what_cannot_learn_does_not_begin(tiny_cfg, model):
-    tiny_cfg.STTS.SIGMA = 0
+def test_what_cannot_learn_does_not_begin(tiny_cfg):
+    model = attach(backbones.build(tiny_cfg), time={0: 0.5}, sigma=0)
     with pytest.raises(ValueError, match=r"STTS\.SIGMA is 0"):
-        param_groups([{"params": list(model.parameters())}], model, tiny_cfg)
+        param_groups([{"params": list(model.parameters())}], model)
 
 
 def test_a_step_names_a_selector_whose_scores_were_nan(tiny_cfg, model):

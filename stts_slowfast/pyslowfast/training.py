@@ -44,7 +44,7 @@ def _construct_optimizer(construct_optimizer, model, cfg):
     optimizer = construct_optimizer(model, cfg)
     optimizer.param_groups[:] = families.decay_by_layer(optimizer.param_groups, model, cfg)
     if enabled(cfg):
-        optimizer.param_groups[:] = schedule.param_groups(optimizer.param_groups, model, cfg)
+        optimizer.param_groups[:] = schedule.param_groups(optimizer.param_groups, model)
         optimizer.stts_run, optimizer.stts_begun = (weakref.ref(model), cfg), False
         if shards.rank():
             # SlowFast seeds all processes alike, and all would perturb their scores alike.
@@ -66,7 +66,7 @@ def _set_rates_and_sigma(set_lr, optimizer, new_lr):
     _now["model"] = model_ref
     model, groups = model_ref(), optimizer.param_groups
     if not optimizer.stts_begun:  # not before now are weights and optimizer state loaded
-        schedule.begin(groups, weights.is_trained(model), cfg)
+        schedule.begin(groups, weights.is_trained(model), model, cfg.SOLVER.MAX_EPOCH)
         optimizer.stts_begun = True
     _now["rates"] = schedule.step(model, groups, new_lr, _now["epoch"], cfg)
 

@@ -96,7 +96,7 @@ def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
     """
     solver = cfg.SOLVER
     check_choice("SOLVER.OPTIMIZING_METHOD", solver.OPTIMIZING_METHOD, _OPTIMIZERS)
-    split = param_groups(groups(model, cfg), model, cfg)
+    split = param_groups(groups(model, cfg), model)
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZING_METHOD == "sgd":
         return torch.optim.SGD(

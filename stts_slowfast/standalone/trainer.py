@@ -14,7 +14,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from stts_slowfast import schedule
-from stts_slowfast.config import add_stts_config
 
 
 class SelectionCallback(TrainerCallback):
@@ -39,13 +38,7 @@ class SelectionCallback(TrainerCallback):
             raise ValueError(f"this {type(model).__name__} has no selectors: call attach first")
         self.model = model
         self.trained = bool(getattr(model, "name_or_path", "")) if trained is None else trained
-        self.cfg = CfgNode()
-        add_stts_config(self.cfg)
-        self.cfg.STTS.ENABLE = True
-        for key in self.cfg.STTS:
-            if hasattr(model.stts.settings, key.lower()):
-                self.cfg.STTS[key] = getattr(model.stts.settings, key.lower())
-        self.cfg.SOLVER = CfgNode()
+        self.cfg = CfgNode({"SOLVER": {}})
         self.steps_per_epoch = 0
         self.now: dict[str, float] = {}
 
@@ -62,7 +55,7 @@ class SelectionCallback(TrainerCallback):
         return Optimizer, settings
 
     def _split(self, groups: list[dict]) -> list[dict]:
-        return schedule.param_groups(groups, self.model, self.cfg)
+        return schedule.param_groups(groups, self.model)
 
     def on_train_begin(self, args, state, control, **what) -> None:
         """Decides whether the backbone is held back.
@@ -81,7 +74,7 @@ class SelectionCallback(TrainerCallback):
         try:
             batches = len(what["train_dataloader"])
         except TypeError:
-            if self.trained and self.cfg.STTS.FREEZE_BACKBONE_EPOCHS:
+            if self.trained and self.model.stts.settings.freeze_backbone_epochs:
                 raise ValueError(
                     "this data has no length, so freeze_backbone_epochs cannot be counted: "
                     "attach with freeze_backbone_epochs=0"
@@ -90,7 +83,7 @@ class SelectionCallback(TrainerCallback):
         self.steps_per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
         self.cfg.SOLVER.MAX_EPOCH = state.max_steps / self.steps_per_epoch
         self.cfg.SOLVER.BASE_LR, self.cfg.RNG_SEED = args.learning_rate, args.seed
-        schedule.begin(groups, self.trained, self.cfg)
+        schedule.begin(groups, self.trained, self.model, self.cfg.SOLVER.MAX_EPOCH)
 
     def on_step_begin(self, args, state, control, **what) -> None:
         groups = what["optimizer"].param_groups

@@ -44,7 +44,8 @@ class Training:
         self.optimizer = optim.build_optimizer(model, cfg)
         if start.optimizer_state:
             optim.load_optimizer_state(self.optimizer, start.optimizer_state, start.path)
-        schedule.begin(self.optimizer.param_groups, start.trained, cfg)
+        groups = self.optimizer.param_groups
+        schedule.begin(groups, start.trained, model, cfg.SOLVER.MAX_EPOCH)
         self.network, self.stepper = fabric.setup(model, self.optimizer)
         if cfg.MODEL.FP16_ALLREDUCE and fabric.world_size > 1:
             self.network._forward_module.register_comm_hook(None, fp16_compress_hook)
