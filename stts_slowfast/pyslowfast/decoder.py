@@ -9,9 +9,9 @@ import inspect
 import logging
 import math
 
-import numpy as np
 import torch
 
+from stts_slowfast.pyslowfast.clips import WaitingClip
 from stts_slowfast.pyslowfast.compat import mend
 from stts_slowfast.video import Video
 from stts_slowfast.video.files import identity
@@ -52,7 +52,10 @@ def mend_decoder(decoder) -> bool:
             # SlowFast's PyAV backend does not scale.
             call.arguments.update(backend="torchvision", max_spatial_scale=0)
         decode_clips_now.keywords["sparse"] = sampled_alone
-        return stock_decode(*call.args, **call.kwargs)
+        frames, *others = stock_decode(*call.args, **call.kwargs)
+        if frames is not None and call.arguments.get("clip_idx", -1) < 0:  # augmented, not cropped
+            frames = [clip.now() if isinstance(clip, WaitingClip) else clip for clip in frames]
+        return frames, *others
 
     torchvision_decode.stock = stock_torchvision
     decoder.torchvision_decode, decoder.decode = torchvision_decode, decode
@@ -90,7 +93,8 @@ def decode_clips(
         sparse: leave those frames black that ``temporal_sampling`` will not take.
 
     Returns:
-        A uint8 tensor ``(frames of the clip, H, W, 3)`` for each clip, in the order of time; the
+        A uint8 tensor ``(frames of the clip, H, W, 3)`` for each clip, in the order of time (for
+        a view of testing a `WaitingClip`, for SlowFast will crop it and no more); the
         frames per second; False, for the whole video was not decoded; and for each clip its first
         and last frame and the distance to the clip before.
 
@@ -134,6 +138,8 @@ def decode_clips(
             for number in range(clip_idx + 1, num_clips_uniform):
                 later += frames(*spans(number)[0, :2], sizes[0], num_frames[0])[1]
         tensors = [file.read(whole, taken, later) for whole, taken in clips]
+        if not sparse:
+            tensors = [clip.now() for clip in tensors]
         fps = video.fps
     except Exception:
         file.close()
@@ -154,7 +160,7 @@ class _File:
         self.video, self.short_side = video, short_side
         self.images, self.coming = {}, iter(())
 
-    def read(self, whole: range, taken: list[int], later: list[int]) -> torch.Tensor:
+    def read(self, whole: range, taken: list[int], later: list[int]) -> WaitingClip:
         """(frames of the clip, H, W, 3) uint8, with the frames ``taken`` (ascending) in place."""
         self.images = {n: image for n, image in self.images.items() if n >= whole[0]}
         if not self._reach(taken):
@@ -162,11 +168,8 @@ class _File:
             self.images = {}
             self.coming = zip(wanted, self.video.iterate(wanted, self.short_side))
             self._reach(taken)
-        # Not touched, not paid for: the system gives zeroed pages when they are written to.
-        clip = np.zeros((len(whole), *self.images[taken[0]].shape), np.uint8)
-        for number in taken:
-            clip[number - whole[0]] = self.images[number]
-        return torch.from_numpy(clip)
+        taken = set(taken)
+        return WaitingClip.of([self.images[n] if n in taken else None for n in whole])
 
     def _reach(self, taken: list[int]) -> bool:
         """Goes on until all of ``taken`` are there; False where the pass does not have them."""

@@ -26,6 +26,7 @@ from stts_slowfast.standalone.transforms import (
     batch_mixer,
     cut_views,
     prepare,
+    stacked,
     test_crops,
     train_transform,
     view_scale,
@@ -53,8 +54,8 @@ def read_kinetics(cfg, entry: Entry, split: str, short_side: int, rng):
     """The clips of a video file, in one pass: a random one, or in testing NUM_ENSEMBLE_VIEWS.
 
     ``rng`` is a `random.Random` of this item's own: a reading that was given up may still draw.
-    Returns the frames (N, H, W, 3) uint8 that the clips need, each once; for each clip the places
-    of its frames among them; and what is damaged ("" if nothing is).
+    Returns the images (H, W, 3) uint8 that the clips need, each once; for each clip the places of
+    its frames among them; and what is damaged ("" if nothing is).
     """
     data, test = cfg.DATA, split == "test"
     target_fps = float(data.TARGET_FPS)
@@ -70,8 +71,8 @@ def read_kinetics(cfg, entry: Entry, split: str, short_side: int, rng):
         ]
         clips = [frame_indices(*span, data.NUM_FRAMES, video.num_frames) for span in spans]
         wanted = sorted(set().union(*clips))
-        frames = video.decode(wanted, short_side)
-        return frames, _places(wanted, clips), video.damage
+        images = list(video.iterate(wanted, short_side))
+        return images, _places(wanted, clips), video.damage
 
 
 def read_ssv2(cfg, entry: Entry, split: str, short_side: int, rng):
@@ -79,9 +80,9 @@ def read_ssv2(cfg, entry: Entry, split: str, short_side: int, rng):
     reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
     indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train", rng)
     wanted = sorted(set(indices))
-    frames = torch.stack([_read_image(entry.frames[index]) for index in wanted]).flip(-1)
+    images = [_read_image(entry.frames[index]) for index in wanted]
     clips = cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1  # all of the same frames
-    return frames, _places(wanted, [indices]) * clips, ""
+    return images, _places(wanted, [indices]) * clips, ""
 
 
 def _places(wanted: list[int], clips: list[list[int]]) -> list[list[int]]:
@@ -89,10 +90,10 @@ def _places(wanted: list[int], clips: list[list[int]]) -> list[list[int]]:
     return [[place[index] for index in clip] for clip in clips]
 
 
-def _read_image(path: str) -> torch.Tensor:
+def _read_image(path: str) -> np.ndarray:
     try:
         with g_pathmgr.open(path, "rb") as file:
-            return torch.from_numpy(np.array(Image.open(file).convert("RGB")))
+            return np.array(Image.open(file).convert("RGB"))[..., ::-1]
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken images
         reason = getattr(error, "strerror", None) or "it is no image, or a broken one"
         raise VideoError(path, reason) from error
@@ -167,13 +168,13 @@ class ClipDataset(Dataset):
         read = functools.partial(
             self.read, self.cfg, entry, self.split, self.short_side, random.Random(random.random())
         )
-        frames, clips, damage = within(self.cfg.DATA.READ_TIMEOUT, entry.path, read)
+        images, clips, damage = within(self.cfg.DATA.READ_TIMEOUT, entry.path, read)
         if damage:
             findings.append(Finding(index, entry.path, "damaged", damage))
         self.known[index] = 1
         if self.split == "test":
-            return self._item(cut_views(self.cfg, frames, clips, self.crops), entry.label, index)
-        frames = frames[clips[0]].permute(0, 3, 1, 2)
+            return self._item(cut_views(self.cfg, images, clips, self.crops), entry.label, index)
+        frames = stacked(images, clips[0])
         samples = [self.transform(frames) for _ in range(self.num_samples)]
         return self._item(torch.stack(samples), entry.label, index)
 

@@ -118,39 +118,46 @@ def test_crops(cfg) -> list[UniformCrop]:
 def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """(T, 3, H, W) uint8 -> (3, T, TEST_CROP_SIZE, TEST_CROP_SIZE): one of `cut_views`."""
     crop = UniformCrop(view_scale(cfg), cfg.DATA.TEST_CROP_SIZE, position)
-    return lambda clip: cut_views(cfg, clip.permute(0, 2, 3, 1), [range(len(clip))], [crop])[0]
+    return lambda clip: cut_views(
+        cfg, clip.permute(0, 2, 3, 1).numpy(), [range(len(clip))], [crop]
+    )[0]
+
+
+def stacked(images: Sequence[np.ndarray], places: Sequence[int]) -> torch.Tensor:
+    """Images (H, W, 3), those at ``places``, as a clip (T, 3, H, W)."""
+    return torch.from_numpy(np.stack([images[place] for place in places])).permute(0, 3, 1, 2)
 
 
 def cut_views(
-    cfg, frames: torch.Tensor, clips: Sequence[Sequence[int]], crops: list[UniformCrop]
+    cfg, images: Sequence[np.ndarray], clips: Sequence[Sequence[int]], crops: list[UniformCrop]
 ) -> torch.Tensor:
     """The test views of a video: every crop of every clip, crop after crop.
 
     Args:
-        frames: (N, H, W, 3) uint8.
+        images: each (H, W, 3) uint8.
         clips: for each, the places of its T frames among them.
 
     Returns:
         (views, 3, T, TEST_CROP_SIZE, TEST_CROP_SIZE); still uint8 where the frames have the right
         scale, else normalised float32: see `prepare`.
     """
-    if min(frames.shape[1:3]) != crops[0].scale:
+    sides, size = images[0].shape[:2], crops[0].size
+    if min(sides) != crops[0].scale:
         return torch.stack(
-            [view for clip in clips for view in _scaled(cfg, frames[list(clip)], crops)]
+            [view for clip in clips for view in _scaled(cfg, stacked(images, clip), crops)]
         )
-    pixels, size = frames.numpy(), crops[0].size
     views = np.empty((len(clips), len(crops), len(clips[0]), size, size, 3), np.uint8)
     for views_of_clip, clip in zip(views, clips):
         for view, crop in zip(views_of_clip, crops):
-            top, left = crop.place(*pixels.shape[1:3])
+            top, left = crop.place(*sides)
             for image, place in zip(view, clip):  # rows of bytes, as they lie
-                image[:] = pixels[place, top : top + size, left : left + size]
+                image[:] = images[place][top : top + size, left : left + size]
     views = torch.from_numpy(views.reshape(-1, *views.shape[2:])).permute(0, 4, 1, 2, 3)
     return views.flip(1) if cfg.DATA.REVERSE_INPUT_CHANNEL else views
 
 
-def _scaled(cfg, frames: torch.Tensor, crops: list[UniformCrop]) -> torch.Tensor:
-    clip = F.to_dtype(frames.permute(0, 3, 1, 2), torch.float32, scale=True)
+def _scaled(cfg, clip: torch.Tensor, crops: list[UniformCrop]) -> torch.Tensor:
+    clip = F.to_dtype(clip, torch.float32, scale=True)
     clip = scale_short_side(clip, crops[0].scale)  # once for all crops
     views = (_to_model(crop(clip), cfg.DATA.REVERSE_INPUT_CHANNEL) for crop in crops)
     return torch.stack([_normalized(view, cfg) for view in views])

@@ -1,5 +1,8 @@
 """Opening what a video is in: a path, bytes or an open file; and waiting for it only so long."""
 
+import contextlib
+import ctypes
+import functools
 import io
 import os
 import stat
@@ -8,6 +11,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from iopath.common.file_io import g_pathmgr
+from torch.utils.data import get_worker_info
 
 Source = str | os.PathLike | bytes | BinaryIO
 
@@ -84,3 +88,18 @@ def within(seconds: float, name: str, read: Callable):
     if error is not None:
         raise error
     return result
+
+
+@functools.cache
+def keep_pages() -> None:
+    """In a DataLoader's worker: memory that is freed is used again. The C library (glibc; others
+    do as they do) gives what is as large as clips back to the system at once, and fetching it page
+    by page for the next clip takes as long as decoding."""
+    if get_worker_info() is None:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+_MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8  # of <malloc.h>

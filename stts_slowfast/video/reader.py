@@ -16,6 +16,7 @@ from stts_slowfast.video.files import (
     Source,
     VideoError,
     identity,
+    keep_pages,
     open_source,
     source_name,
 )
@@ -73,6 +74,7 @@ class Video:
         self.damage = ""
         self._reformatter = VideoReformatter()  # one for all frames: making one is slow
         self._container = None
+        keep_pages()
         self._file, self._owns_file = open_source(source, self.name)
         try:
             self._open()

@@ -156,6 +156,35 @@ def test_views_of_one_file_are_one_pass_and_equal_views_alone(
     check([(paths[number % 2], number) for number in range(5)])
 
 
+@BACKENDS
+@pytest.mark.parametrize("jitter", [32, 40])  # 40: PyAV's frames are scaled in float
+def test_views_are_cropped_before_they_are_normalised(
+    get_cfg, videos, backend, jitter, monkeypatch
+):
+    from slowfast.datasets import build_dataset
+
+    from stts_slowfast.pyslowfast.clips import WaitingClip
+
+    cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", backend)
+    cfg.DATA.MEAN, cfg.DATA.STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
+    cfg.TEST.NUM_SPATIAL_CROPS, cfg.DATA.TRAIN_JITTER_SCALES = 3, [jitter, 48]
+    dataset = build_dataset("kinetics", cfg, "test")
+    computed, now = [], WaitingClip.now
+
+    def counted(self, *square):
+        computed.append(now(self, *square))
+        return computed[-1]
+
+    monkeypatch.setattr(WaitingClip, "now", counted)
+    views = [dataset[view][0][0] for view in range(6)]
+    assert len(computed) == 6 and all(type(view) is torch.Tensor for view in views)
+    if backend == "torchvision":
+        assert {each.shape for each in computed} == {(3, 8, 32, 32)}
+    monkeypatch.setattr(WaitingClip, "_put_off", lambda *_: None)
+    for view in range(6):
+        assert torch.equal(dataset[view][0][0], views[view])
+
+
 def test_as_much_is_kept_as_a_clip_spans(checkout, counting, decode, decoded):
     from stts_slowfast.pyslowfast import decoder
 

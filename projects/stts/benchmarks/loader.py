@@ -1,19 +1,25 @@
 """Times what a DataLoader's worker does for a video, in core-milliseconds, ways side by side.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python projects/stts/benchmarks/loader.py
+    SLOWFAST_ROOT=/path/to/SlowFast PYTHONPATH=. OMP_NUM_THREADS=1 \\
+        python projects/stts/benchmarks/loader.py [--tables ...] [--profile]
 
-Where SlowFast can be imported (SLOWFAST_ROOT is a checkout), its own dataset stands beside ours: as
-it was (each view decoded as if it were the only one, all frames of its span), and with views in one
-pass. Decoders that are installed (torchcodec, cv2, decord) read the same frames. Every row is the
-median of rounds in which all rows take turns (of training items, whose augmentation is drawn, the
-mean), in processor time of one core: what else the machine does matters little.
+Stock SlowFast (its datasets, mended as this package mended it at the commit BASELINE), SlowFast as
+it is mended today and the standalone runner each live in a process of their own and take turns in
+every round. A row is the median of its rounds (of training items, whose augmentation is drawn, the
+mean) in processor time of the process: what else the machine does matters little. ``--profile``
+tells where the time of today's rows goes. Decoders that are installed read the same frames.
 """
 
 import argparse
+import cProfile
 import importlib
 import os
+import pstats
+import random
 import statistics
+import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -22,47 +28,71 @@ import av
 import numpy as np
 import torch
 
-from stts_slowfast.standalone.data import ClipDataset
-from stts_slowfast.standalone.defaults import get_cfg
-from stts_slowfast.video import Video, clip_span, frame_indices, reader
-
+BASELINE = "bb2c245"
 SLOWFAST = os.environ.get("SLOWFAST_ROOT")
+FRAMES, VIEWS = 300, 10
+TITLES = {
+    "views": "test, 10 views x 1 crop: a video",
+    "crops": "test, 10 views x 3 crops: a video",
+    "train": "training: an item of 2 samples",
+    "open": "opening an mp4 of 36,000 frames",
+}
 
 
-def write_video(path: Path, frames: int, height: int, width: int, seed: int, preset: str) -> None:
-    """Textured squares that drift, with grain, so that the encoder has something to do."""
-    rng = np.random.default_rng(seed)
-    texture = rng.integers(0, 255, (height // 8 + 24, width // 8 + 40, 3), dtype=np.uint8)
-    texture = np.kron(texture, np.ones((8, 8, 1), np.uint8))
-    grain = rng.integers(0, 16, (8, height, width, 1), dtype=np.uint8)
+# ---- films ----------------------------------------------------------------------------------
+
+
+def write_film(path: Path, frames: int, height: int, width: int, grain: float, **options) -> None:
+    """Objects that turn and drift over a background that a hand-held camera pans: textures with
+    the spectrum of natural images, and grain; encoded as x264 does by default (B-frames)."""
+    rng = np.random.default_rng(0)
+    back, front = _texture(rng, 512), _texture(rng, 256)
+    y, x = torch.meshgrid(
+        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width) * width / height, indexing="ij"
+    )
+
+    def look(texture, across, down):
+        grid = torch.stack([across, down], -1)[None]
+        return torch.nn.functional.grid_sample(
+            texture, grid, padding_mode="reflection", align_corners=False
+        )[0]
+
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"preset": preset})
+        stream = container.add_stream("libx264", rate=30, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for number in range(frames):
-            top, left = number // 3 % 160, number % 300
-            image = texture[top : top + height, left : left + width] // 2 + grain[number * 5 % 8]
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            container.mux(stream.encode(frame))
+            t = number / 30
+            zoom = 0.4 + 0.05 * np.sin(t / 2)
+            image = look(back, x * zoom + 0.3 * np.sin(t / 2), y * zoom + 0.2 * np.cos(0.4 * t))
+            for each in range(3):
+                turn = t * (0.9 + 0.4 * each) + 2 * each
+                u = (x - 1.2 * np.sin(turn)) / (0.28 + 0.05 * each)
+                v = (y - 0.6 * np.cos(1.3 * turn)) / (0.28 + 0.05 * each)
+                across = np.cos(turn) * u - np.sin(turn) * v
+                down = np.sin(turn) * u + np.cos(turn) * v
+                inside = u * u + 1.5 * v * v < 1
+                image = torch.where(inside, look(front, across / 2, down / 2).flip(0), image)
+            pixels = image.permute(1, 2, 0).numpy() + grain * rng.standard_normal(
+                (height, width, 1)
+            )
+            pixels = pixels.clip(0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
 
 
-def compare(title: str, ways: dict, rounds: int, average=statistics.median) -> None:
-    """Prints the average of each way, and how many times the first takes as long."""
-    times = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.process_time()
-            way()
-            times[name].append(1000 * (time.process_time() - start))
-    print(f"\n{title}")
-    first = None
-    for name, values in times.items():
-        value = average(values[1:])  # the first round warms up
-        first = first or value
-        print(f"  {name:<58} {value:8.1f} ms  {first / value:5.1f}x")
+def _texture(rng, size: int) -> torch.Tensor:
+    """(1, 3, size, size) around 110, the amplitudes falling with the frequency."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)) + 1 / size
+    waves = np.fft.rfft2(rng.standard_normal((3, size, size))) / frequency**1.1
+    waves[:, 0, 0] = 0
+    image = np.fft.irfft2(waves, (size, size))
+    return torch.from_numpy(110 + 45 * image / image.std((1, 2), keepdims=True)).float()[None]
 
 
-def settings(cfg, folder: Path):
+# ---- what a worker does ---------------------------------------------------------------------
+
+
+def settings(cfg, folder: Path, crops: int):
     """MViT-B's clips, crops and augmentation."""
     cfg.DATA.PATH_TO_DATA_DIR, cfg.OUTPUT_DIR = str(folder), str(folder)
     cfg.DATA.NUM_FRAMES, cfg.DATA.SAMPLING_RATE = 16, 4
@@ -75,130 +105,197 @@ def settings(cfg, folder: Path):
     cfg.AUG.ENABLE, cfg.AUG.NUM_SAMPLE = True, 2
     cfg.AUG.AA_TYPE, cfg.AUG.RE_PROB = "rand-m7-n4-mstd0.5-inc1", 0.25
     cfg.MODEL.NUM_CLASSES = 400
-    cfg.TEST.NUM_ENSEMBLE_VIEWS = 10
+    if "READ_TIMEOUT" in cfg.DATA:  # a thread of its own, into which the profiler does not see
+        cfg.DATA.READ_TIMEOUT = 0.0
+    cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_SPATIAL_CROPS = VIEWS, crops
     return cfg
 
 
-def slowfast_dataset(folder: Path, split: str, **test):
-    """SlowFast's Kinetics dataset, with the decoder that we mend."""
-    if SLOWFAST not in sys.path:
-        sys.path.insert(0, SLOWFAST)
-    import stts_slowfast.pyslowfast
+def slowfast_ways(folder: Path) -> dict:
+    """SlowFast's Kinetics dataset, with whatever decoder the package that is imported mends."""
+    sys.path.insert(0, SLOWFAST)
+    from stts_slowfast.pyslowfast.autoload import register_hooks
 
-    stts_slowfast.pyslowfast.autoload.register_hooks()
-    from slowfast.config.defaults import get_cfg as slowfast_cfg
+    register_hooks()
+    from slowfast.config.defaults import get_cfg
     from slowfast.datasets import build_dataset
 
-    cfg = settings(slowfast_cfg(), folder)
-    cfg.MODEL.ARCH, cfg.NUM_GPUS = "mvit", 0
-    cfg.TEST.update(test)
-    return build_dataset("kinetics", cfg, split)
+    def dataset(split: str, crops: int = 1):
+        cfg = settings(get_cfg(), folder, crops)
+        cfg.MODEL.ARCH, cfg.NUM_GPUS = "mvit", 0
+        return build_dataset("kinetics", cfg, split)
+
+    def views(crops: int):
+        items = dataset("test", crops)
+        return lambda number: [items[view] for view in range(VIEWS * crops)]
+
+    train = dataset("train")
+    return {"views": views(1), "crops": views(3), "train": lambda number: train[0]}
 
 
-def as_it_was(item):
-    """Runs ``item()`` with every clip decoded for itself, whole."""
-    from stts_slowfast.pyslowfast import decoder
+def standalone_ways(folder: Path) -> dict:
+    from stts_slowfast.standalone.data import ClipDataset
+    from stts_slowfast.standalone.defaults import get_cfg
 
-    def read(file, whole, taken, later):
-        frames = file.video.decode(whole, file.short_side)
-        file.close()
-        return frames
+    def views(crops: int):
+        items = ClipDataset(settings(get_cfg(), folder, crops), "test")
+        return lambda number: items[0]
 
-    ours, decoder._File.read = decoder._File.read, read
-    try:
-        item()
-    finally:
-        decoder._File.read = ours
+    train = ClipDataset(settings(get_cfg(), folder, 1), "train")
+    return {"views": views(1), "crops": views(3), "train": lambda number: train[number, 0]}
 
 
-def test_ways(folder: Path, crops: int) -> dict:
-    cfg = settings(get_cfg(), folder)
-    cfg.TEST.NUM_SPATIAL_CROPS = crops
-    ours = ClipDataset(cfg, "test")
-    ways = {}
-    if SLOWFAST:
-        stock = slowfast_dataset(folder, "test", NUM_SPATIAL_CROPS=crops)
+def opening_ways(folder: Path) -> dict:
+    from stts_slowfast import video
 
-        def views():
-            for view in range(10 * crops):
-                stock[view]
+    def opening(number: int) -> None:
+        if hasattr(video, "reader"):
+            video.reader._memory.items.clear()
+        video.Video(str(folder / "long.mp4")).close()
 
-        ways["SlowFast, view by view"] = lambda: as_it_was(views)
-        ways["SlowFast, one pass"] = views
-    ways["standalone, one pass"] = lambda: ours[0]
-    return ways
+    def again(number: int) -> None:
+        video.Video(str(folder / "long.mp4")).close()
+
+    return {"open": opening, "again": again}
 
 
-def train_ways(folder: Path) -> dict:
-    cfg = settings(get_cfg(), folder)
-    ours, ways, count = ClipDataset(cfg, "train"), {}, iter(range(10**6))
-    if SLOWFAST:
-        stock = slowfast_dataset(folder, "train")
-        ways["SlowFast, as it was"] = lambda: as_it_was(lambda: stock[0])
-        ways["SlowFast"] = lambda: stock[0]
-    ways["standalone"] = lambda: ours[next(count), 0]
-    return ways
+class Ways(torch.utils.data.Dataset):
+    """An item is ``way number profile``; reading it, in a worker, tells its time."""
+
+    def __init__(self, engine: str, folder: Path):
+        self.ways = opening_ways(folder)
+        self.ways |= slowfast_ways(folder) if engine == "slowfast" else standalone_ways(folder)
+
+    def __getitem__(self, line: str) -> int:
+        torch.set_num_threads(1)
+        name, number, profile = line.split()
+        random.seed(number), np.random.seed(int(number)), torch.manual_seed(int(number))
+        profiler = cProfile.Profile(time.process_time)
+        run = profiler.runcall if profile == "True" else lambda way, number: way(number)
+        start = time.process_time()
+        run(self.ways[name], int(number))
+        took = 1000 * (time.process_time() - start)
+        if profile == "True":
+            pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(16)
+        print("took", took, flush=True)
+        return 0
 
 
-def opening_ways(path: str) -> dict:
-    def opening(**patches):
-        def way():
-            saved = {name: getattr(reader, name) for name in patches}
-            vars(reader).update(patches)
-            reader._memory.items.clear()
-            Video(path).close()
-            vars(reader).update(saved)
-
-        return way
-
-    def remembered():
-        Video(path).close()
-
-    ways = {"by all its packets": opening(from_index=lambda *_: None), "by its index": opening()}
-    return {**ways, "remembered": remembered}
+def serve(engine: str, folder: Path) -> None:
+    """Has a DataLoader's worker do what the parent process asks for."""
+    loader = torch.utils.data.DataLoader(
+        Ways(engine, folder), None, sampler=iter(sys.stdin.readline, ""), num_workers=1
+    )
+    for _ in loader:
+        pass
 
 
-def decoder_ways(path: str, views: int) -> dict:
-    clips = [frame_indices(*clip_span(300, 64, view, views), 16, 300) for view in range(views)]
+class Worker:
+    """A process that holds one engine, imported from the folder ``package``."""
+
+    def __init__(self, engine: str, package: Path, folder: Path, profile: bool):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", engine, str(folder)],
+            env={**os.environ, "PYTHONPATH": str(package)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if profile else subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __call__(self, way: str, number: int, profile: bool = False) -> float:
+        print(way, number, profile, file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("took "):
+                return float(line.split()[1])
+        raise SystemExit(f"a process ended: {self.process.args} (--profile shows its messages)")
+
+
+def compare(title: str, ways: dict, rounds: int, average=statistics.median) -> None:
+    """Prints the average of each way, and how many times the first takes as long. A way is a
+    function of the round's number to milliseconds."""
+    times = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            times[name].append(way(number))
+    print(f"\n{title}")
+    first = None
+    for name, values in times.items():
+        value = average(values[1:])  # the first round warms up
+        first = first or value
+        print(f"  {name:<58} {value:8.1f} ms  {first / value:5.1f}x", flush=True)
+
+
+def baseline(folder: Path) -> Path:
+    """The package as it was at the commit BASELINE."""
+    archive, root = folder / "baseline.tar", Path(__file__).resolve().parents[3]
+    command = ["git", "archive", "-o", archive, BASELINE, "stts_slowfast"]
+    subprocess.run(command, cwd=root, check=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder / "baseline", filter="data")
+    return folder / "baseline"
+
+
+# ---- decoders -------------------------------------------------------------------------------
+
+
+def wanted_frames() -> list[list[int]]:
+    from stts_slowfast.video import clip_span, frame_indices
+
+    return [frame_indices(*clip_span(FRAMES, 64, n, VIEWS), 16, FRAMES) for n in range(VIEWS)]
+
+
+def decoder_ways(path: str, threads: int) -> dict:
+    """Functions that read the frames of all views in RGB."""
+    from stts_slowfast.video import Video
+
+    clips = wanted_frames()
     wanted = sorted(set().union(*clips))
+
+    def stock():
+        for clip in clips:
+            with Video(path, threads=threads) as video:
+                video.decode(range(clip[0], min(clip[0] + 64, FRAMES)))
 
     def alone():
         for clip in clips:
-            with Video(path) as video:
+            with Video(path, threads=threads) as video:
                 video.decode(clip)
 
     def one_pass():
-        with Video(path) as video:
+        with Video(path, threads=threads) as video:
             video.decode(wanted)
 
-    ways = {"this reader, view by view": alone, "this reader, one pass": one_pass}
-    for name, make in (("torchcodec", torchcodec), ("cv2", opencv), ("decord", decord)):
+    ways = {
+        "SlowFast's way: each view's span": stock,
+        "this reader, view by view": alone,
+        "this reader, one pass": one_pass,
+    }
+    for name, make in (("torchcodec.decoders", torchcodec), ("cv2", opencv), ("decord", decord)):
         try:
-            module = importlib.import_module(
-                name if name != "torchcodec" else "torchcodec.decoders"
-            )
-            read = make(module, path, wanted)
+            read = make(importlib.import_module(name), path, wanted, threads)
             read()
         except Exception as error:  # missing, or installed without the libraries that it needs
             print(f"left out: {name} ({' '.join(str(error).split())[:50]})")
             continue
-        ways[f"{name} {getattr(module, '__version__', '')}".strip()] = read
+        package = importlib.import_module(name.split(".")[0])
+        ways[f"{package.__name__} {getattr(package, '__version__', '')}".strip()] = read
     return ways
 
 
-def torchcodec(module, path, wanted):
+def torchcodec(module, path, wanted, threads):
     def read():
-        decoder = module.VideoDecoder(path, num_ffmpeg_threads=1, dimension_order="NHWC")
-        decoder.get_frames_at(wanted)
+        decoder = module.VideoDecoder(path, num_ffmpeg_threads=threads, dimension_order="NHWC")
+        return decoder.get_frames_at(wanted).data
 
     return read
 
 
-def opencv(cv2, path, wanted):
+def opencv(cv2, path, wanted, threads):
     def read():
         cv2.setNumThreads(1)
         video, left = (
-            cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]),
+            cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads]),
             set(wanted),
         )
         for number in range(wanted[-1] + 1):
@@ -209,37 +306,62 @@ def opencv(cv2, path, wanted):
     return read
 
 
-def decord(module, path, wanted):
-    return lambda: module.VideoReader(path, num_threads=1).get_batch(wanted).asnumpy()
+def decord(module, path, wanted, threads):
+    return lambda: module.VideoReader(path, num_threads=threads).get_batch(wanted).asnumpy()
+
+
+def timed(way, clock):
+    def milliseconds(number: int) -> float:
+        start = clock()
+        way()
+        return 1000 * (clock() - start)
+
+    return milliseconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--long", type=int, default=36000, help="frames of the long mp4")
-    tables = ["views", "crops", "train", "open", "decoders"]
+    tables = [*TITLES, "decoders"]
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
+    parser.add_argument("--profile", action="store_true", help="say where today's time goes")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    if arguments.serve:
+        return serve(arguments.serve[0], Path(arguments.serve[1]))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        clip, long = folder / "clip.mp4", folder / "long.mp4"
-        write_video(clip, 300, 256, 340, 0, "medium")
-        for split in ("train", "val", "test"):
-            (folder / f"{split}.csv").write_text(f"{clip} 0\n")
-        rounds = arguments.rounds
-        if "views" in arguments.tables:
-            compare("test, 10 views x 1 crop: a video", test_ways(folder, 1), rounds)
-        if "crops" in arguments.tables:
-            compare("test, 10 views x 3 crops: a video", test_ways(folder, 3), rounds)
-        if "train" in arguments.tables:
-            ways = train_ways(folder)
-            compare("training: an item of 2 samples", ways, 8 * rounds, statistics.fmean)
+        folder, here = Path(name), Path(__file__).resolve().parents[3]
+        write_film(folder / "clip.mp4", FRAMES, 256, 456, 2.0, g="250")
         if "open" in arguments.tables:
-            write_video(long, arguments.long, 64, 96, 0, "ultrafast")
-            compare(f"opening an mp4 of {arguments.long} frames", opening_ways(str(long)), rounds)
+            write_film(folder / "long.mp4", 36000, 32, 48, 0.0, preset="ultrafast")
+        for split in ("train", "val", "test"):
+            (folder / f"{split}.csv").write_text(f"{folder / 'clip.mp4'} 0\n")
+        rows = {"standalone": ("standalone", here)}
+        if SLOWFAST:
+            stock = {"SlowFast, as it was": ("slowfast", baseline(folder))}
+            rows = {**stock, "SlowFast": ("slowfast", here), **rows}
+        workers = {row: Worker(*row_of, folder, arguments.profile) for row, row_of in rows.items()}
+        for table in arguments.tables:
+            if table == "decoders":
+                continue
+            ways = {row: lambda n, w=worker, t=table: w(t, n) for row, worker in workers.items()}
+            training = table == "train"
+            rounds = arguments.rounds * (8 if training else 1)
+            compare(
+                TITLES[table], ways, rounds, statistics.fmean if training else statistics.median
+            )
+            if arguments.profile:
+                for row in list(rows)[1:]:
+                    print(f"\n{TITLES[table]}, {row}:", file=sys.stderr, flush=True)
+                    workers[row](table, 1, profile=True)
         if "decoders" in arguments.tables:
-            compare("frames of 10 views, in RGB", decoder_ways(str(clip), 10), rounds)
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                ways = decoder_ways(str(folder / "clip.mp4"), threads)
+                for clock in (time.process_time, time.perf_counter):
+                    title = f"frames of 10 views in RGB, {threads} threads, {clock.__name__}"
+                    timed_ways = {name: timed(way, clock) for name, way in ways.items()}
+                    compare(title, timed_ways, arguments.rounds, min)
 
 
 if __name__ == "__main__":
