@@ -25,6 +25,7 @@ from stts_slowfast.standalone.stops import in_reader
 from stts_slowfast.standalone.transforms import (
     batch_mixer,
     cut_views,
+    decoded_side,
     prepare,
     stacked,
     test_crops,
@@ -132,13 +133,11 @@ class ClipDataset(Dataset):
         if split == "test":
             self.crops = test_crops(cfg)
             self.num_views = cfg.TEST.NUM_ENSEMBLE_VIEWS * len(self.crops)
-            self.short_side = view_scale(cfg)
+            self.short_side = decoded_side(cfg, view_scale(cfg))
         else:
             self.transform = train_transform(cfg, split)
             self.num_views, self.num_samples = 1, cfg.AUG.NUM_SAMPLE if split == "train" else 1
-            self.short_side = cfg.DATA.TRAIN_JITTER_SCALES[0]
-        if cfg.DATA.DECODING_BACKEND == "pyav":
-            self.short_side = 0  # SlowFast's PyAV backend leaves scaling to the transforms
+            self.short_side = decoded_side(cfg, cfg.DATA.TRAIN_JITTER_SCALES[0])
         # What is known of each video, shared by all workers: 1 it can be read, 2 it cannot.
         self.known = torch.zeros(len(self.videos), dtype=torch.uint8).share_memory_()
 

@@ -191,6 +191,12 @@ def view_scale(cfg) -> int:
     return cfg.DATA.TRAIN_JITTER_SCALES[0]
 
 
+def decoded_side(cfg, scale: int) -> int:
+    """The short side to decode at; 0 for the file's own, as SlowFast's PyAV backend leaves scaling
+    to the transforms."""
+    return 0 if cfg.DATA.DECODING_BACKEND == "pyav" else scale
+
+
 def _to_model(clip: torch.Tensor, reverse: bool) -> torch.Tensor:
     """(T, 3, H, W) -> (3, T, H, W), in the order of channels that the model wants."""
     clip = clip.transpose(0, 1)

@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
     if not strips:
         raise ValueError("none of the videos could be read")
     if film:
-        with Video(args.video[0]) as video:
+        with Video(args.video[0], rotate=cfg.DATA.ROTATE) as video:
             write_whole(args.out, lambda path: write_dimmed(path, video, shown), args.force)
         print(strips[0].title)
     else:
@@ -171,11 +171,16 @@ def read_clip(cfg, path: str) -> torch.Tensor:
 
 def read_views(cfg, path: str, number: int) -> list[View]:
     """Clips of a video from its first to its last frames, or the middle one; middle crops."""
-    from stts_slowfast.standalone.transforms import prepare, view_scale, view_transform
+    from stts_slowfast.standalone.transforms import (
+        decoded_side,
+        prepare,
+        view_scale,
+        view_transform,
+    )
 
     data, ssv2 = cfg.DATA, cfg.TEST.DATASET == "ssv2"
     scale = view_scale(cfg)
-    with Video(path) as video:
+    with Video(path, rotate=data.ROTATE) as video:
         if ssv2:  # every view would be the same
             clips = [segment_indices(video.num_frames, data.NUM_FRAMES)]
         else:
@@ -184,7 +189,7 @@ def read_views(cfg, path: str, number: int) -> list[View]:
             spans = [clip_span(video.num_frames, size, v, number, offset) for v in range(number)]
             clips = [frame_indices(*span, data.NUM_FRAMES, video.num_frames) for span in spans]
         wanted = sorted(set().union(*clips))
-        frames = video.decode(wanted, scale)
+        frames = video.decode(wanted, decoded_side(cfg, scale))
     frames = frames.flip(-1) if ssv2 else frames  # its images are read as BGR
     crop = center_crop(*frames.shape[1:3], scale, data.TEST_CROP_SIZE)
     transform = view_transform(cfg, 1)

@@ -2,12 +2,14 @@
 
 import json
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.standalone.data import ClipDataset, prepare
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import cli, filmstrip, makedata, visualize
 from stts_slowfast.video import Video
@@ -78,6 +80,27 @@ def test_pictures_have_the_colours_of_the_video(cfg, tmp_path, dataset, reverse)
     assert clip.shape == (3, 8, 32, 32)
     pictures = visualize.to_pictures(cfg, clip).float().mean((0, 1, 2))
     assert pictures[0] > 200 and pictures[1:].max() < 40
+
+
+@pytest.mark.parametrize("backend", ["pyav", "torchvision"])
+@pytest.mark.parametrize("rotate", [True, False])
+def test_what_is_looked_at_is_what_testing_sees(cfg, tmp_path, rotate, backend):
+    """Scaled before or after decoding, and turned as DATA.ROTATE says."""
+    cfg.DATA.DECODING_BACKEND, cfg.DATA.ROTATE = backend, rotate
+    cfg.TEST.NUM_ENSEMBLE_VIEWS = cfg.TEST.NUM_SPATIAL_CROPS = 1
+    cfg.DATA.SAMPLING_RATE, cfg.DATA.TARGET_FPS, cfg.DATA.USE_OFFSET_SAMPLING = 2, 30, True
+    cfg.DATA.PATH_TO_DATA_DIR = str(tmp_path)
+    path = tmp_path / "turned.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 80, 48, "yuv420p"
+        stream.set_display_rotation(90)
+        for pixels in np.random.default_rng(0).integers(0, 255, (24, 48, 80, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    (tmp_path / "test.csv").write_text(f"{path} 0\n")
+    clips, *_ = ClipDataset(cfg, "test")[0]
+    assert torch.equal(visualize.read_clip(cfg, str(path)), prepare(clips[0], cfg))
 
 
 def test_without_selection_every_frame_is_kept_whole(cfg):
