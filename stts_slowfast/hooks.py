@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stts_slowfast import fused
 from stts_slowfast.config import Settings, as_arguments
-from stts_slowfast.hosts import Host, Tokens, find, hosted
+from stts_slowfast.hosts import Host, Tokens, find, hosted, unwrap
 from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
 
 logger = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: where the model has no selectors.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     _selectors(model)
     fused.restore(model)
     _remove(model, *find(model))
@@ -251,7 +251,7 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(
             "replicas of nn.DataParallel forget what they kept: run model.module alone"
         )
-    kept = {key: selector.kept for key, selector in _selectors(_unwrap(model)).items()}
+    kept = {key: selector.kept for key, selector in _selectors(unwrap(model)).items()}
     missing = [key for key, value in kept.items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} has selected nothing yet: run the model first")
@@ -290,16 +290,6 @@ def _selectors(model: nn.Module) -> nn.ModuleDict:
     if not isinstance(stts, nn.ModuleDict):
         raise ValueError(f"this {type(model).__name__} has no selectors: call attach(model, node)")
     return stts
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel`` and ``torch.compile``."""
-    while not hasattr(model, "stts"):
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model
 
 
 def _describe(key: str, selector: Selector, scorer: str, step) -> str:

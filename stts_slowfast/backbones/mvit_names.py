@@ -2,7 +2,7 @@
 
 import re
 
-from torch import cat, nn
+from torch import Tensor, cat, nn
 from torchvision.models.video.mvit import MViT
 
 from stts_slowfast.backbones.family import Format
@@ -14,20 +14,18 @@ from stts_slowfast.backbones.names import (
     replace_prefix,
     selectors_from_authors,
     selectors_to_authors,
+    swapped,
     without_prefix,
 )
 
 # --- torchvision --------------------------------------------------------------------------------
 
-# SlowFast's name to torchvision's name, and how many leading ones torchvision drops from the shape.
-_STEM = {
-    "cls_token": ("pos_encoding.class_token", 2),
-    "pos_embed_spatial": ("pos_encoding.spatial_pos", 1),
-    "pos_embed_temporal": ("pos_encoding.temporal_pos", 1),
-    "pos_embed_class": ("pos_encoding.class_pos", 2),
-}
 # How a name begins, after the "blocks.N." where there is one: SlowFast's and torchvision's.
-_PREFIXES = {
+_TORCHVISION = {
+    "cls_token": "pos_encoding.class_token",
+    "pos_embed_spatial": "pos_encoding.spatial_pos",
+    "pos_embed_temporal": "pos_encoding.temporal_pos",
+    "pos_embed_class": "pos_encoding.class_pos",
     "patch_embed.proj.": "conv_proj.",
     "head.projection.": "head.1.",
     "proj.": "project.",
@@ -37,29 +35,31 @@ _PREFIXES = {
     **{f"attn.pool_{x}.weight": f"attn.pool_{x}.pool.weight" for x in "qkv"},
     **{f"attn.norm_{x}.": f"attn.pool_{x}.norm_act.0." for x in "qkv"},
 }
+# What torchvision has without SlowFast's leading ones: a vector, and one a place.
+_VECTORS, _VECTOR_LISTS = (
+    ("cls_token", "pos_embed_class"),
+    ("pos_embed_spatial", "pos_embed_temporal"),
+)
 
 
 def torchvision_from_slowfast(state: State) -> State:
     """SlowFast's MViT parameters under torchvision's names; what is no MViT's keeps its name."""
-    renamed = {}
-    for key, value in state.items():
-        if key in _STEM:
-            key, dropped = _STEM[key]
-            value = value.reshape(value.shape[dropped:])
-        renamed[replace_prefix(key, _PREFIXES)] = value
-    return renamed
+
+    def shaped(key: str, value: Tensor) -> Tensor:
+        if key in _VECTORS:
+            return value[0, 0]
+        return value[0] if key in _VECTOR_LISTS else value
+
+    return {replace_prefix(key, _TORCHVISION): shaped(key, value) for key, value in state.items()}
 
 
 def torchvision_to_slowfast(state: State) -> State:
     """The inverse of :func:`torchvision_from_slowfast`."""
-    stem = {ours: (theirs, dropped) for theirs, (ours, dropped) in _STEM.items()}
-    prefixes = {ours: theirs for theirs, ours in _PREFIXES.items()}
     renamed = {}
     for key, value in state.items():
-        if key in stem:
-            key, dropped = stem[key]
-            value = value.reshape((1,) * dropped + value.shape)
-        renamed[replace_prefix(key, prefixes)] = value
+        if key.startswith("pos_encoding."):
+            value = value.reshape(1, -1, value.shape[-1])
+        renamed[replace_prefix(key, swapped(_TORCHVISION))] = value
     return renamed
 
 
@@ -106,7 +106,7 @@ def pytorchvideo_from_slowfast(state: State, separate: bool = True, twice: bool 
 def pytorchvideo_to_slowfast(state: State) -> State:
     """The inverse of :func:`pytorchvideo_from_slowfast`, for all versions; takes off ``model.``,
     which is in front of the names of SlowFast's PTVMViT."""
-    prefixes = {theirs: ours for ours, theirs in _PYTORCHVIDEO.items()}
+    prefixes = swapped(_PYTORCHVIDEO)
     state = without_prefix(state, "model.")
     renamed = {}
     for key, value in state.items():

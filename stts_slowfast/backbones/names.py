@@ -38,6 +38,11 @@ def replace_prefix(key: str, prefixes: dict[str, str]) -> str:
     return key
 
 
+def swapped(names: dict[str, str]) -> dict[str, str]:
+    """The table that undoes a table of names."""
+    return {new: old for old, new in names.items()}
+
+
 def layer_of(name: str, depth: int) -> int:
     """0 for what comes before the blocks, then 1 to ``depth``, ``depth + 1`` for what is after."""
     if match := _BLOCK.match(name):
@@ -64,30 +69,29 @@ def selectors_from_authors(state: State, selectors: Sequence[str]) -> State:
         selectors: the model's selectors, such as ``["time_0", "space_4"]``: ``n`` counts the
             selections of a dimension in order, our names say the block.
     """
-    renamed = {}
-    for key, value in state.items():
-        match = AUTHORS_SCORER.match(key)
-        if match:
-            dimension, number, part, rest = match.groups()
-            ours = [name for name in selectors if name.startswith(f"{dimension}_")]
-            if int(number) < len(ours):
-                key = f"stts.{ours[int(number)]}.scorer.network.{_SCORER_PARTS[part]}.{rest}"
-        renamed[key] = value
-    return renamed
+
+    def ours(key: str) -> str:
+        if not (match := AUTHORS_SCORER.match(key)):
+            return key
+        dimension, number, part, rest = match.groups()
+        names = [name for name in selectors if name.startswith(f"{dimension}_")]
+        if int(number) >= len(names):
+            return key
+        return f"stts.{names[int(number)]}.scorer.network.{_SCORER_PARTS[part]}.{rest}"
+
+    return {ours(key): value for key, value in state.items()}
 
 
 def selectors_to_authors(state: State) -> State:
     """The inverse of :func:`selectors_from_authors`."""
-    parts = {ours: theirs for theirs, ours in _SCORER_PARTS.items()}
-    order: dict[str, list[str]] = {"time": [], "space": []}
-    renamed = {}
-    for key, value in state.items():
-        match = _OUR_SCORER.match(key)
-        if match:
-            name, dimension, part, rest = match.groups()
-            if name not in order[dimension]:
-                order[dimension].append(name)
-            number = order[dimension].index(name)
-            key = f"{dimension}_score_predictor.{number}.score_network.{parts[part]}.{rest}"
-        renamed[key] = value
-    return renamed
+    parts = swapped(_SCORER_PARTS)
+    names = list(dict.fromkeys(m.group(1) for m in map(_OUR_SCORER.match, state) if m))
+
+    def theirs(key: str) -> str:
+        if not (match := _OUR_SCORER.match(key)):
+            return key
+        name, dimension, part, rest = match.groups()
+        number = [other for other in names if other.startswith(dimension)].index(name)
+        return f"{dimension}_score_predictor.{number}.score_network.{parts[part]}.{rest}"
+
+    return {theirs(key): value for key, value in state.items()}

@@ -2,17 +2,16 @@
 
 import re
 
-from stts_slowfast.backbones.names import State
+from stts_slowfast.backbones.names import State, has, replace_prefix, swapped
 
-# The authors' name, which is ours, to that of transformers.
-_WHOLE = {
+# How a name begins, after the "blocks.N." where there is one: ours (the authors'), transformers'.
+_NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "time_embed": "embeddings.time_embeddings",
     "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
     "norm.": "layernorm.",
-}
-_BLOCK = {
+    "head.": "classifier.",
     "norm1.": "layernorm_before.",
     "attn.qkv.": "attention.attention.qkv.",
     "attn.proj.": "attention.output.dense.",
@@ -25,47 +24,31 @@ _BLOCK = {
     "mlp.fc2.": "output.dense.",
 }
 _BODY = "timesformer."
-_HEAD = {"head.": "classifier."}
 
 
 def is_transformers(state: State) -> bool:
     """Whether a state dict is one of ``TimesformerForVideoClassification`` or its body's."""
     name = "embeddings.patch_embeddings.projection.weight"
     weight = state.get(_BODY + name, state.get(name))
-    layers = any(re.match(rf"({_BODY})?encoder\.layer\.0\.intermediate\.", key) for key in state)
+    layers = has(state, rf"({_BODY})?encoder\.layer\.0\.intermediate\.")
     return weight is not None and weight.dim() == 4 and layers
 
 
 def from_transformers(state: State) -> State:
     """Parameters of transformers' TimeSformer under the authors' names; others keep theirs."""
-    return {_authors(key.removeprefix(_BODY)): value for key, value in state.items()}
+
+    def ours(key: str) -> str:
+        key = re.sub(r"^encoder\.layer\.", "blocks.", key.removeprefix(_BODY))
+        return replace_prefix(key, swapped(_NAMES))
+
+    return {ours(key): value for key, value in state.items()}
 
 
 def to_transformers(state: State, body: str = _BODY) -> State:
     """The inverse; ``body`` is "" for the names of ``TimesformerModel``, which has no head."""
-    return {_transformers(key, body): value for key, value in state.items()}
 
+    def theirs(key: str) -> str:
+        renamed = re.sub(r"^blocks\.", "encoder.layer.", replace_prefix(key, _NAMES))
+        return renamed if renamed == key or key.startswith("head.") else body + renamed
 
-def _authors(key: str) -> str:
-    if match := re.match(r"encoder\.layer\.(\d+)\.", key):
-        rest = key[match.end() :]
-        return f"blocks.{match.group(1)}.{_replaced(rest, _swapped(_BLOCK))}"
-    return _replaced(key, _swapped(_WHOLE | _HEAD))
-
-
-def _transformers(key: str, body: str) -> str:
-    if match := re.match(r"blocks\.(\d+)\.", key):
-        return f"{body}encoder.layer.{match.group(1)}.{_replaced(key[match.end() :], _BLOCK)}"
-    renamed = _replaced(key, _WHOLE)
-    return _replaced(key, _HEAD) if renamed == key else body + renamed
-
-
-def _replaced(key: str, names: dict[str, str]) -> str:
-    for old, new in names.items():
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
-
-
-def _swapped(names: dict[str, str]) -> dict[str, str]:
-    return {new: old for old, new in names.items()}
+    return {theirs(key): value for key, value in state.items()}

@@ -19,6 +19,7 @@ from stts_slowfast.backbones.names import (
     replace_prefix,
     selectors_from_authors,
     selectors_to_authors,
+    swapped,
 )
 
 
@@ -98,7 +99,7 @@ def swin_from_mmaction(state: State) -> State:
 
 def swin_to_mmaction(state: State) -> State:
     """The inverse of :func:`swin_from_mmaction`, with mmaction's prefixes."""
-    mlp = {ours: theirs for theirs, ours in _SWIN_MLP.items()}
+    mlp = swapped(_SWIN_MLP)
     renamed = {}
     for key, value in state.items():
         match = _FEATURES.match(key)

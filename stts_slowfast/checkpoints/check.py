@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from stts_slowfast.backbones.names import AUTHORS_SCORER, State
 from stts_slowfast.checkpoints.formats import is_standalone, recognize, state_dict_of, to_model
+from stts_slowfast.hosts import unwrap
 
 _SCORER = re.compile(r"^stts\.(time|space)_(\d+)\.")
 _BLOCK = re.compile(r"^(?:model\.)?(?:\w+\.)?(?:encoder\.)?(?:blocks|features|layers?)\.(\d+)\.")
@@ -39,19 +40,12 @@ def check(model: nn.Module, state: Mapping, cfg, purpose: str, source: str) -> N
     if purpose not in ("test", "finetune", "resume"):
         raise ValueError(f"purpose is {purpose!r}: use test, finetune or resume")
     try:
-        _check(_unwrap(model), state_dict_of(state), cfg, purpose, source)
+        _check(unwrap(model), state_dict_of(state), cfg, purpose, source)
     except ValueError as error:
         text = str(error) if source in str(error) else f"{source}: {error}"
         if purpose == "resume":
             text += ". For another run choose another OUTPUT_DIR, or set TRAIN.AUTO_RESUME False"
         raise ValueError(text) from error
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel`` and ``torch.compile``."""
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", 0)), nn.Module):
-        model = inner
-    return model
 
 
 def _check(model: nn.Module, theirs: State, cfg, purpose: str, source: str) -> None:

@@ -1,17 +1,11 @@
-"""Fused blocks around pooling attention: what they make in between is kept once, or not at all.
-
-Besides, two of their neighbours that PyTorch computes slowly on a CPU: the convolution that makes
-the tokens, and the pooling of the residual.
-"""
+"""Fused blocks around pooling attention: what they make in between is kept once, or not at all."""
 
 import torch
 from torch import Tensor, cat, nn
-from torch.nn import functional as F
-from torchvision.models.video.mvit import MViT, Pool
 
 from stts_slowfast.fused import cpu
-from stts_slowfast.fused.attention import AttentionView, geometry
-from stts_slowfast.fused.views import PARTS, Request, View, untouched
+from stts_slowfast.fused.attention import AttentionView
+from stts_slowfast.fused.views import Request, View, untouched
 
 
 class BlockView(View):
@@ -123,56 +117,3 @@ class BlockView(View):
         y = pool(x[:, cls:].unflatten(1, thw).permute(0, 4, 1, 2, 3))
         y = y.permute(0, 2, 3, 4, 1).flatten(1, 3)
         return cat([x[:, :cls], y], dim=1) if cls else y
-
-
-class PatchProjection(View):
-    """Stands in for the convolution that makes tokens; on a CPU they come out channels-last.
-
-    So they lie as ``(B, T*H*W, C)`` needs them, and are not copied to get there.
-    """
-
-    @classmethod
-    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
-        torchvision = isinstance(parent, MViT) and name == "conv_proj"
-        if not torchvision and (type(parent).__name__, name) != ("PatchEmbed", "proj"):
-            return False
-        return type(module) is nn.Conv3d and module.padding_mode == "zeros"
-
-    def examples(self, generator: torch.Generator) -> list[tuple]:
-        sizes = [2 * size + 1 for size in self.kernel_size]
-        return [(torch.randn(2, self.in_channels, *sizes, generator=generator),)]
-
-    def fused(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if x.device.type == "cpu":
-            weight = weight.contiguous(memory_format=torch.channels_last_3d)
-        settings = self.stride, self.padding, self.dilation, self.groups
-        return F.conv3d(x, weight, self.bias, *settings)
-
-
-class SkipPool(View):
-    """Stands in for a block's ``MaxPool3d`` on the residual: pools frames, with channels last.
-
-    PyTorch's own is not vectorised on a CPU.
-    """
-
-    @classmethod
-    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
-        if type(module) is not nn.MaxPool3d or module.return_indices or module.ceil_mode:
-            return False
-        skips = name == "pool_skip" or (isinstance(parent, Pool) and name == "pool")
-        return skips and geometry(module)[0][0] == geometry(module)[1][0] == 1
-
-    def examples(self, generator: torch.Generator) -> list[tuple]:
-        return [(torch.randn(2, 3, 2, 9, 7, generator=generator),)]
-
-    def fused(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return self.stock.forward(x)
-        frames = x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)  # (B*T, C, H, W)
-        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
-        frames = cpu.max_pool(frames, *(s if isinstance(s, int) else s[1:] for s in sizes))
-        return frames.permute(0, 2, 3, 1).unflatten(0, (len(x), -1)).permute(0, 4, 1, 2, 3)
-
-
-PARTS += [PatchProjection, SkipPool]

@@ -70,14 +70,6 @@ def residual_mlp(
     return _ResidualMLP.apply(x, scale, *_settings(norm), *layers, max(rows, 1))
 
 
-def max_pool(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
-    """``F.max_pool2d`` of ``x (B, C, H, W)``, channels-last in memory, on a CPU.
-
-    It keeps 32-bit indices alone for the backward pass, not its input.
-    """
-    return _MaxPool.apply(x, kernel, stride, padding, dilation)
-
-
 def depthwise(x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
     """Depth-wise 3-D convolution of ``x (B, C, T, H, W)``, channels-last in memory."""
     if x.device.type == "cpu" and stride[0] == 1 and padding[0] * 2 + 1 == weight.shape[2]:
@@ -250,33 +242,10 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
 
 
-class _MaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, kernel, stride, padding, dilation):
-        out, indices = F.max_pool2d(x, kernel, stride, padding, dilation, return_indices=True)
-        ctx.save_for_backward(indices.int())
-        ctx.shape = x.shape
-        ctx.sizes = [
-            [s, s] if isinstance(s, int) else s for s in (kernel, stride, padding, dilation)
-        ]
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        (indices,) = ctx.saved_tensors
-        # Only its shape and layout are looked at.
-        x = grad_output.new_empty(ctx.shape).contiguous(memory_format=torch.channels_last)
-        grad_x = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad_output, x, *ctx.sizes, False, indices.long()
-        )
-        return grad_x, None, None, None, None
-
-
 class _Depthwise(torch.autograd.Function):
     """The convolution, differentiated as one of two dimensions per tap in time, some clips at once.
 
-    oneDNN's gradients of depth-wise 3-D convolutions take 5 to 20 times as long.
+    oneDNN's gradients of depth-wise 3-D convolutions take 1.2 to 3 times as long.
     """
 
     @staticmethod

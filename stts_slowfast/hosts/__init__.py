@@ -130,6 +130,16 @@ def hosted(model: nn.Module) -> nn.Module:
     return getattr(model, "hosted", model)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``DistributedDataParallel`` and ``torch.compile``."""
+    while not hasattr(model, "stts"):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
 def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     """The host of a model, and the model's blocks.
 

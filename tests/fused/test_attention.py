@@ -351,24 +351,6 @@ def test_no_score_matrix_on_cuda(mvit, relative, clips):
         assert torch.isfinite(model(clips.cuda().half())).all()
 
 
-def test_skip_pooling_is_the_stock_one(mvit):
-    model = mvit(False)
-    x = torch.randn(2, 1 + 4 * 15 * 13, 16, requires_grad=True)
-
-    def pool():
-        out = model.blocks[1].pool_skip(x, (4, 15, 13))[0]
-        return out, torch.autograd.grad(out.square().sum(), x)[0]
-
-    stock = pool()
-    configure(model, True, True)
-    assert type(model.blocks[1].pool_skip.pool) is not nn.MaxPool3d
-    fused = pool()
-    assert torch.equal(fused[0], stock[0])
-    torch.testing.assert_close(fused[1], stock[1])
-    restore(model)
-    assert type(model.blocks[1].pool_skip.pool) is nn.MaxPool3d
-
-
 def test_what_happens_to_a_part_of_a_fused_block_counts(mvit, clips):
     model = mvit(False)
     configure(model, True, True)
@@ -446,14 +428,3 @@ def test_last_block_keeps_tokens_that_its_parameters_serve(outputs_and_gradients
     assert last_tokens(model, clips) == [1 + 4 * 4 * 4]
     _, grads = outputs_and_gradients(model, clips)
     assert all(grad is not None for grad in grads.values())
-
-
-def test_patches_come_out_channels_last(mvit, clips):
-    model = mvit(False)
-    stock = model.conv_proj(clips)
-    configure(model, True, True)
-    patches = model.conv_proj(clips)
-    assert patches.is_contiguous(memory_format=torch.channels_last_3d)
-    torch.testing.assert_close(patches, stock)
-    restore(model)
-    assert type(model.conv_proj) is nn.Conv3d

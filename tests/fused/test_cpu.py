@@ -142,10 +142,3 @@ def test_depthwise(stride, frames, at_once):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     ours = results(lambda: cpu.depthwise(x.detach(), weight, *sizes), weight)
     torch.testing.assert_close(ours[1], theirs[2], rtol=1e-5, atol=1e-4)
-
-
-def test_max_pool():
-    x = torch.randn(2, 6, 9, 7).to(memory_format=torch.channels_last).requires_grad_()
-    sizes = ([3, 3], [2, 2], [1, 1], 1)
-    ours = results(lambda: cpu.max_pool(x, *sizes), x)
-    torch.testing.assert_close(ours, results(lambda: F.max_pool2d(x, *sizes), x))
