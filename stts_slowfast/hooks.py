@@ -264,7 +264,7 @@ def settings_of(model: nn.Module) -> Settings:
     Raises:
         ValueError: where the model has no selectors.
     """
-    return _selectors(_unwrap(model)).settings
+    return _selectors(unwrap(model)).settings
 
 
 def raise_on_nan(model: nn.Module) -> None:
