@@ -271,3 +271,24 @@ def test_decoding_goes_on_where_multi_threading_is_asked_for(get_cfg, videos):
     cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", "pyav",
                   "DATA_LOADER.ENABLE_MULTI_THREAD_DECODE", True)  # fmt: skip
     assert build_dataset("kinetics", cfg, "val")[0][0][0].shape == (3, 8, 32, 32)
+
+
+@BACKENDS
+@pytest.mark.parametrize("crops", [1, 3])
+def test_views_are_those_of_the_standalone_runner(get_cfg, videos, backend, crops):
+    """Frames of another size than the crop: with pyav SlowFast scales after decoding, in floats."""
+    from slowfast.datasets import build_dataset
+
+    from stts_slowfast.standalone.data import ClipDataset, prepare
+    from stts_slowfast.standalone.defaults import get_cfg as standalone_cfg
+
+    cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", backend,
+                  "TEST.NUM_SPATIAL_CROPS", crops)  # fmt: skip
+    ours = standalone_cfg()
+    ours.DATA.update({key: cfg.DATA[key] for key in ours.DATA if key in cfg.DATA})
+    ours.TEST.update(NUM_ENSEMBLE_VIEWS=2, NUM_SPATIAL_CROPS=crops)
+    dataset = build_dataset("kinetics", cfg, "test")
+    views = prepare(ClipDataset(ours, "test")[0][0], ours)
+    assert len(views) == 2 * crops
+    for number, view in enumerate(views):
+        torch.testing.assert_close(view, dataset[number][0][0], rtol=0, atol=2e-6)

@@ -1,0 +1,177 @@
+"""Times whole tests of a small MViT, from the command to its accuracy, ways side by side.
+
+    SLOWFAST_ROOT=/path/to/SlowFast python projects/stts/benchmarks/whole_test.py
+
+Six H.264 films of 10 s, 340x256, 30 frames a second, are tested with 10x3 views by a 4-block MViT
+(widths 48 and 96, 16 frames of 112x112), which is trained on those very films first. Every way is a
+command of its own, run in turn: SlowFast's unmodified ``tools/run_net.py`` without selection, with
+this package as it was when such a test first ran (--before: it mends SlowFast, and no more); the
+same with this package as it is; and ``stts run``. "Selected" keeps half of the frames before block
+0 and a window of 0.9 before block 2. Wall clock is the median of the rounds, core-seconds those of
+the command with all its children.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from loader import write_video
+
+ROOT = Path(__file__).resolve().parents[3]
+FILMS = 6
+
+CONFIG = {
+    "TRAIN": {"DATASET": "kinetics", "BATCH_SIZE": FILMS, "EVAL_PERIOD": 100},
+    "DATA": {
+        "NUM_FRAMES": 16,
+        "SAMPLING_RATE": 4,
+        "TRAIN_JITTER_SCALES": [112, 128],
+        "TRAIN_CROP_SIZE": 112,
+        "TEST_CROP_SIZE": 112,
+        "INPUT_CHANNEL_NUM": [3],
+        "DECODING_BACKEND": "torchvision",
+    },
+    "MODEL": {"MODEL_NAME": "MViT", "ARCH": "mvit", "NUM_CLASSES": FILMS, "DROPOUT_RATE": 0.0},
+    "MVIT": {
+        "DEPTH": 4,
+        "EMBED_DIM": 48,
+        "PATCH_KERNEL": [3, 7, 7],
+        "PATCH_STRIDE": [2, 4, 4],
+        "PATCH_PADDING": [1, 3, 3],
+        "NUM_HEADS": 1,
+        "MODE": "conv",
+        "SEP_POS_EMBED": True,
+        "DROPPATH_RATE": 0.0,
+        "DIM_MUL": [[2, 2.0]],
+        "HEAD_MUL": [[2, 2.0]],
+        "POOL_KVQ_KERNEL": [3, 3, 3],
+        "POOL_KV_STRIDE_ADAPTIVE": [1, 4, 4],
+        "POOL_Q_STRIDE": [[2, 1, 2, 2]],
+    },
+    "SOLVER": {"OPTIMIZING_METHOD": "adamw", "BASE_LR": 0.001, "ZERO_WD_1D_PARAM": True},
+    "TEST": {"DATASET": "kinetics", "NUM_ENSEMBLE_VIEWS": 10, "NUM_SPATIAL_CROPS": 3},
+    "DATA_LOADER": {"NUM_WORKERS": 2, "PIN_MEMORY": False},
+    "NUM_GPUS": 0,
+    "LOG_MODEL_INFO": False,
+}
+SELECTED = "STTS.ENABLE True STTS.TIME.KEEP [0.5] STTS.SPACE.BLOCKS [2] STTS.SPACE.KEEP [0.9]"
+
+
+def prepare(folder: Path) -> dict[str, Path]:
+    """Films, lists, a config, and the checkpoints of both models."""
+    lines = []
+    for number in range(FILMS):
+        write_video(folder / f"{number}.mp4", 300, 256, 340, number, "medium")
+        lines.append(f"{folder / f'{number}.mp4'} {number}\n")
+    (folder / "test.csv").write_text("".join(lines))
+    for split in ("train", "val"):  # a film many times is an epoch of some iterations
+        (folder / f"{split}.csv").write_text("".join(lines * (8 if split == "train" else 1)))
+    CONFIG["DATA"]["PATH_TO_DATA_DIR"] = str(folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    trained = {}
+    for name, epochs, words in (("all", 6, "STTS.ENABLE False"), ("selected", 2, SELECTED)):
+        words += f" SOLVER.MAX_EPOCH {epochs} TEST.ENABLE False OUTPUT_DIR {folder / name}"
+        if trained:
+            words += f" TRAIN.CHECKPOINT_FILE_PATH {trained['all']}"
+            words += " TRAIN.CHECKPOINT_EPOCH_RESET True STTS.FREEZE_BACKBONE_EPOCHS 0.0"
+        run([*standalone(folder), *words.split()], environment(ROOT))
+        trained[name] = folder / name / "checkpoints" / f"checkpoint_epoch_{epochs:05d}.pyth"
+    return trained
+
+
+def standalone(folder: Path) -> list[str]:
+    command = [sys.executable, "-m", "stts_slowfast", "run", "--engine", "standalone", "--cfg"]
+    return [*command, str(folder / "config.yaml"), "--opts"]
+
+
+def environment(package: Path) -> dict[str, str]:
+    """Of a command in which ``package`` is the checkout that stts_slowfast comes from."""
+    paths = [str(package), *filter(None, [os.environ.get("SLOWFAST_ROOT")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run(words: list[str], env: dict[str, str], cwd: str | None = None) -> tuple[float, float, str]:
+    """Wall-clock seconds, core-seconds, and what the command said."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    done = subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stdout}{done.stderr}")
+    busy = now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime
+    return seconds, busy, done.stdout + done.stderr
+
+
+def ways(folder: Path, trained: dict[str, Path], before: Path | None) -> dict:
+    """By name: words, environment and folder of a command."""
+    test = f"TRAIN.ENABLE False TEST.BATCH_SIZE 10 OUTPUT_DIR {folder / 'test'} "
+    off = [*(test + "STTS.ENABLE False TEST.CHECKPOINT_FILE_PATH ").split(), str(trained["all"])]
+    on = [*(test + SELECTED).split(), "TEST.CHECKPOINT_FILE_PATH", str(trained["selected"])]
+    found = {}
+    if root := os.environ.get("SLOWFAST_ROOT"):
+        launcher = [sys.executable, "tools/run_net.py", "--cfg", str(folder / "config.yaml")]
+        launcher.append("--opts")
+        if before:
+            found["run_net.py, before, all tokens"] = [*launcher, *off], environment(before), root
+        found["run_net.py, all tokens"] = [*launcher, *off], environment(ROOT), root
+        found["run_net.py, selected"] = [*launcher, *on], environment(ROOT), root
+    found["stts run, all tokens"] = [*standalone(folder), *off], environment(ROOT), None
+    found["stts run, selected"] = [*standalone(folder), *on], environment(ROOT), None
+    return found
+
+
+def top1(log: str) -> float:
+    (line,) = re.findall(r"json_stats: (\{.*test_final.*\})", log)
+    return float(json.loads(line)["top1_acc"])
+
+
+@contextlib.contextmanager
+def checkout(commit: str, folder: Path):
+    """This repository as it was."""
+    git = ["git", "-C", str(ROOT), "worktree"]
+    subprocess.run([*git, "add", "--detach", str(folder), commit], check=True, capture_output=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run([*git, "remove", "--force", str(folder)], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before", default="bb2c245", help="a commit of this repository")
+    arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        before = stack.enter_context(checkout(arguments.before, folder / "before"))
+        commands = ways(folder, prepare(folder), before)
+        measured: dict[str, list] = {name: [] for name in commands}
+        for number in range(arguments.rounds):
+            for name, command in commands.items():
+                seconds, busy, log = run(*command)
+                measured[name].append((seconds, busy, top1(log)))
+                print(f"{number + 1}: {name}: {seconds:.1f} s", file=sys.stderr)
+    first = None
+    print("| | seconds | | core-seconds | | top-1 |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, times in measured.items():
+        seconds, busy, accuracy = (statistics.median(column) for column in zip(*times))
+        first = first or (seconds, busy)
+        ratios = f"{first[0] / seconds:.1f}x", f"{first[1] / busy:.1f}x"
+        print(
+            f"| {name} | {seconds:.1f} | {ratios[0]} | {busy:.1f} | {ratios[1]} | {accuracy:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
