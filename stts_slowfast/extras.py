@@ -5,7 +5,7 @@ from types import ModuleType
 
 # Package -> the extra of setup.cfg that brings it.
 EXTRAS = {
-    "lightning": "standalone",
+    "lightning_fabric": "standalone",
     "tensorboard": "standalone",
     "rich": "tools",
     "matplotlib": "tools",

@@ -141,9 +141,9 @@ def attach(
     except Exception:
         _remove(model, host, blocks)
         raise
-    if settings.fused_attention and not count:
+    if settings.fused_attention and not count and fused.has_attention(model):
         logger.warning(
-            "STTS.FUSED_ATTENTION is True, but nothing in this %s can be fused: it runs as it is",
+            "STTS.FUSED_ATTENTION is True, but nothing in this %s could be fused: it runs as it is",
             type(model).__name__,
         )
     return model

@@ -40,7 +40,7 @@ def test_setup_knows_every_optional_package():
     config.read(SETUP)
     extras = config["options.extras_require"]
     for package, extra in EXTRAS.items():
-        assert f"\n{package}>=" in extras[extra], package
+        assert f"\n{package.replace('_', '-')}>=" in extras[extra], package
         assert package not in config["options"]["install_requires"]
 
 

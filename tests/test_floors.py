@@ -60,8 +60,9 @@ def test_imports_point_down(path):
 GUESTS = {
     "slowfast": None,
     "pytorchvideo": None,
-    "lightning": "standalone",
-    "pytorch_lightning": "standalone",
+    "lightning_fabric": "standalone",
+    "lightning": None,
+    "pytorch_lightning": None,
     "transformers": "standalone",
     "timm": "standalone",
     "matplotlib": "tools",

@@ -568,13 +568,18 @@ def test_fusion_that_fails_leaves_the_model_as_it_was(plain, tiny_cfg, clips, mo
     assert not hasattr(plain, "stts") and torch.equal(plain(clips), before)
 
 
-def test_what_cannot_be_fused_is_told(tiny_cfg, plain, caplog):
+def test_attention_that_could_be_fused_and_was_not_is_told(tiny_cfg, plain, caplog):
     tiny_cfg.STTS.SPACE.BLOCKS = []
-    attach(plain, tiny_cfg.STTS)
+    attach(detach(attach(plain, tiny_cfg.STTS)), tiny_cfg.STTS)
+    attach(AnyBlocks(0), tiny_cfg.STTS)  # has none that could be
     assert not caplog.records
-    attach(AnyBlocks(0), tiny_cfg.STTS)
+    detach(plain)
+    for name, module in plain.named_modules():
+        if name.endswith("qkv"):
+            module.__class__ = type("Adapted", (nn.Linear,), {})
+    attach(plain, tiny_cfg.STTS)
     (record,) = caplog.records
-    assert "STTS.FUSED_ATTENTION is True, but nothing in this AnyBlocks" in record.message
+    assert "STTS.FUSED_ATTENTION is True, but nothing in this MViT could be" in record.message
 
 
 def test_each_selector_is_logged_with_its_tokens(plain, tiny_cfg, caplog):

@@ -65,6 +65,16 @@ def restore(model: nn.Module) -> None:
             parent._modules[name] = child.stock
 
 
+def has_attention(model: nn.Module) -> bool:
+    """Whether some attention is of a kind that can be fused where nobody changed its parts."""
+    kinds = [kind for kind in PARTS if issubclass(kind, AttentionView)]
+    return any(
+        isinstance(child, AttentionView) or kind.knows(child, parent, name)
+        for parent, name, child in _children(model)
+        for kind in kinds
+    )
+
+
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return [
         (parent, name, child)

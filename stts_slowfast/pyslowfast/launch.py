@@ -7,6 +7,7 @@ as their main module, and with it the plugin.
 
 import importlib.util
 import os
+import signal
 import sys
 
 from stts_slowfast.pyslowfast import autoload
@@ -71,6 +72,8 @@ def run(argv: list[str]) -> None:
 def main(launcher: str, argv: list[str]) -> None:
     """Runs ``launcher`` in this process, as Python does with a script."""
     autoload.register_hooks()
+    # Slurm's warning, which would end a loop that cannot use it; children inherit this.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.argv = [launcher, *argv]
     sys.path.insert(0, os.path.dirname(launcher))  # older launchers import their neighbours by name
     # Not run as __main__: that stays this module, which spawned children then import.

@@ -20,9 +20,12 @@ from stts_slowfast.schedule import set_progress
 
 
 def add_config(defaults) -> None:
-    """Adds the node ``STTS``, and those of our backbones, to ``slowfast.config.defaults._C``."""
+    """Adds the node ``STTS``, those of our backbones, and what the loop can do by us, to
+    ``slowfast.config.defaults._C``."""
     add_stts_config(defaults._C)
     backbones.add_configs(defaults._C)
+    if "TRAIN" in defaults._C:
+        defaults._C.TRAIN.setdefault("MIXED_PRECISION_DTYPE", "")
 
 
 # ---- models ---------------------------------------------------------------------------------

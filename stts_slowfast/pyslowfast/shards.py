@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs import config as yacs
 
+from stts_slowfast.pyslowfast import precision
 from stts_slowfast.pyslowfast.wrap import wrap
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,8 @@ def _run(func, cfg):
     confirm(cfg)
     _job = getattr(func, "__name__", "")
     try:
-        return func(cfg=cfg)
+        with precision.autocast(cfg):
+            return func(cfg=cfg)
     finally:
         _job = ""
 

@@ -8,14 +8,14 @@ either place.
 import logging
 from collections.abc import Callable
 
-import lightning
 import torch
-from lightning.fabric import Fabric, seed_everything
 from torch import Tensor, nn
 
 from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone import optim, resume
 from stts_slowfast.standalone.defaults import check_choice
+from stts_slowfast.standalone.fabric import Fabric, seed_everything
+from stts_slowfast.standalone.fabric import __version__ as fabric_version
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.places import INIT_METHOD
@@ -152,4 +152,4 @@ def _tell_machine(cfg, fabric: Fabric, job: str) -> None:
     else:
         device = f"CPU ({torch.get_num_threads()} threads)"
     others = f", {fabric.world_size} processes" if fabric.world_size > 1 else ""
-    logger.info("%s with Lightning %s on %s%s", job, lightning.__version__, device, others)
+    logger.info("%s with Lightning Fabric %s on %s%s", job, fabric_version, device, others)

@@ -8,7 +8,8 @@ import socket
 from dataclasses import dataclass
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
+
+from stts_slowfast.standalone.fabric import ClusterEnvironment, SLURMEnvironment
 
 INIT_METHOD = "tcp://localhost:9999"
 

@@ -14,12 +14,10 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins import MixedPrecision, Precision
-from lightning.fabric.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from stts_slowfast.standalone.defaults import check_choice, check_supported
+from stts_slowfast.standalone.fabric import DDPStrategy, Fabric, MixedPrecision, Precision
 from stts_slowfast.standalone.places import INIT_METHOD, Place, check_gpus, find_places
 from stts_slowfast.standalone.report import log_to
 from stts_slowfast.standalone.stops import (
@@ -222,8 +220,7 @@ def open_fabric(cfg, place: Place) -> Fabric:
     if cfg.TRAIN.MIXED_PRECISION:
         default = "float16" if cfg.NUM_GPUS else "bfloat16"
         precision = MixedPrecision(PRECISIONS[cfg.TRAIN.MIXED_PRECISION_DTYPE or default], device)
-    for name in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # tips, and who is here
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # tips, and who is here
     fabric = Fabric(
         accelerator=device,
         devices=[place.device_index] if cfg.NUM_GPUS else 1,

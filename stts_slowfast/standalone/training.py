@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from iopath.common.file_io import g_pathmgr
-from lightning.fabric import Fabric, seed_everything
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
@@ -18,6 +17,7 @@ from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.standalone import optim, report, resume
 from stts_slowfast.standalone.data import batch_mixer, build_loader, prepare
+from stts_slowfast.standalone.fabric import Fabric, seed_everything
 from stts_slowfast.standalone.report import Board, LossWatch, Meter, Timer
 from stts_slowfast.standalone.stops import Interrupted, Stop
 from stts_slowfast.standalone.testing import float32_logits

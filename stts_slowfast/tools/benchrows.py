@@ -23,7 +23,8 @@ class Row:
         parameters: how many.
         gflops: multiply-adds of one clip in evaluation, in 1e9, as fvcore counts them.
         views: clips and crops of a video in testing, such as (10, 3).
-        published: top-1 in percent that a table beside the config gives it, and that table's file.
+        published: top-1 in percent that a table beside the config gives it as it stands, and that
+            table's file.
         seconds: by mode, the time of every measured step of one batch.
         memory: by mode, the most bytes of the model's and one step's tensors at a time.
     """
@@ -85,7 +86,8 @@ def build(row: Row, device: str) -> tuple[nn.Module, dict[str, torch.Size]]:
 
         model = build_model(cfg)
     row.views = (cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_SPATIAL_CROPS)
-    row.published = published(row.config)
+    changed = row.opts or row.frames is not None
+    row.published = None if changed else published(row.config)
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {"train": cfg.DATA.TRAIN_CROP_SIZE, "eval": cfg.DATA.TEST_CROP_SIZE}
     shapes = {

@@ -11,6 +11,8 @@ from stts_slowfast.pyslowfast import launch
 
 REPO = Path(__file__).parents[2]
 LAUNCHER = """
+import os
+import signal
 import sys
 import torch
 from slowfast.config.defaults import get_cfg
@@ -19,6 +21,7 @@ from vision.fair.slowfast.tools.train_net import train
 
 def main():
     print(sys.argv[1:], "STTS" in get_cfg(), flush=True)
+    os.kill(os.getpid(), signal.SIGUSR1)  # Slurm's warning
     torch.multiprocessing.spawn(run, args=(train,), nprocs=2)
 
 if __name__ == "__main__":

@@ -157,6 +157,14 @@ def test_ours_has_the_papers_numbers():
     assert benchrows.published(str(row)) == (76.6, "README.md")
 
 
+def test_a_changed_config_has_no_published_number(config, tmp_path):
+    (tmp_path / "README.md").write_text("| config | top-1 |\n| - | - |\n| tiny | 70.0 |\n")
+    rows = [benchrows.parse_row(f"{config}{keys}") for keys in ("", ",STTS.ENABLE=True")]
+    for row in rows:
+        benchrows.build(row, "cpu")
+    assert [row.published for row in rows] == [(70.0, "README.md"), None]
+
+
 # ---- loaders and whole tests ----------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def test_help_is_quick_and_names_the_commands():
     code = (
         "import sys\nfrom stts_slowfast.tools.cli import main\n"
         "try: main(['--help'])\n"
-        "finally: assert not {'torch', 'lightning'} & set(sys.modules), 'slow imports'"
+        "finally: assert not {'torch', 'lightning_fabric'} & set(sys.modules), 'slow imports'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

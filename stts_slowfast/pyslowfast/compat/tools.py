@@ -147,10 +147,15 @@ def mend_demo(utils) -> bool:
 
 
 def _middle_squares(process_cv2_inputs, frames, cfg):
-    # Boxes are places in the whole frame; what is convolutional takes any.
-    if cfg.MODEL.ARCH == "mvit" and not cfg.DETECTION.ENABLE:
-        size = min(frames[0].shape[:2])
-        top, left = ((side - size) // 2 for side in frames[0].shape[:2])
+    height, width = frames[0].shape[:2]
+    if cfg.MODEL.ARCH == "mvit" and height != width:  # what is convolutional takes any
+        if cfg.DETECTION.ENABLE:  # boxes are places in the whole frame
+            raise ValueError(
+                f"DETECTION.ENABLE is True and frames are {width}x{height}, but the positions of "
+                f"{cfg.MODEL.MODEL_NAME} are those of a square: crop the video to one first"
+            )
+        size = min(height, width)
+        top, left = (height - size) // 2, (width - size) // 2
         frames = [frame[top : top + size, left : left + size] for frame in frames]
     return process_cv2_inputs(frames, cfg)
 

@@ -1,0 +1,37 @@
+"""``TRAIN.MIXED_PRECISION_DTYPE`` inside SlowFast, whose loop has float16 on GPUs alone."""
+
+import contextlib
+
+import torch
+
+DTYPES = ("", "float16", "bfloat16")
+
+
+@contextlib.contextmanager
+def autocast(cfg):
+    """While a job runs, what its loop knows as autocast and GradScaler are those of bfloat16, where
+    that is asked for: with float32's range, so that no gradient is scaled, and on CPUs too.
+
+    Raises:
+        ValueError: for another type, and for float16 without a GPU.
+    """
+    mixed = "TRAIN" in cfg and cfg.TRAIN.MIXED_PRECISION
+    dtype = cfg.TRAIN.get("MIXED_PRECISION_DTYPE", "") if mixed else ""
+    if dtype not in DTYPES:
+        raise ValueError(f"TRAIN.MIXED_PRECISION_DTYPE is {dtype!r}: use one of {DTYPES}")
+    if dtype == "float16" and not cfg.NUM_GPUS:
+        raise ValueError(
+            "TRAIN.MIXED_PRECISION_DTYPE is 'float16' and NUM_GPUS is 0, but SlowFast has float16 "
+            "on GPUs alone: use 'bfloat16'"
+        )
+    if dtype != "bfloat16":
+        yield
+        return
+    amp, device = torch.cuda.amp, "cuda" if cfg.NUM_GPUS else "cpu"
+    stock = amp.autocast, amp.GradScaler
+    amp.autocast = lambda enabled=True: torch.autocast(device, torch.bfloat16, enabled)
+    amp.GradScaler = lambda enabled=True: torch.amp.GradScaler(device, enabled=False)
+    try:
+        yield
+    finally:
+        amp.autocast, amp.GradScaler = stock
