@@ -7,7 +7,7 @@ import re
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from stts_slowfast.standalone.warp import warp
+from stts_slowfast.standalone.warp import Box, warp
 
 _INTERPOLATIONS = {
     "bilinear": [F.InterpolationMode.BILINEAR],
@@ -43,20 +43,32 @@ class RandAugment:
         self.increasing = bool(values.get("inc", 0))
         self.interpolations = _INTERPOLATIONS[interpolation]
 
-    def __call__(self, clip: torch.Tensor) -> torch.Tensor:
+    def __call__(self, clip: torch.Tensor, box: Box | None = None) -> torch.Tensor:
+        """The part ``box`` of the augmented clip: operations behind the last one that looks beyond
+        it are done there alone."""
+        drawn = [
+            (
+                name,
+                min(max(random.gauss(self.magnitude, self.deviation), 0.0), 10.0) / 10,
+                self.increasing,
+                random.choice([-1, 1]),
+                random.choice(self.interpolations),
+            )
+            for name in random.choices(OPERATIONS, k=self.num_ops)
+            if random.random() < 0.5
+        ]
+        afar = [place for place, (name, *_) in enumerate(drawn) if name not in _PIXEL_BY_PIXEL]
+        if box and not afar:
+            clip = cut(clip, box)
         clip = clip.contiguous()  # several times faster than the decoder's order
-        for name in random.choices(OPERATIONS, k=self.num_ops):
-            if random.random() < 0.5:
-                magnitude = min(max(random.gauss(self.magnitude, self.deviation), 0.0), 10.0)
-                clip = apply_operation(
-                    clip,
-                    name,
-                    magnitude / 10,
-                    self.increasing,
-                    random.choice([-1, 1]),
-                    random.choice(self.interpolations),
-                )
+        for place, operation in enumerate(drawn):
+            clip = apply_operation(clip, *operation, box if afar[-1:] == [place] else None)
         return clip
+
+
+def cut(clip: torch.Tensor, box: Box) -> torch.Tensor:
+    top, left, height, width = box
+    return clip[..., top : top + height, left : left + width]
 
 
 OPERATIONS = (
@@ -77,13 +89,25 @@ OPERATIONS = (
     "TranslateY",
 )
 
+_MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+_PIXEL_BY_PIXEL = {"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"}
+
 
 def apply_operation(
-    clip: torch.Tensor, name: str, level: float, increasing: bool, sign: int, interpolation
+    clip: torch.Tensor,
+    name: str,
+    level: float,
+    increasing: bool,
+    sign: int,
+    interpolation,
+    box: Box | None = None,
 ) -> torch.Tensor:
-    """One of ``OPERATIONS`` at a ``level`` of 0..1, by timm's scales; ``sign`` -1 or 1."""
-    if name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"):
-        return _move(clip, name, level * sign, interpolation)
+    """One of ``OPERATIONS`` at a ``level`` of 0..1, by timm's scales; ``sign`` -1 or 1. Of the
+    result the part ``box``."""
+    if name in _MOVES:
+        return _move(clip, name, level * sign, interpolation, box)
+    if box:
+        return cut(apply_operation(clip, name, level, increasing, sign, interpolation), box)
     if name in ("Color", "Contrast", "Brightness", "Sharpness"):
         adjust = {
             "Color": F.adjust_saturation,
@@ -115,7 +139,7 @@ def _sharpen(clip: torch.Tensor, factor: float) -> torch.Tensor:
     return F.adjust_sharpness(clip, factor).contiguous()
 
 
-def _move(clip: torch.Tensor, name: str, amount: float, interpolation) -> torch.Tensor:
+def _move(clip: torch.Tensor, name: str, amount: float, interpolation, box) -> torch.Tensor:
     """Rotates by 30 degrees, shears by 0.3, or moves by 0.45 of the side, times ``amount``."""
     height, width = clip.shape[-2:]
     if name == "Rotate":  # about the middle
@@ -130,12 +154,12 @@ def _move(clip: torch.Tensor, name: str, amount: float, interpolation) -> torch.
             "TranslateX": (1, 0, shift * width, 0, 1, 0),
             "TranslateY": (1, 0, 0, 0, 1, shift * height),
         }[name]
-    return warp(clip, matrix, interpolation == F.InterpolationMode.BICUBIC)
+    return warp(clip, matrix, interpolation == F.InterpolationMode.BICUBIC, box)
 
 
 class RandomErasing:
-    """Random erasing (arXiv 1708.04896) of the same boxes in all frames of a normalised clip
-    (3, T, H, W).
+    """Random erasing (arXiv 1708.04896) of the same boxes in all frames of a clip (3, T, H, W), of
+    which ``prepare`` makes a normalised one first, where it is erased.
 
     1 to ``count`` boxes, together 2% to a third of the frame; ``mode`` ``pixel`` fills them with
     normal noise, ``rand`` with one normal colour for each frame, ``const`` with zeros. (With
@@ -143,15 +167,15 @@ class RandomErasing:
     `v2.RandomErasing` would give all frames the same noise.)
     """
 
-    def __init__(self, prob: float, mode: str = "pixel", count: int = 1):
+    def __init__(self, prob: float, mode: str = "pixel", count: int = 1, prepare=torch.clone):
         if mode not in ("pixel", "rand", "const"):
             raise ValueError(f"AUG.RE_MODE is {mode!r}: use pixel, rand or const")
-        self.prob, self.mode, self.count = prob, mode, count
+        self.prob, self.mode, self.count, self.prepare = prob, mode, count, prepare
 
     def __call__(self, clip: torch.Tensor) -> torch.Tensor:
         if random.random() > self.prob:
             return clip
-        clip = clip.clone()
+        clip = self.prepare(clip)
         dirty = clip[:, clip.shape[1] // self.count if self.count > 1 else 0 :]
         count = random.randint(1, self.count)
         for _ in range(count):

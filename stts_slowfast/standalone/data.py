@@ -174,8 +174,8 @@ class ClipDataset(Dataset):
         if self.split == "test":
             return self._item(cut_views(self.cfg, images, clips, self.crops), entry.label, index)
         frames = stacked(images, clips[0])
-        samples = [self.transform(frames) for _ in range(self.num_samples)]
-        return self._item(torch.stack(samples), entry.label, index)
+        samples = [self.transform(frames)[None] for _ in range(self.num_samples)]
+        return self._item(_joined(self.cfg, samples), entry.label, index)
 
     def _item(self, clips: torch.Tensor, label: int, index: int):
         count = len(clips)

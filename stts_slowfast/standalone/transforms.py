@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from stts_slowfast.standalone.augment import RandAugment, RandomErasing
+from stts_slowfast.standalone.augment import RandAugment, RandomErasing, cut
 
 
 def scale_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
@@ -69,41 +69,53 @@ class _RandomCrop:
 
 
 def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """(T, 3, H, W) uint8 -> (3, T, TRAIN_CROP_SIZE, TRAIN_CROP_SIZE), uint8 but for random erasing,
-    before which clips are normalised: see `prepare`.
+    """(T, 3, H, W) uint8 -> (3, T, TRAIN_CROP_SIZE, TRAIN_CROP_SIZE), uint8; clips that are erased
+    are normalised before: see `prepare`.
 
     SlowFast validates on random crops too, but without augmentation.
     """
     train = split == "train"
     augment = train and cfg.AUG.ENABLE
     steps = []
+    policy = None
     if augment and cfg.AUG.AA_TYPE:
-        steps.append(RandAugment(cfg.AUG.AA_TYPE, cfg.AUG.INTERPOLATION))
+        policy = RandAugment(cfg.AUG.AA_TYPE, cfg.AUG.INTERPOLATION)
     if train and (cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE or cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE):
-        steps.append(_random_resized_crop(cfg))
+        steps.append(_RandomResizedCrop(cfg, policy))
     else:
         scales = tuple(cfg.DATA.TRAIN_JITTER_SCALES)
         _check_crop("TRAIN_JITTER_SCALES", scales[0], "TRAIN_CROP_SIZE", cfg.DATA.TRAIN_CROP_SIZE)
         inverse = cfg.DATA.INV_UNIFORM_SAMPLE
+        if policy:
+            steps.append(policy)
         steps.append(_RandomCrop(scales, cfg.DATA.TRAIN_CROP_SIZE, inverse))
     if cfg.DATA.RANDOM_FLIP:
         steps.append(v2.RandomHorizontalFlip())
     steps.append(functools.partial(_to_model, reverse=cfg.DATA.REVERSE_INPUT_CHANNEL))
     if augment and cfg.AUG.RE_PROB > 0:  # normal noise of a normalised clip does not fit in uint8
-        steps.append(functools.partial(prepare, cfg=cfg))
-        steps.append(RandomErasing(cfg.AUG.RE_PROB, cfg.AUG.RE_MODE, cfg.AUG.RE_COUNT))
+        normalise = functools.partial(prepare, cfg=cfg)
+        steps.append(RandomErasing(cfg.AUG.RE_PROB, cfg.AUG.RE_MODE, cfg.AUG.RE_COUNT, normalise))
     return v2.Compose(steps)
 
 
-def _random_resized_crop(cfg) -> v2.RandomResizedCrop:
-    if cfg.DATA.TRAIN_JITTER_MOTION_SHIFT:
-        raise ValueError("DATA.TRAIN_JITTER_MOTION_SHIFT is True: only SlowFast can, set it False")
-    return v2.RandomResizedCrop(
-        cfg.DATA.TRAIN_CROP_SIZE,
-        scale=tuple(cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE) or (0.8, 1.0),
-        ratio=tuple(cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE) or (3 / 4, 4 / 3),
-        antialias=False,
-    )
+class _RandomResizedCrop:
+    """Crops anywhere, in a random size and shape, augments by the ``policy`` what is left, scales.
+
+    SlowFast augments first, with the same result: of the whole the policy makes what it needs.
+    """
+
+    def __init__(self, cfg, policy: RandAugment | None):
+        if cfg.DATA.TRAIN_JITTER_MOTION_SHIFT:
+            raise ValueError(
+                "DATA.TRAIN_JITTER_MOTION_SHIFT is True: only SlowFast can, set it False"
+            )
+        self.policy, self.size = policy or cut, cfg.DATA.TRAIN_CROP_SIZE
+        self.scale = tuple(cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE) or (0.8, 1.0)
+        self.ratio = tuple(cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE) or (3 / 4, 4 / 3)
+
+    def __call__(self, clip: torch.Tensor) -> torch.Tensor:
+        box = RandomResizedCrop.get_params(clip, self.scale, self.ratio)
+        return F.resize(self.policy(clip, box), [self.size, self.size], antialias=False)
 
 
 def test_crops(cfg) -> list[UniformCrop]:

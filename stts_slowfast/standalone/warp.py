@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 GREY = 128
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def warp(clip: Tensor, matrix: tuple[float, ...], bicubic: bool) -> Tensor:
-    """Frames (T, 3, H, W) uint8 as ``Image.transform`` with ``Image.AFFINE`` and grey outside.
+def warp(clip: Tensor, matrix: tuple[float, ...], bicubic: bool, box: Box | None = None) -> Tensor:
+    """Frames (T, 3, H, W) uint8 as ``Image.transform`` with ``Image.AFFINE`` and grey outside; of
+    the result the part ``box``.
 
     Args:
         matrix: (a, b, c, d, e, f): the output pixel (x, y) shows the input at
@@ -22,9 +24,10 @@ def warp(clip: Tensor, matrix: tuple[float, ...], bicubic: bool) -> Tensor:
         bicubic: else bilinear.
     """
     frames, channels, height, width = clip.shape
+    top, left, out_height, out_width = box or (0, 0, height, width)
     y, x = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64) + 0.5,
-        torch.arange(width, dtype=torch.float64) + 0.5,
+        torch.arange(top, top + out_height, dtype=torch.float64) + 0.5,
+        torch.arange(left, left + out_width, dtype=torch.float64) + 0.5,
         indexing="ij",
     )
     a, b, c, d, e, f = matrix
@@ -34,20 +37,22 @@ def warp(clip: Tensor, matrix: tuple[float, ...], bicubic: bool) -> Tensor:
     rows, down = _taps(from_y[inside], height, bicubic)
     places = (rows[:, None] * width + columns[None]).flatten(0, 1)  # (taps^2, N)
     weights = (down[:, None] * across[None]).flatten(0, 1)
-    count, taps = int(inside.sum()), len(places)
+    ends = torch.zeros(len(inside) + 1, dtype=torch.int32)  # rows outside have no weights
+    torch.cumsum(inside, 0, out=ends[1:]).mul_(len(places))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         sampler = torch.sparse_csr_tensor(
-            torch.arange(0, (count + 1) * taps, taps, dtype=torch.int32),
+            ends,
             places.T.flatten().int(),
             weights.T.flatten(),
-            (count, height * width),
+            (len(inside), height * width),
             check_invariants=False,
         )
-    pixels = clip.permute(2, 3, 0, 1).reshape(height * width, frames * channels)
-    out = torch.full_like(pixels, GREY)
-    out[inside] = (sampler @ pixels.float()).round_().clamp_(0, 255).to(torch.uint8)
-    return out.view(height, width, frames, channels).permute(2, 3, 0, 1)
+    pixels = torch.empty(height, width, frames, channels).copy_(clip.permute(2, 3, 0, 1))
+    out = sampler @ pixels.view(height * width, frames * channels)
+    out = out.round_().clamp_(0, 255).to(torch.uint8)
+    out.index_fill_(0, (~inside).nonzero()[:, 0], GREY)
+    return out.view(out_height, out_width, frames, channels).permute(2, 3, 0, 1)
 
 
 def _taps(position: Tensor, size: int, bicubic: bool) -> tuple[Tensor, Tensor]:

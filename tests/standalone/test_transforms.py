@@ -68,6 +68,16 @@ def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, interp
                 assert difference.max() <= 1, (level, sign, (difference > 1).mean())
 
 
+def test_a_part_of_an_augmented_clip_is_that_part_of_the_whole():
+    policy = augment.RandAugment("rand-m7-n4-mstd0.5-inc1", "random")
+    clip = torch.randint(0, 256, (2, 37, 52, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for seed in range(60):
+        random.seed(seed)
+        whole = policy(clip)
+        random.seed(seed)
+        assert torch.equal(policy(clip, (5, 9, 20, 31)), whole[..., 5:25, 9:40])
+
+
 @pytest.mark.parametrize("relative", [[], [0.1, 1.0]])
 def test_crops_in_bytes_are_within_a_grey_level_of_those_in_float(relative):
     cfg = get_cfg()
