@@ -49,7 +49,7 @@ def read_tree(
             if name in default:
                 found[name] = read(inner, part, default[name])
             elif not default.is_new_allowed():
-                wrong = next(iter(all_keys({inner: part})), inner)
+                wrong = next(all_keys({inner: part}), inner)
                 raise ValueError(
                     f"unknown config key {wrong}{where}; {nearest(wrong, all_keys(known))}"
                 )
@@ -113,10 +113,15 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"the nearest known key is {near[0]}"
 
 
-def all_keys(node, prefix: str = "") -> Iterable[str]:
-    """Full names of all keys in a config node, in its order."""
+def leaves(node: Mapping, prefix: str = "") -> Iterable[tuple[str, object]]:
+    """Full name and value of every key in a config node, or in nested dicts, in its order."""
     for name, value in node.items():
         if isinstance(value, dict):
-            yield from all_keys(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value
+
+
+def all_keys(node: Mapping) -> Iterable[str]:
+    """Full names of all keys in a config node, in its order."""
+    return (key for key, _ in leaves(node))

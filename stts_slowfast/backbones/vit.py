@@ -121,50 +121,30 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """A plain vision transformer over space-time patches: clip (B, 3, T, H, W) to logits (B, K).
 
-    ``positions`` is ``"separate"`` (learned, space plus time), ``"joint"`` (learned, a vector a
-    token), ``"sincos"`` (fixed) or ``"none"``.
+    Args:
+        cfg: its nodes MVIT, DATA and MODEL; positions are learned for space and time apart
+            (``SEP_POS_EMBED``) or a vector a token, fixed (``USE_FIXED_SINCOS_POS``), or none.
     """
 
-    def __init__(
-        self,
-        grid: tuple[int, int, int],
-        patch: tuple,
-        dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        num_classes: int = 400,
-        dropout: float = 0.0,
-        head_dropout: float = 0.0,
-        drop_path: float = 0.0,
-        class_token: bool = True,
-        mean_pooling: bool = True,
-        positions: str = "separate",
-        head_init_scale: float = 1.0,
-        zero_decay_positions: bool = True,
-    ):
+    def __init__(self, cfg: CfgNode):
         super().__init__()
-        self.zero_decay_positions = zero_decay_positions
-        self.grid = tuple(grid)
-        self.class_token, self.mean_pooling, self.positions = class_token, mean_pooling, positions
-        self.patch_embed = PatchEmbed(dim, *patch)
-        if class_token:
+        node, dim = cfg.MVIT, cfg.MVIT.EMBED_DIM
+        self.zero_decay_positions = node.ZERO_DECAY_POS_CLS
+        self.grid, self.positions = vit_grid(cfg), _positions(node)
+        self.class_token, self.mean_pooling = node.CLS_EMBED_ON, node.USE_MEAN_POOLING
+        self.patch_embed = PatchEmbed(dim, node.PATCH_KERNEL, node.PATCH_STRIDE, node.PATCH_PADDING)
+        if self.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self._add_positions(dim)
-        self.pos_drop = nn.Dropout(dropout)
-        rates = drop_path_rates(drop_path, depth)
-        self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, qkv_bias, dropout, rate) for rate in rates
-        )
+        self.pos_drop = nn.Dropout(node.DROPOUT_RATE)
+        settings = node.NUM_HEADS, node.MLP_RATIO, node.QKV_BIAS, node.DROPOUT_RATE
+        rates = drop_path_rates(node.DROPPATH_RATE, node.DEPTH)
+        self.blocks = nn.ModuleList(Block(dim, *settings, rate) for rate in rates)
         self.norm = LayerNorm(dim)
-        self.head = nn.Sequential(
-            OrderedDict(
-                dropout=nn.Dropout(head_dropout),
-                projection=nn.Linear(dim, num_classes),
-            )
-        )
-        self._init_weights(head_init_scale)
+        dropout = nn.Dropout(cfg.MODEL.DROPOUT_RATE)
+        projection = nn.Linear(dim, cfg.MODEL.NUM_CLASSES)
+        self.head = nn.Sequential(OrderedDict(dropout=dropout, projection=projection))
+        self._init_weights(node.HEAD_INIT_SCALE)
 
     def _add_positions(self, dim: int) -> None:
         t, h, w = self.grid
@@ -177,10 +157,6 @@ class ViT(nn.Module):
             tokens = t * h * w + int(self.class_token)
             learned = self.positions == "joint"
             self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim), requires_grad=learned)
-        elif self.positions != "none":
-            raise ValueError(
-                f"positions is {self.positions!r}, but must be separate, joint, sincos or none"
-            )
 
     def _init_weights(self, head_init_scale: float) -> None:
         for name, parameter in self.named_parameters():
@@ -290,24 +266,7 @@ def build(cfg: CfgNode) -> ViT:
             f"MVIT.LAYER_SCALE_INIT_VALUE is {node.LAYER_SCALE_INIT_VALUE}, but this ViT has no "
             "LayerScale: set it to 0.0, or run inside SlowFast"
         )
-    return ViT(
-        vit_grid(cfg),
-        (node.PATCH_KERNEL, node.PATCH_STRIDE, node.PATCH_PADDING),
-        dim=node.EMBED_DIM,
-        depth=node.DEPTH,
-        num_heads=node.NUM_HEADS,
-        mlp_ratio=node.MLP_RATIO,
-        qkv_bias=node.QKV_BIAS,
-        num_classes=cfg.MODEL.NUM_CLASSES,
-        dropout=node.DROPOUT_RATE,
-        head_dropout=cfg.MODEL.DROPOUT_RATE,
-        drop_path=node.DROPPATH_RATE,
-        class_token=node.CLS_EMBED_ON,
-        mean_pooling=node.USE_MEAN_POOLING,
-        positions=_positions(node),
-        head_init_scale=node.HEAD_INIT_SCALE,
-        zero_decay_positions=node.ZERO_DECAY_POS_CLS,
-    )
+    return ViT(cfg)
 
 
 def block_grids(cfg: CfgNode) -> list[tuple[int, int, int]]:

@@ -20,28 +20,17 @@ from stts_slowfast.standalone.model import build_model
 # Where the paper selects; the authors' files number their score predictors, but name no blocks.
 _PAPER = {"TIME": [0], "SPACE": [4]}
 
-# The authors' MVIT keys and what they are here.
+# The authors' MVIT keys: what they are here, and what their defaults say where a file does not.
 _RENAMED = {
-    "SIGMA": "SIGMA",
-    "TIME_PRUNING_LOC": "TIME.BLOCKS",
-    "TIME_LEFT_RATIO": "TIME.KEEP",
-    "TIME_SCORE": "TIME.SCORER",
-    "SPACE_PRUNING_LOC": "SPACE.BLOCKS",
-    "SPACE_LEFT_RATIO": "SPACE.KEEP",
-    "SPACE_SCORE": "SPACE.SCORER",
+    "SIGMA": ("SIGMA", 0.05),
+    "TIME_PRUNING_LOC": ("TIME.BLOCKS", None),
+    "TIME_LEFT_RATIO": ("TIME.KEEP", [0.5]),
+    "TIME_SCORE": ("TIME.SCORER", "tpool"),
+    "SPACE_PRUNING_LOC": ("SPACE.BLOCKS", None),
+    "SPACE_LEFT_RATIO": ("SPACE.KEEP", [0.5105]),
+    "SPACE_SCORE": ("SPACE.SCORER", "spatch"),
 }
 _SCORERS = {"tpool": "learned", "spatch": "learned"}
-# What their defaults say where a file of theirs does not.
-_THEIR_DEFAULTS = {
-    "SIGMA": 0.05,
-    "TIME_PRUNING_LOC": None,
-    "TIME_LEFT_RATIO": [0.5],
-    "TIME_SCORE": "tpool",
-    "SPACE_PRUNING_LOC": None,
-    "SPACE_LEFT_RATIO": [0.5105],
-    "SPACE_SCORE": "spatch",
-    "DECAY_SIGMA": True,
-}
 _THEIR_BACKBONE_LR = 0.01
 
 
@@ -187,16 +176,15 @@ def convert_config(tree: dict) -> tuple[dict, list[str]]:
             "there is neither MVIT.TIME_PRUNING_LOC nor MVIT.SPACE_PRUNING_LOC: "
             "this is no configuration of the STTS authors' MViT"
         )
-    theirs = {key: mvit.pop(key, default) for key, default in _THEIR_DEFAULTS.items()}
     stts = {"ENABLE": True, "TIME": {}, "SPACE": {}}
-    for key, ours in _RENAMED.items():
+    for key, (ours, default) in _RENAMED.items():
         node, _, leaf = ours.rpartition(".")
-        value = theirs[key]
+        value = mvit.pop(key, default)
         if leaf == "SCORER" and value not in list(_SCORERS):
             raise ValueError(f"MVIT.{key} is {value!r}: {', '.join(_SCORERS)} can be converted")
         value = _SCORERS[value] if leaf == "SCORER" else value
         (stts[node] if node else stts)[leaf] = [] if value is None else value
-    stts["SIGMA_DECAY"] = "linear" if theirs["DECAY_SIGMA"] else "constant"
+    stts["SIGMA_DECAY"] = "linear" if mvit.pop("DECAY_SIGMA", True) else "constant"
     tree["STTS"] = stts
     _convert_schedule(tree, notes)
     _drop_placeholders(tree, notes)

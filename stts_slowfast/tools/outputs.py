@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from stts_slowfast.checkpoints import read_checkpoint
+from stts_slowfast.keys import leaves
 
 _LINE = re.compile(r"json_stats: (\{.*\})")
 # "GFLOPs: 0.1 per clip", "params: 3.4 M" of ours; "Flops: 0.1 G", "Params: 3,400,000" of SlowFast.
@@ -137,14 +138,4 @@ def _number(pattern: re.Pattern, text: str, name: str) -> float | None:
 
 def _config(path: str) -> dict:
     text = read_checkpoint(path).get("cfg")
-    return _flat(yaml.safe_load(text)) if isinstance(text, str) else {}
-
-
-def _flat(node: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in (node or {}).items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return dict(leaves(yaml.safe_load(text) or {})) if isinstance(text, str) else {}

@@ -11,6 +11,7 @@ from torchvision.models.video.swin_transformer import SwinTransformer3d
 from stts_slowfast import attach, selections, set_progress
 from stts_slowfast.backbones.timesformer import TimeSformer
 from stts_slowfast.backbones.vit import ViT
+from stts_slowfast.standalone.defaults import get_cfg
 
 SELECTIONS = {
     "time": {"time": {0: 0.75}, "space": {}},
@@ -41,6 +42,18 @@ def mvit(relative: bool) -> MViT:
     )
 
 
+def vit() -> ViT:
+    """Three blocks on 4x8x8 tokens."""
+    cfg = get_cfg()
+    values = {"PATCH_KERNEL": [2, 4, 4], "PATCH_STRIDE": [2, 4, 4], "PATCH_PADDING": [0, 0, 0]}
+    values |= {"EMBED_DIM": 16, "DEPTH": 3, "NUM_HEADS": 2, "DROPPATH_RATE": 0.5}
+    values |= {"USE_ABS_POS": True, "SEP_POS_EMBED": True, "USE_MEAN_POOLING": True}
+    cfg.MVIT.update(values)
+    cfg.DATA.update({"NUM_FRAMES": 8, "TRAIN_CROP_SIZE": 32})
+    cfg.MODEL.update({"NUM_CLASSES": 5, "DROPOUT_RATE": 0.0})
+    return ViT(cfg)
+
+
 FAMILIES = {
     "MViT": lambda: mvit(False),
     "MViTv2": lambda: mvit(True),
@@ -48,15 +61,7 @@ FAMILIES = {
         [2, 4, 4], 8, [2, 1, 1], [1, 2, 2], [2, 4, 4], num_classes=5, stochastic_depth_prob=0.5
     ),
     "TimeSformer": lambda: TimeSformer(32, 4, 4, 16, 3, 2, num_classes=5, drop_path=0.5),
-    "ViT": lambda: ViT(
-        (4, 8, 8),
-        ((2, 4, 4), (2, 4, 4), (0, 0, 0)),
-        dim=16,
-        depth=3,
-        num_heads=2,
-        num_classes=5,
-        drop_path=0.5,
-    ),
+    "ViT": vit,
 }
 
 
