@@ -5,11 +5,14 @@ from decimal import Decimal
 
 import torch
 
-from stts_slowfast import schedule
+from stts_slowfast import backbones, schedule
 from stts_slowfast.hooks import raise_on_nan
+from stts_slowfast.pictures import picture
 from stts_slowfast.pyslowfast import families, shards, weights
 from stts_slowfast.pyslowfast.guard import check_selectors, confirm, enabled
 from stts_slowfast.pyslowfast.wrap import wrap
+
+SHOWN = 4  # clips of a validation in TensorBoard
 
 # What the run in this process stands at: `epoch` from get_epoch_lr, `rates` for the log. SlowFast
 # trains one model a process.
@@ -34,8 +37,10 @@ def wrap_losses(misc) -> None:
 
 
 def wrap_tensorboard(tensorboard_vis) -> None:
-    """``TensorboardWriter.add_scalars``: training gains the same beside ``Train/lr``."""
+    """``TensorboardWriter``: training gains the same beside ``Train/lr``, and each validation a
+    picture of what is kept of its first clips."""
     wrap(tensorboard_vis.TensorboardWriter, "add_scalars", _add_scalars)
+    wrap(tensorboard_vis.TensorboardWriter, "plot_eval", _plot_with_pictures)
 
 
 def _construct_optimizer(construct_optimizer, model, cfg):
@@ -91,3 +96,18 @@ def _add_scalars(add_scalars, writer, data_dict, *args, **kwargs):
         rates = {f"Train/{key}": rate for key, rate in _now.get("rates", {}).items()}
         data_dict = {**data_dict, **rates}
     return add_scalars(writer, data_dict, *args, **kwargs)
+
+
+def _plot_with_pictures(plot_eval, writer, preds, labels, global_step=None):
+    plot_eval(writer, preds, labels, global_step)
+    model, cfg = _now["model"]() if "model" in _now else None, writer.cfg
+    # A test has no step.
+    if global_step is None or model is None or cfg.MODEL.MODEL_NAME not in backbones.FAMILIES:
+        return
+    from slowfast.datasets import build_dataset
+
+    data = build_dataset(cfg.TRAIN.DATASET, cfg, "val")
+    clips = [data[number][0][0] for number in range(min(SHOWN, len(data)))]
+    classify = lambda clips: model([clips])  # noqa: E731 - its head gives probabilities
+    figure = picture(cfg, getattr(model, "module", model), clips, classify)
+    writer.writer.add_figure("Val/kept", figure, global_step)

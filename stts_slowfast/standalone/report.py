@@ -19,6 +19,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 4  # clips of a validation in TensorBoard
+
 _FORMAT = "[%(asctime)s][%(levelname)s] %(filename)s: %(lineno)4d: %(message)s"
 
 
@@ -165,7 +167,7 @@ class LossWatch:
 
 
 class Board:
-    """TensorBoard's scalars where TENSORBOARD.ENABLE, and a bar on a terminal."""
+    """TensorBoard's scalars and pictures where TENSORBOARD.ENABLE, and a bar on a terminal."""
 
     def __init__(self, cfg, main: bool, writes: bool):
         self.writer = self.bar = None
@@ -208,6 +210,13 @@ class Board:
         if self.writer:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
+
+    def show(self, cfg, model, clips: Tensor, step: int) -> None:
+        """What is kept of the first of some normalised clips (B, 3, T, H, W)."""
+        if self.writer and cfg.STTS.ENABLE:
+            from stts_slowfast.pictures import picture
+
+            self.writer.add_figure("Val/kept", picture(cfg, model, clips[:SHOWN]), step)
 
 
 def memory() -> dict[str, str]:

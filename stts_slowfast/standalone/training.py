@@ -191,7 +191,10 @@ class Training:
         for iteration, batch in enumerate(timer.timed(batches)):
             self.stop.check()
             batch = self.fabric.to_device(batch)
-            logits = float32_logits(self.model, prepare(batch[0], self.cfg))
+            clips = prepare(batch[0], self.cfg)
+            logits = float32_logits(self.model, clips)
+            if not iteration:
+                self.board.show(self.cfg, self.model, clips, epoch)
             errors = torch.stack(report.errors(logits, batch[1])).tolist()
             timer.toc()
             meter.add(errors, len(batch[0]))

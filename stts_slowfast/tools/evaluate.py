@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast import backbones, selections
+from stts_slowfast.pictures import WHOLE, kept_regions
 from stts_slowfast.standalone.data import UNREADABLE, build_loader, prepare
 from stts_slowfast.tools import makedata
-from stts_slowfast.tools.visualize import WHOLE, kept_regions
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # clips, labels, video_index, view_index
 CACHE_BYTES = 2**30
@@ -70,7 +70,7 @@ class Places:
         return cls(np.zeros(frames), np.zeros((height, width)), truth=find_truth(cfg))
 
     def add(self, cfg, regions: dict, name: str) -> None:
-        """Counts a clip of video ``name``: ``regions`` as `visualize.kept_regions` gives them."""
+        """Counts a clip of video ``name``: ``regions`` as `pictures.kept_regions` gives them."""
         self.clips += 1
         for frame, region in regions.items():
             self.frames[frame] += 1

@@ -16,18 +16,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from stts_slowfast import selections
+from stts_slowfast.pictures import WHOLE, draw, kept_regions, look, make_strip, predicted
 from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.data import ClipDataset
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.resume import load_for_test
-from stts_slowfast.tools import makedata, visualize
+from stts_slowfast.tools import makedata
 from stts_slowfast.tools.evaluate import Places, find_truth, shown_boxes
-from stts_slowfast.tools.filmstrip import WHOLE, draw
 from stts_slowfast.tools.outputs import read_output
 from stts_slowfast.tools.report import write_report
 from stts_slowfast.tools.study import Row, quiet_logs
 from stts_slowfast.tools.tables import write_results
+from stts_slowfast.tools.visualize import read_clip
 
 KIND = "needle"
 NAMES = ("all", "learned", "uniform", "random")
@@ -145,7 +146,7 @@ class Watch:
         kept = selections(model) if self.cfg.STTS.ENABLE else None
         for item, index in enumerate(batch[2].tolist()):
             name = os.path.basename(self.videos[index].path)
-            regions = self.whole if kept is None else visualize.kept_regions(self.cfg, kept, item)
+            regions = self.whole if kept is None else kept_regions(self.cfg, kept, item)
             self.places.add(self.cfg, regions, name)
 
 
@@ -183,12 +184,12 @@ def draw_picture(out: str, path: str, num_videos: int = 4) -> None:
     truth = find_truth(cfg)
     strips = []
     for name in sorted(name for name in truth if name.startswith("test"))[:num_videos]:
-        clip = visualize.read_clip(cfg, os.path.join(cfg.DATA.PATH_PREFIX, name))
-        seen = visualize.look(cfg, model, clip)
-        title = f"{name}, class {truth[name].label}: {visualize.predicted(seen.probs, None)}"
+        clip = read_clip(cfg, os.path.join(cfg.DATA.PATH_PREFIX, name))
+        seen = look(cfg, model, clip)
+        title = f"{name}, class {truth[name].label}: {predicted(seen.probs, None)}"
         shown = sorted(shown_boxes(cfg, truth[name]))
-        strips.append(visualize.make_strip(cfg, clip, seen, title, shown))
-    draw(strips, path)
+        strips.append(make_strip(cfg, clip, seen, title, shown))
+    draw(strips).savefig(path)
 
 
 def print_table(results: Sequence[dict]) -> None:

@@ -230,29 +230,31 @@ def _strips(outputs: Sequence[Output], number: int) -> str:
 
 def _strip(output: Output, number: int) -> str:
     """Film strips of the first test videos."""
+    from stts_slowfast.pictures import draw, look, make_strip, predicted
+    from stts_slowfast.schedule import set_progress
     from stts_slowfast.standalone.data import ClipDataset
     from stts_slowfast.standalone.defaults import load_config
     from stts_slowfast.standalone.model import build_model
     from stts_slowfast.standalone.resume import load_for_test
-    from stts_slowfast.tools import visualize
     from stts_slowfast.tools.evaluate import find_truth, shown_boxes
-    from stts_slowfast.tools.filmstrip import draw
+    from stts_slowfast.tools.visualize import read_clip
 
     cfg = config_of(output, load_config)
     videos = ClipDataset(cfg, "test").videos
     model = build_model(cfg)
     load_for_test(cfg, model)
+    set_progress(model, 1.0)  # of a range of budgets, the high end
     truth, strips = find_truth(cfg), []
     for index in range(min(number, len(videos))):
         path, label = videos[index].path, videos[index].label
-        clip = visualize.read_clip(cfg, path)
-        seen = visualize.look(cfg, model, clip)
+        clip = read_clip(cfg, path)
+        seen = look(cfg, model, clip)
         name = os.path.basename(path)
-        title = f"{name}, class {label}: {visualize.predicted(seen.probs, None)}"
+        title = f"{name}, class {label}: {predicted(seen.probs, None)}"
         marked = sorted(shown_boxes(cfg, truth[name])) if name in truth else ()
-        strips.append(visualize.make_strip(cfg, clip, seen, title, marked))
+        strips.append(make_strip(cfg, clip, seen, title, marked))
     figure = io.BytesIO()
-    draw(strips, figure, "png")
+    draw(strips).savefig(figure, format="png")
     return _image(figure.getvalue(), "png", "what was kept of some test videos")
 
 

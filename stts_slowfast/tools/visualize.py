@@ -4,26 +4,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from stts_slowfast import backbones
-from stts_slowfast.config import plan
-from stts_slowfast.hooks import selections
-from stts_slowfast.scorers import normalize
+from stts_slowfast.pictures import Window, draw, look, make_strip, predicted
 from stts_slowfast.tools.cli import add_opts
-from stts_slowfast.tools.filmstrip import (
-    WHOLE,
-    Shown,
-    Strip,
-    Window,
-    center_crop,
-    draw,
-    write_dimmed,
-)
+from stts_slowfast.tools.filmstrip import Shown, center_crop, write_dimmed
 from stts_slowfast.video import (
     Video,
     VideoError,
@@ -32,8 +19,6 @@ from stts_slowfast.video import (
     frame_indices,
     segment_indices,
 )
-
-TOP = 3  # classes that are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +95,8 @@ def main(args: argparse.Namespace) -> int:
         print(strips[0].title)
     else:
         ending = os.path.splitext(args.out)[1][1:].lower() or "png"
-        write_whole(args.out, lambda path: draw(strips, path, ending), args.force)
+        figure = draw(strips)
+        write_whole(args.out, lambda path: figure.savefig(path, dpi=120, format=ending), args.force)
     print(f"wrote {args.out}")
     return 0
 
@@ -141,15 +127,6 @@ def read_classes(path: str, num_classes: int) -> list[str]:
             f"for each number 0 .. {num_classes - 1}"
         )
     return [str(name) for name in names]
-
-
-def predicted(probs: torch.Tensor, names: Sequence[str] | None) -> str:
-    """The most probable classes in words."""
-    best = probs.topk(min(TOP, len(probs)))
-    return ", ".join(
-        f"{names[number] if names else f'class {number}'} {share:.0%}"
-        for share, number in zip(best.values.tolist(), best.indices.tolist())
-    )
 
 
 # ---- clips ----------------------------------------------------------------------------------
@@ -198,97 +175,3 @@ def read_views(cfg, path: str, number: int) -> list[View]:
         chosen = frames[[wanted.index(index) for index in indices]]
         views.append(View(prepare(transform(chosen.permute(0, 3, 1, 2)), cfg), indices, crop))
     return views
-
-
-@dataclass
-class Look:
-    """What a model makes of a clip: probabilities (classes,), kept frames and windows, and the
-    frames' scores in 0..1 where it scores them."""
-
-    probs: torch.Tensor
-    kept: dict[int, Window]
-    scores: list[float] | None
-
-
-@torch.no_grad()
-def look(cfg, model: torch.nn.Module, clip: torch.Tensor) -> Look:
-    """Runs a model on a clip (3, T, H, W)."""
-    device = next(model.parameters()).device
-    with _frame_scores(model) as scores:
-        probs = model.eval()(clip[None].to(device)).softmax(1)[0].cpu()
-    if cfg.STTS.ENABLE:
-        kept = kept_regions(cfg, selections(model))
-    else:
-        kept = dict.fromkeys(range(backbones.block_grids(cfg)[0][0]), WHOLE)
-    return Look(probs, kept, scores[0] if scores else None)
-
-
-@contextmanager
-def _frame_scores(model: torch.nn.Module) -> Iterator[list[list[float]]]:
-    """While it is open, collects what the first selector of frames gives the frames of a clip."""
-    scores = []
-    selectors = getattr(model, "stts", {})
-    first = next((selector for key, selector in selectors.items() if key.startswith("time")), None)
-    if first is None:
-        yield scores
-        return
-
-    def remember(scorer, args, output):
-        scores.append(normalize(output.float())[0].tolist())
-
-    handle = first.scorer.register_forward_hook(remember)
-    try:
-        yield scores
-    finally:
-        handle.remove()
-
-
-def make_strip(
-    cfg, clip: torch.Tensor, what: Look, title: str, marked: Sequence[int] = ()
-) -> Strip:
-    """The row of a clip (3, T, H, W)."""
-    num_frames = backbones.block_grids(cfg)[0][0]
-    # The picture of a frame of tokens is the middle one of the frames of pixels that it is of.
-    middles = (torch.arange(num_frames) * 2 + 1) * clip.shape[1] // (2 * num_frames)
-    return Strip(title, to_pictures(cfg, clip[:, middles]), what.kept, marked, what.scores)
-
-
-def kept_regions(cfg, kept: dict[str, torch.Tensor], item: int = 0) -> dict[int, Window]:
-    """What is left of a clip after all selectors: frame -> window.
-
-    Args:
-        kept: what ``selections(model)`` returns.
-        item: the clip of the batch.
-    """
-    grids = backbones.block_grids(cfg)
-    regions = dict.fromkeys(range(grids[0][0]), WHOLE)
-    for key, ((frames, height, width), _) in plan(cfg.STTS, grids).items():
-        if key.startswith("time"):
-            arrived = list(regions.items())
-            regions = dict(arrived[index] for index in kept[key][item].tolist())
-        else:
-            windows = kept[key].view(-1, frames, 4)[item].tolist()
-            regions = {
-                frame: _inside(region, window, height, width)
-                for (frame, region), window in zip(regions.items(), windows)
-            }
-    return regions
-
-
-def _inside(region: Window, window: Sequence[int], height: int, width: int) -> Window:
-    """The part of ``region`` that a window, in tokens of a height x width grid, takes of it."""
-    top, left, full_height, full_width = region
-    return (
-        top + full_height * window[0] / height,
-        left + full_width * window[1] / width,
-        full_height * window[2] / height,
-        full_width * window[3] / width,
-    )
-
-
-def to_pictures(cfg, clip: torch.Tensor) -> torch.Tensor:
-    """Undoes the normalisation: (3, T, H, W) float -> (T, H, W, 3) uint8, RGB."""
-    is_bgr = cfg.DATA.REVERSE_INPUT_CHANNEL ^ (cfg.TEST.DATASET == "ssv2")
-    clip = clip.flip(0) if is_bgr else clip
-    mean, std = (torch.tensor(value).view(3, 1, 1, 1) for value in (cfg.DATA.MEAN, cfg.DATA.STD))
-    return (clip * std + mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 3, 0)

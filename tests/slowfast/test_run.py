@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
@@ -126,6 +127,15 @@ def test_one_checkpoint_of_a_range_is_tested_at_one_budget(command, checkout, tm
     assert done.returncode and 'give one share to test (--opts STTS.TIME.KEEP "[1]")' in done.stderr
     log = run([*words, "STTS.TIME.KEEP", "[0.5]"], checkout)
     assert "4x8x8 -> 2x8x8" in log and '"split": "test_final"' in log
+
+
+def test_tensorboard_shows_what_each_validation_keeps(command, checkout, tmp_path):
+    run(command(tmp_path, "TENSORBOARD.ENABLE", "True", "TEST.ENABLE", "False"), checkout)
+    events = EventAccumulator(str(next(tmp_path.glob("runs-*"))))
+    events.Reload()
+    shown = events.Images("Val/kept")
+    assert [each.step for each in shown] == [0, 1]
+    assert shown[0].height > 600  # a row for each of four clips
 
 
 def stts(*words: str, **env: str) -> subprocess.CompletedProcess:

@@ -73,6 +73,8 @@ def test_training_and_testing_write_what_slowfast_writes(run, cfg):
         assert [each.step for each in scalars] == list(range(6))
         expected = [s[name] for s in iterations]
         assert [each.value for each in scalars] == pytest.approx(expected, abs=1e-5)
+    (shown,) = events.Images("Val/kept")  # a row for each of two clips
+    assert shown.step == 1 and shown.width > shown.height > 300
     assert not Path(cfg.OUTPUT_DIR, "lightning_logs").exists()
 
     result = engine.test(cfg)

@@ -5,13 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
+from stts_slowfast import pictures
 from stts_slowfast.tools import filmstrip
 
 
 def test_picture_marks_kept_frames_green_and_windows_red(tmp_path):
     frames = torch.full((4, 32, 32, 3), 128, dtype=torch.uint8)
-    strip = filmstrip.Strip("a clip", frames, {1: (0.25, 0.25, 0.5, 0.5)}, [1], [0, 1, 0.5, 0])
-    filmstrip.draw([strip], str(tmp_path / "strip.png"))
+    strip = pictures.Strip("a clip", frames, {1: (0.25, 0.25, 0.5, 0.5)}, [1], [0, 1, 0.5, 0])
+    pictures.draw([strip]).savefig(tmp_path / "strip.png")
     image = np.array(Image.open(tmp_path / "strip.png").convert("RGB")).astype(int)
     red, green, blue = image.reshape(-1, 3).T
     green_pixels = ((green > 120) & (red < 80) & (blue < 80)).sum()
@@ -23,7 +24,7 @@ def test_picture_marks_kept_frames_green_and_windows_red(tmp_path):
 
 
 def test_frames_of_the_video_belong_to_the_frame_of_tokens_before_them():
-    kept = {0: (0.0, 0.0, 0.5, 0.5), 2: filmstrip.WHOLE}
+    kept = {0: (0.0, 0.0, 0.5, 0.5), 2: pictures.WHOLE}
     shown = filmstrip.Shown([10, 13, 16, 19, 22, 25], 3, kept, (0.25, 0.0, 0.5, 1.0))
     first, last = (0.25, 0.0, 0.25, 0.5), (0.25, 0.0, 0.5, 1.0)
     at = [shown.at(number) for number in range(30)]

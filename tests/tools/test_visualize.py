@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from stts_slowfast import pictures
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.standalone.data import ClipDataset, prepare
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.tools import cli, filmstrip, makedata, visualize
+from stts_slowfast.tools import cli, makedata, visualize
 from stts_slowfast.video import Video
 
 
@@ -28,11 +29,11 @@ def cfg(tiny_cfg):
 def test_regions_follow_time_then_space(cfg):
     kept = {"time_0": torch.tensor([[0, 2], [1, 3]])}
     kept["space_1"] = torch.tensor([[0, 0, 6, 6], [2, 2, 6, 6], [1, 0, 6, 6], [0, 2, 6, 6]])
-    assert visualize.kept_regions(cfg, kept, 0) == {
+    assert pictures.kept_regions(cfg, kept, 0) == {
         0: (0.0, 0.0, 0.75, 0.75),
         2: (0.25, 0.25, 0.75, 0.75),
     }
-    assert visualize.kept_regions(cfg, kept, 1) == {
+    assert pictures.kept_regions(cfg, kept, 1) == {
         1: (0.125, 0.0, 0.75, 0.75),
         3: (0.0, 0.25, 0.75, 0.75),
     }
@@ -47,7 +48,7 @@ def test_later_selections_work_inside_earlier_ones(cfg):
         "time_1": torch.tensor([[1, 2]]),
         "space_1": torch.tensor([[2, 0, 2, 2], [0, 2, 2, 2]]),
     }
-    assert visualize.kept_regions(cfg, kept) == {
+    assert pictures.kept_regions(cfg, kept) == {
         2: (0.5, 0.5, 0.25, 0.25),
         3: (0.5, 0.75, 0.25, 0.25),
     }
@@ -57,9 +58,9 @@ def test_strip_shows_the_frames_of_the_clip_and_their_scores(cfg):
     model = build_model(cfg)
     clip = torch.arange(8.0).view(1, 8, 1, 1).expand(3, 8, 32, 32) * 10 / 255
     clip = (clip - cfg.DATA.MEAN[0]) / cfg.DATA.STD[0]
-    seen = visualize.look(cfg, model, clip)
+    seen = pictures.look(cfg, model, clip)
     assert seen.probs.sum().item() == pytest.approx(1)
-    strip = visualize.make_strip(cfg, clip, seen, "a clip")
+    strip = pictures.make_strip(cfg, clip, seen, "a clip")
     assert strip.frames.shape == (4, 32, 32, 3)
     assert strip.frames[:, 0, 0, 0].tolist() == [10, 30, 50, 70]
     assert sorted(strip.kept) == model.stts["time_0"].kept[0].tolist()
@@ -78,8 +79,8 @@ def test_pictures_have_the_colours_of_the_video(cfg, tmp_path, dataset, reverse)
     makedata.write_video(str(tmp_path / "red.mp4"), red)
     clip = visualize.read_clip(cfg, str(tmp_path / "red.mp4"))
     assert clip.shape == (3, 8, 32, 32)
-    pictures = visualize.to_pictures(cfg, clip).float().mean((0, 1, 2))
-    assert pictures[0] > 200 and pictures[1:].max() < 40
+    colour = pictures.to_pictures(cfg, clip).float().mean((0, 1, 2))
+    assert colour[0] > 200 and colour[1:].max() < 40
 
 
 @pytest.mark.parametrize("backend", ["pyav", "torchvision"])
@@ -106,10 +107,10 @@ def test_what_is_looked_at_is_what_testing_sees(cfg, tmp_path, rotate, backend):
 def test_without_selection_every_frame_is_kept_whole(cfg):
     cfg.STTS.ENABLE = False
     clip = torch.zeros(3, 8, 32, 32)
-    seen = visualize.look(cfg, build_model(cfg), clip)
-    strip = visualize.make_strip(cfg, clip, seen, "a clip")
+    seen = pictures.look(cfg, build_model(cfg), clip)
+    strip = pictures.make_strip(cfg, clip, seen, "a clip")
     assert strip.scores is None
-    assert strip.kept == dict.fromkeys(range(4), filmstrip.WHOLE)
+    assert strip.kept == dict.fromkeys(range(4), pictures.WHOLE)
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_film_is_the_video_with_what_was_dropped_dimmed(cfg, words, tmp_path, mo
     white = np.full((20, 48, 64, 3), 250, np.uint8)
     makedata.write_video(str(tmp_path / "white.mp4"), white)
     kept = {1: (0.0, 0.0, 1.0, 1.0), 2: (0.5, 0.5, 0.5, 0.5)}
-    monkeypatch.setattr(visualize, "kept_regions", lambda *_: kept)
+    monkeypatch.setattr(pictures, "kept_regions", lambda *_: kept)
     out = tmp_path / "film.mp4"
     opts = ["--opts", "DATA.SAMPLING_RATE", "2", "DATA.TARGET_FPS", "16"]
     assert cli.main([*words, str(tmp_path / "white.mp4"), "--out", str(out), *opts]) == 0
@@ -185,7 +186,7 @@ def test_film_is_the_video_with_what_was_dropped_dimmed(cfg, words, tmp_path, mo
 
 def test_classes_are_named(tmp_path):
     probs = torch.tensor([0.1, 0.7, 0.2])
-    assert visualize.predicted(probs, None) == "class 1 70%, class 2 20%, class 0 10%"
+    assert pictures.predicted(probs, None) == "class 1 70%, class 2 20%, class 0 10%"
     names = ["cat", "dog", "a cow"]
     for file, text in (
         ("lines.txt", "cat\ndog\na cow\n"),
@@ -197,7 +198,7 @@ def test_classes_are_named(tmp_path):
         assert visualize.read_classes(str(tmp_path / file), 3) == names
         with pytest.raises(ValueError, match=r"names 3 classes but MODEL\.NUM_CLASSES is 4"):
             visualize.read_classes(str(tmp_path / file), 4)
-    assert visualize.predicted(probs, names).startswith("dog 70%")
+    assert pictures.predicted(probs, names).startswith("dog 70%")
     (tmp_path / "wrong.json").write_text(json.dumps({"cat": 0, "dog": 3, "cow": 2}))
     with pytest.raises(ValueError, match="one name for each number"):
         visualize.read_classes(str(tmp_path / "wrong.json"), 3)
