@@ -67,7 +67,7 @@ MUTATIONS = {
         f"{PROCESSES} -k by_spawn",
     ),
     "bad-videos-of-one-process-alone": Mutation(
-        "standalone/badvideos.py",
+        "video/badvideos.py",
         "if not torch.distributed.is_initialized():",
         "if True:",
         f"{PROCESSES} -k same_unreadable",

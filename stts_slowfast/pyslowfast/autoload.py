@@ -20,6 +20,7 @@ HOOKS = {
         "compat.imports.explain_missing_packages",
     ],
     "slowfast.datasets.decoder": ["decoder.mend_decoder"],
+    "slowfast.datasets.kinetics": ["badvideos.mend_bad_videos"],
     "slowfast.models.attention": ["fused.register"],
     "slowfast.models.build": ["guard.wrap_build_model"],
     "slowfast.datasets.loader": ["compat.tools.mend_visualization"],
@@ -31,7 +32,7 @@ HOOKS = {
     ],
     "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint"],
     "slowfast.utils.logging": ["training.wrap_log"],
-    "slowfast.utils.meters": ["compat.tools.mend_ava_test"],
+    "slowfast.utils.meters": ["badvideos.wrap_meters", "compat.tools.mend_ava_test"],
     "slowfast.utils.misc": ["shards.wrap_launch_job", "training.wrap_losses"],
     "slowfast.utils.parser": ["compat.tools.mend_load_config"],
     "slowfast.visualization.tensorboard_vis": [
@@ -42,6 +43,7 @@ HOOKS = {
     # Last: where the others cannot be waited for, SlowFast does not know the node STTS either.
     "slowfast.config.defaults": [
         "plugin.add_config",
+        "settings.add_our_keys",
         "settings.read_our_nodes",
         "guard.wrap_config",
         "compat.config.mend_prefetch_key",

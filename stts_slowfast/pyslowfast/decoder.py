@@ -6,7 +6,6 @@ worker keeps the last file open, and goes on through it as it is asked: one pass
 
 import functools
 import inspect
-import logging
 import math
 
 import torch
@@ -15,8 +14,6 @@ from stts_slowfast.pyslowfast.clips import WaitingClip
 from stts_slowfast.pyslowfast.compat import mend
 from stts_slowfast.video import Video
 from stts_slowfast.video.files import identity
-
-logger = logging.getLogger(__name__)
 
 
 @mend
@@ -101,9 +98,11 @@ def decode_clips(
     Raises:
         VideoError: where the video cannot be read; SlowFast's ``decode`` turns it into None.
     """
+    global finding
     rules = sampling_rate, num_frames, num_clips_uniform, target_fps, use_offset
-    file = _open_file(source, (*map(repr, rules), max_spatial_scale))
+    file = None
     try:
+        file = _open_file(source, (*map(repr, rules), max_spatial_scale))
         video = file.video
         sizes = [
             max(1.0, rate * frames / target_fps * video.fps)
@@ -141,9 +140,13 @@ def decode_clips(
         if not sparse:
             tensors = [clip.now() for clip in tensors]
         fps = video.fps
-    except Exception:
-        file.close()
+    except Exception as error:
+        finding = "unreadable", getattr(error, "reason", str(error))
+        if file:
+            file.close()
         raise
+    if video.damage:
+        finding = "damaged", video.damage
     if clip_idx < 0:
         file.close()
     return tensors, fps, False, own
@@ -183,10 +186,6 @@ class _File:
 
     def close(self) -> None:
         global _last
-        if self.video.damage:
-            logger.warning(
-                "%s is damaged: %s; it is used all the same", self.video.name, self.video.damage
-            )
         self.video.close()
         if _last is not None and _last[2] is self:
             _last = None
@@ -194,6 +193,14 @@ class _File:
 
 # The file that this process read last, and how: what it was opened from, the rules, the open file.
 _last: tuple | None = None
+# What `decode_clips` found of it that should be known: unreadable or damaged, and why.
+finding: tuple[str, str] | None = None
+
+
+def abandon() -> None:
+    """Leaves the last file to the thread that still waits for it."""
+    global _last
+    _last = None
 
 
 def _open_file(source, rules: tuple) -> _File:

@@ -1,5 +1,6 @@
 """SlowFast's config, whose nodes of ours are read, and refused, as the standalone runner does."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 from fvcore.common.config import CfgNode
@@ -7,6 +8,9 @@ from fvcore.common.config import CfgNode
 from stts_slowfast.keys import nested, read_tree
 from stts_slowfast.pyslowfast import plugin
 from stts_slowfast.yamlfiles import read_yaml
+
+# Keys of ours in nodes of SlowFast's, as the standalone runner's slowfast_keys.yaml has them.
+OUR_KEYS = {"DATA": {"READ_TIMEOUT": 120.0}, "TEST": {"ALLOW_MISSING": False}}
 
 
 class Config(CfgNode):
@@ -29,7 +33,8 @@ class Config(CfgNode):
         ours, theirs = our_nodes(), []
         for place in range(0, len(cfg_list), 2):
             pair = cfg_list[place : place + 2]
-            if len(pair) == 2 and str(pair[0]).split(".")[0] in ours:
+            node, _, name = str(pair[0]).partition(".")
+            if len(pair) == 2 and (node in ours or name in OUR_KEYS.get(node, ())):
                 self._merge(nested(*pair), "")
             else:
                 theirs += pair
@@ -38,6 +43,10 @@ class Config(CfgNode):
     def _merge(self, tree, where: str) -> None:
         ours = our_nodes()
         read = read_tree({name: tree[name] for name in ours if name in tree}, ours, where)
+        for node, keys in OUR_KEYS.items():
+            if isinstance(theirs := tree.get(node), Mapping):
+                own = {node: {name: theirs[name] for name in keys if name in theirs}}
+                read[node] = CfgNode({**theirs, **read_tree(own, CfgNode(OUR_KEYS), where)[node]})
         super().merge_from_other_cfg(CfgNode({**tree, **read}))
 
 
@@ -46,6 +55,13 @@ def read_our_nodes(defaults) -> None:
     if type(defaults._C) is not Config:
         # The object stays what everybody holds; past yacs, which would make it a key.
         object.__setattr__(defaults._C, "__class__", Config)
+
+
+def add_our_keys(defaults) -> None:
+    """Adds what the standalone runner has in nodes of SlowFast's."""
+    for node, keys in OUR_KEYS.items():
+        for name, default in keys.items():
+            defaults._C[node].setdefault(name, default)
 
 
 def our_nodes() -> CfgNode:

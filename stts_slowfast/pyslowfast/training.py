@@ -8,7 +8,7 @@ import torch
 from stts_slowfast import backbones, schedule
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.pictures import picture
-from stts_slowfast.pyslowfast import families, shards, weights
+from stts_slowfast.pyslowfast import badvideos, families, shards, weights
 from stts_slowfast.pyslowfast.guard import check_selectors, confirm, enabled
 from stts_slowfast.pyslowfast.wrap import wrap
 
@@ -83,12 +83,13 @@ def _check_losses(check_nan_losses, loss):
     return check_nan_losses(loss)
 
 
-def _log_with_rates(log_json_stats, stats, *args, **kwargs):
+def _log_with_rates(log_json_stats, stats, output_dir=None):
+    stats = {**stats, **badvideos.stats(stats, output_dir)}
     if str(stats.get("_type", "")).startswith("train_"):
         # SlowFast cuts floats to five places, too few for a rate that falls to 1e-6.
         rates = {key: Decimal(f"{rate:.6g}") for key, rate in _now.get("rates", {}).items()}
         stats = {**stats, **rates}
-    return log_json_stats(stats, *args, **kwargs)
+    return log_json_stats(stats, output_dir)
 
 
 def _add_scalars(add_scalars, writer, data_dict, *args, **kwargs):

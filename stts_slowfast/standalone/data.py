@@ -19,7 +19,6 @@ from iopath.common.file_io import g_pathmgr
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from stts_slowfast.standalone.badvideos import BadVideos, Finding, too_many
 from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list_ssv2
 from stts_slowfast.standalone.stops import in_reader
 from stts_slowfast.standalone.transforms import (
@@ -41,11 +40,9 @@ from stts_slowfast.video import (
     segment_indices,
     within,
 )
+from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, too_many
 
 __all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "batch_mixer", "build_loader", "prepare"]
-
-# The label of a test video that cannot be read: no prediction equals it, so it counts as wrong.
-UNREADABLE = -1
 
 
 # ---- reading a video ------------------------------------------------------------------------

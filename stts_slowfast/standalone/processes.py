@@ -70,6 +70,8 @@ def launch(
             _spawned, (places, job, cfg, options, writers), nprocs=len(places), join=False
         )
         asked.pids = children.pids()
+        if asked.number:  # it came before there was anybody to hand it to
+            asked(asked.number, None)
         for writer in writers:
             writer.close()
         results, lost = _wait(children, [reader for reader, _ in pipes])
@@ -169,7 +171,9 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
                 stack.enter_context(hold(cfg.OUTPUT_DIR))
             stack.enter_context(log_to(cfg.OUTPUT_DIR, main=main))
             result = job(cfg, fabric, stop, **options)
+            stop.deferred = True  # no signal interrupts what follows
         except BaseException as error:
+            stop.deferred = True
             if lifeline and isinstance(error, Interrupted) and error.agreed:
                 lifeline.release()
             elif lifeline:  # whatever still waits for the others
@@ -187,6 +191,7 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
         if lifeline:
             lifeline.release()
         end_children(before)
+        stop.check()
         logger.info("done in %.1f s", time.perf_counter() - start)
         return result
 
@@ -232,20 +237,25 @@ def open_fabric(cfg, place: Place) -> Fabric:
     return fabric
 
 
+_LEAST = [
+    ("", "LOG_PERIOD", 1),
+    ("", "NUM_SHARDS", 1),
+    ("TRAIN", "EVAL_PERIOD", 1),
+    ("TRAIN", "CHECKPOINT_PERIOD", 1),
+    ("AUG", "NUM_SAMPLE", 1),
+    ("DATA", "SAMPLING_RATE", 0),
+    ("DATA", "TARGET_FPS", 0),
+]
+
+
 def check_machine(cfg) -> None:
     """Raises ``ValueError`` for what no run on this machine can do."""
     check_supported(cfg)
-    for key in ("LOG_PERIOD", "NUM_SHARDS"):
-        if cfg[key] < 1:
-            raise ValueError(f"{key} is {cfg[key]}: it must be at least 1")
-    for key in ("EVAL_PERIOD", "CHECKPOINT_PERIOD"):
-        if cfg.TRAIN[key] < 1:
-            raise ValueError(f"TRAIN.{key} is {cfg.TRAIN[key]}: it must be at least 1")
-    if cfg.AUG.NUM_SAMPLE < 1:
-        raise ValueError(f"AUG.NUM_SAMPLE is {cfg.AUG.NUM_SAMPLE}: it must be at least 1")
-    for key in ("SAMPLING_RATE", "TARGET_FPS"):
-        if cfg.DATA[key] <= 0:
-            raise ValueError(f"DATA.{key} is {cfg.DATA[key]}: it must be above 0")
+    for node, name, least in _LEAST:
+        key, value = f"{node}.{name}" if node else name, (cfg[node] if node else cfg)[name]
+        if value < least or value == 0:
+            limit = f"at least {least}" if least else "above 0"
+            raise ValueError(f"{key} is {value}: it must be {limit}")
     if len(cfg.DATA.TRAIN_JITTER_SCALES) != 2:
         raise ValueError(
             f"DATA.TRAIN_JITTER_SCALES is {cfg.DATA.TRAIN_JITTER_SCALES}: give the range's two ends"

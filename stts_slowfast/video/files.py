@@ -41,17 +41,17 @@ def open_source(source: Source, name: str) -> tuple[BinaryIO, bool]:
         return source, False
     path = os.fspath(source)
     try:
-        if not _is_regular(path):  # opening a pipe waits for its other end, perhaps for ever
-            raise VideoError(name, "it is no regular file")
+        require_regular(path)
         return g_pathmgr.open(path, "rb"), True
     except OSError as error:
         raise VideoError(name, error.strerror or str(error)) from error
 
 
-def _is_regular(path: str) -> bool:
-    if not os.path.exists(path):  # nothing, or something that only iopath knows
-        return True
-    return stat.S_ISREG(os.stat(path).st_mode)
+def require_regular(path: str) -> None:
+    """Raises VideoError for a pipe or a device: opening one waits for its other end, perhaps for
+    ever. What is not there, or what only iopath knows, is passed over."""
+    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise VideoError(path, "it is no regular file")
 
 
 def identity(source: Source) -> tuple | None:

@@ -86,6 +86,19 @@ def videos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def bad_lists(videos, tmp_path) -> Path:
+    """Lists train, val and test: readable, broken, readable, missing its end, readable."""
+    whole = (videos / "val_0.mp4").read_bytes()
+    (tmp_path / "broken.mp4").write_bytes(b"this is no video")
+    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    names = [videos / "val_0.mp4", "broken.mp4", videos / "val_1.mp4", "half.mp4"]
+    rows = [f"{tmp_path / name} 1" for name in [*names, videos / "val_2.mp4"]]
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
 def frame(label: int, time: int, rng) -> np.ndarray:
     """A noisy frame with a square whose row tells the class."""
     image = rng.integers(0, 60, (48, 64, 3), dtype=np.uint8)

@@ -98,6 +98,7 @@ def test_two_epochs_with_the_torchvision_backend(command, checkout, tmp_path):
     assert all(line["backbone_lr"] > 0 for line in train)
     sigmas = [0.1 * (1 - i / 6) for i in range(6)]
     assert [line["sigma"] for line in train] == pytest.approx(sigmas, abs=1e-6)
+    assert [line["unreadable"] for line in stats if line.get("_type") == "train_epoch"] == [1, 1]
     assert sum(line.get("_type") == "val_epoch" for line in stats) == 2
     assert sum(line.get("split") == "test_final" for line in stats) == 1
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
@@ -136,6 +137,30 @@ def test_tensorboard_shows_what_each_validation_keeps(command, checkout, tmp_pat
     shown = events.Images("Val/kept")
     assert [each.step for each in shown] == [0, 1]
     assert shown[0].height > 600  # a row for each of four clips
+
+
+def test_videos_that_cannot_be_read_are_not_scored_in_silence(command, checkout, bad_lists):
+    out = bad_lists / "out"
+    words = command(out, "DATA.PATH_TO_DATA_DIR", str(bad_lists), "TRAIN.ENABLE", "False")
+
+    def test(*opts):
+        return subprocess.run(
+            [*words, "DATA_LOADER.NUM_WORKERS", "2", *opts], cwd=checkout, env=environment(),
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    refused = test()
+    assert refused.returncode != 0
+    assert "2 of the test videos cannot be read" in refused.stderr
+    assert "broken.mp4: " in refused.stderr and "half.mp4: " in refused.stderr
+    assert "test_final" not in refused.stdout + refused.stderr
+    allowed = test("TEST.ALLOW_MISSING", "True")
+    assert allowed.returncode == 0, allowed.stderr[-4000:]
+    (final,) = [line for line in json_stats(allowed.stdout + allowed.stderr) if "top1_acc" in line]
+    assert final["unreadable"] == 2
+    readable = float(final["top1_acc_readable"])
+    assert float(final["top1_acc"]) == pytest.approx(0.6 * readable, abs=0.01)
+    assert len((out / "bad_videos.jsonl").read_text().splitlines()) == 2  # also over restarts
 
 
 def stts(*words: str, **env: str) -> subprocess.CompletedProcess:

@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -69,6 +70,8 @@ def main() -> int:
                     process.join(chance.uniform(0.0, 0.7) * work)
                 else:
                     process.join()
+                while process.exitcode is None and not alive(process.pid):
+                    time.sleep(0.02)  # it has no session yet
                 if process.exitcode is not None:
                     break
                 what, fault = stop(process, chance, args.processes)
@@ -165,12 +168,14 @@ def stop(process, chance: random.Random, processes: int) -> tuple[str, str | Non
     send(number, targets)
     if whom == "reader" and number != signal.SIGKILL:  # it passes that over
         process.join(1.0)
-        if process.exitcode is None and targets[0] not in alive(process.pid):
-            return what, "the reader is gone"
+        if process.exitcode:
+            return what, f"the run ended of it with {process.exitcode}"
         send(signal.SIGTERM, [process.pid])
     until = time.monotonic() + SOON
     while (left := alive(process.pid)) and time.monotonic() < until:
         process.join(0.05)
+    for pid in left if shutil.which("py-spy") else ():  # what each still does
+        subprocess.run(["py-spy", "dump", "--pid", str(pid)])
     send(signal.SIGKILL, left)
     process.join()
     if left:

@@ -14,16 +14,11 @@ import torch
 from PIL import Image
 
 from stts_slowfast.standalone import data, transforms
-from stts_slowfast.standalone.badvideos import too_many
-from stts_slowfast.standalone.data import (
-    UNREADABLE,
-    ClipDataset,
-    build_loader,
-    prepare,
-)
+from stts_slowfast.standalone.data import UNREADABLE, ClipDataset, build_loader, prepare
 from stts_slowfast.standalone.defaults import get_cfg
 from stts_slowfast.standalone.lists import list_ssv2
 from stts_slowfast.video import Video, VideoError, clip_span, frame_indices
+from stts_slowfast.video.badvideos import too_many
 
 
 def write_video(path, num_frames=32, size=(48, 64), color=None):

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from stts_slowfast.standalone import engine, resume, stops
+from stts_slowfast.standalone import engine, processes, resume, stops
 from stts_slowfast.standalone.stops import Interrupted
 
 
@@ -333,3 +333,28 @@ def test_forked_children_leave_stopping_to_their_parent():
 def _handlers(writer):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     writer.send([*handlers, signal.set_wakeup_fd(-1)])
+
+
+def test_a_signal_while_processes_are_started_reaches_them(run, cfg, monkeypatch):
+    spawn = torch.multiprocessing.spawn
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return spawn(*args, **kwargs)
+
+    monkeypatch.setattr(torch.multiprocessing, "spawn", signalled)
+    with pytest.raises(Interrupted, match="there is no checkpoint yet"):
+        engine.train(cfg, processes=2)
+
+
+def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
+    end_children = processes.end_children
+
+    def signalled(spared):
+        os.kill(os.getpid(), signal.SIGINT)
+        end_children(spared)
+
+    monkeypatch.setattr(processes, "end_children", signalled)
+    with pytest.raises(Interrupted, match=r"goes on from .*checkpoint_epoch_00002"):
+        engine.train(cfg)
+    assert multiprocessing.active_children() == []

@@ -16,6 +16,7 @@ MENDS = {
     "prefetch_key": "the key PREFETCH of configs/SSv2/MVITv2_*.yaml is passed over",
     "pkg_resources": "detectron2.model_zoo finds its files without pkg_resources",
     "decoder": "DATA.DECODING_BACKEND pyav and torchvision decode with PyAV",
+    "bad_videos": "videos that cannot be read are named, written down and count as wrong",
     "cuda_synchronize": "torch.cuda.synchronize() does nothing on a CPU run",
     "mt_adamw": "SOLVER.OPTIMIZING_METHOD mt_adamw finds its optimizer",
     "ava_test": "AVA's meter takes the end of a test iteration once",

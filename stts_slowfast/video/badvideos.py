@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from iopath.common.file_io import g_pathmgr
 
-__all__ = ["FILE", "BadVideos", "Finding", "too_many"]
-
 logger = logging.getLogger(__name__)
 
 FILE = "bad_videos.jsonl"
+# The label of a test video that cannot be read: no prediction equals it, so it counts as wrong.
+UNREADABLE = -1
 FATES = {
     ("unreadable", False): "another one takes its place",
     ("unreadable", True): "it counts as wrong",
@@ -46,7 +46,7 @@ class BadVideos:
         """Counts anew."""
         self.epoch.clear()
 
-    def add(self, findings: list[Finding], epoch: int = 0) -> None:
+    def add(self, findings: list[Finding], epoch: int | None = 0) -> None:
         for finding in findings:
             self.epoch.setdefault((finding.index, finding.kind), finding)
             key = finding.path, finding.kind
@@ -66,15 +66,9 @@ class BadVideos:
         """Raises ValueError with the list of unreadable videos, unless they are allowed. Every
         process of a group must call it, and all raise."""
         found = self._everywhere().values()
-        missing = sorted(item[1:] for item in found if item.kind == "unreadable")
-        if missing and not allow_missing:
-            lines = [f"\n  {path}: {reason}" for path, _, reason in missing[:20]]
-            more = f"\n  and {len(missing) - 20} more" if len(missing) > 20 else ""
-            raise ValueError(
-                f"{len(missing)} of the test videos cannot be read, so the accuracy is not that "
-                f"of the list. Mend them, or set TEST.ALLOW_MISSING True to count them as wrong "
-                f"(all are in {os.path.join(self.folder, FILE)}):{''.join(lines)}{more}"
-            )
+        if not allow_missing:
+            missing = {item.path: item.reason for item in found if item.kind == "unreadable"}
+            require_none(missing, self.folder)
 
     def _everywhere(self) -> dict[tuple[int, str], Finding]:
         if not torch.distributed.is_initialized():
@@ -83,23 +77,47 @@ class BadVideos:
         torch.distributed.all_gather_object(parts, self.epoch)
         return {key: finding for part in parts for key, finding in part.items()}
 
-    def _write(self, finding: Finding, epoch: int) -> None:
-        record = {**finding._asdict(), "split": self.split, "epoch": epoch + 1}
+    def _write(self, finding: Finding, epoch: int | None) -> None:
+        record = {**finding._asdict(), "split": self.split}
         del record["index"]
+        if epoch is not None:
+            record["epoch"] = epoch + 1
         g_pathmgr.mkdirs(self.folder)
         with g_pathmgr.open(os.path.join(self.folder, FILE), "a+") as file, _locked(file):
-            file.seek(0)
-            known = (_key(line) for line in file)
-            if (finding.path, finding.kind) not in known:
+            if (finding.path, finding.kind) not in _records(file):
                 file.write(json.dumps(record) + "\n")
                 file.flush()
 
 
-def _key(line: str) -> tuple[str, str] | None:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        record = json.loads(line)
-        return record["path"], record["kind"]
-    return None  # a line that a killed process left unfinished
+def written(folder: str, kind: str) -> dict[str, str]:
+    """The videos of a kind that the processes of a run have written down, each with its reason."""
+    path = os.path.join(folder, FILE)
+    if not g_pathmgr.exists(path):
+        return {}
+    with g_pathmgr.open(path) as file:
+        return {path: reason for (path, its), reason in _records(file).items() if its == kind}
+
+
+def _records(file) -> dict[tuple[str, str], str]:
+    file.seek(0)
+    found = {}
+    for line in file:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed process's half line
+            record = json.loads(line)
+            found[record["path"], record["kind"]] = record["reason"]
+    return found
+
+
+def require_none(missing: dict[str, str], folder: str) -> None:
+    """Raises ValueError with the list where test videos are missing; ``missing`` has reasons."""
+    if missing:
+        lines = [f"\n  {path}: {reason}" for path, reason in sorted(missing.items())[:20]]
+        more = f"\n  and {len(missing) - 20} more" if len(missing) > 20 else ""
+        raise ValueError(
+            f"{len(missing)} of the test videos cannot be read, so the accuracy is not that "
+            f"of the list. Mend them, or set TEST.ALLOW_MISSING True to count them as wrong "
+            f"(all are in {os.path.join(folder, FILE)}):{''.join(lines)}{more}"
+        )
 
 
 @contextlib.contextmanager
