@@ -33,7 +33,7 @@ ENGINE = "tests/standalone/test_engine.py"
 PROCESSES = "tests/standalone/test_processes.py"
 STOPS = "tests/standalone/test_stops.py"
 TOPK, FILES = "tests/test_topk.py", "tests/checkpoints/test_files.py"
-GUARD = "tests/pyslowfast/test_guard.py"
+GUARD, BAD = "tests/pyslowfast/test_guard.py", "tests/slowfast/test_badvideos.py"
 
 MUTATIONS = {
     "seed-without-epoch": Mutation(
@@ -120,6 +120,24 @@ MUTATIONS = {
         "if False:",
         f"{STOPS} -k does_not_listen",
     ),
+    "signals-lost-while-processes-start": Mutation(
+        "standalone/processes.py",
+        "if asked.number:  # it came",
+        "if False:  # it came",
+        f"{STOPS} -k reaches_them",
+    ),
+    "orphans-go-on": Mutation(
+        "standalone/stops.py",
+        "if parent is not None and os.getppid() != parent:",
+        "if False:",
+        f"{STOPS} -k gone_already",
+    ),
+    "signals-interrupt-the-end": Mutation(
+        "standalone/processes.py",
+        "stop.deferred = True  # no signal",
+        "pass  # no signal",
+        f"{STOPS} -k very_end",
+    ),
     "two-runs-in-a-folder": Mutation(
         "standalone/stops.py",
         "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
@@ -169,6 +187,42 @@ MUTATIONS = {
         "if False:",
         f"{GUARD} -k past_the_registry",
     ),
+    "noise-without-rank": Mutation(
+        "pyslowfast/training.py",
+        "if shards.rank():",
+        "if False:",
+        "tests/slowfast/test_shards.py -k noise_is_not",
+    ),
+    "unreadable-videos-are-scored": Mutation(
+        "pyslowfast/badvideos.py",
+        'UNREADABLE if _now.get("black") else label',
+        "label",
+        f"{BAD} -k has_no_label",
+    ),
+    "unreadable-by-the-last-view": Mutation(
+        "pyslowfast/badvideos.py",
+        "meter.video_labels[videos[gone]] = UNREADABLE",
+        "gone = gone & (labels == UNREADABLE)",
+        f"{BAD} -k unreadable_in_a_view",
+    ),
+    "unreadable-videos-allowed": Mutation(
+        "pyslowfast/badvideos.py",
+        "or not dataset.cfg.TEST.ALLOW_MISSING:",
+        "or False:",
+        f"{BAD} -k both_accuracies",
+    ),
+    "no-read-timeout-in-slowfast": Mutation(
+        "pyslowfast/badvideos.py",
+        "found = within(dataset.cfg.DATA.READ_TIMEOUT, path, call)",
+        "found = call()",
+        f"{BAD} -k hung_file",
+    ),
+    "damage-is-not-written-down": Mutation(
+        "pyslowfast/decoder.py",
+        "    if video.damage:",
+        "    if False:",
+        f"{BAD} -k damage_is_written",
+    ),
     "checksum-not-verified": Mutation(
         "checkpoints/files.py",
         "if checksum != _sha256(content):",
@@ -217,7 +271,7 @@ def main() -> int:
         start = time.perf_counter()
         verdict = judge(MUTATIONS[name])
         print(f"{name}: {verdict} ({time.perf_counter() - start:.0f} s)", flush=True)
-        if not verdict.startswith("red"):
+        if not verdict.startswith(("red", "skipped")):
             failed.append(name)
     return int(bool(failed))
 
@@ -251,6 +305,8 @@ def judge(mutation: Mutation) -> str:
     if tests.returncode == 1:
         reasons = [line for line in tests.stdout.splitlines() if line.startswith("E  ")]
         return f"red, {' '.join(reasons[0].split())[:200]}" if reasons else "red"
+    if tests.returncode == 0 and " passed" not in tests.stdout:
+        return "skipped, for these tests need SlowFast"
     return "GREEN" if tests.returncode == 0 else f"no tests ran: {tests.stdout[-300:]}"
 
 

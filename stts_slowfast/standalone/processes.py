@@ -67,7 +67,10 @@ def launch(
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with _pass_on_signals() as asked:
         children = torch.multiprocessing.spawn(
-            _spawned, (places, job, cfg, options, writers), nprocs=len(places), join=False
+            _spawned,
+            (os.getpid(), places, job, cfg, options, writers),
+            nprocs=len(places),
+            join=False,
         )
         asked.pids = children.pids()
         if asked.number:  # it came before there was anybody to hand it to
@@ -137,8 +140,10 @@ def _pass_on_signals():
             signal.signal(number, handler)
 
 
-def _spawned(index: int, places: list[Place], job, cfg, options: dict, writers: list) -> None:
-    die_with_parent()
+def _spawned(
+    index: int, parent: int, places: list[Place], job, cfg, options: dict, writers: list
+) -> None:
+    die_with_parent(parent)
     try:
         result = _work(places[index], job, cfg, options)
     except BaseException as error:

@@ -190,5 +190,6 @@ def _clear_names(checkpoint: dict, patterns: Sequence[str]) -> dict:
     if not patterns or not state:
         return checkpoint
     for pattern in patterns:
-        state = {name.replace(pattern, "", 1): value for name, value in state.items()}
+        # What is no text is refused later, in words.
+        state = {n.replace(pattern, "", 1) if isinstance(n, str) else n: state[n] for n in state}
     return {**checkpoint, "model_state": state}

@@ -131,10 +131,15 @@ def in_reader(worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def die_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it ends (on Linux)."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Has the kernel kill this process when the one that started it ends (on Linux).
+
+    Where that is known by its number, and ended before now, this process ends at once.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        end_now("ends: what started it is gone", 1)
 
 
 def end_now(reason: str, status: int) -> None:

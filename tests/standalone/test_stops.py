@@ -358,3 +358,20 @@ def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
     with pytest.raises(Interrupted, match=r"goes on from .*checkpoint_epoch_00002"):
         engine.train(cfg)
     assert multiprocessing.active_children() == []
+
+
+def test_what_started_a_process_may_be_gone_already():
+    code = "from stts_slowfast.standalone.stops import die_with_parent as die; die({}); print(1)"
+    for parent, status in (("__import__('os').getppid()", 0), (0, 1)):
+        words = [sys.executable, "-c", code.format(parent)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout) == (status, "" if status else "1\n")
+    assert "what started it is gone" in done.stderr
+
+
+def test_names_that_are_numbers_are_refused_in_words(run, cfg, tmp_path):
+    path = str(tmp_path / "numbers.pyth")
+    torch.save({"model_state": {0: torch.zeros(1), 1: torch.zeros(1)}}, path)
+    cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = path, ("module.",)
+    with pytest.raises(ValueError, match="numbers.pyth"):
+        engine.train(cfg)
