@@ -373,5 +373,5 @@ def test_names_that_are_numbers_are_refused_in_words(run, cfg, tmp_path):
     path = str(tmp_path / "numbers.pyth")
     torch.save({"model_state": {0: torch.zeros(1), 1: torch.zeros(1)}}, path)
     cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = path, ("module.",)
-    with pytest.raises(ValueError, match="numbers.pyth"):
+    with pytest.raises(ValueError, match=r"numbers\.pyth"):
         engine.train(cfg)
