@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.tools import benchdata
-from stts_slowfast.tools.benchrows import ENGINES, Row, build_all, parse_row
+from stts_slowfast.tools.benchrows import ENGINES, Row, build_all, markdown, parse_row
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eval", "train")
@@ -211,7 +211,7 @@ def table(rows: list[Row], batch_size: int) -> str:
     for mode in modes:
         head += [f"{mode} clips/s", "ratio"]
         head += [f"{mode} GiB", "ratio"] if rows[0].memory else []
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = [head]
     for row in rows:
         base = next(other for other in rows if other.frames == row.frames)
         cells = [row.name] + ([str(row.frames)] if row.frames else [])
@@ -228,7 +228,7 @@ def table(rows: list[Row], batch_size: int) -> str:
                 cells += [f"{row.memory[mode] / GIB:.2f}"]
                 cells += [f"{row.memory[mode] / base.memory[mode]:.2f}"]
         lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown(lines)
 
 
 def clips_per_second(seconds: list[float], batch_size: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from stts_slowfast.tools.benchrows import Row, build_all, read_config
+from stts_slowfast.tools.benchrows import Row, build_all, each, markdown, read_config
 
 SPLITS = ("train", "test")
 DATA = ("row", "split", "workers", "clips", "videos / s", "clips / s", "core-ms / clip")
@@ -48,11 +48,11 @@ def measure_loaders(rows: Sequence[Row], args: argparse.Namespace) -> list[dict]
             start, busy = time.perf_counter(), time.process_time()
             clips = sum(len(batch) for batch in islice(batches(row, loader), args.batches))
             seconds, busy = time.perf_counter() - start, time.process_time() - busy
-            each = {"row": row.name, "split": split, "workers": workers, "clips": clips}
-            each["videos / s"] = clips / views / seconds
-            each["clips / s"] = clips / seconds
-            each["core-ms / clip"] = None if workers else 1000 * busy / clips
-            measured.append(each)
+            one = {"row": row.name, "split": split, "workers": workers, "clips": clips}
+            one["videos / s"] = clips / views / seconds
+            one["clips / s"] = clips / seconds
+            one["core-ms / clip"] = None if workers else 1000 * busy / clips
+            measured.append(one)
             print(f"{row.name} {split}, {workers} workers: {seconds:.1f} s", file=sys.stderr)
     return measured
 
@@ -66,7 +66,7 @@ def batches(row: Row, loader) -> Iterator[torch.Tensor]:
 def _all_loaders(
     rows: Sequence[Row], workers: Sequence[int], splits: Iterable[str]
 ) -> list[list[tuple[str, int, object]]]:
-    return _each(rows, lambda row: _loaders(row, workers, splits), "its data cannot be read")
+    return each(rows, lambda row: _loaders(row, workers, splits), "has data that cannot be read")
 
 
 def _loaders(row: Row, workers: Sequence[int], splits: Iterable[str]):
@@ -87,19 +87,6 @@ def _loader(row: Row, cfg, split: str):
     from stts_slowfast.standalone.data import build_loader
 
     return build_loader(cfg, split)
-
-
-def _each(rows: Sequence[Row], what: Callable, text: str) -> list:
-    """Does it for all rows before anything is measured; tells all that fail in one error."""
-    done, failed = [], []
-    for row in rows:
-        try:
-            done.append(what(row))
-        except Exception as error:
-            failed.append(f"row {row.name}: {text}: {' '.join(str(error).split())}")
-    if failed:
-        raise ValueError("; ".join(failed))
-    return done
 
 
 def _size(row: Row, loader, split: str) -> tuple[int, int]:
@@ -127,9 +114,9 @@ def measure_tests(rows: Sequence[Row], args: argparse.Namespace) -> list[dict]:
             videos, _ = _size(row, loader, "test")
             waiting, computing = run_test(row, loader, model, args.device)
             seconds = waiting + computing
-            each = {"row": row.name, "workers": workers, "videos": videos, "seconds": seconds}
-            each |= {"videos / s": videos / seconds, "waiting s": waiting, "computing s": computing}
-            measured.append(each)
+            one = {"row": row.name, "workers": workers, "videos": videos, "seconds": seconds}
+            one |= {"videos / s": videos / seconds, "waiting s": waiting, "computing s": computing}
+            measured.append(one)
             print(f"{row.name}, {workers} workers: {seconds:.1f} s", file=sys.stderr)
     return measured
 
@@ -164,9 +151,7 @@ def _preparation(row: Row) -> Callable:
 
 def table(columns: Sequence[str], measured: Sequence[dict]) -> str:
     """The rows as Markdown."""
-    lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
-    lines += [[_cell(each[column]) for column in columns] for each in measured]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown([columns, *([_cell(one[column]) for column in columns] for one in measured)])
 
 
 def _cell(value) -> str:
@@ -183,19 +168,19 @@ def plot(measured: Sequence[dict], path: str) -> None:
     axes = figure.subplots()
     places = range(len(measured))
     labels = [
-        " ".join(str(each[key]) for key in ("row", "split") if key in each)
-        + (f", {each['workers']} workers")
-        for each in measured
+        " ".join(str(one[key]) for key in ("row", "split") if key in one)
+        + (f", {one['workers']} workers")
+        for one in measured
     ]
     if "seconds" in measured[0]:
-        waiting = [each["waiting s"] for each in measured]
+        waiting = [one["waiting s"] for one in measured]
         axes.barh(places, waiting, label="waiting for data")
-        computing = [each["computing s"] for each in measured]
+        computing = [one["computing s"] for one in measured]
         axes.barh(places, computing, left=waiting, label="computing")
         axes.set_xlabel("seconds of a whole test")
         axes.legend()
     else:
-        axes.barh(places, [each["clips / s"] for each in measured])
+        axes.barh(places, [one["clips / s"] for one in measured])
         axes.set_xlabel("clips / s of the loader")
     axes.set_yticks(places, labels)
     axes.invert_yaxis()

@@ -1,6 +1,7 @@
 """The rows of ``stts bench``: what stands in one, and the models behind them."""
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,16 +103,32 @@ def build_all(rows: list[Row], device: str) -> list[tuple[nn.Module, dict[str, t
     Raises:
         ValueError: naming every row that cannot be built, and why.
     """
-    built, failed = [], []
+    return each(rows, lambda row: build(row, device), "cannot be built")
+
+
+def each(rows: Sequence[Row], what: Callable[[Row], object], failure: str) -> list:
+    """Does it for all rows, before anything is measured.
+
+    Raises:
+        ValueError: naming every row that failed, and why.
+    """
+    done, failed = [], []
     for row in rows:
         try:
-            built.append(build(row, device))
+            done.append(what(row))
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            failed.append(f"row {row.name} cannot be built by {row.engine}: {reason}")
+            failed.append(f"row {row.name} {failure} by {row.engine}: {reason}")
     if failed:
         raise ValueError("; ".join(failed))
-    return built
+    return done
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as a Markdown table; the first is the head, all but the first column right."""
+    head, *rest = lines
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rest]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def published(config: str) -> tuple[float, str] | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from stts_slowfast.checkpoints import write_whole
+from stts_slowfast.tools.benchrows import markdown
 
 ENDINGS = ("csv", "json", "png")
 SCORERS = ("learned", "change", "uniform", "random")
@@ -63,13 +64,13 @@ def over_seeds(results: Sequence[dict]) -> list[dict]:
 def table(results: Sequence[dict]) -> str:
     """The rows as Markdown, a line for all seeds of a row."""
     columns = [c for c in NUMBERS if any(row[c] is not None for row in results)]
-    lines = [["row", *columns], ["---"] + ["---:"] * len(columns)]
+    lines = [["row", *columns]]
     for row in over_seeds(results):
         cells = ["" if row[c] is None else f"{row[c]:.4g}" for c in columns]
         if row["seeds"] > 1:
             cells[0] = f"{row['top1']:.1f} ± {row['top1_std']:.1f}"
         lines.append([row["name"], *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown(lines)
 
 
 def plot(results: Sequence[dict], path: str) -> None:

@@ -233,4 +233,4 @@ def test_waiting_is_what_the_loader_takes(videos):
 def test_data_that_cannot_be_read_is_told_first(videos, capsys):
     rows = [str(videos), f"gone={videos},DATA.PATH_TO_DATA_DIR=/nowhere"]
     assert cli.main(["bench", *rows, "--data"]) == 2
-    assert "row gone: its data cannot be read: " in capsys.readouterr().err
+    assert "row gone has data that cannot be read by standalone: " in capsys.readouterr().err
