@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from fvcore.common.config import CfgNode
 
 from stts_slowfast.extensions import load_extensions
+from stts_slowfast.keys import check_choice
 from stts_slowfast.scorers import SCORERS
 from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
@@ -182,9 +183,9 @@ class Settings:
             ("STTS.SPACE.SCORER", self.space_scorer, SCORERS),
             ("STTS.OPERATOR", self.operator, OPERATORS),
         ):
-            _one_of(key, value, [name for name, _ in registry])
-        _one_of("STTS.GRADIENT", self.gradient, GRADIENTS)
-        _one_of("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
+            check_choice(key, value, [name for name, _ in registry])
+        check_choice("STTS.GRADIENT", self.gradient, GRADIENTS)
+        check_choice("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
         _at_least("STTS.SIGMA", self.sigma, 0)
         _at_least("STTS.NUM_SAMPLES", self.num_samples, 1)
         _at_least("STTS.BACKBONE_LR", self.backbone_lr, 0)
@@ -344,11 +345,6 @@ def _check_shares(key: str, shares: Mapping, num_blocks: int) -> None:
                 f"{key}.KEEP holds {share!r}: a share lies above 0 and up to 1; a range of them is "
                 "[low, high]"
             )
-
-
-def _one_of(key: str, value, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")
 
 
 def _is_number(value) -> bool:

@@ -101,6 +101,12 @@ def read_value(key: str, value, default, where: str = "", optional: type | None 
     return value
 
 
+def check_choice(key: str, value, known: Iterable[str]) -> None:
+    """Raises ``ValueError`` naming ``key`` where its value is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """Names the known key that looks most like ``key``; one of the same node, if it can be."""
     known = list(known)

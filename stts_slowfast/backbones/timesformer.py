@@ -19,6 +19,7 @@ from stts_slowfast.backbones.timesformer_names import (
     to_transformers,
 )
 from stts_slowfast.backbones.vit import Attention, Block, LayerNorm, Mlp, drop_path_rates
+from stts_slowfast.keys import check_choice
 
 
 def add_config(cfg) -> None:
@@ -164,11 +165,7 @@ class TimeSformer(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if attention_type not in BLOCKS:
-            raise ValueError(
-                f"TIMESFORMER.ATTENTION_TYPE is {attention_type!r}, but must be one of "
-                f"{', '.join(BLOCKS)}"
-            )
+        check_choice("TIMESFORMER.ATTENTION_TYPE", attention_type, BLOCKS)
         self.attention_type = attention_type
         side = img_size // patch_size
         self.patch_embed = FrameEmbed(embed_dim, patch_size)

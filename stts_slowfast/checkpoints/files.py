@@ -279,17 +279,7 @@ def _remove_leftovers(folder: str) -> None:
         try:
             old = time.time() - leftover.stat().st_mtime > 24 * 3600
             here = host in ("", socket.gethostname()) and process.isdigit()
-            if old or (here and not _is_alive(int(process))):
+            if old or (here and not os.path.exists(f"/proc/{process}")):
                 leftover.unlink()
         except OSError:
             continue  # another process was faster, or it is not ours to remove
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

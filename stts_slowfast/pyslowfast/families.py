@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from stts_slowfast import backbones
 from stts_slowfast.hosts import find_blocks
+from stts_slowfast.keys import check_choice
 from stts_slowfast.pyslowfast.weights import note_trained
 
 # What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
@@ -31,8 +32,7 @@ class SlowFastModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, head_act: str = "softmax"):
         super().__init__()
-        if head_act not in ACTIVATIONS:
-            raise ValueError(f"MODEL.HEAD_ACT is {head_act!r}: use one of {', '.join(ACTIVATIONS)}")
+        check_choice("MODEL.HEAD_ACT", head_act, ACTIVATIONS)
         self.head_act = head_act
         self.__dict__["backbone"] = backbone  # past nn.Module, which would make it a child
         self._parameters = backbone._parameters

@@ -5,7 +5,7 @@ only SlowFast can do is refused by name instead of being ignored.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -73,9 +73,3 @@ def check_supported(cfg: CfgNode) -> None:
                 f"{key} is {value!r}: {what} is only in SlowFast itself; leave it at {default!r}, "
                 "or run with --engine slowfast"
             )
-
-
-def check_choice(key: str, value: str, known: Iterable[str]) -> None:
-    """Raises ``ValueError`` naming ``key`` where its value is none of the known ones."""
-    if value not in known:
-        raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from stts_slowfast.keys import check_choice
 from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone import optim, resume
-from stts_slowfast.standalone.defaults import check_choice
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
 from stts_slowfast.standalone.fabric import __version__ as fabric_version
 from stts_slowfast.standalone.flops import count_gflops

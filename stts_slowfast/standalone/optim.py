@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import slowfast_state
 from stts_slowfast.hosts import find_blocks
+from stts_slowfast.keys import check_choice
 from stts_slowfast.schedule import param_groups
-from stts_slowfast.standalone.defaults import check_choice
 
 
 def lr_at(epoch: float, cfg) -> float:

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from stts_slowfast.standalone.defaults import check_choice, check_supported
+from stts_slowfast.keys import check_choice
+from stts_slowfast.standalone.defaults import check_supported
 from stts_slowfast.standalone.fabric import DDPStrategy, Fabric, MixedPrecision, Precision
 from stts_slowfast.standalone.places import INIT_METHOD, Place, check_gpus, find_places
 from stts_slowfast.standalone.report import log_to

@@ -8,9 +8,9 @@ import torch
 from iopath.common.file_io import g_pathmgr
 from torch import Tensor, nn
 
+from stts_slowfast.keys import check_choice
 from stts_slowfast.standalone import report
 from stts_slowfast.standalone.data import UNREADABLE, BadVideos, build_loader, prepare
-from stts_slowfast.standalone.defaults import check_choice
 from stts_slowfast.standalone.fabric import Fabric
 from stts_slowfast.standalone.report import Board, Timer
 from stts_slowfast.standalone.stops import Stop
