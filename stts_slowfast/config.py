@@ -51,21 +51,22 @@ def add_stts_config(cfg) -> None:
     # One window for all frames of a clip, its score the mean over the frames.
     cfg.STTS.SPACE.SHARED = False
 
-    # How gradients pass through the choice: perturbed (the paper's perturbed maximum), subset
-    # (exact, without noise), or what is registered in topk.OPERATORS.
-    cfg.STTS.OPERATOR = "perturbed"
-    # Standard deviation of the perturbed maximum's noise, temperature of subset (scores lie in
-    # 0..1).
-    cfg.STTS.SIGMA = 0.1
+    # How gradients pass through the choice: subset (exact, without noise), perturbed (the paper's
+    # perturbed maximum), or what is registered in topk.OPERATORS.
+    cfg.STTS.OPERATOR = "subset"
+    # Temperature of subset, standard deviation of the perturbed maximum's noise (0.1 in the paper;
+    # scores lie in 0..1).
+    cfg.STTS.SIGMA = 0.2
     # How sigma changes over training: linear (to 0) or constant.
     cfg.STTS.SIGMA_DECAY = "linear"
-    # Perturbations drawn per row of scores.
+    # Of perturbed: how many perturbations are drawn per row of scores.
     cfg.STTS.NUM_SAMPLES = 500
     # Of perturbed: exact (score function with baseline) or diagonal (as in the authors' code).
     cfg.STTS.GRADIENT = "exact"
 
-    # The backbone's learning rate is at most this share of SOLVER.BASE_LR.
-    cfg.STTS.BACKBONE_LR = 0.1
+    # The backbone's learning rate is at most this share of SOLVER.BASE_LR (0.1 in the paper; a
+    # backbone that is held back does not get used to what is left of a clip).
+    cfg.STTS.BACKBONE_LR = 1.0
     # For so many epochs the backbone's rate is 0 and only the scorers learn.
     cfg.STTS.FREEZE_BACKBONE_EPOCHS = 3.0
 

@@ -61,11 +61,11 @@ class Selector(nn.Module):
         scorer: nn.Module,
         block: int,
         keep: float | Sequence[float],
-        sigma: float = 0.1,
+        sigma: float = 0.2,
         sigma_decay: str = "linear",
         num_samples: int = 500,
         gradient: str = "exact",
-        operator: str = "perturbed",
+        operator: str = "subset",
     ):
         super().__init__()
         self.scorer = scorer

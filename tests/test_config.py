@@ -208,6 +208,7 @@ def test_whole_numbers_are_numbers(node):
     ],
 )
 def test_training_in_which_nothing_would_learn_is_refused(node, key, value, message):
+    node.OPERATOR = "perturbed"
     check_training(Settings.of_node(node))
     node[key] = value
     validate_stts(node, 16)  # evaluation has no use for either
@@ -216,7 +217,7 @@ def test_training_in_which_nothing_would_learn_is_refused(node, key, value, mess
 
 
 def test_one_sample_is_enough_where_it_gives_a_gradient(node):
-    node.NUM_SAMPLES = 1
+    node.OPERATOR, node.NUM_SAMPLES = "perturbed", 1
     for key, value in (("GRADIENT", "diagonal"), ("OPERATOR", "subset")):
         other = node.clone()
         other[key] = value

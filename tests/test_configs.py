@@ -53,6 +53,13 @@ def expected_steps(name):
     return MVIT_B[keep]
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "MVIT_B" in name or "SWIN" in name])
+def test_rows_of_the_paper_are_learned_as_in_the_paper(name):
+    node = load(name).STTS
+    assert (node.OPERATOR, node.SIGMA, node.SIGMA_DECAY) == ("perturbed", 0.1, "linear")
+    assert (node.NUM_SAMPLES, node.BACKBONE_LR) == (500, 0.1)
+
+
 def test_there_is_a_file_for_every_published_row():
     assert len(FILES) == 28
     assert {path.parent.name for path in FILES} == {"Kinetics", "SSv2"}

@@ -11,16 +11,16 @@ read -ra models <<< "${MODELS:-mvit timesformer video_swin}"
 for kind in "${kinds[@]}"; do
     data="$out/$kind"
     if [ ! -e "$data/video_swin.yaml" ]; then  # the last that it writes
-        stts make-data --kind "$kind" --out "$data" --test "${TEST:-256}" ${TRAIN:+--train "$TRAIN"}
+        stts make-data --kind "$kind" --out "$data" --test "${TEST:-256}" --train "${TRAIN:-1024}"
     fi
     for model in "${models[@]}"; do
         cfg="$data/$model.yaml"
-        stts run --engine standalone --cfg "$cfg" ${EPOCHS:+--opts SOLVER.MAX_EPOCH "$EPOCHS" SOLVER.WARMUP_EPOCHS 0.0}
+        stts run --engine standalone --cfg "$cfg" ${EPOCHS:+--opts SOLVER.MAX_EPOCH "$EPOCHS" SOLVER.WARMUP_EPOCHS 0.5}
         trained=("$data/run_$model/checkpoints/"checkpoint_epoch_*.pyth)
         stts study --cfg "$cfg" --checkpoint "${trained[-1]}" --out "$data/study_$model" \
             --time 0.25 --space 0.25 --both 0.5x0.5 --seeds "${SEEDS:-3}" \
-            --scorers learned change uniform random --train \
-            --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-6}" \
-            SOLVER.WARMUP_EPOCHS 0.0 STTS.FREEZE_BACKBONE_EPOCHS 1.0
+            --scorers ${SCORERS:-learned uniform random change} --train \
+            --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-2}" \
+            SOLVER.WARMUP_EPOCHS 0.0 STTS.FREEZE_BACKBONE_EPOCHS 0.5
     done
 done
