@@ -205,8 +205,8 @@ def test_compiled_selectors_note_nan_scores():
 
 
 @pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
-def test_the_operator_without_noise_trains_by_its_gradient(kind):
-    selector = kind(4, 0, 0.5, operator="subset")
+def test_the_default_operator_draws_nothing_and_trains_by_its_gradient(kind):
+    selector = kind(4, 0, 0.5)
     grid = torch.randn(2, 4, 6, 6, 4)
     assert torch.equal(selector(grid), selector(grid))  # nothing is drawn
     selector(grid).square().sum().backward()
