@@ -3,7 +3,8 @@
 # fine-tune and test each way to select at a quarter of the tokens, over several seeds.
 #   bash projects/stts/selection.sh [DIR]
 # What is done is not done again. A part of it: KINDS=motion MODELS=mvit SEEDS=1 bash ...
-# TRAIN and TEST set the numbers of videos, EPOCHS and TUNE_EPOCHS the length of both trainings.
+# TIME, SPACE and BOTH are the budgets, SCORERS who competes; TRAIN and TEST set the numbers of
+# videos, EPOCHS and TUNE_EPOCHS the length of both trainings.
 set -euo pipefail
 out="${1:-selection}"
 read -ra kinds <<< "${KINDS:-needle motion clutter}"
@@ -18,7 +19,7 @@ for kind in "${kinds[@]}"; do
         stts run --engine standalone --cfg "$cfg" ${EPOCHS:+--opts SOLVER.MAX_EPOCH "$EPOCHS" SOLVER.WARMUP_EPOCHS 0.5}
         trained=("$data/run_$model/checkpoints/"checkpoint_epoch_*.pyth)
         stts study --cfg "$cfg" --checkpoint "${trained[-1]}" --out "$data/study_$model" \
-            --time 0.25 --space 0.25 --both 0.5x0.5 --seeds "${SEEDS:-3}" \
+            --time ${TIME-0.25} --space ${SPACE-0.25} --both ${BOTH-0.5x0.5} --seeds "${SEEDS:-3}" \
             --scorers ${SCORERS:-learned uniform random change} --train \
             --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-2}" \
             SOLVER.WARMUP_EPOCHS 0.0 STTS.FREEZE_BACKBONE_EPOCHS 0.5
