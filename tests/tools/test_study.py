@@ -69,6 +69,18 @@ def test_rows_are_budgets_by_scorers_and_seeds(folder, tmp_path, capsys):
     assert "| time0.5-learned |" in told and "±" in told and str(tmp_path / "study.csv") in told
 
 
+def test_a_checkpoint_of_ranges_is_tested_at_each_budget(folder, tmp_path):
+    opts = ["STTS.TIME.KEEP", [[0.25, 0.9]], "STTS.SPACE.KEEP", [[0.25, 1.0]]]
+    cfg = load_config(str(folder / "config.yaml"), ["STTS.ENABLE", True, *opts])
+    save_checkpoint(str(folder / "ranges.pyth"), build_model(cfg), cfg, 1)
+    more = ("--time", "0.25", "0.5", "--space", "--both", "0.25x0.25", "--scorers", "learned")
+    command = words(folder, tmp_path, *more, "--opts", *map(str, opts), checkpoint="ranges.pyth")
+    assert cli.main(command) == 0
+    results = json.loads((tmp_path / "study.json").read_text())
+    kept = [sum(row["frames_kept"]) for row in results]
+    assert kept == pytest.approx([8, 2, 4, 2], abs=1e-2)
+
+
 def test_a_row_is_what_stts_run_tests(folder, tmp_path):
     more = ("--time", "0.5", "--space", "--both", "--scorers", "learned")
     assert cli.main(words(folder, tmp_path, *more)) == 0

@@ -157,6 +157,12 @@ def test_nothing_is_overwritten_unasked(words, tmp_path, capsys):
     assert Image.open(out).format == "PNG"
 
 
+def test_a_range_of_budgets_is_not_shown_as_one(words, tmp_path, capsys):
+    command = [*words, str(tmp_path / "b.mp4"), "--out", str(tmp_path / "strip.png"), "--opts"]
+    assert cli.main([*command, "STTS.TIME.KEEP", "[[0.25, 0.9]]"]) == 2
+    assert 'give one share to test (--opts STTS.TIME.KEEP "[0.9]")' in capsys.readouterr().err
+
+
 def test_film_is_the_video_with_what_was_dropped_dimmed(cfg, words, tmp_path, monkeypatch, capsys):
     white = np.full((20, 48, 64, 3), 250, np.uint8)
     makedata.write_video(str(tmp_path / "white.mp4"), white)
