@@ -187,21 +187,22 @@ class Settings:
             check_choice(key, value, [name for name, _ in registry])
         check_choice("STTS.GRADIENT", self.gradient, GRADIENTS)
         check_choice("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
-        _at_least("STTS.SIGMA", self.sigma, 0)
-        _at_least("STTS.NUM_SAMPLES", self.num_samples, 1)
-        _at_least("STTS.BACKBONE_LR", self.backbone_lr, 0)
-        _at_least("STTS.FREEZE_BACKBONE_EPOCHS", self.freeze_backbone_epochs, 0)
-        _at_least("STTS.SPACE.STRIDE", self.space_stride, 0)
-        for name in ("num_samples", "space_stride"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(
-                    f"STTS.{_key(name)} is {getattr(self, name)!r}: give a whole number"
-                )
-        for name in ("space_shared", "fused_attention", "true_distances"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"STTS.{_key(name)} is {getattr(self, name)!r}: give True or False"
-                )
+        for name in (
+            "sigma",
+            "num_samples",
+            "backbone_lr",
+            "freeze_backbone_epochs",
+            "space_stride",
+        ):
+            _at_least(f"STTS.{_key(name)}", getattr(self, name), int(name == "num_samples"))
+        for kind, right, names in (
+            (int, "a whole number", ("num_samples", "space_stride")),
+            (bool, "True or False", ("space_shared", "fused_attention", "true_distances")),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind):
+                    raise ValueError(f"STTS.{_key(name)} is {value!r}: give {right}")
         return {} if grids is None else plan(self, grids)
 
 
@@ -337,11 +338,8 @@ def _check_shares(key: str, shares: Mapping, num_blocks: int) -> None:
                 f"{key}.BLOCKS names block {block!r}: the model's blocks are 0 to {num_blocks - 1}"
             )
         pair = share if isinstance(share, (list, tuple)) else (share, share)
-        if (
-            len(pair) != 2
-            or not all(_is_number(end) for end in pair)
-            or not (0 < pair[0] <= pair[1] <= 1)
-        ):
+        numbers = len(pair) == 2 and all(map(_is_number, pair))
+        if not numbers or not 0 < pair[0] <= pair[1] <= 1:
             raise ValueError(
                 f"{key}.KEEP holds {share!r}: a share lies above 0 and up to 1; a range of them is "
                 "[low, high]"

@@ -125,6 +125,17 @@ def test_strips_that_cannot_be_drawn_leave_the_page(folders, tmp_path, capsys):
     assert cli.main(["report", str(folder), "--force"]) == 0
 
 
+def test_a_run_over_a_range_of_budgets_is_drawn_at_its_high_end(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "copy")
+    run = outputs.read_output(str(tmp_path / "copy"))
+    opts = ["STTS.ENABLE", True, "STTS.TIME.KEEP", [[0.25, 0.9]]]
+    cfg = load_config(str(Path(folders[1]).parent / "config.yaml"), opts)
+    save_checkpoint(run.checkpoint, build_model(cfg), cfg, 1)
+    assert cli.main(["report", str(tmp_path / "copy")]) == 0
+    page = Page((tmp_path / "copy" / "report.html").read_text())
+    assert "what was kept of some test videos" in [image["alt"] for image in page.images]
+
+
 def test_folders_without_a_run_are_refused(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "holds no json_stats.log, checkpoint or study.json" in capsys.readouterr().err
