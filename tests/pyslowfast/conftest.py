@@ -64,6 +64,7 @@ def cfg():
     cfg.MODEL.MODEL_NAME = "Transformer"
     cfg.STTS.ENABLE = True
     cfg.STTS.TIME.KEEP = [0.5]
+    cfg.STTS.SIGMA = cfg.STTS.BACKBONE_LR = 0.1
     cfg.STTS.SPACE.BLOCKS = [1]
     return cfg
 
