@@ -34,7 +34,10 @@ cp -r "$root"/{stts_slowfast,configs,setup.cfg,pyproject.toml,README.md,LICENSE}
 "${pip[@]}" --no-deps --no-build-isolation "$dir/run/sources"
 cp -r "$root/tests" "$root/pyproject.toml" "$dir/run"
 cd "$dir/run" # the installed package is what is tested, not the working tree
+# What compiles or exports is left out: the oldest compiler does not know all that these tests trace.
+echo "torch.compile and torch.export are not tested with the oldest versions"
 python -m pytest -q --import-mode=importlib -p no:cacheprovider \
+    -k "not compil and not exported and not has_no_place_for_it" \
     tests/test_topk.py tests/test_selectors.py tests/test_hooks.py tests/test_config.py \
     tests/backbones tests/checkpoints tests/standalone/test_defaults.py \
     tests/standalone/test_engine.py
