@@ -36,8 +36,8 @@ def test_configs_read_the_videos_in_full(data, tmp_path):
 
 
 def test_check_fails_where_learned_does_not_beat_random(capsys):
-    learned = {"scorer": "learned", "top1": 90.0, "frame_recall": 0.9}
-    other = {"scorer": "random", "top1": 50.0, "frame_recall": 0.3}
+    learned = {"scorer": "learned", "top1": 90.0, "box_recall": 0.9}
+    other = {"scorer": "random", "top1": 50.0, "box_recall": 0.3}
     assert quickstart.check([learned, other]) == 0
     assert quickstart.check([learned, {**other, "top1": 90.0}]) == 1
     assert "top1 90.0 does not beat" in capsys.readouterr().out
@@ -55,7 +55,9 @@ def test_whole_job_runs_and_tells_its_results(tmp_path, capsys, monkeypatch):
     assert [row["scorer"] for row in rows] == ["all", "learned", "uniform", "random"]
     for row in rows:
         assert 0 <= row["box_recall"] <= row["frame_recall"] <= 1 and row["clips_per_s"] > 0
-        assert sum(row["frames_kept"]) == pytest.approx(8 if row["scorer"] == "all" else 2)
+        assert sum(map(sum, row["tokens_kept"])) == pytest.approx(
+            64 if row["scorer"] == "all" else 16, abs=0.1
+        )
     everything, learned, uniform, random = rows
     assert everything["frame_recall"] == everything["box_recall"] == 1.0
     assert uniform["gflops"] == random["gflops"] < learned["gflops"] < everything["gflops"] / 2
