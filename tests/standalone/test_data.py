@@ -18,7 +18,7 @@ from stts_slowfast.standalone.data import UNREADABLE, ClipDataset, build_loader,
 from stts_slowfast.standalone.defaults import get_cfg
 from stts_slowfast.standalone.lists import list_ssv2
 from stts_slowfast.video import Video, VideoError, clip_span, frame_indices
-from stts_slowfast.video.badvideos import too_many
+from stts_slowfast.video.badvideos import BadVideos, Finding, too_many
 
 
 def write_video(path, num_frames=32, size=(48, 64), color=None):
@@ -197,6 +197,12 @@ def test_order_and_draws_follow_seed_epoch_and_item_alone(cfg, workers):
     assert torch.equal(ClipDataset(cfg, "train")[3, int(videos[0])][0][0], clips[0])
 
 
+def test_an_item_is_drawn_anew_in_every_epoch(cfg):
+    dataset = ClipDataset(cfg, "train")
+    clips = {dataset[epoch, 1][0].numpy().tobytes() for epoch in range(6)}
+    assert len(clips) > 3
+
+
 def test_reading_leaves_the_generators_alone(cfg):
     dataset = ClipDataset(cfg, "train")
     states = random.getstate(), torch.get_rng_state()
@@ -266,6 +272,51 @@ def test_broken_video_is_replaced_told_and_written_once(cfg, workers, caplog):
     assert record["kind"] == "unreadable" and "not a video" in record["reason"]
     next(iter(build_loader(cfg, "val")))  # another loader, of a resumed run
     assert len(written(cfg)) == 1
+
+
+def test_a_bad_video_is_written_once_over_restarts_and_processes(cfg):
+    finding = Finding(2, "2.mp4", "unreadable", "not a video")
+    for _ in range(3):
+        BadVideos(cfg, "train").add([finding])
+    BadVideos(cfg, "train").add([finding._replace(kind="damaged")])
+    assert [record["kind"] for record in written(cfg)] == ["unreadable", "damaged"]
+
+
+def _in_a_group(rank, cfg, store, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    bad = BadVideos(cfg, "test")
+    bad.add([Finding(2, "2.mp4", "unreadable", "gone")] * 2)  # both processes met it
+    if rank == 1:
+        bad.add([Finding(4, "4.mp4", "damaged", "cut"), Finding(5, "5.mp4", "unreadable", "cut")])
+    count = bad.count()
+    try:
+        bad.require_all(allow_missing=False)
+        error = ""
+    except ValueError as raised:
+        error = str(raised)
+    results.put((rank, count, error))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_count_bad_videos_together_and_all_of_them_stop(cfg, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=_in_a_group, args=(rank, cfg, tmp_path / "store", results))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert len(found) == 2
+    for _, count, error in found:
+        assert count == {"unreadable": 2, "damaged": 1}
+        assert "2 of the test videos" in error and "2.mp4: gone" in error and "5.mp4" in error
+    assert len(written(cfg)) == 3
 
 
 def test_broken_video_is_unreadable_in_all_its_test_views(cfg, tmp_path, caplog):
