@@ -22,7 +22,8 @@ SLOWFAST = {
     "slowfast/config/defaults.py": """
 from fvcore.common.config import CfgNode
 _C = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 1, "RNG_SEED": 0, "MODEL": {"MODEL_NAME": "Transformer"},
-              "TRAIN": {"ENABLE": True}, "MASK": {"ENABLE": False}, "DETECTION": {"ENABLE": False},
+              "TRAIN": {"ENABLE": True, "MIXED_PRECISION": False},
+              "MASK": {"ENABLE": False}, "DETECTION": {"ENABLE": False},
               "MVIT": {"REV": {"ENABLE": False}}, "SOLVER": {"LAYER_DECAY": 1.0, "BASE_LR": 0.1},
               "DATA": {}, "TEST": {}, "MULTIGRID": {"LONG_CYCLE": False, "SHORT_CYCLE": False}})
 def get_cfg():
@@ -98,6 +99,7 @@ def check_nan_losses(loss): ...
     "slowfast/visualization/tensorboard_vis.py": """
 class TensorboardWriter:
     def add_scalars(self, data_dict, global_step=None): ...
+    def plot_eval(self, preds, labels, global_step=None): ...
     def plot_weights_and_activations(self, weight_activation_dict): ...
 """,
     "tools/run_net.py": "",
