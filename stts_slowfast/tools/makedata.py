@@ -52,12 +52,13 @@ def main(args: argparse.Namespace) -> int:
     """Writes the videos of a kind.
 
     Raises:
-        ValueError: for sizes that the models cannot see in whole tokens.
+        ValueError: for sizes that the models cannot see in whole tokens, or see no classes in.
     """
-    for name in ("side", "frames"):
+    # In tokens of 2 x 2 pixels, needle's two diagonals would be one.
+    for name, least in (("side", 32), ("frames", 16)):
         size = getattr(args, name)
-        if size < 16 or size % 16:
-            raise ValueError(f"--{name} is {size}: give a multiple of 16")
+        if size < least or size % 16:
+            raise ValueError(f"--{name} is {size}: give a multiple of 16, at least {least}")
     for name in ("train", "test"):
         count = getattr(args, name)
         if count < NUM_CLASSES:

@@ -12,7 +12,7 @@ NUM_CLASSES = 4
 NUM_FRAMES = 32
 SIDE = 32  # pixels
 TOKEN_FRAMES = 8  # a model sees a video as so many frames of tokens,
-GRID = 8  # each of so many a side; objects are of 2 x 2, and begin where a token does
+GRID = 8  # each of so many a side; objects are of 2 x 2, needle's of 3 x 3
 
 # top, left, height and width in pixels
 Box = tuple[int, int, int, int]
@@ -47,15 +47,15 @@ def _add(frame: np.ndarray, picture: np.ndarray, top: int, left: int) -> None:
 
 
 def needle(label: int, rng: np.random.Generator, num_frames: int, side: int) -> Scene:
-    """a glyph for an eighth of the video; before and after it, elsewhere, its pixels shuffled"""
+    """a hatched glyph for an eighth of the video; its pixels shuffled, elsewhere, in the rest"""
     frames, boxes = _background(rng, num_frames, side), {}
     token, step = side // GRID, num_frames // TOKEN_FRAMES
     shown = int(rng.integers(TOKEN_FRAMES))
     for moment in range(TOKEN_FRAMES):
-        picture = glyph(2 * token, label)
+        picture = glyph(3 * token, label)
         if moment != shown:
             picture = rng.permutation(picture.flatten()).reshape(picture.shape)
-        top, left = token * rng.integers(GRID - 1, size=2)
+        top, left = token * rng.integers(GRID - 2, size=2)
         for number in range(moment * step, (moment + 1) * step):
             _add(frames[number], picture, top, left)
             if moment == shown:
@@ -64,10 +64,10 @@ def needle(label: int, rng: np.random.Generator, num_frames: int, side: int) -> 
 
 
 def glyph(size: int, label: int) -> np.ndarray:
-    """A square with two strokes in one of four directions, which fill half of its pixels."""
+    """A square hatched in one of four directions: each of its 3 x 3 tokens alike, half filled."""
     rows, columns = np.mgrid[:size, :size]
-    across = (rows, columns, rows + columns, rows - columns)[label]
-    return across % (size // 2) < size // 4
+    across, token = (rows, columns, rows + columns, rows - columns)[label], size // 3
+    return across % token < token // 2
 
 
 def motion(label: int, rng: np.random.Generator, num_frames: int, side: int) -> Scene:

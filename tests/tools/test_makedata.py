@@ -76,6 +76,14 @@ def test_needle_is_the_glyph_for_an_eighth_and_its_pixels_shuffled_else(kind, da
         assert abs(light[true.frames].mean() - light.mean()) < 0.03 * light.mean()
 
 
+def test_every_token_of_a_glyph_shows_its_class_and_is_half_filled(kind):
+    only(kind, "needle")
+    tokens = [scenes.glyph(12, label)[:4, :4] for label in range(4)]
+    for label, token in enumerate(tokens):
+        assert token.sum() == 8 and (scenes.glyph(12, label) == np.tile(token, (3, 3))).all()
+    assert len({token.tobytes() for token in tokens}) == 4
+
+
 def best_match(frame, glyph):
     """The highest correlation of a frame's places with a glyph."""
     pattern = glyph - glyph.mean()
@@ -148,6 +156,8 @@ def test_sizes_without_whole_tokens_are_refused(tmp_path, capsys):
     words = ["make-data", "--kind", "needle", "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--side", "50"]) == 2
     assert "--side is 50: give a multiple of 16" in capsys.readouterr().err
+    assert cli.main([*words, "--side", "16"]) == 2
+    assert "--side is 16: give a multiple of 16, at least 32" in capsys.readouterr().err
     assert cli.main([*words, "--frames", "8"]) == 2
     assert cli.main([*words, "--test", "3"]) == 2
     assert "--test is 3: give each of the 4 classes a video" in capsys.readouterr().err
