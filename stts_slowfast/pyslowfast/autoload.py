@@ -22,7 +22,7 @@ HOOKS = {
     "slowfast.datasets.decoder": ["decoder.mend_decoder"],
     "slowfast.datasets.kinetics": ["badvideos.mend_bad_videos"],
     "slowfast.models.attention": ["fused.register"],
-    "slowfast.models.build": ["guard.wrap_build_model"],
+    "slowfast.models.build": ["shards.wrap_build_model"],
     "slowfast.datasets.loader": ["compat.tools.mend_visualization"],
     "slowfast.models.optimizer": ["training.wrap_optimizer", "compat.tools.mend_mt_adamw"],
     "slowfast.models.ptv_model_builder": ["compat.tools.mend_ptv_mvit"],

@@ -6,7 +6,7 @@ own, so that one of them failing leaves the others.
 
 from torch import nn
 
-from stts_slowfast.pyslowfast import autoload, shards
+from stts_slowfast.pyslowfast import autoload
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.selectors import Selector
 
@@ -21,11 +21,6 @@ def enabled(cfg) -> bool:
 def wrap_config(defaults) -> None:
     """``assert_and_infer_cfg``, with which a launcher ends reading its config."""
     wrap(defaults, "assert_and_infer_cfg", _assert_config)
-
-
-def wrap_build_model(build) -> None:
-    """``slowfast.models.build.build_model``, through which every tool gets its model."""
-    wrap(build, "build_model", _build_model)
 
 
 def confirm(cfg) -> None:
@@ -75,10 +70,3 @@ def check_selectors(model: nn.Module, cfg) -> None:
 def _assert_config(assert_and_infer_cfg, cfg):
     confirm(cfg)
     return assert_and_infer_cfg(cfg)
-
-
-def _build_model(build_model, cfg, *args, **kwargs):
-    confirm(cfg)
-    model = shards.build_model(build_model, cfg, *args, **kwargs)
-    check_selectors(model, cfg)
-    return model

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs import config as yacs
 
 from stts_slowfast.pyslowfast import precision
+from stts_slowfast.pyslowfast.guard import check_selectors, confirm
 from stts_slowfast.pyslowfast.wrap import wrap
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,19 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def build_model(stock, cfg, *args, **kwargs) -> nn.Module:
+def wrap_build_model(build) -> None:
+    """``slowfast.models.build.build_model``, through which every tool gets its model."""
+    wrap(build, "build_model", _build_model)
+
+
+def _build_model(build_model, cfg, *args, **kwargs) -> nn.Module:
+    confirm(cfg)
+    model = _built(build_model, cfg, *args, **kwargs)
+    check_selectors(model, cfg)
+    return model
+
+
+def _built(stock, cfg, *args, **kwargs) -> nn.Module:
     """SlowFast's ``build_model``, and DDP on a CPU, which that does not know."""
     if not isinstance(cfg.NUM_GPUS, OneOfMany) or cfg.NUM_GPUS:
         return stock(cfg, *args, **kwargs)
@@ -104,8 +117,6 @@ def _launch(launch_job, cfg, init_method, func, daemon=False):
 
 def _run(func, cfg):
     """Runs one of a launcher's jobs, in whichever process."""
-    from stts_slowfast.pyslowfast.guard import confirm
-
     global _job
     confirm(cfg)
     _job = getattr(func, "__name__", "")

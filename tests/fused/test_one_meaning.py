@@ -90,6 +90,8 @@ def test_numbers_do_not_depend_on_fusion(family, selection, training):
             model = attach(
                 copy.deepcopy(stock),
                 **SELECTIONS[selection],
+                operator="perturbed",
+                sigma=0.1,
                 num_samples=20,
                 fused_attention=fuse,
                 true_distances=true_distances,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stts_slowfast.pyslowfast import autoload, guard
+from stts_slowfast.pyslowfast import autoload, guard, shards
 
 REPO = Path(__file__).parents[2]
 HOOKS = [function for functions in autoload.HOOKS.values() for function in functions]
@@ -242,11 +242,11 @@ def test_an_optimizer_wants_the_selectors_of_its_config(registry, cfg):
 
 def test_a_model_built_past_the_registry_is_refused(registry, cfg):
     build = SimpleNamespace(build_model=lambda cfg, gpu_id=None: registry.get("Transformer")(cfg))
-    guard.wrap_build_model(build)
+    shards.wrap_build_model(build)
     cfg.NUM_GPUS = 0
     assert list(build.build_model(cfg, gpu_id=None).stts) == ["time_0", "space_1"]
     stock = registry.get("Transformer").__wrapped__
     past = SimpleNamespace(build_model=lambda cfg: stock(cfg))
-    guard.wrap_build_model(past)
+    shards.wrap_build_model(past)
     with pytest.raises(RuntimeError, match="has none: build it with this config"):
         past.build_model(cfg)

@@ -253,11 +253,12 @@ def test_datasets_give_clips(get_cfg, videos, backend, mode):
 
 
 @BACKENDS
-def test_a_broken_file_is_replaced_by_another(get_cfg, videos, backend):
+def test_a_broken_file_is_replaced_by_another(get_cfg, videos, backend, tmp_path):
     from slowfast.datasets import build_dataset
 
     random.seed(0)
-    cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", backend)
+    places = "DATA.PATH_TO_DATA_DIR", str(videos), "OUTPUT_DIR", str(tmp_path)
+    cfg = get_cfg(*places, "DATA.DECODING_BACKEND", backend)
     dataset = build_dataset("kinetics", cfg, "train")
     broken = len(dataset) - 1
     assert dataset._path_to_videos[broken].endswith("broken.mp4")
