@@ -38,7 +38,7 @@ def test_yaml_and_opts_override_the_node(checkout, tmp_path):
     [
         ("TIME: {KEPE: [0.5]}", ["STTS.TIME.KEPE", "[0.5]"], r"did you mean STTS.TIME.KEEP\?"),
         ("TIME: {KEEP: 0.5}", ["STTS.TIME.KEEP", "0.5"], r"takes a list, such as \[0.9\]"),
-        ("SIGMA: much", ["STTS.SIGMA", "much"], "it takes a number, such as 0.1"),
+        ("SIGMA: much", ["STTS.SIGMA", "much"], "it takes a number, such as 0.2"),
         ("TIME: 3", ["STTS.TIME", "3"], "give one of STTS.TIME.BLOCKS, STTS.TIME.KEEP"),
     ],
 )
