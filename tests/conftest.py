@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from stts_slowfast.standalone import stops
 from stts_slowfast.standalone.defaults import get_cfg
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -37,6 +38,12 @@ class Golden:
             if name in cfg[node]:
                 cfg[node][name] = value
         return cfg
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A stopped run in this very process is not ended by force, however busy the machine is."""
+    monkeypatch.setattr(stops, "GRACE", 600.0)
 
 
 @pytest.fixture
