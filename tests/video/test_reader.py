@@ -18,6 +18,10 @@ from stts_slowfast.video import Video, VideoError, decode_clip, probe, reader, t
 
 SIZE = (32, 48)
 
+needs_index = pytest.mark.skipif(
+    not hasattr(av.stream.Stream, "index_entries"), reason="PyAV before 17 tells of no index"
+)
+
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch):
@@ -36,6 +40,8 @@ def write_video(
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width = size
         if turn:
+            if not hasattr(stream, "set_display_rotation"):
+                pytest.skip("PyAV before 18 writes no videos that are turned")
             stream.set_display_rotation(turn)
         stream.pix_fmt = "yuv420p"
         if time_base:
@@ -159,6 +165,7 @@ def count_packets(monkeypatch):
     return read
 
 
+@needs_index
 def test_an_index_saves_reading_the_packets(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", num_frames=600, g="12", bf="2")
     expected = decode_all(path)
@@ -170,6 +177,7 @@ def test_an_index_saves_reading_the_packets(tmp_path, monkeypatch):
         np.testing.assert_array_equal(frames, np.stack([expected[302], expected[304]]))
 
 
+@needs_index
 def test_an_index_that_is_wrong_is_not_believed(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", g="12", bf="2")
     expected = decode_all(path)
