@@ -129,7 +129,8 @@ def look(run):
     script = run.tmp_path / "look.py"
     script.write_text(LOOK)
     command = [sys.executable, str(script), str(run.write())]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    output = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert output.returncode == 0, output.stderr
     lines = [line.split()[1:] for line in output.stdout.splitlines() if line.startswith("LOOK")]
     return [(int(rank), int(seed), halves == "True", int(frames))
             for rank, seed, halves, frames in lines]  # fmt: skip
