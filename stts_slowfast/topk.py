@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stts_slowfast.keys import check_choice
+
 # What STTS.OPERATOR names: functions of (scores (B, d), k, sigma, num_samples, gradient) that give
 # float32 indicators (B, k, d), whose rows sum to 1 and are one-hot where sigma is 0.
 OPERATORS = Registry("OPERATORS")
@@ -72,8 +74,7 @@ def perturbed_topk(
             an unknown ``gradient``, or ``noise`` of another shape.
     """
     _check(scores, k)
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient is {gradient!r}: use one of {', '.join(GRADIENTS)}")
+    check_choice("gradient", gradient, GRADIENTS)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: draw at least one")
     with full_precision(scores):

@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from stts_slowfast.keys import check_choice
+
 DTYPES = ("", "float16", "bfloat16")
 
 
@@ -17,8 +19,7 @@ def autocast(cfg):
     """
     mixed = "TRAIN" in cfg and cfg.TRAIN.MIXED_PRECISION
     dtype = cfg.TRAIN.get("MIXED_PRECISION_DTYPE", "") if mixed else ""
-    if dtype not in DTYPES:
-        raise ValueError(f"TRAIN.MIXED_PRECISION_DTYPE is {dtype!r}: use one of {DTYPES}")
+    check_choice("TRAIN.MIXED_PRECISION_DTYPE", dtype, DTYPES)
     if dtype == "float16" and not cfg.NUM_GPUS:
         raise ValueError(
             "TRAIN.MIXED_PRECISION_DTYPE is 'float16' and NUM_GPUS is 0, but SlowFast has float16 "
