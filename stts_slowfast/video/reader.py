@@ -166,8 +166,8 @@ class Video:
         """Sets ``_times``, ``fps`` and ``duration``."""
         self._times = _memory.get(key)
         if self._times is None:
-            size = self._file.seek(0, os.SEEK_END)
-            self._file.seek(0)
+            where, size = self._file.tell(), self._file.seek(0, os.SEEK_END)
+            self._file.seek(where)  # where the container left it
             self._times = from_index(self._stream, size) or self._read_times()
             _memory.put(key, self._times)
         self._blame(self._times.damage)
@@ -175,7 +175,7 @@ class Video:
 
     def _read_times(self) -> Times:
         self._reopen()
-        times = from_packets(self._container, self._stream)
+        times = from_packets(self._container, self._stream, self._file)
         self._blame(times.damage)
         if not times.timed:
             times.num_frames = self._count()

@@ -7,8 +7,10 @@ keyframe. So sorting one group's time stamps numbers its frames exactly, and the
 keep an index of all packets (mp4, mov) need only the groups read that are asked for.
 """
 
+import os
 from array import array
 from collections import OrderedDict
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -113,9 +115,10 @@ def from_index(stream: av.video.stream.VideoStream, size: int) -> Times | None:
 
 
 def from_packets(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, file: BinaryIO
 ) -> Times:
-    """By reading all packets, none of which is kept."""
+    """By reading all packets out of ``file``, none of which is kept."""
+    errors, _ = av.logging.get_last_error()
     pts, keys = array("q"), array("q")
     previous, count, rising, reliable, broken = UNKNOWN, 0, True, True, ""
     try:
@@ -137,7 +140,7 @@ def from_packets(
         if not count:
             raise
         broken = f"it breaks off: {error.strerror}"
-    damage = _ends_early(container, stream, count, pts) or broken
+    damage = _ends_early(container, stream, count, file, errors) or broken
     # AVI has no times of showing: for H.264 and HEVC FFmpeg makes them up in the order of packets.
     reorders = stream.codec_context.has_b_frames and container.format.name == "avi"
     ordered = np.sort(np.array(pts, np.int64))
@@ -147,16 +150,39 @@ def from_packets(
     return Times(ordered, np.searchsorted(ordered, keys), keys, damage=damage)
 
 
-def _ends_early(container, stream: av.video.stream.VideoStream, count: int, pts: array) -> str:
-    """Whether a file holds clearly less than its header promises."""
+def _ends_early(container, stream, count: int, file: BinaryIO, errors: int) -> str:
+    """Whether a file holds less than it promises: clearly less than the frames of its header, or
+    at all less than the bytes of its parts."""
     if stream.frames and count < 0.98 * stream.frames - 1:
         return f"it ends early: {count} of {stream.frames} frames are there"
-    promised = (container.duration or 0) / av.time_base
-    if len(pts) > 1 and not stream.frames and "matroska" in container.format.name:
-        seconds = float((max(pts) - min(pts)) * stream.time_base)
-        if seconds < min(promised - 1, 0.9 * promised):
-            return f"it ends early: {seconds:.1f} of {promised:.1f} s are there"
+    number, said = av.logging.get_last_error()
+    if number != errors and "ended prematurely" in said[2]:  # Matroska's elements have sizes
+        return "it ends early: in the middle of what its header promises"
+    where, size = file.tell(), file.seek(0, os.SEEK_END)
+    torn = _is_torn(container.format.name, file, size)
+    file.seek(where)  # where the container left it
+    entries = getattr(stream, "index_entries", None) or ()
+    if torn or any(entry.pos + entry.size > size for entry in entries):
+        return f"it ends early: its last part goes on beyond its {size} bytes"
     return ""
+
+
+def _is_torn(name: str, file: BinaryIO, size: int) -> bool:
+    """Whether the last chunk of an AVI, or the last packet of a transport stream, is not whole."""
+    end = 0
+    if name == "mpegts":
+        file.seek(max(size - 3 * 204, 0))
+        tail = file.read()
+        # The byte that begins a packet; of 192, the first four are a time.
+        ends = (tail[-first::-length][:3] for first, length in ((188, 188), (188, 192), (204, 204)))
+        return b"GGG" not in ends
+    while name == "avi" and end < size:
+        file.seek(end)
+        kind, length = file.read(4), file.read(4)
+        if kind != b"RIFF":
+            return False
+        end += 8 + int.from_bytes(length, "little")
+    return end > size
 
 
 class Memory:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -369,16 +370,66 @@ def test_truncated_download_gives_the_frames_it_has(tmp_path):
         assert video.decode([video.num_frames - 1]).shape == (1, *SIZE, 3)
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi"])
+CUT = {
+    "a.mp4": {"movflags": "faststart"},
+    "a.mov": {"movflags": "faststart"},
+    "fragmented.mp4": {"movflags": "frag_keyframe+empty_moov"},
+    "a.mkv": {},
+    "of_no_length.mkv": {"live": "1"},
+    "a.ts": {},
+    "with_times.m2ts": {"mpegts_m2ts_mode": "1"},
+    "a.avi": {},
+}
+
+
+@pytest.mark.parametrize("name", CUT)
 def test_files_that_end_early_are_called_damaged(tmp_path, name):
-    mux = {"movflags": "faststart"} if name == "a.mp4" else {}
-    path = write_video(tmp_path / name, num_frames=300, g="12", mux=mux)
-    data = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(data[: len(data) * 6 // 10])
-    with Video(path) as video:
-        video.decode([0, video.num_frames - 1])
-        assert name == "a.ts" or video.damage, "a .ts has no header that says how long it is"
-        assert name in ("a.ts", "a.avi") or "ends early" in video.damage
+    """On opening, whatever is asked for."""
+    data = Path(write_video(tmp_path / name, g="12", bf="2", mux=CUT[name])).read_bytes()
+    for share in (0.6, 0.85):  # of 60 frames, which is far less than a second
+        size = int(len(data) * share) // 188 * 188 + 100
+        with Video(data[:size]) as video:
+            assert video.damage, size
+    with Video(data) as video:
+        video.decode(range(video.num_frames))
+        assert video.damage == ""
+
+
+@needs_index
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi"])
+def test_a_last_frame_that_is_missing_is_told(tmp_path, name):
+    path = write_video(tmp_path / name, codec="mpeg4", g="12", mux=CUT[name])
+    with av.open(path) as container:
+        last = container.streams.video[0].index_entries[59].pos
+    with Video(Path(path).read_bytes()[:last]) as video:
+        assert video.num_frames == 59 and "ends early" in video.damage
+
+
+def test_fewer_frames_than_the_header_says_are_told(tmp_path):
+    data = Path(write_video(tmp_path / "a.avi", codec="mpeg4", g="12")).read_bytes()
+    count = data.index(b"strh") + 40
+    with Video(data[:count] + (300).to_bytes(4, "little") + data[count + 4 :]) as video:
+        assert video.damage == "it ends early: 60 of 300 frames are there"
+
+
+def test_a_transport_stream_cut_between_packets_is_told_as_far_as_it_can_be(tmp_path, monkeypatch):
+    """Where frames have lengths, on opening; else once its last frame is decoded. Between two
+    frames nothing in the file says that others followed."""
+    monkeypatch.setitem(globals(), "SIZE", (128, 192))
+    for omit in "01":
+        mux = {"omit_video_pes_length": omit}
+        path = write_video(tmp_path / "a.ts", g="12", bf="0", crf="20", mux=mux)
+        data = Path(path).read_bytes()
+        packets = [data[place : place + 188] for place in range(0, len(data), 188)]
+        begins = [place for place, packet in enumerate(packets) if packet[1:3] == b"\x41\x00"]
+        assert len(begins) == 60 and begins[41] - begins[40] > 5
+        with Video(b"".join(packets[: begins[40] + 3])) as video:
+            assert bool(video.damage) == (omit == "0")
+            video.decode([video.num_frames - 1])
+            assert video.damage
+        with Video(b"".join(packets[: begins[41]])) as video:
+            video.decode(range(video.num_frames))
+            assert video.num_frames == 41 and video.damage == ""
 
 
 def flip_bytes(path, count, seed=0):
