@@ -248,6 +248,41 @@ def test_a_process_that_does_not_listen_ends_all_the_same():
         assert b"did not end within 1 s" in process.stderr.read()
 
 
+HUNG = """
+import os, sys
+from stts_slowfast.standalone import data, engine, stops
+from stts_slowfast.standalone.defaults import load_config
+
+def hung(path, **keys):
+    os.write(1, b"waits\\n")
+    return open(sys.argv[2])  # a pipe that nobody writes to
+
+stops.GRACE, data.Video = 1.0, hung
+engine.train(load_config(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("readers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, readers, number):
+    cfg.DATA_LOADER.NUM_WORKERS = readers
+    pipe = run.tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = [sys.executable, "-c", HUNG, str(run.write()), str(pipe)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(words, start_new_session=True, **pipes)
+    try:
+        for _ in range(readers or 1):
+            wait_for("waits", process)
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=30) == 128 + number and all_gone(process.pid)
+        said = process.stdout.read()
+        assert "did not end within 1 s" in said and "Traceback" not in said
+    finally:
+        for pid in alive(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
 LATE = """
 import os, signal, subprocess, sys
 from stts_slowfast.standalone import stops
@@ -279,6 +314,14 @@ def alive(session):
     return found
 
 
+def all_gone(session):
+    """Whether all processes of a session are gone within 10 s."""
+    until = time.monotonic() + 10
+    while alive(session) and time.monotonic() < until:
+        time.sleep(0.1)
+    return not alive(session)
+
+
 def wait_for(text, process):
     """Reads a command's output up to a line with this text."""
     lines = []
@@ -299,10 +342,7 @@ def test_a_killed_process_takes_all_others_along(run, cfg, processes):
         # the one that was started last but for the readers: a rank, or the run itself
         victim = process.pid if processes == 1 else sorted(ranks(process.pid))[-1]
         os.kill(victim, signal.SIGKILL)
-        until = time.monotonic() + 10
-        while alive(process.pid) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert len(everyone) >= 1 + 2 * processes and alive(process.pid) == []
+        assert len(everyone) >= 1 + 2 * processes and all_gone(process.pid)
     finally:
         for pid in alive(process.pid):
             os.kill(pid, signal.SIGKILL)
