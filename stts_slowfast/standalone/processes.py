@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import re
 import signal
 import time
 import traceback
@@ -29,6 +28,7 @@ from stts_slowfast.standalone.stops import (
     end_soon,
     hold,
     listen,
+    lost_reader,
 )
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
                 lifeline.release()
             elif lifeline:  # whatever still waits for the others
                 end_soon("did not end after an error")
-            lost = _lost_worker(error)
+            lost = lost_reader(error)
             end_children(before)
             # The loaders go now, while signals are listened to, not with the last traceback.
             traceback.clear_frames(error.__traceback__)
@@ -192,7 +192,7 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
             if lost and stop.number:  # whatever ended the reader was to end the run
                 raise Interrupted(number=stop.number) from error
             if lost:
-                raise ChildProcessError(lost) from error
+                raise lost from error
             raise
         if lifeline:
             lifeline.release()
@@ -200,23 +200,6 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
         stop.check()
         logger.info("done in %.1f s", time.perf_counter() - start)
         return result
-
-
-def _lost_worker(error: BaseException) -> str | None:
-    """What to say where a loader's process was killed; None for any other error."""
-    text = " ".join(str(error).split())
-    match = re.search(r"DataLoader worker.*?(killed by signal: \w+|exited unexpectedly)", text)
-    how = match.group(1) if match and not text.startswith("Caught") else None
-    if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
-        # It ended while a tensor of its was on the way.
-        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-        how = "in the middle of a batch" if any("reductions.py" in name for name in files) else None
-    elif not isinstance(error, RuntimeError):
-        how = None
-    return how and (
-        f"a process that reads videos was lost ({how}): if nobody killed it, memory was short: "
-        "lower DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint"
-    )
 
 
 def open_fabric(cfg, place: Place) -> Fabric:

@@ -11,11 +11,13 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import re
 import select
 import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Collection
 
 GRACE = 8.0  # seconds between a signal and the end by force
@@ -175,6 +177,23 @@ def end_children(spared: Collection = ()) -> None:
         child.join(1.0)
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
+
+
+def lost_reader(error: BaseException) -> ChildProcessError | None:
+    """What to say where a loader's process was killed; None for any other error."""
+    text = " ".join(str(error).split())
+    match = re.search(r"DataLoader worker.*?(killed by signal: \w+|exited unexpectedly)", text)
+    how = match.group(1) if match and not text.startswith("Caught") else None
+    if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
+        # It ended while a tensor of its was on the way.
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        how = "in the middle of a batch" if any("reductions.py" in name for name in files) else None
+    elif not isinstance(error, RuntimeError):
+        how = None
+    return how and ChildProcessError(
+        f"a process that reads videos was lost ({how}): if nobody killed it, memory was short: "
+        "lower DATA_LOADER.NUM_WORKERS. The same command goes on from what was written last"
+    )
 
 
 # --- processes of one run watch over each other --------------------------------------------------

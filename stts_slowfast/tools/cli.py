@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from stts_slowfast.extras import explain
+from stts_slowfast.standalone.stops import lost_reader
 
 # Subcommand -> the module that has add_arguments(parser) and main(args) -> int | None, and what
 # it does. A module is imported when its command is called, so that `stts --help` is quick.
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stts: {str(stop) or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "status", 130)
     except Exception as error:
-        error = explain(error) or error
+        error = explain(error) or lost_reader(error) or error
         if args.traceback or os.environ.get("STTS_TRACEBACK") or not _is_mendable(error):
             traceback.print_exc()
             return 2 if _is_mendable(error) else 1

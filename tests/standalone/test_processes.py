@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from stts_slowfast.standalone import engine, processes
+from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.places import free_port
 
 
@@ -194,10 +194,3 @@ def test_whatever_ends_a_process_comes_back_at_once(run, error, said):
     command = [sys.executable, str(script), str(run.write()), error]
     output = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert said in output.stdout, output
-
-
-def test_a_lost_reader_is_told_in_one_line():
-    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert "(killed by signal: Killed)" in processes._lost_worker(error)
-    caught = RuntimeError("Caught ValueError in DataLoader worker process 0. exited unexpectedly")
-    assert processes._lost_worker(caught) is None

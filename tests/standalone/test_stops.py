@@ -166,10 +166,20 @@ def test_a_killed_reader_is_one_line(run, cfg, whole):
     def reader():
         return multiprocessing.active_children()[0].pid
 
-    with pytest.raises(ChildProcessError, match=r"reads videos was lost .*goes on from the last"):
+    with pytest.raises(ChildProcessError, match=r"reads videos was lost .*goes on from what"):
         engine.train(cfg, watch=Signal(4, signal.SIGKILL, reader))
     assert multiprocessing.active_children() == []
     goes_on_to(run, cfg, whole)
+
+
+def test_a_lost_reader_is_told_from_an_error_in_one():
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert "(killed by signal: Killed)" in str(stops.lost_reader(error))
+    for error in (
+        RuntimeError("Caught ValueError in DataLoader worker process 0. exited unexpectedly"),
+        ConnectionResetError("of a disk in the net"),
+    ):
+        assert stops.lost_reader(error) is None
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])

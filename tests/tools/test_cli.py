@@ -11,8 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from torch.utils.data import get_worker_info
 
+from stts_slowfast import build_model
+from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.pyslowfast import launch
+from stts_slowfast.standalone.data import ClipDataset
 from stts_slowfast.tools import cli, run
 from stts_slowfast.yamlfiles import find_config
 
@@ -133,6 +137,37 @@ def test_mistakes_are_one_line_and_status_2(config, capsys, opts, message):
     assert cli.main(["run", "--cfg", config, "--opts", *opts]) == 2
     line = error_line(capsys)
     assert line.startswith("stts: error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("train", "run --cfg CONFIG --opts DATA_LOADER.NUM_WORKERS 1"),
+        ("test", "study --out OUT --cfg CONFIG --opts DATA_LOADER.NUM_WORKERS 1"),
+        ("train", "study --out OUT --cfg CONFIG --train --opts DATA_LOADER.NUM_WORKERS 1"),
+        ("train", "bench CONFIG --data --workers 1"),
+        ("test", "bench CONFIG --end-to-end --workers 1"),
+    ],
+)
+def test_a_killed_reader_is_one_line(config, tiny_cfg, capfd, monkeypatch, tmp_path, split, words):
+    real = ClipDataset._read
+
+    def killed(dataset, *args):
+        if dataset.split == split:
+            assert get_worker_info() is not None
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(dataset, *args)
+
+    monkeypatch.setattr(ClipDataset, "_read", killed)
+    words = words.replace("CONFIG", config).replace("OUT", str(tmp_path / "study")).split()
+    if words[0] == "study":
+        path = str(tmp_path / "start.pyth")
+        save_checkpoint(path, build_model(tiny_cfg), tiny_cfg, 1)
+        words[1:1] = ["--checkpoint", path, "--time", "--space", "--both", "--seeds", "1"]
+    assert cli.main(words) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("stts: error: a process that reads videos was lost (")
 
 
 def test_a_missing_config_is_one_line(capsys, tmp_path):
