@@ -180,7 +180,10 @@ def end_children(spared: Collection = ()) -> None:
 
 
 def lost_reader(error: BaseException) -> ChildProcessError | None:
-    """What to say where a loader's process was killed; None for any other error."""
+    """What to say where a loader's process was killed; None for any other error.
+
+    PyTorch tells of it by a signal's handler, amid whatever runs: that may fail of it, too.
+    """
     text = " ".join(str(error).split())
     match = re.search(r"DataLoader worker.*?(killed by signal: \w+|exited unexpectedly)", text)
     how = match.group(1) if match and not text.startswith("Caught") else None
@@ -190,7 +193,9 @@ def lost_reader(error: BaseException) -> ChildProcessError | None:
         how = "in the middle of a batch" if any("reductions.py" in name for name in files) else None
     elif not isinstance(error, RuntimeError):
         how = None
-    return how and ChildProcessError(
+    if how is None:
+        return error.__context__ and lost_reader(error.__context__)
+    return ChildProcessError(
         f"a process that reads videos was lost ({how}): if nobody killed it, memory was short: "
         "lower DATA_LOADER.NUM_WORKERS. The same command goes on from what was written last"
     )

@@ -175,6 +175,9 @@ def test_a_killed_reader_is_one_line(run, cfg, whole):
 def test_a_lost_reader_is_told_from_an_error_in_one():
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     assert "(killed by signal: Killed)" in str(stops.lost_reader(error))
+    amid = KeyError("a thread that was being started")
+    amid.__context__ = error
+    assert stops.lost_reader(amid)
     for error in (
         RuntimeError("Caught ValueError in DataLoader worker process 0. exited unexpectedly"),
         ConnectionResetError("of a disk in the net"),
