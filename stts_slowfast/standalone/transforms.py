@@ -92,6 +92,7 @@ def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
     if cfg.DATA.RANDOM_FLIP:
         steps.append(v2.RandomHorizontalFlip())
     steps.append(functools.partial(_to_model, reverse=cfg.DATA.REVERSE_INPUT_CHANNEL))
+    steps.append(_contiguous)
     if augment and cfg.AUG.RE_PROB > 0:  # normal noise of a normalised clip does not fit in uint8
         normalise = functools.partial(prepare, cfg=cfg)
         steps.append(RandomErasing(cfg.AUG.RE_PROB, cfg.AUG.RE_MODE, cfg.AUG.RE_COUNT, normalise))
@@ -213,6 +214,10 @@ def _to_model(clip: torch.Tensor, reverse: bool) -> torch.Tensor:
     """(T, 3, H, W) -> (3, T, H, W), in the order of channels that the model wants."""
     clip = clip.transpose(0, 1)
     return clip.flip(0) if reverse else clip
+
+
+def _contiguous(clip: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(clip.numpy()))  # several times PyTorch's speed
 
 
 def _check_crop(scale_key: str, scale: int, size_key: str, size: int) -> None:

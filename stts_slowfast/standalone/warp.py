@@ -1,21 +1,23 @@
 """Moves all frames of a clip by one affine map, with the pixels that PIL would give.
 
-A map is the same for all frames, so it is made once, as a sparse matrix from input to output pixels
-(4 or 16 weights in a row), and multiplied with all frames and channels at a time. Neither PIL's
-bicubic kernel (a = -1) nor its border is that of ``torch.nn.functional.grid_sample``.
+Where a map moves pixels along one axis alone (shears, shifts), every line is a sum of a few shifted
+copies of itself; else each output pixel is a weighted sum of 4 or 16 input pixels. Either is worked
+out once for all frames. Neither PIL's bicubic kernel (a = -1) nor its border is that of
+``torch.nn.functional.grid_sample``.
 """
 
-import warnings
+import itertools
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 GREY = 128
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def warp(clip: Tensor, matrix: tuple[float, ...], bicubic: bool, box: Box | None = None) -> Tensor:
-    """Frames (T, 3, H, W) uint8 as ``Image.transform`` with ``Image.AFFINE`` and grey outside; of
+def warp(frames: np.ndarray, matrix: tuple[float, ...], bicubic: bool, box: Box) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 as ``Image.transform`` with ``Image.AFFINE`` and grey outside; of
     the result the part ``box``.
 
     Args:
@@ -23,54 +25,112 @@ def warp(clip: Tensor, matrix: tuple[float, ...], bicubic: bool, box: Box | None
             (a x + b y + c, d x + e y + f), all at the middle of pixels.
         bicubic: else bilinear.
     """
-    frames, channels, height, width = clip.shape
-    top, left, out_height, out_width = box or (0, 0, height, width)
-    y, x = torch.meshgrid(
-        torch.arange(top, top + out_height, dtype=torch.float64) + 0.5,
-        torch.arange(left, left + out_width, dtype=torch.float64) + 0.5,
-        indexing="ij",
-    )
     a, b, c, d, e, f = matrix
-    from_x, from_y = (a * x + b * y + c).flatten(), (d * x + e * y + f).flatten()
-    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
-    columns, across = _taps(from_x[inside], width, bicubic)  # (taps, N)
-    rows, down = _taps(from_y[inside], height, bicubic)
-    places = (rows[:, None] * width + columns[None]).flatten(0, 1)  # (taps^2, N)
-    weights = (down[:, None] * across[None]).flatten(0, 1)
-    ends = torch.zeros(len(inside) + 1, dtype=torch.int32)  # rows outside have no weights
-    torch.cumsum(inside, 0, out=ends[1:]).mul_(len(places))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        sampler = torch.sparse_csr_tensor(
-            ends,
-            places.T.flatten().int(),
-            weights.T.flatten(),
-            (len(inside), height * width),
-            check_invariants=False,
-        )
-    pixels = torch.empty(height, width, frames, channels).copy_(clip.permute(2, 3, 0, 1))
-    out = sampler @ pixels.view(height * width, frames * channels)
-    out = out.round_().clamp_(0, 255).to(torch.uint8)
-    out.index_fill_(0, (~inside).nonzero()[:, 0], GREY)
-    return out.view(out_height, out_width, frames, channels).permute(2, 3, 0, 1)
+    top, left, height, width = box
+    if (d, e, f) == (0, 1, 0) and a == 1:
+        offsets = b * (np.arange(top, top + height) + 0.5) + c
+        return _along_rows(frames[:, top : top + height], offsets, bicubic, left, width)
+    if (a, b, c) == (1, 0, 0) and e == 1:
+        offsets = d * (np.arange(left, left + width) + 0.5) + f
+        return _along_columns(frames[:, :, left : left + width], offsets, bicubic, top, height)
+    return _anywhere(frames, matrix, bicubic, box)
 
 
-def _taps(position: Tensor, size: int, bicubic: bool) -> tuple[Tensor, Tensor]:
+def _along_rows(frames, offsets, bicubic, left: int, width: int) -> np.ndarray:
+    """Rows of the output, from the column ``left`` on: those of ``frames``, each shifted by its
+    own of the ``offsets``."""
+    padded = np.concatenate([frames[:, :, :1]] * 2 + [frames] + [frames[:, :, -1:]] * 2, 2)
+    lines = padded.reshape(*padded.shape[:2], -1)
+    out = np.empty((*frames.shape[:2], width * 3), np.uint8)
+    _along(lines, out, offsets, 3, bicubic, left, width)
+    return out.reshape(*out.shape[:2], width, 3)
+
+
+def _along_columns(frames, offsets, bicubic, top: int, height: int) -> np.ndarray:
+    """Likewise for columns, which stay rows in memory."""
+    padded = np.concatenate([frames[:, :1]] * 2 + [frames] + [frames[:, -1:]] * 2, 1)
+    lines = padded.reshape(*padded.shape[:2], -1).swapaxes(1, 2)
+    out = np.empty((len(frames), height, lines.shape[1]), np.uint8)
+    _along(lines, out.swapaxes(1, 2), offsets.repeat(3), 1, bicubic, top, height)
+    return out.reshape(len(frames), height, -1, 3)
+
+
+def _along(lines, out, offsets, step: int, bicubic: bool, start: int, count: int) -> None:
+    """Fills ``out`` (T, A, count * step) from A lines of B pixels, of ``step`` bytes each, with
+    two more of the border's at either end: (T, A, (2 + B + 2) * step)."""
+    size = lines.shape[2] // step - 4
+    before = np.floor(offsets).astype(int)
+    weights = _weights((offsets - before).astype(np.float32), bicubic)[..., None]
+    taps = len(weights)
+    aligned = np.empty_like(lines, shape=(*lines.shape[:2], (count + taps - 1) * step))
+    for run in _runs(before):
+        first = start + before[run.start] - bicubic
+        begin = max(first, -2)
+        end = max(min(first + count + taps - 1, size + 2), begin)
+        aligned[:, run, (begin - first) * step : (end - first) * step] = lines[
+            :, run, (begin + 2) * step : (end + 2) * step
+        ]
+    for frame, target in zip(aligned, out):
+        pixels = frame.astype(np.float32)
+        total = weights[0] * pixels[:, : count * step]
+        for tap in range(1, taps):
+            total += weights[tap] * pixels[:, tap * step : (tap + count) * step]
+        target[:] = _to_bytes(total)
+    nearest = np.floor(offsets + 0.5).astype(int)
+    for run in _runs(nearest):
+        begin = -nearest[run.start] - start
+        out[:, run, : max(begin, 0) * step] = GREY
+        out[:, run, max(begin + size, 0) * step :] = GREY
+
+
+def _runs(values: np.ndarray) -> list[slice]:
+    """Where neighbours are equal."""
+    ends = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def _anywhere(frames, matrix, bicubic: bool, box: Box) -> np.ndarray:
+    """As `warp`, for any matrix."""
+    count, height, width = frames.shape[:3]
+    top, left, out_height, out_width = box
+    y, x = np.mgrid[top : top + out_height, left : left + out_width] + 0.5
+    a, b, c, d, e, f = matrix
+    from_x, from_y = (a * x + b * y + c).ravel(), (d * x + e * y + f).ravel()
+    columns, across = _taps(from_x, width, bicubic)  # (taps, N)
+    rows, down = _taps(from_y, height, bicubic)
+    places = (rows[:, None] * width + columns).reshape(-1, len(from_x))  # (taps^2, N)
+    weights = (down[:, None] * across).reshape(places.shape)
+    pixels = frames.reshape(count, -1).T.astype(np.float32, order="C").reshape(height * width, -1)
+    found = embedding_bag(
+        torch.from_numpy(places.T.copy()),
+        torch.from_numpy(pixels),
+        mode="sum",
+        per_sample_weights=torch.from_numpy(weights.T.copy()),
+    ).numpy()  # (N, 3 * T)
+    out = _to_bytes(found)
+    out[(from_x < 0) | (from_x >= width) | (from_y < 0) | (from_y >= height)] = GREY
+    return out.reshape(-1, count).T.copy().reshape(count, out_height, out_width, 3)
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """As PIL makes bytes: what lies behind the point is dropped. ``values`` are overwritten."""
+    values += 2**-10  # a flat area stays what it was, whatever float32 makes of it
+    return np.clip(values, 0, 255, out=values).astype(np.uint8)
+
+
+def _taps(position: np.ndarray, size: int, bicubic: bool) -> tuple[np.ndarray, np.ndarray]:
     """Which pixels along one axis make up the value at each position (N,), those beyond the border
     being the border's, and with what weights: (taps, N) int32 and float32."""
-    position = position - 0.5
-    before = position.floor()
-    t = (position - before).float()
-    if bicubic:  # cubic convolution with a = -1
-        weights = [
-            t * (t * (2 - t) - 1),
-            1 + t * t * (t - 2),
-            t * (1 + t * (1 - t)),
-            t * t * (t - 1),
-        ]
-    else:
-        weights = [1 - t, t]
-    weights = torch.stack(weights)
-    offsets = torch.arange(len(weights), dtype=torch.int32)[:, None] - int(bicubic)
-    used = weights.any(1)  # along the axis that a shear or shift leaves alone it is one pixel
-    return (before.int() + offsets[used]).clamp(0, size - 1), weights[used]
+    before = np.floor(position - 0.5)
+    weights = _weights((position - 0.5 - before).astype(np.float32), bicubic)
+    offsets = np.arange(len(weights), dtype=np.int32)[:, None] - bicubic
+    return np.clip(before.astype(np.int32) + offsets, 0, size - 1), weights
+
+
+def _weights(t: np.ndarray, bicubic: bool) -> np.ndarray:
+    """Those of the pixels around a position that is ``t`` (N,) behind one: (2 or 4, N)."""
+    if not bicubic:
+        return np.stack([1 - t, t])
+    return np.stack(  # cubic convolution with a = -1
+        [t * (t * (2 - t) - 1), 1 + t * t * (t - 2), t * (1 + t * (1 - t)), t * t * (t - 1)]
+    )

@@ -54,7 +54,8 @@ def by_pil(image, name, level, increasing, sign, resample):
 def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, interpolation):
     rng = np.random.default_rng(0)
     low, high = rng.integers(0, 40), rng.integers(180, 250)
-    images = rng.integers(low, high, (2, 37, 52, 3), dtype=np.uint8)
+    images = rng.integers(low, high, (3, 37, 52, 3), dtype=np.uint8)
+    images[2, ..., 0], images[2, :9, :, 1], images[2, 1:, :, 2] = 77, 250, 99  # flat, or nearly
     images[1] = np.asarray(Image.fromarray(images[1, :6, :8]).resize((52, 37)))  # a smooth one
     clip = torch.from_numpy(images).permute(0, 3, 1, 2)
     resample = {BILINEAR: Image.BILINEAR, BICUBIC: Image.BICUBIC}[interpolation]
@@ -64,8 +65,10 @@ def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, interp
             assert out.shape == clip.shape and out.dtype == torch.uint8
             for image, frame in zip(images, out.permute(0, 2, 3, 1).numpy()):
                 expected = by_pil(Image.fromarray(image), name, level, increasing, sign, resample)
-                difference = np.abs(np.asarray(expected).astype(int) - frame)
-                assert difference.max() <= 1, (level, sign, (difference > 1).mean())
+                difference = np.asarray(expected).astype(int) - frame
+                assert np.abs(difference).max() <= 1, (level, sign)
+                # PIL rounds each pixel's grey before it takes their mean.
+                assert abs(difference.mean()) < 0.1 or name == "Contrast", (level, sign)
 
 
 def test_a_part_of_an_augmented_clip_is_that_part_of_the_whole():
@@ -76,6 +79,8 @@ def test_a_part_of_an_augmented_clip_is_that_part_of_the_whole():
         whole = policy(clip)
         random.seed(seed)
         assert torch.equal(policy(clip, (5, 9, 20, 31)), whole[..., 5:25, 9:40])
+        random.seed(seed)
+        assert torch.equal(policy(clip, (34, 0, 3, 4)), whole[..., 34:, :4])
 
 
 @pytest.mark.parametrize("relative", [[], [0.1, 1.0]])
