@@ -3,13 +3,11 @@
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 import sys
 import time
 from dataclasses import asdict, replace
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.tools import benchdata
 from stts_slowfast.tools.benchrows import ENGINES, Row, build_all, markdown, parse_row
+from stts_slowfast.tools.tables import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eval", "train")
@@ -85,21 +84,19 @@ def main(args: argparse.Namespace) -> int:
             for frames in args.frames
             for row in rows
         ]
-    measure(rows, args)
-    print(table(rows, args.batch_size))
-    if args.json:
-        machine = {"device": device_name(args.device), "threads": torch.get_num_threads()}
-        settings = {key: value for key, value in vars(args).items() if _is_plain(value)}
-        report = {**machine, "torch": torch.__version__, "settings": settings}
-        report["rows"] = [asdict(row) for row in rows]
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        measure(rows, args)
+    finally:  # what was measured counts, whatever ended the run
+        if any(rows[-1].seconds.values()):
+            print(table(rows, args.batch_size), flush=True)
     if args.plot:
         plot(rows, args.batch_size, args.plot)
     return 0
 
 
 def measure(rows: list[Row], args: argparse.Namespace) -> None:
-    """Fills in the rows: one step of each in turn, so that all meet the same machine."""
+    """Fills in the rows: one step of each in turn, so that all meet the same machine. --json has at
+    any time what is measured so far."""
     models = build_all(rows, args.device)
     for row, (model, shapes) in zip(rows, models):
         row.gflops = count_gflops(model, torch.zeros(1, *shapes["eval"], device=args.device))
@@ -112,6 +109,7 @@ def measure(rows: list[Row], args: argparse.Namespace) -> None:
                 if repeat >= args.warmup:
                     row.seconds.setdefault(mode, []).append(seconds)
             print(f"{mode} {repeat + 1}/{args.warmup + args.repeats}", file=sys.stderr)
+            save(rows, args)
     if args.no_memory:
         return
     for row, (model, shapes) in zip(rows, models):
@@ -120,6 +118,16 @@ def measure(rows: list[Row], args: argparse.Namespace) -> None:
             step()
             weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
             row.memory[mode] = weights + peak_memory(step, args.device)
+        save(rows, args)
+
+
+def save(rows: list[Row], args: argparse.Namespace) -> None:
+    """Writes --json: the machine, the options, and the rows."""
+    if args.json:
+        machine = {"device": device_name(args.device), "threads": torch.get_num_threads()}
+        settings = {key: value for key, value in vars(args).items() if _is_plain(value)}
+        report = {**machine, "torch": torch.__version__, "settings": settings}
+        write_json(args.json, report | {"rows": [asdict(row) for row in rows]})
 
 
 def make_step(model: nn.Module, shape: torch.Size, mode: str, args: argparse.Namespace):
@@ -203,14 +211,15 @@ def table(rows: list[Row], batch_size: int) -> str:
     Ratios are to the first row of the same clip length: how many times as fast, and what share
     of its memory.
     """
-    modes = list(rows[0].seconds)
+    modes = list(rows[-1].seconds)
+    remembered = all(len(row.memory) == len(modes) for row in rows)
     known = any(row.published for row in rows)
     head = ["model", "frames", "params (M)", "GFLOPs", "views", "GFLOPs / video", "published top-1"]
     left_out = {"frames": not rows[0].frames, "published top-1": not known}
     head = [title for title in head if not left_out.get(title)]
     for mode in modes:
         head += [f"{mode} clips/s", "ratio"]
-        head += [f"{mode} GiB", "ratio"] if rows[0].memory else []
+        head += [f"{mode} GiB", "ratio"] if remembered else []
     lines = [head]
     for row in rows:
         base = next(other for other in rows if other.frames == row.frames)
@@ -224,7 +233,7 @@ def table(rows: list[Row], batch_size: int) -> str:
             speed, spread = clips_per_second(row.seconds[mode], batch_size)
             ratio = speed / clips_per_second(base.seconds[mode], batch_size)[0]
             cells += [f"{speed:.3f} ± {spread:.3f}", f"{ratio:.2f}"]
-            if row.memory:
+            if remembered:
                 cells += [f"{row.memory[mode] / GIB:.2f}"]
                 cells += [f"{row.memory[mode] / base.memory[mode]:.2f}"]
         lines.append(cells)

@@ -1,16 +1,15 @@
 """``stts bench --data`` and ``--end-to-end``: the loader alone, and tests from files to scores."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import torch
 
 from stts_slowfast.tools.benchrows import Row, build_all, each, markdown, read_config
+from stts_slowfast.tools.tables import write_json
 
 SPLITS = ("train", "test")
 DATA = ("row", "split", "workers", "clips", "videos / s", "clips / s", "core-ms / clip")
@@ -18,15 +17,20 @@ TEST = ("row", "workers", "videos", "seconds", "videos / s", "waiting s", "compu
 
 
 def run(rows: Sequence[Row], args: argparse.Namespace) -> int:
-    """Measures the rows' loaders or tests, prints a table, writes --json and --plot.
+    """Measures the rows' loaders or tests; prints a table and writes --json, both line by line as
+    they are measured, and --plot.
 
     Raises:
         ValueError: naming every row whose data or model cannot be read or built.
     """
-    measured = measure_loaders(rows, args) if args.data else measure_tests(rows, args)
-    print(table(DATA if args.data else TEST, measured))
-    if args.json:
-        Path(args.json).write_text(json.dumps(measured, indent=1) + "\n")
+    columns, measure = (DATA, measure_loaders) if args.data else (TEST, measure_tests)
+    measured = []
+    for one in measure(rows, args):
+        measured.append(one)
+        lines = markdown([columns, [_cell(one[column]) for column in columns]]).splitlines()
+        print(*lines[0 if len(measured) == 1 else 2 :], sep="\n", flush=True)
+        if args.json:
+            write_json(args.json, measured)
     if args.plot:
         plot(measured, args.plot)
     return 0
@@ -35,13 +39,12 @@ def run(rows: Sequence[Row], args: argparse.Namespace) -> int:
 # ---- the loader alone -----------------------------------------------------------------------
 
 
-def measure_loaders(rows: Sequence[Row], args: argparse.Namespace) -> list[dict]:
+def measure_loaders(rows: Sequence[Row], args: argparse.Namespace) -> Iterator[dict]:
     """The first batches of training and testing, by number of workers.
 
     The time of a core is measured where there are no workers; workers of their own are not ours to
     measure.
     """
-    measured = []
     for row, loaders in zip(rows, _all_loaders(rows, args.workers, SPLITS)):
         for split, workers, loader in loaders:
             _, views = _size(row, loader, split)
@@ -52,9 +55,8 @@ def measure_loaders(rows: Sequence[Row], args: argparse.Namespace) -> list[dict]
             one["videos / s"] = clips / views / seconds
             one["clips / s"] = clips / seconds
             one["core-ms / clip"] = None if workers else 1000 * busy / clips
-            measured.append(one)
+            yield one
             print(f"{row.name} {split}, {workers} workers: {seconds:.1f} s", file=sys.stderr)
-    return measured
 
 
 def batches(row: Row, loader) -> Iterator[torch.Tensor]:
@@ -102,12 +104,11 @@ def _size(row: Row, loader, split: str) -> tuple[int, int]:
 # ---- a whole test ---------------------------------------------------------------------------
 
 
-def measure_tests(rows: Sequence[Row], args: argparse.Namespace) -> list[dict]:
+def measure_tests(rows: Sequence[Row], args: argparse.Namespace) -> Iterator[dict]:
     """All views of each row's test list through its model: time spent waiting for data, and
     computing (moving and normalising clips included)."""
     loaders = _all_loaders(rows, args.workers, ["test"])
     models = build_all(list(rows), args.device)
-    measured = []
     for row, tests, (model, _) in zip(rows, loaders, models):
         model.eval()
         for _, workers, loader in tests:
@@ -116,9 +117,8 @@ def measure_tests(rows: Sequence[Row], args: argparse.Namespace) -> list[dict]:
             seconds = waiting + computing
             one = {"row": row.name, "workers": workers, "videos": videos, "seconds": seconds}
             one |= {"videos / s": videos / seconds, "waiting s": waiting, "computing s": computing}
-            measured.append(one)
+            yield one
             print(f"{row.name}, {workers} workers: {seconds:.1f} s", file=sys.stderr)
-    return measured
 
 
 @torch.no_grad()
@@ -147,11 +147,6 @@ def _preparation(row: Row) -> Callable:
 
 
 # ---- what is told ---------------------------------------------------------------------------
-
-
-def table(columns: Sequence[str], measured: Sequence[dict]) -> str:
-    """The rows as Markdown."""
-    return markdown([columns, *([_cell(one[column]) for column in columns] for one in measured)])
 
 
 def _cell(value) -> str:

@@ -70,12 +70,33 @@ def test_clip_lengths_are_compared_with_their_own_first_row(config, tmp_path, ca
     assert [len(row["seconds"]["eval"]) for row in report["rows"]] == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("repeats", ["1", "2"])  # ended while training, or before that
+def test_an_interrupted_run_keeps_what_it_measured(config, tmp_path, monkeypatch, capsys, repeats):
+    numbers, times = tmp_path / "numbers.json", iter([1.0] * 3)
+
+    def timed(step, device):
+        for seconds in times:
+            return seconds
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "timed", timed)
+    words = ["bench", f"a={config}", f"b={config}", "--warmup", "0", "--repeats", repeats]
+    assert cli.main([*words, "--json", str(numbers)]) == 130
+    rows = json.loads(numbers.read_text())["rows"]
+    assert [row["seconds"] for row in rows] == [{"eval": [1.0]}] * 2
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert "eval clips/s" in head and "train" not in head
+    assert [line.split("|")[1].strip() for line in lines] == ["a", "b"]
+
+
 def test_table_gives_medians_and_ratios():
     stock = benchrows.Row("stock", "", seconds={"eval": [1.0, 2.0, 4.0]}, memory={"eval": 2**30})
     ours = benchrows.Row("ours", "", seconds={"eval": [0.5, 0.5, 9.0]}, memory={"eval": 2**28})
     lines = bench.table([stock, ours], batch_size=2).splitlines()
     assert "| 1.000 ± 0.375 | 1.00 | 1.00 | 1.00 |" in lines[2]
     assert "| 4.00 | 0.25 | 0.25 |" in lines[3]
+    ours.memory = {}  # the run ended before
+    assert "GiB" not in bench.table([stock, ours], batch_size=2)
 
 
 def test_memory_is_the_most_that_lives_at_a_time():
@@ -207,6 +228,21 @@ def test_whole_test_is_split_into_waiting_and_computing(videos, tmp_path, monkey
         assert row["seconds"] == pytest.approx(row["waiting s"] + row["computing s"])
         assert row["videos / s"] == pytest.approx(8 / row["seconds"])
     assert "| a | 0 | 8 |" in capsys.readouterr().out and picture.is_file()
+
+
+def test_an_interrupted_test_keeps_what_it_measured(videos, tmp_path, monkeypatch, capsys):
+    times, numbers = iter([(1.0, 2.0)]), tmp_path / "numbers.json"
+
+    def run_test(*args):
+        for each in times:
+            return each
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchdata, "run_test", run_test)
+    words = ["bench", f"a={videos}", f"b={videos}", "--end-to-end", "--json", str(numbers)]
+    assert cli.main(words) == 130
+    assert [row["seconds"] for row in json.loads(numbers.read_text())] == [3.0]
+    assert "| a | 0 | 8 | 3 |" in capsys.readouterr().out
 
 
 def test_waiting_is_what_the_loader_takes(videos):
