@@ -4,7 +4,6 @@ torchrun, Slurm or ``--shard_id`` placed on a machine.
 
 import os
 import re
-import socket
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ class Place(ClusterEnvironment):
         rank, world: which process this is, of how many.
         local_index, local_world: the same among those of its machine.
         host, port: where all meet; those of rank 0.
+        hosted: they meet at the command that starts them all.
     """
 
     rank: int
@@ -30,6 +30,7 @@ class Place(ClusterEnvironment):
     local_world: int
     host: str
     port: int
+    hosted: bool = False
 
     creates_processes_externally = True
 
@@ -104,10 +105,20 @@ def find_places(cfg, init_method: str = INIT_METHOD, processes: int | None = Non
             f"--processes is {processes} and NUM_GPUS is {cfg.NUM_GPUS}: each GPU has one process"
         )
     local = processes or max(cfg.NUM_GPUS, 1)
-    if cfg.NUM_SHARDS == 1 and local > 1 and init_method == INIT_METHOD:
-        port = free_port()
+    hosted = cfg.NUM_SHARDS == 1 and local > 1 and init_method == INIT_METHOD
     world, first = local * cfg.NUM_SHARDS, local * cfg.SHARD_ID
-    return [Place(first + i, world, i, local, host, port) for i in range(local)]
+    return [Place(first + i, world, i, local, host, port, hosted) for i in range(local)]
+
+
+def open_store(places: list[Place]) -> torch.distributed.TCPStore | None:
+    """Where places meet that are all started here: on a port that is taken from the beginning.
+    None for others, which meet at rank 0."""
+    if not places[0].hosted:
+        return None
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for place in places:
+        place.port = store.port
+    return store
 
 
 def _by_torchrun(cfg) -> Place | None:
@@ -163,13 +174,6 @@ def _check_started(cfg, started: Place, processes: int | None) -> None:
                 f"{local} processes were started on this machine and {name} is {number}: "
                 "they must be alike" + (", or NUM_GPUS 0 for the CPU" if name == "NUM_GPUS" else "")
             )
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses at the moment."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def check_gpus(cfg, place: Place) -> None:

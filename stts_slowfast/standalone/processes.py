@@ -8,22 +8,23 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from stts_slowfast.keys import check_choice
 from stts_slowfast.standalone.defaults import check_supported
 from stts_slowfast.standalone.fabric import DDPStrategy, Fabric, MixedPrecision, Precision
-from stts_slowfast.standalone.places import INIT_METHOD, Place, check_gpus, find_places
+from stts_slowfast.standalone.places import INIT_METHOD, Place, check_gpus, find_places, open_store
 from stts_slowfast.standalone.report import log_to
 from stts_slowfast.standalone.stops import (
     Interrupted,
     Lifeline,
-    die_with_parent,
+    begin,
     end_children,
     end_soon,
     hold,
@@ -62,50 +63,55 @@ def launch(
     check_gpus(cfg, places[0])
     if len(places) == 1:
         return _work(places[0], job, cfg, options)
-    pipes = [torch.multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in places]
-    writers = [writer for _, writer in pipes]
-    # When one process fails PyTorch ends the others, and would tell of each.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    store = open_store(places)  # as long as they run
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in places]
+    children = []
+    for place, (_, writer) in zip(places, pipes):
+        work = pickle.dumps((_spawned, (place, job, cfg, options)))
+        children.append(context.Process(target=begin, args=(os.getpid(), work, writer)))
     with _pass_on_signals() as asked:
-        children = torch.multiprocessing.spawn(
-            _spawned,
-            (os.getpid(), places, job, cfg, options, writers),
-            nprocs=len(places),
-            join=False,
-        )
-        asked.pids = children.pids()
+        for child in children:
+            child.start()
+        asked.pids = [child.pid for child in children]
         if asked.number:  # it came before there was anybody to hand it to
             asked(asked.number, None)
-        for writer in writers:
+        for _, writer in pipes:
             writer.close()
         results, lost = _wait(children, [reader for reader, _ in pipes])
+    del store
     return _result(results, lost, asked.number)
 
 
-def _wait(children, readers: list) -> tuple[dict[int, object], Exception | None]:
-    """Waits for all children; ``(what each sent, what PyTorch says of those that failed)``."""
-    results, lost, over = {}, None, False
-    while not over:
-        try:
-            over = children.join(timeout=0.2)
-        except Exception as error:
-            lost, over = error, True
+def _wait(children: list, readers: list) -> tuple[dict[int, object], str]:
+    """Waits for all children; where one fails, ends the others. ``(what each sent, what is known of
+    the first that failed)``."""
+    results, lost = {}, ""
+    while True:
+        running = [child for child in children if child.is_alive()]
         for rank, reader in enumerate(readers):
             with contextlib.suppress(EOFError):
                 if rank not in results and reader.poll():
                     results[rank] = pickle.loads(reader.recv_bytes())
-    return results, lost
+        if not running:
+            return results, lost
+        failed = [child.exitcode for child in children if child.exitcode]
+        if failed and not lost:
+            lost = f"ended by {signal.Signals(-failed[0]).name}" if failed[0] < 0 else "it failed"
+            for child in running:
+                child.terminate()
+        connection.wait([child.sentinel for child in running], timeout=0.2)
 
 
-def _result(results: dict[int, object], lost: Exception | None, number: int) -> dict:
+def _result(results: dict[int, object], lost: str, number: int) -> dict:
     errors = [results[rank] for rank in sorted(results) if isinstance(results[rank], BaseException)]
     errors.sort(key=lambda error: isinstance(error, KeyboardInterrupt))  # the cause comes first
     if number:
         raise Interrupted(number=number)
     if errors:
         raise errors[0]
-    if lost is not None:
-        raise ChildProcessError(f"a process of this run was lost: {str(lost).splitlines()[0]}")
+    if lost:
+        raise ChildProcessError(f"a process of this run was lost: {lost}")
     if 0 not in results:
         raise ChildProcessError("the first process of this run ended without a word")
     return results[0]
@@ -141,17 +147,19 @@ def _pass_on_signals():
             signal.signal(number, handler)
 
 
-def _spawned(
-    index: int, parent: int, places: list[Place], job, cfg, options: dict, writers: list
-) -> None:
-    die_with_parent(parent)
+def _spawned(place: Place, job, cfg, options: dict, writer) -> None:
+    if place.hosted:  # as torchrun does it: rank 0 does not listen there
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     try:
-        result = _work(places[index], job, cfg, options)
+        result = _work(place, job, cfg, options)
+    except KeyboardInterrupt as error:
+        writer.send_bytes(_packed(error))  # the others end by themselves
     except BaseException as error:
-        writers[index].send_bytes(_packed(error))
-        raise
-    if places[index].rank == places[0].rank:
-        writers[index].send_bytes(pickle.dumps(result))
+        writer.send_bytes(_packed(error))
+        sys.exit(1)
+    else:
+        if place.local_index == 0:
+            writer.send_bytes(pickle.dumps(result))
 
 
 def _packed(error: BaseException) -> bytes:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import pickle
 import re
 import select
 import signal
@@ -71,9 +72,14 @@ class Stop:
                     threading.Thread(target=self._end, args=(number[0],), daemon=True).start()
 
     def _end(self, number: int) -> None:
-        """Ends the process where a signal is not obeyed in time."""
-        if not self._over.wait(GRACE):
-            end_now(f"did not end within {GRACE:g} s", 128 + number)
+        """Ends the process where a signal is not obeyed in time: sooner where it is not deferred,
+        when processes still meet or test, and nothing is to be saved."""
+        waited = GRACE / 4
+        over = self._over.wait(waited)
+        if not over and self.deferred:
+            over, waited = self._over.wait(GRACE - waited), GRACE
+        if not over:
+            end_now(f"did not end within {waited:g} s", 128 + number)
 
 
 _listening: Stop | None = None
@@ -142,6 +148,16 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         end_now("ends: what started it is gone", 1)
+
+
+def begin(parent: int, work: bytes, *more) -> None:
+    """The first thing in a process that was started by ``parent``: before the imports, of seconds,
+    that unpickling ``work`` takes, a ``(function, arguments)``. They end with the parent, or by
+    signals, at once; what catches errors on the way is not asked."""
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    function, arguments = pickle.loads(work)
+    function(*arguments, *more)
 
 
 def end_now(reason: str, status: int) -> None:
@@ -219,7 +235,7 @@ class Lifeline:
         if listener:
             self.peers = self._accept(listener)
         else:
-            self.peers = {socket.create_connection((host, port), timeout=GRACE): 0}
+            self.peers = {socket.create_connection((host, port), timeout=60.0): 0}
             next(iter(self.peers)).sendall(self.rank.to_bytes(4, "big"))
         for peer in self.peers:
             peer.settimeout(None)
@@ -231,7 +247,7 @@ class Lifeline:
             listener.settimeout(60.0)
             while len(peers) < self.world - 1:
                 peer, _ = listener.accept()
-                peer.settimeout(GRACE)
+                peer.settimeout(60.0)
                 peers[peer] = int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")
         return peers
 

@@ -1,9 +1,11 @@
 """Which process of a run this is, by what torchrun, Slurm or the command line say."""
 
+import socket
+
 import pytest
 
 from stts_slowfast.standalone.defaults import get_cfg
-from stts_slowfast.standalone.places import INIT_METHOD, find_places
+from stts_slowfast.standalone.places import INIT_METHOD, find_places, open_store
 
 TORCHRUN = {
     "RANK": 3,
@@ -53,7 +55,11 @@ def test_gpus_have_a_process_each(cfg):
     cfg.NUM_GPUS = 2
     (first, second) = places(cfg)
     assert (first[:4], second[:4]) == ((0, 2, 0, 2), (1, 2, 1, 2))
-    assert first[5] == second[5] != 9999  # two runs on a machine do not meet by chance
+    found = find_places(cfg)
+    store = open_store(found)  # two runs on a machine do not meet by chance
+    assert [place.port for place in found] == [store.port] * 2 and store.port != 9999
+    with pytest.raises(OSError, match="in use"), socket.socket() as other:
+        other.bind(("localhost", store.port))
     with pytest.raises(ValueError, match=r"--processes is 3 and NUM_GPUS is 2"):
         places(cfg, processes=3)
 

@@ -1,6 +1,7 @@
 """Several processes are one run, however they are started; and their errors come back."""
 
 import pickle
+import socket
 import subprocess
 import sys
 
@@ -8,7 +9,12 @@ import pytest
 import torch
 
 from stts_slowfast.standalone import engine
-from stts_slowfast.standalone.places import free_port
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def finish(*processes):

@@ -242,23 +242,26 @@ def test_a_second_run_in_a_folder_is_told_at_once(run, cfg):
 
 
 DEAF = """
-import sys, time
+import hashlib, sys
 from stts_slowfast.standalone import stops
 stops.GRACE = 1.0
 with stops.listen() as stop:
-    stop.deferred = True
+    stop.deferred = sys.argv[1] == "deferred"
     print("ready", flush=True)
-    time.sleep(100)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes without a look at signals
 """
 
 
-def test_a_process_that_does_not_listen_ends_all_the_same():
-    command = [sys.executable, "-c", DEAF]
+@pytest.mark.parametrize(
+    ("state", "waited"), [("deferred", b"1 s"), ("nothing to save", b"0.25 s")]
+)
+def test_a_process_that_does_not_listen_ends_all_the_same(state, waited):
+    command = [sys.executable, "-c", DEAF, state]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         process.terminate()
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
-        assert b"did not end within 1 s" in process.stderr.read()
+        assert b"did not end within " + waited in process.stderr.read()
 
 
 HUNG = """
@@ -389,15 +392,51 @@ def _handlers(writer):
 
 
 def test_a_signal_while_processes_are_started_reaches_them(run, cfg, monkeypatch):
-    spawn = torch.multiprocessing.spawn
-
-    def signalled(*args, **kwargs):
+    def signalled(child):
         os.kill(os.getpid(), signal.SIGTERM)
-        return spawn(*args, **kwargs)
+        start(child)
 
-    monkeypatch.setattr(torch.multiprocessing, "spawn", signalled)
+    start = multiprocessing.context.SpawnProcess.start
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", signalled)
     with pytest.raises(Interrupted, match="there is no checkpoint yet"):
         engine.train(cfg, processes=2)
+
+
+IMPORTS = """
+import multiprocessing, os, pickle
+from stts_slowfast.standalone.stops import begin
+
+class Slow:
+    def __reduce__(self):
+        code = "import os, sys, time; print('torch' in sys.modules, os.getpid(), flush=True)"
+        return exec, (code + "; time.sleep(100)",)
+
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    child = spawn.Process(target=begin, args=(os.getpid(), pickle.dumps(Slow())))
+    child.start()
+    child.join()
+    print("ended", -child.exitcode)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_still_imports_ends_at_once(tmp_path, number):
+    """By a signal, and with what started it."""
+    script = tmp_path / "imports.py"
+    script.write_text(IMPORTS)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, script], start_new_session=True, **pipes)
+    torch_is_there, child = process.stdout.readline().split()
+    os.kill(process.pid if number == signal.SIGKILL else int(child), number)
+    try:
+        assert all_gone(process.pid) and torch_is_there == "False"
+        said = "" if number == signal.SIGKILL else f"ended {int(number)}\n"
+        assert process.stdout.read() == said
+    finally:
+        for pid in alive(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
