@@ -33,6 +33,7 @@ ENGINE = "tests/standalone/test_engine.py"
 PROCESSES = "tests/standalone/test_processes.py"
 STOPS = "tests/standalone/test_stops.py"
 TOPK, FILES = "tests/test_topk.py", "tests/checkpoints/test_files.py"
+CHECK, CLIPS = "tests/checkpoints/test_check.py", "tests/pyslowfast/test_clips.py"
 GUARD, BAD = "tests/pyslowfast/test_guard.py", "tests/slowfast/test_badvideos.py"
 
 MUTATIONS = {
@@ -62,8 +63,8 @@ MUTATIONS = {
     ),
     "no-processes-started": Mutation(
         "standalone/processes.py",
-        "children = torch.multiprocessing.spawn(",
-        "children = (lambda *_, **__: None)(",
+        "            child.start()",
+        "            pass",
         f"{PROCESSES} -k by_spawn",
     ),
     "bad-videos-of-one-process-alone": Mutation(
@@ -100,7 +101,7 @@ MUTATIONS = {
         "standalone/stops.py",
         "ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)",
         "pass",
-        f"{STOPS} -k takes_all_others_along",
+        f"{STOPS} -k still_imports",
     ),
     "readers-obey-the-groups-signal": Mutation(
         "standalone/data.py",
@@ -116,9 +117,45 @@ MUTATIONS = {
     ),
     "a-deaf-process-stays": Mutation(
         "standalone/stops.py",
-        "if not self._over.wait(GRACE):",
-        "if False:",
+        "        if not over:",
+        "        if False:",
         f"{STOPS} -k does_not_listen",
+    ),
+    "nothing-to-save-is-waited-for": Mutation(
+        "standalone/stops.py",
+        "if not over and self.deferred:",
+        "if not over:",
+        f"{STOPS} -k does_not_listen",
+    ),
+    "a-hung-read-keeps-a-run": Mutation(
+        "standalone/stops.py",
+        "        if not over:",
+        "        if False:",
+        f"{STOPS} -k read_that_hangs",
+    ),
+    "imports-before-all-else": Mutation(
+        "standalone/stops.py",
+        "    die_with_parent(parent)\n    signal.signal(signal.SIGINT, signal.SIG_DFL)\n",
+        "    threading.Timer(60, die_with_parent, (parent,)).start()\n",
+        f"{STOPS} -k still_imports",
+    ),
+    "a-port-that-others-may-take": Mutation(
+        "standalone/places.py",
+        "        place.port = store.port\n    return store",
+        "        place.port = store.port\n    return None",
+        "tests/standalone/test_places.py -k gpus_have",
+    ),
+    "readers-lost-by-tools-alone": Mutation(
+        "tools/cli.py",
+        "explain(error) or lost_reader(error) or error",
+        "explain(error) or error",
+        "tests/tools/test_cli.py -k killed_reader",
+    ),
+    "readers-lost-amid-something": Mutation(
+        "standalone/stops.py",
+        "return error.__context__ and lost_reader(error.__context__)",
+        "return None",
+        f"{STOPS} -k lost_reader",
     ),
     "signals-lost-while-processes-start": Mutation(
         "standalone/processes.py",
@@ -187,6 +224,12 @@ MUTATIONS = {
         "if False:",
         f"{GUARD} -k past_the_registry",
     ),
+    "a-node-that-slowfast-lacks": Mutation(
+        "pyslowfast/settings.py",
+        "if lacking := [name for name in read if name not in self]:",
+        "if lacking := []:",
+        f"{GUARD} -k does_not_run",
+    ),
     "noise-without-rank": Mutation(
         "pyslowfast/training.py",
         "if shards.rank():",
@@ -222,6 +265,60 @@ MUTATIONS = {
         "    if video.damage:",
         "    if False:",
         f"{BAD} -k damage_is_written",
+    ),
+    "clips-of-frames-in-another-order": Mutation(
+        "pyslowfast/clips.py",
+        "return operand.shape == (3,) and self.order[-1] == 3",
+        "return operand.shape == (3,)",
+        f"{CLIPS} -k whole",
+    ),
+    "clips-that-forget-a-step": Mutation(
+        "pyslowfast/clips.py",
+        "(*steps, (_IN_PLACE[function], rest[0]))",
+        "((_IN_PLACE[function], rest[0]),)",
+        f"{CLIPS} -k square",
+    ),
+    "one-of-many-is-pickled-as-one": Mutation(
+        "pyslowfast/shards.py",
+        "return OneOfMany, (self.given,)",
+        "return int, (self.given,)",
+        "tests/pyslowfast/test_shards.py -k one_of_many",
+    ),
+    "parts-are-cut-before-what-looks-beyond": Mutation(
+        "standalone/augment.py",
+        "if box and not afar:",
+        "if box:",
+        "tests/standalone/test_transforms.py -k part_of_an_augmented",
+    ),
+    "names-that-are-numbers": Mutation(
+        "standalone/resume.py",
+        "if isinstance(n, str) else n: state[n]",
+        "if True else n: state[n]",
+        f"{STOPS} -k names_that_are_numbers",
+    ),
+    "scorers-that-a-file-lacks": Mutation(
+        "checkpoints/check.py",
+        "missing = sorted(set(learned) - set(trained), reverse=True)",
+        "missing = sorted(set(), reverse=True)",
+        f"{CHECK} -k lacks_stop",
+    ),
+    "a-larger-models-file": Mutation(
+        "checkpoints/check.py",
+        "beyond = [key for key in found if _BLOCK.match(key) and key not in own]",
+        "beyond = []",
+        f"{CHECK} -k larger",
+    ),
+    "nobody-checks-the-weights": Mutation(
+        "standalone/resume.py",
+        "    check(model, checkpoint, cfg, purpose, path)\n",
+        "",
+        f"{CHECK} -k runner_looks",
+    ),
+    "transport-streams-end-anywhere": Mutation(
+        "video/times.py",
+        'return b"GGG" not in ends',
+        "return False",
+        "tests/video/test_reader.py -k end_early",
     ),
     "checksum-not-verified": Mutation(
         "checkpoints/files.py",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from fvcore.common.config import CfgNode
 
 from stts_slowfast.keys import nested, read_tree
-from stts_slowfast.pyslowfast import plugin
+from stts_slowfast.pyslowfast import autoload, plugin
 from stts_slowfast.yamlfiles import read_yaml
 
 # Keys of ours in nodes of SlowFast's, as the standalone runner's slowfast_keys.yaml has them.
@@ -43,6 +43,11 @@ class Config(CfgNode):
     def _merge(self, tree, where: str) -> None:
         ours = our_nodes()
         read = read_tree({name: tree[name] for name in ours if name in tree}, ours, where)
+        if lacking := [name for name in read if name not in self]:
+            raise RuntimeError(
+                f"{lacking[0]} is given{where}, but stts_slowfast has not taken hold of SlowFast's "
+                f"config: {'; '.join(autoload.troubles())}. `stts doctor` tells more"
+            )
         for node, keys in OUR_KEYS.items():
             if isinstance(theirs := tree.get(node), Mapping):
                 own = {node: {name: theirs[name] for name in keys if name in theirs}}

@@ -201,10 +201,10 @@ def test_every_hook_runs_where_none_fails(runs):
 def test_a_run_with_selection_stops_where_a_hook_does_not_run(runs, hook, how):
     stages = runs[hook, how, True]
     assert "child" not in stages, stages["child"]
-    if hook == "plugin.add_config":  # then SlowFast does not know the key
-        assert "STTS" in stages["opts"]
-        return
     name = f"broken.{hook} failed" if how == "fails" else f"{hook} never ran"
+    if hook == "plugin.add_config":  # then SlowFast does not know the key
+        assert "STTS is given" in stages["opts"] and name in stages["opts"]
+        return
     # Training and testing build their models here; wherever else we look, it is told as well.
     assert name in stages["build"] and "set STTS.ENABLE False" in stages["build"]
     own = {

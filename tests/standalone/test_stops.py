@@ -447,9 +447,13 @@ def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
         end_children(spared)
 
     monkeypatch.setattr(processes, "end_children", signalled)
-    with pytest.raises(Interrupted, match=r"goes on from .*checkpoint_epoch_00002"):
-        engine.train(cfg)
-    assert multiprocessing.active_children() == []
+    try:
+        with pytest.raises(Interrupted, match=r"goes on from .*checkpoint_epoch_00002"):
+            engine.train(cfg)
+        assert multiprocessing.active_children() == []
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
 
 
 def test_what_started_a_process_may_be_gone_already():
