@@ -1,6 +1,7 @@
 """Several processes are one run, however they are started; and their errors come back."""
 
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -137,9 +138,10 @@ def look(run):
     command = [sys.executable, str(script), str(run.write())]
     output = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert output.returncode == 0, output.stderr
-    lines = [line.split()[1:] for line in output.stdout.splitlines() if line.startswith("LOOK")]
+    # Anywhere: the other process may have written half a line just then.
+    looks = re.findall(r"LOOK (\d+) (\d+) (True|False) (\d+)\n", output.stdout)
     return [(int(rank), int(seed), halves == "True", int(frames))
-            for rank, seed, halves, frames in lines]  # fmt: skip
+            for rank, seed, halves, frames in looks]  # fmt: skip
 
 
 def test_processes_draw_apart_and_average_in_float16_where_asked(run):
