@@ -258,10 +258,13 @@ with stops.listen() as stop:
 def test_a_process_that_does_not_listen_ends_all_the_same(state, waited):
     command = [sys.executable, "-c", DEAF, state]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"ready\n"
-        process.terminate()
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
-        assert b"did not end within " + waited in process.stderr.read()
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            process.terminate()
+            assert process.wait(timeout=30) == 128 + signal.SIGTERM
+            assert b"did not end within " + waited in process.stderr.read()
+        finally:
+            process.kill()
 
 
 HUNG = """
