@@ -20,6 +20,11 @@ def test_a_row_finds_its_line(name):
     assert (HERE.parent / row.tests.split()[0].partition("::")[0]).is_file()
 
 
+def test_a_change_that_no_test_notices_is_told():
+    row = mutations.Mutation("keys.py", "import difflib", "import difflib  #", "tests/test_keys.py")
+    assert mutations.judge(row) == "GREEN"
+
+
 def test_the_tests_of_promises_exist():
     text = (HERE.parent / "projects" / "stts" / "reliability.md").read_text()
     names = set(re.findall(r"::(test_\w+)", text))

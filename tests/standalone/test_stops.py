@@ -455,8 +455,7 @@ def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
             engine.train(cfg)
         assert multiprocessing.active_children() == []
     finally:
-        for child in multiprocessing.active_children():
-            child.kill()
+        stops.end_children()
 
 
 def test_what_started_a_process_may_be_gone_already():
