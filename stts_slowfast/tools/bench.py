@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="measured steps of each row")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--core-seconds",
+        action="store_true",
+        help="time steps by the cores' work instead of the clock: where others use them too",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
     parser.add_argument("--cuda-graph", action="store_true", help="replay a CUDA graph in eval")
     parser.add_argument("--no-memory", action="store_true", help="leave memory out")
@@ -71,6 +76,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.cuda_graph and args.device != "cuda":
         raise ValueError("--cuda-graph needs --device cuda")
+    if args.core_seconds and (args.device == "cuda" or args.data or args.end_to_end):
+        raise ValueError("--core-seconds is for models on --device cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this PyTorch sees no GPU, use --device cpu")
     if args.threads:
@@ -105,7 +112,7 @@ def measure(rows: list[Row], args: argparse.Namespace) -> None:
         steps = [make_step(model, shapes[mode], mode, args) for model, shapes in models]
         for repeat in range(args.warmup + args.repeats):
             for row, step in zip(rows, steps):
-                seconds = timed(step, args.device)
+                seconds = timed(step, args.device, args.core_seconds)
                 if repeat >= args.warmup:
                     row.seconds.setdefault(mode, []).append(seconds)
             print(f"{mode} {repeat + 1}/{args.warmup + args.repeats}", file=sys.stderr)
@@ -174,14 +181,15 @@ def graphed(step):
     return graph.replay
 
 
-def timed(step, device: str) -> float:
-    """Wall-clock seconds of one step, with the device waited for."""
+def timed(step, device: str, core_seconds: bool = False) -> float:
+    """Wall-clock seconds of one step, with the device waited for, or those of all cores."""
     synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    clock = time.process_time if core_seconds else time.perf_counter
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
     synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_memory(step, device: str) -> int:

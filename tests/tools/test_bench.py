@@ -1,6 +1,7 @@
 """``stts bench``: rows are read right, measured in turn, and told truthfully."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_clip_lengths_are_compared_with_their_own_first_row(config, tmp_path, ca
 def test_an_interrupted_run_keeps_what_it_measured(config, tmp_path, monkeypatch, capsys, repeats):
     numbers, times = tmp_path / "numbers.json", iter([1.0] * 3)
 
-    def timed(step, device):
+    def timed(*args):
         for seconds in times:
             return seconds
         raise KeyboardInterrupt
@@ -99,6 +100,13 @@ def test_table_gives_medians_and_ratios():
     assert "GiB" not in bench.table([stock, ours], batch_size=2)
 
 
+def test_core_seconds_leave_waiting_out():
+    def step():
+        time.sleep(0.5)
+
+    assert bench.timed(step, "cpu", core_seconds=True) < 0.5 <= bench.timed(step, "cpu")
+
+
 def test_memory_is_the_most_that_lives_at_a_time():
     def step():
         first = torch.zeros(1000, dtype=torch.float64)
@@ -120,6 +128,8 @@ def cli_args(config, *words):
 def test_options_that_exclude_each_other(config, capsys):
     assert cli.main(["bench", str(config), "--cuda-graph"]) == 2
     assert "--cuda-graph needs --device cuda" in capsys.readouterr().err
+    assert cli.main(["bench", str(config), "--core-seconds", "--end-to-end"]) == 2
+    assert "--core-seconds is for models on --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measures every table of ../benchmarks.md for a CPU; about 35 minutes on 2 cores, alone on them.
+# Measures every table of ../benchmarks.md for a CPU, with one thread, in seconds of its core: other
+# work on the machine matters little. About half an hour of a core.
 #   bash projects/stts/benchmarks/cpu.sh [folder for the JSON files and pictures] [part ...]
 # Parts: mvit mvitv2 frames timesformer swin topk. All of them, where none is named.
 set -euo pipefail
@@ -15,10 +16,13 @@ mvit2=$configs/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9.yaml
 timesformer=$configs/STTS_TIMESFORMER
 swin=$configs/STTS_SWIN_B_32x2_T0
 
+export OMP_NUM_THREADS=1
+bench() { stts bench --core-seconds --repeats 2 "$@"; }
+
 wanted() { [[ $parts == "  " || $parts == *" $1 "* ]]; }
 
 if wanted mvit; then
-    stts bench "stock=${mvit}_0.9_S4_0.9.yaml,$STOCK" \
+    bench "stock=${mvit}_0.9_S4_0.9.yaml,$STOCK" \
         "all tokens fused=${mvit}_0.9_S4_0.9.yaml,$FUSED" \
         "T0_0.9-S4_0.9=${mvit}_0.9_S4_0.9.yaml" "T0_0.8-S4_0.9=${mvit}_0.8_S4_0.9.yaml" \
         "T0_0.6-S4_0.9=${mvit}_0.6_S4_0.9.yaml" "T0_0.5-S4_0.7=${mvit}_0.5_S4_0.7.yaml" \
@@ -26,27 +30,27 @@ if wanted mvit; then
         --json "$out/mvit.json" --plot "$out/mvit.png"
 fi
 if wanted mvitv2; then
-    stts bench "stock=$mvit2,$STOCK" "all tokens fused=$mvit2,$FUSED" "T0_0.9-S4_0.9=$mvit2" \
+    bench "stock=$mvit2,$STOCK" "all tokens fused=$mvit2,$FUSED" "T0_0.9-S4_0.9=$mvit2" \
         --json "$out/mvitv2.json" --plot "$out/mvitv2.png"
 fi
 if wanted frames; then
-    stts bench "stock=${mvit}_0.5_S4_0.7.yaml,$STOCK" \
+    bench "stock=${mvit}_0.5_S4_0.7.yaml,$STOCK" \
         "T0_0.5-S4_0.7=${mvit}_0.5_S4_0.7.yaml" \
-        --frames 16 32 64 128 --batch-size 1 --modes eval --repeats 2 --no-memory \
+        --frames 16 32 64 128 --batch-size 1 --modes eval --no-memory \
         --json "$out/frames.json" --plot "$out/frames.png"
 fi
 if wanted timesformer; then
-    stts bench "8x32 all tokens=${timesformer}_8x32_T0_0.9_S4_0.9.yaml,$FUSED" \
+    bench "8x32 all tokens=${timesformer}_8x32_T0_0.9_S4_0.9.yaml,$FUSED" \
         "8x32 T0_0.9-S4_0.9=${timesformer}_8x32_T0_0.9_S4_0.9.yaml" \
-        --batch-size 1 --repeats 3 --json "$out/timesformer_8x32.json"
-    stts bench "96x4 all tokens=${timesformer}_96x4_T0_0.5_S4_0.9.yaml,$FUSED" \
+        --batch-size 1 --no-memory --json "$out/timesformer_8x32.json"
+    bench "96x4 all tokens=${timesformer}_96x4_T0_0.5_S4_0.9.yaml,$FUSED" \
         "96x4 T0_0.5-S4_0.9=${timesformer}_96x4_T0_0.5_S4_0.9.yaml" \
-        --batch-size 1 --modes eval --repeats 3 --json "$out/timesformer_96x4.json"
+        --batch-size 1 --modes eval --no-memory --json "$out/timesformer_96x4.json"
 fi
 if wanted swin; then
-    stts bench "Swin-B all tokens=${swin}_0.9.yaml,$FUSED" "Swin-B T0_0.9=${swin}_0.9.yaml" \
+    bench "Swin-B all tokens=${swin}_0.9.yaml,$FUSED" "Swin-B T0_0.9=${swin}_0.9.yaml" \
         "Swin-B T0_0.6=${swin}_0.6.yaml" "Swin-B T0_0.4=${swin}_0.4.yaml" \
-        --batch-size 1 --modes eval --repeats 3 --json "$out/swin.json"
+        --batch-size 1 --modes eval --no-memory --json "$out/swin.json"
 fi
 if wanted topk; then
     python projects/stts/benchmarks/topk.py
