@@ -95,7 +95,7 @@ def prepare(folder: Path) -> dict[str, Path]:
     CONFIG["DATA"]["PATH_TO_DATA_DIR"] = str(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     trained = {}
-    for name, epochs, words in (("all", 4, "STTS.ENABLE False"), ("selected", 1, SELECTED)):
+    for name, epochs, words in (("all", 4, "STTS.ENABLE False"), ("selected", 2, SELECTED)):
         words += f" SOLVER.MAX_EPOCH {epochs} TEST.ENABLE False OUTPUT_DIR {folder / name}"
         if trained:
             words += f" TRAIN.CHECKPOINT_FILE_PATH {trained['all']}"
