@@ -1,8 +1,8 @@
 """``stts bench``: rows are read right, measured in turn, and told truthfully."""
 
 import json
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,14 +75,15 @@ def test_clip_lengths_are_compared_with_their_own_first_row(config, tmp_path, ca
 def test_an_interrupted_run_keeps_what_it_measured(config, tmp_path, monkeypatch, capsys, repeats):
     numbers, times = tmp_path / "numbers.json", iter([1.0] * 3)
 
-    def timed(*args):
+    def timed(step, device, core_seconds):
+        assert core_seconds
         for seconds in times:
             return seconds
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "timed", timed)
     words = ["bench", f"a={config}", f"b={config}", "--warmup", "0", "--repeats", repeats]
-    assert cli.main([*words, "--json", str(numbers)]) == 130
+    assert cli.main([*words, "--core-seconds", "--json", str(numbers)]) == 130
     rows = json.loads(numbers.read_text())["rows"]
     assert [row["seconds"] for row in rows] == [{"eval": [1.0]}] * 2
     head, _, *lines = capsys.readouterr().out.splitlines()
@@ -100,11 +101,11 @@ def test_table_gives_medians_and_ratios():
     assert "GiB" not in bench.table([stock, ours], batch_size=2)
 
 
-def test_core_seconds_leave_waiting_out():
-    def step():
-        time.sleep(0.5)
-
-    assert bench.timed(step, "cpu", core_seconds=True) < 0.5 <= bench.timed(step, "cpu")
+def test_core_seconds_are_those_of_the_process(monkeypatch):
+    clocks = {"process_time": iter([1.0, 3.0]).__next__, "perf_counter": iter([5.0, 9.0]).__next__}
+    monkeypatch.setattr(bench, "time", SimpleNamespace(**clocks))
+    assert bench.timed(lambda: None, "cpu", core_seconds=True) == 2
+    assert bench.timed(lambda: None, "cpu") == 4
 
 
 def test_memory_is_the_most_that_lives_at_a_time():
@@ -128,8 +129,9 @@ def cli_args(config, *words):
 def test_options_that_exclude_each_other(config, capsys):
     assert cli.main(["bench", str(config), "--cuda-graph"]) == 2
     assert "--cuda-graph needs --device cuda" in capsys.readouterr().err
-    assert cli.main(["bench", str(config), "--core-seconds", "--end-to-end"]) == 2
-    assert "--core-seconds is for models on --device cpu" in capsys.readouterr().err
+    for other in ("--data", "--end-to-end"):
+        assert cli.main(["bench", str(config), "--core-seconds", other]) == 2
+        assert "--core-seconds is for models on --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
