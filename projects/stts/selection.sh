@@ -16,12 +16,12 @@ for kind in "${kinds[@]}"; do
     fi
     for model in "${models[@]}"; do
         cfg="$data/$model.yaml"
-        stts run --engine standalone --cfg "$cfg" ${EPOCHS:+--opts SOLVER.MAX_EPOCH "$EPOCHS" SOLVER.WARMUP_EPOCHS 0.5}
+        stts run --engine standalone --cfg "$cfg" --opts SOLVER.MAX_EPOCH "${EPOCHS:-7}"
         trained=("$data/run_$model/checkpoints/"checkpoint_epoch_*.pyth)
         stts study --cfg "$cfg" --checkpoint "${trained[-1]}" --out "$data/study_$model" \
             --time ${TIME-0.25} --space ${SPACE-0.25} --both ${BOTH-0.5x0.5} --seeds "${SEEDS:-3}" \
-            --scorers ${SCORERS:-learned uniform random change} --train \
-            --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-2}" \
+            --scorers ${SCORERS:-learned uniform random} --train \
+            --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-4}" \
             SOLVER.WARMUP_EPOCHS 0.0 STTS.FREEZE_BACKBONE_EPOCHS 0.5
     done
 done

@@ -228,8 +228,15 @@ def _mvit(stride: int) -> tuple[str, dict]:
 
 
 def _timesformer(stride: int) -> tuple[str, dict]:
-    sizes = {"PATCH_SIZE": stride, "EMBED_DIM": 32, "DEPTH": 4, "NUM_HEADS": 2}
+    sizes = {"PATCH_SIZE": stride, "EMBED_DIM": 64, "DEPTH": 3, "NUM_HEADS": 4}
     return "TimeSformer", {"TIMESFORMER": {**sizes, "DROPPATH_RATE": 0.0}}
+
+
+def _vit(stride: int) -> tuple[str, dict]:
+    patches = [2, stride, stride]
+    node = {"PATCH_KERNEL": patches, "PATCH_STRIDE": patches, "PATCH_PADDING": [0, 0, 0]}
+    node |= {"EMBED_DIM": 64, "DEPTH": 3, "NUM_HEADS": 4, "SEP_POS_EMBED": True}
+    return "MViT", {"MVIT": {**node, "DROPPATH_RATE": 0.0}}
 
 
 def _video_swin(stride: int) -> tuple[str, dict]:
@@ -239,7 +246,12 @@ def _video_swin(stride: int) -> tuple[str, dict]:
 
 
 # File name of the config -> pixels of a token -> MODEL_NAME and its node.
-MODELS = {"mvit": _mvit, "timesformer": _timesformer, "video_swin": _video_swin}
+MODELS = {
+    "mvit": _mvit,
+    "timesformer": _timesformer,
+    "vit": _vit,
+    "video_swin": _video_swin,
+}
 
 
 def write_config(path: str, values: dict) -> None:
