@@ -73,13 +73,15 @@ def table(results: Sequence[dict]) -> str:
     return markdown(lines)
 
 
-def plot(results: Sequence[dict], path: str) -> None:
-    """Draws accuracy against GFLOPs: a panel a dimension, a line a scorer."""
+def plot(results: Sequence[dict], path: str):
+    """Draws accuracy against GFLOPs: a panel a dimension, a colour a scorer, hollow where nothing
+    was fine-tuned. Returns matplotlib's figure."""
     from matplotlib.figure import Figure
 
     rows = over_seeds(results)
     dimensions = [d for d in ("time", "space", "both") if any(r["dimension"] == d for r in rows)]
     panels = max(len(dimensions), 1)
+    colours = list(dict.fromkeys(["all", *SCORERS, *(row["scorer"] for row in rows)]))
     figure = Figure(figsize=(4.4 * panels, 4), layout="constrained")
     for axes, dimension in zip(
         figure.subplots(1, panels, sharey=True, squeeze=False)[0], dimensions or ["none"]
@@ -88,7 +90,7 @@ def plot(results: Sequence[dict], path: str) -> None:
         for row in rows:
             if row["dimension"] in (dimension, "none"):
                 lines.setdefault((row["scorer"], row["trained"]), []).append(row)
-        for number, ((scorer, trained), points) in enumerate(lines.items()):
+        for (scorer, trained), points in lines.items():
             points.sort(key=lambda row: row["gflops"])
             if scorer == "all":
                 axes.axhline(points[0]["top1"], color="grey", linestyle=":", linewidth=1)
@@ -97,7 +99,8 @@ def plot(results: Sequence[dict], path: str) -> None:
                 [row["top1"] for row in points],
                 [row["top1_std"] for row in points],
                 marker="*" if scorer == "all" else "o",
-                color=f"C{(['all', *SCORERS].index(scorer) if scorer in SCORERS else number)}",
+                color=f"C{colours.index(scorer)}",
+                markerfacecolor=None if trained else "white",
                 linestyle="-" if trained else "--",
                 label=f"{scorer}, fine-tuned" if trained else scorer,
             )
@@ -106,3 +109,4 @@ def plot(results: Sequence[dict], path: str) -> None:
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("top-1 (%)")
     figure.savefig(path, dpi=120, format="png")
+    return figure
