@@ -200,4 +200,4 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path):
     args = parsed["study"]
     assert args.checkpoint.endswith("checkpoint_epoch_00002.pyth") and args.train
     rows = study.plan_rows(load_config(args.cfg, args.recipe), args)
-    assert len(rows) == 1 + 2 + 3 * (3 + 2 + 4 * 2)
+    assert len(rows) == 1 + 2 + 3 * (2 + 2 + 3 * 2)
