@@ -186,6 +186,7 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
             stack.enter_context(log_to(cfg.OUTPUT_DIR, main=main))
             result = job(cfg, fabric, stop, **options)
             stop.deferred = True  # no signal interrupts what follows
+            gc.collect()  # its loaders go now, not in a reader of the next run of this process
         except BaseException as error:
             stop.deferred = True
             if lifeline and isinstance(error, Interrupted) and error.agreed:

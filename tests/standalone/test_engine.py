@@ -1,5 +1,6 @@
 """Training, resuming and testing on real video files, with SlowFast's checkpoints and lines."""
 
+import gc
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stts_slowfast.standalone import engine, report, resume
+from stts_slowfast.standalone.data import ClipLoader
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.stops import Interrupted
 
@@ -150,6 +152,18 @@ def test_training_shuffles_anew_in_every_epoch(cfg):
     first, second = order[:7], order[7:]
     assert sorted(first) == sorted(second) == list(range(7))
     assert first != second and list(range(7)) not in (first, second)
+
+
+def test_a_runs_loaders_go_with_it(cfg):
+    """Else the readers of the next run in this process find them, and complain on the terminal."""
+    cfg.DATA_LOADER.NUM_WORKERS, cfg.SOLVER.MAX_EPOCH = 1, 1
+    gc.collect()
+    gc.disable()
+    try:
+        engine.train(cfg)
+        assert not [thing for thing in gc.get_objects() if type(thing) is ClipLoader]
+    finally:
+        gc.enable()
 
 
 def test_every_iteration_has_its_own_seed(cfg):
