@@ -186,7 +186,6 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
             stack.enter_context(log_to(cfg.OUTPUT_DIR, main=main))
             result = job(cfg, fabric, stop, **options)
             stop.deferred = True  # no signal interrupts what follows
-            gc.collect()  # its loaders go now, not in a reader of the next run of this process
         except BaseException as error:
             stop.deferred = True
             if lifeline and isinstance(error, Interrupted) and error.agreed:
@@ -206,6 +205,7 @@ def _work(place: Place, job, cfg, options: dict) -> dict:
         if lifeline:
             lifeline.release()
         end_children(before)
+        gc.collect()  # its loaders go now, not in a reader of the next run of this process
         stop.check()
         logger.info("done in %.1f s", time.perf_counter() - start)
         return result
