@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from stts_slowfast import build_model, load_config
 from stts_slowfast.backbones import FAMILIES, vit
 from stts_slowfast.standalone import engine
+from stts_slowfast.standalone.resume import checkpoint_path
 from stts_slowfast.tools.evaluate import TestClips, evaluate
 from stts_slowfast.tools.study import load
 
@@ -55,8 +56,6 @@ class MergingBlock(vit.Block):
     def forward(self, x, sizes):
         heads, (b, n, c) = self.attn.num_heads, x.shape
         q, k, v = self.attn.qkv(self.norm1(x)).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        if sizes.dim() != 3:  # the grid, which the first block gets
-            sizes = torch.ones_like(x[..., :1])
         weight = sizes.log().view(b, 1, 1, n)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=weight.to(q.dtype))
         x = x + self.drop_path(self.attn.proj(mixed.transpose(1, 2).reshape(b, n, c)))
@@ -75,9 +74,9 @@ class MergingViT(vit.ViT):
             block.__class__, block.r = MergingBlock, cfg.TOME_R
 
     def forward(self, clip):
-        x, thw = self.patch_embed(clip)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x, sizes = x + self.position_embedding(), torch.tensor(thw)
+        x, _ = self.patch_embed(clip)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.position_embedding()
+        sizes = torch.ones_like(x[..., :1])
         for block in self.blocks:
             x, sizes = block(x, sizes)
         return self.head(self.norm(x)[:, 0])
@@ -126,8 +125,7 @@ def main() -> None:
 
 def checkpoint(cfg) -> str:
     """The last checkpoint of a run, which is trained where it is not done."""
-    name = f"checkpoint_epoch_{cfg.SOLVER.MAX_EPOCH:05d}.pyth"
-    path = os.path.join(cfg.OUTPUT_DIR, "checkpoints", name)
+    path = checkpoint_path(cfg, cfg.SOLVER.MAX_EPOCH)
     return path if os.path.exists(path) else engine.train(cfg)["checkpoint"]
 
 
@@ -145,9 +143,7 @@ def equally_fast(file: str, rounds: int = 21, batch: int = 16) -> tuple[int, dic
     models = {"learned": build_model(cfg), "all tokens": build_model(load_config(file))}
     steps = [share * 32 for share in range(2, 9)]  # 256 of 512 tokens is the most
     for r in steps:
-        models[f"ToMe {r}"] = build_model(
-            load_config(file, ["MODEL.MODEL_NAME", "ToMe", "TOME_R", r])
-        )
+        models[f"ToMe {r}"] = build_model(load_config(file, [*MERGED, r]))
     clip = torch.randn(batch, 3, cfg.DATA.NUM_FRAMES, *[cfg.DATA.TEST_CROP_SIZE] * 2)
     times: dict[str, list] = {name: [] for name in models}
     for _ in range(rounds):
