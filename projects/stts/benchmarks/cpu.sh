@@ -42,15 +42,15 @@ fi
 if wanted timesformer; then
     bench "8x32 all tokens=${timesformer}_8x32_T0_0.9_S4_0.9.yaml,$FUSED" \
         "8x32 T0_0.9-S4_0.9=${timesformer}_8x32_T0_0.9_S4_0.9.yaml" \
-        --batch-size 1 --no-memory --json "$out/timesformer_8x32.json"
+        --batch-size 1 --json "$out/timesformer_8x32.json"
     bench "96x4 all tokens=${timesformer}_96x4_T0_0.5_S4_0.9.yaml,$FUSED" \
         "96x4 T0_0.5-S4_0.9=${timesformer}_96x4_T0_0.5_S4_0.9.yaml" \
-        --batch-size 1 --modes eval --no-memory --json "$out/timesformer_96x4.json"
+        --batch-size 1 --modes eval --json "$out/timesformer_96x4.json"
 fi
 if wanted swin; then
     bench "Swin-B all tokens=${swin}_0.9.yaml,$FUSED" "Swin-B T0_0.9=${swin}_0.9.yaml" \
         "Swin-B T0_0.6=${swin}_0.6.yaml" "Swin-B T0_0.4=${swin}_0.4.yaml" \
-        --batch-size 1 --modes eval --no-memory --json "$out/swin.json"
+        --batch-size 1 --modes eval --json "$out/swin.json"
 fi
 if wanted topk; then
     python projects/stts/benchmarks/topk.py
