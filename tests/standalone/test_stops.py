@@ -242,13 +242,15 @@ def test_a_second_run_in_a_folder_is_told_at_once(run, cfg):
 
 
 DEAF = """
-import hashlib, sys
+import contextlib, hashlib, sys
 from stts_slowfast.standalone import stops
 stops.GRACE = 1.0
 with stops.listen() as stop:
     stop.deferred = sys.argv[1] == "deferred"
-    print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes without a look at signals
+    while True:  # on, where the signal comes before it is deaf
+        with contextlib.suppress(KeyboardInterrupt):
+            print("ready", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes without a look at signals
 """
 
 
