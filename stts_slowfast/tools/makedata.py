@@ -164,6 +164,8 @@ def config(
     # A frame of tokens is of two frames of pixels; TimeSformer's patches are of one.
     frames = TOKEN_FRAMES if model == "timesformer" else 2 * TOKEN_FRAMES
     name, nodes = MODELS[model](side // GRID)
+    # Windows whose tokens patch merging pairs as it always does: it merges 2 x 2 of them.
+    stride = 2 if model == "video_swin" else 1
     return {
         "TRAIN": {"BATCH_SIZE": 16, "EVAL_PERIOD": 100, "CHECKPOINT_PERIOD": 100},
         "DATA": {
@@ -188,7 +190,7 @@ def config(
         "STTS": {
             "ENABLE": False,
             "TIME": {"BLOCKS": [0], "KEEP": [0.5]},
-            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], "STRIDE": 1},
+            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], "STRIDE": stride},
         },
         "SOLVER": {
             "OPTIMIZING_METHOD": "adamw",
@@ -241,7 +243,7 @@ def _vit(stride: int) -> tuple[str, dict]:
 
 def _video_swin(stride: int) -> tuple[str, dict]:
     sizes = {"PATCH_SIZE": [2, stride, stride], "EMBED_DIM": 32, "DEPTHS": [2, 2]}
-    windows = {"NUM_HEADS": [2, 4], "WINDOW_SIZE": [8, 3, 3], "DROPPATH_RATE": 0.0}
+    windows = {"NUM_HEADS": [2, 4], "WINDOW_SIZE": [8, 4, 4], "DROPPATH_RATE": 0.0}
     return "VideoSwin", {"VIDEO_SWIN": {**sizes, **windows}}
 
 

@@ -179,12 +179,14 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path):
         '#!/usr/bin/env bash\n(IFS="|"; echo "$*" >> "$CALLS")\n'
         f'[ "$1" = make-data ] && exec {sys.executable} -m stts_slowfast "$@"\n'
         '[ "$1" = run ] && mkdir -p "$DATA/run_mvit/checkpoints" && '
-        'touch "$DATA/run_mvit/checkpoints/checkpoint_epoch_0000"{1,2}.pyth\nexit 0\n'
+        'touch "$DATA/run_mvit/checkpoints/checkpoint_epoch_0000"{1,2}.pyth && '
+        """echo '{"split": "test_final", "top1_acc": "'"$TOP1"'.00"}' >> """
+        '"$DATA/run_mvit/json_stats.log"\nexit 0\n'
     )
     fake.chmod(0o755)
     env = {**os.environ, "CALLS": str(tmp_path / "calls"), "DATA": str(tmp_path / "t" / "motion")}
     env |= {"KINDS": "motion", "MODELS": "mvit", "TRAIN": "8", "TEST": "8", "EPOCHS": "1"}
-    env |= {"PATH": f"{fake.parent}:{env['PATH']}", "SEEDS": "2"}
+    env |= {"PATH": f"{fake.parent}:{env['PATH']}", "SEEDS": "2", "TOP1": "90"}
     env["PYTHONPATH"] = str(script.parents[2])
     for _ in range(2):
         subprocess.run(["bash", str(script), str(tmp_path / "t")], env=env, check=True)
@@ -201,3 +203,13 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path):
     assert args.checkpoint.endswith("checkpoint_epoch_00002.pyth") and args.train
     rows = study.plan_rows(load_config(args.cfg, args.recipe), args)
     assert len(rows) == 1 + 2 + 3 * (2 + 2 + 3 * 2)
+
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "t")],
+        env={**env, "TOP1": "25"},
+        check=True,
+        text=True,
+        capture_output=True,
+    )
+    assert done.stdout == "left out: mvit on motion, where all tokens reach 25%\n"
+    assert (tmp_path / "calls").read_text().splitlines()[-1].startswith("run|")
