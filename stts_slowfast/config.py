@@ -46,7 +46,8 @@ def add_stts_config(cfg) -> None:
     # What scores a window: learned, uniform (the middle one), random, change, or what is
     # registered in scorers.SCORERS.
     cfg.STTS.SPACE.SCORER = "learned"
-    # Tokens between neighbouring windows; 0 for max((H - side) // 2, 1).
+    # Tokens between neighbouring windows; 0 for max((H - side) // 2, 1). Best even on Video Swin,
+    # as the window's side is: its patch merging pairs the tokens that it pairs in a whole frame.
     cfg.STTS.SPACE.STRIDE = 0
     # One window for all frames of a clip, its score the mean over the frames.
     cfg.STTS.SPACE.SHARED = False

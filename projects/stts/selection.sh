@@ -10,7 +10,7 @@
 set -euo pipefail
 export OUT="${1:-selection}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 kinds="${KINDS:-clutter needle motion}"
-jobs="${JOBS:-$(nproc)}"
+jobs="${JOBS:-$(env -u OMP_NUM_THREADS nproc)}"  # nproc takes it for a limit
 
 make_data() {
     if [ ! -e "$OUT/$1/video_swin.yaml" ]; then  # the last that it writes
@@ -19,8 +19,10 @@ make_data() {
 }
 
 study() {
-    local model="$1" kind="$2" data="$OUT/$2" trained top1 both="${BOTH-0.375x0.5625}"
-    stts run --engine standalone --cfg "$data/$model.yaml" --opts SOLVER.MAX_EPOCH "${EPOCHS:-7}"
+    local model="$1" kind="$2" data="$OUT/$2" trained top1 both="${BOTH-0.375x0.5625}" epochs=7
+    if [ "$model" = timesformer ]; then epochs=12; fi
+    stts run --engine standalone --cfg "$data/$model.yaml" \
+        --opts SOLVER.MAX_EPOCH "${EPOCHS:-$epochs}"
     top1="$(grep -o '"top1_acc": "[0-9]*' "$data/run_$model/json_stats.log" | tail -n 1)"
     if [ "${top1##*\"}" -lt "${LEARNED:-90}" ]; then
         echo "left out: $model on $kind, where all tokens reach ${top1##*\"}%"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from stts_slowfast.keys import check_choice
 from stts_slowfast.standalone.warp import Box, warp
 
 _INTERPOLATIONS = {
@@ -37,10 +38,7 @@ class RandAugment:
                 f"AUG.AA_TYPE is {policy!r}: expected 'rand' and parts mX, nX, mstdX or incX, "
                 "such as rand-m7-n4-mstd0.5-inc1"
             )
-        if interpolation not in _INTERPOLATIONS:
-            raise ValueError(
-                f"AUG.INTERPOLATION is {interpolation!r}: use one of {sorted(_INTERPOLATIONS)}"
-            )
+        check_choice("AUG.INTERPOLATION", interpolation, sorted(_INTERPOLATIONS))
         values = {match[1]: float(match[2]) for match in found}
         self.magnitude = values.get("m", 10.0)
         self.num_ops = int(values.get("n", 2))

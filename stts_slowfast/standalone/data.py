@@ -19,6 +19,7 @@ from iopath.common.file_io import g_pathmgr
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from stts_slowfast.keys import check_choice
 from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list_ssv2
 from stts_slowfast.standalone.stops import in_reader
 from stts_slowfast.standalone.transforms import (
@@ -117,8 +118,7 @@ class ClipDataset(Dataset):
     def __init__(self, cfg, split: str):
         name = (cfg.TEST if split == "test" else cfg.TRAIN).DATASET
         key = f"{'TEST' if split == 'test' else 'TRAIN'}.DATASET"
-        if name.lower() not in DATASETS:
-            raise ValueError(f"{key} is {name!r}: use one of {sorted(DATASETS)}")
+        check_choice(key, name.lower(), sorted(DATASETS))
         list_videos, self.read = DATASETS[name.lower()]
         self.cfg, self.split = cfg, split
         self.videos: VideoList = list_videos(cfg, split)

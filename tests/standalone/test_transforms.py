@@ -126,6 +126,8 @@ def test_policy_is_parsed_as_timm_writes_it():
     for wrong in ("auto-m7", "rand-q3", "rand-m"):
         with pytest.raises(ValueError, match=r"AUG\.AA_TYPE"):
             augment.RandAugment(wrong)
+    with pytest.raises(ValueError, match=r"AUG\.INTERPOLATION is 'box': use one of bicubic, bil"):
+        augment.RandAugment("rand-m9", "box")
 
 
 def test_erased_boxes_lie_in_the_same_place_in_all_frames():
