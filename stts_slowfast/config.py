@@ -60,6 +60,10 @@ def add_stts_config(cfg) -> None:
     cfg.STTS.SIGMA = 0.2
     # How sigma changes over training: linear (to 0) or constant.
     cfg.STTS.SIGMA_DECAY = "linear"
+    # Share of training during which budgets shrink, in six steps, from all that arrives to KEEP, so
+    # that a trained backbone gets used to it (0 in the paper: KEEP from the first iteration on, and
+    # its speed and memory).
+    cfg.STTS.SHRINK = 0.5
     # Of perturbed: how many perturbations are drawn per row of scores.
     cfg.STTS.NUM_SAMPLES = 500
     # Of perturbed: exact (score function with baseline) or diagonal (as in the authors' code).
@@ -126,6 +130,7 @@ class Settings:
     space_shared: bool
     sigma: float
     sigma_decay: str
+    shrink: float
     num_samples: int
     gradient: str
     operator: str
@@ -190,6 +195,7 @@ class Settings:
         check_choice("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
         for name in (
             "sigma",
+            "shrink",
             "num_samples",
             "backbone_lr",
             "freeze_backbone_epochs",
@@ -204,6 +210,8 @@ class Settings:
                 value = getattr(self, name)
                 if not isinstance(value, kind):
                     raise ValueError(f"STTS.{_key(name)} is {value!r}: give {right}")
+        if self.shrink > 1:
+            raise ValueError(f"STTS.SHRINK is {self.shrink:g}: a share of training is 1 at most")
         return {} if grids is None else plan(self, grids)
 
 

@@ -108,8 +108,8 @@ def attach(
             ``{0: 0.9}``; or a range to draw from in training, ``{0: (0.25, 0.9)}``.
         space: share of a frame's tokens that goes on, likewise: ``{4: 0.9}``.
         **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
-            ``space_scorer``, ``space_stride``, ``space_shared``, ``sigma``, ``num_samples``,
-            ``fused_attention`` and so on (``config.Settings``). ``backbone_lr`` and
+            ``space_scorer``, ``space_stride``, ``space_shared``, ``sigma``, ``shrink``,
+            ``num_samples``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr`` and
             ``freeze_backbone_epochs`` are for training loops that call ``schedule.step``, as those
             of both engines and ``SelectionCallback`` do.
 
@@ -174,6 +174,7 @@ def _make_selectors(
     operator = {
         "sigma": settings.sigma,
         "sigma_decay": settings.sigma_decay,
+        "shrink": settings.shrink,
         "num_samples": settings.num_samples,
         "gradient": settings.gradient,
         "operator": settings.operator,

@@ -17,6 +17,9 @@ from stts_slowfast.selectors import Selector
 
 logger = logging.getLogger(__name__)
 
+# torch.compile makes a graph for each budget, and gives up after 8.
+SHRINK_STEPS = 6
+
 
 def sigma(initial: float, decay: str, fraction: float) -> float:
     """Noise level after a fraction of training.
@@ -29,11 +32,23 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
     return initial * (1.0 - fraction) if decay == "linear" else initial
 
 
+def width(fraction: float, shrink: float) -> float:
+    """How far budgets are from what they shrink to, 1 to 0, after a fraction of training.
+
+    Args:
+        fraction: 0 to 1 of training done.
+        shrink: ``STTS.SHRINK``.
+    """
+    left = 1.0 - fraction / shrink if fraction < shrink else 0.0
+    return round(SHRINK_STEPS * left) / SHRINK_STEPS
+
+
 def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
-    """Sets every selector's sigma, and its budget of a range, at this point of training.
+    """Sets every selector's sigma, and its budget, at this point of training.
 
     Both depend on nothing but the arguments: all processes have the same, and a resumed run is
-    where it was. Each selector draws its own budget, and all sizes of its range are as likely.
+    where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
+    budgets shrink, more goes on than that.
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
@@ -53,7 +68,8 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
         if isinstance(module, Selector):
             noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
             module.sigma.fill_(noise)
-            module.set_budget(random.Random(f"{seed} {fraction!r} {module.key}").random())
+            draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
+            module.set_budget(draw, width(fraction, module.shrink))
     return noise
 
 

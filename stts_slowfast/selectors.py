@@ -55,6 +55,7 @@ class Selector(nn.Module):
     """
 
     dimension: str
+    step = 1  # by which budgets shrink
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Selector(nn.Module):
         keep: float | Sequence[float],
         sigma: float = 0.2,
         sigma_decay: str = "linear",
+        shrink: float = 0.0,
         num_samples: int = 500,
         gradient: str = "exact",
         operator: str = "subset",
@@ -74,11 +76,13 @@ class Selector(nn.Module):
         self.low, self.high = (round(share * WHOLE) for share in self.share)
         # Where between them; nobody has drawn from a range yet.
         self.draw = 0 if self.low == self.high else None
+        self.wide = 0  # how far from there to all that arrives
         self.num_samples = num_samples
         self.gradient = gradient
         self.operator = OPERATORS.get(operator)
         self.initial_sigma = float(sigma)
         self.sigma_decay = sigma_decay
+        self.shrink = shrink
         self.register_buffer("sigma", torch.tensor(self.initial_sigma), persistent=False)
         self.kept: Tensor | None = None
         self.nan_scores: Tensor | None = None  # on the device
@@ -92,14 +96,16 @@ class Selector(nn.Module):
         """Its name in ``model.stts``: ``time_0``, ``space_4``."""
         return f"{self.dimension.lower()}_{self.block}"
 
-    def set_budget(self, draw: float) -> None:
+    def set_budget(self, draw: float, wide: float = 0.0) -> None:
         """What goes on in training until the next call; in evaluation it is the high end.
 
         Args:
             draw: 0..1 of the way through the range of sizes; a single share is no range.
+            wide: 0..1 of the way from there to all that arrives.
         """
         if self.low != self.high:
             self.draw = round(draw * WHOLE)
+        self.wide = round(wide * WHOLE)
 
     def goes_on(self, grid: Tensor) -> tuple[int, ...]:
         """How many frames, or height and width of the window, go on of ``(B, T, H, W, C)`` now."""
@@ -116,6 +122,9 @@ class Selector(nn.Module):
         )
         if min(sizes) < 1:
             raise ValueError(nothing_left(self.dimension, least, self.block, thw))
+        if self.training and self.wide:
+            wider = between(sizes, self.sizes(thw, 1.0), self.wide / WHOLE)
+            sizes = tuple(a + (b - a) // self.step * self.step for a, b in zip(sizes, wider))
         return sizes
 
     def forward(self, grid: Tensor) -> Tensor:
@@ -239,6 +248,7 @@ class SpatialSelector(Selector):
     ):
         super().__init__(SCORERS.get(scorer)("SPACE", channels), block, keep, **settings)
         self.stride = stride
+        self.step = max(stride, 1)  # so that windows lie as they will in the end
         self.shared = shared
 
     def sizes(self, thw: Sequence[int], share: float) -> tuple[int, ...]:

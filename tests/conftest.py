@@ -59,7 +59,9 @@ def tiny_cfg():
     cfg.STTS.SPACE.BLOCKS = [2]
     cfg.STTS.SPACE.KEEP = [0.6]
     cfg.STTS.NUM_SAMPLES = 50
-    cfg.STTS.SIGMA = cfg.STTS.BACKBONE_LR = 0.1  # the paper's, whatever the defaults
+    # The paper's, whatever the defaults.
+    cfg.STTS.SIGMA = cfg.STTS.BACKBONE_LR = 0.1
+    cfg.STTS.SHRINK = 0.0
     return cfg
 
 

@@ -37,6 +37,18 @@ CHECK, CLIPS = "tests/checkpoints/test_check.py", "tests/pyslowfast/test_clips.p
 GUARD, BAD = "tests/pyslowfast/test_guard.py", "tests/slowfast/test_badvideos.py"
 
 MUTATIONS = {
+    "budgets-never-shrink": Mutation(
+        "schedule.py",
+        "module.set_budget(draw, width(fraction, module.shrink))",
+        "module.set_budget(draw)",
+        "tests/test_schedule.py -k shrink",
+    ),
+    "windows-shrink-by-tokens": Mutation(
+        "selectors.py",
+        "self.step = max(stride, 1)",
+        "self.step = 1",
+        "tests/test_schedule.py -k shrink",
+    ),
     "seed-without-epoch": Mutation(
         "standalone/training.py",
         "iteration_seed(self.cfg.RNG_SEED, epoch, iteration, self.fabric.global_rank)",

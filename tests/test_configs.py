@@ -57,7 +57,7 @@ def expected_steps(name):
 def test_rows_of_the_paper_are_learned_as_in_the_paper(name):
     node = load(name).STTS
     assert (node.OPERATOR, node.SIGMA, node.SIGMA_DECAY) == ("perturbed", 0.1, "linear")
-    assert (node.NUM_SAMPLES, node.BACKBONE_LR) == (500, 0.1)
+    assert (node.NUM_SAMPLES, node.BACKBONE_LR, node.SHRINK) == (500, 0.1, 0.0)
 
 
 def test_there_is_a_file_for_every_published_row():

@@ -62,6 +62,7 @@ def nodes(draw, num_blocks):
     node.GRADIENT = draw(mostly(st.sampled_from(["exact", "diagonal"]), "none", None))
     node.SIGMA = draw(mostly(st.floats(0.0, 2.0), -0.1, float("nan"), "0.1", None, True))
     node.SIGMA_DECAY = draw(mostly(st.sampled_from(["linear", "constant"]), "cosine", None))
+    node.SHRINK = draw(mostly(st.floats(0.0, 1.0), 1.5, -0.1, float("nan"), "0.5", None))
     node.NUM_SAMPLES = draw(mostly(st.integers(1, 20), 0, 2.5, "10", None, True))
     node.BACKBONE_LR = draw(mostly(st.floats(0.0, 1.0), -1, "a", None))
     node.FUSED_ATTENTION = node.TRUE_DISTANCES = draw(mostly(st.just(False), 0, "no", None))

@@ -79,6 +79,48 @@ def test_a_range_is_refused_before_anything_was_drawn_and_else_evaluated_at_its_
     assert (selections(ranged)["space_2"][:, 2:] == 3).all()
 
 
+@pytest.mark.parametrize("keep", [0.25, [0.25, 0.9]])
+def test_budgets_shrink_from_everything_to_what_is_kept(tiny_cfg, keep):
+    tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TIME.KEEP, tiny_cfg.STTS.SPACE.KEEP = True, [keep], [keep]
+    at_once = budgets(build_model(tiny_cfg))
+    tiny_cfg.STTS.SHRINK = 0.5
+    model = build_model(tiny_cfg)
+    shrunk = budgets(model)
+    assert shrunk[0] == [8, 14] and shrunk[40:] == at_once[40:]
+    assert all(a >= b for pair in zip(shrunk, at_once) for a, b in zip(*pair))
+    if keep == 0.25:
+        frames, sides = zip(*shrunk)
+        assert list(frames) == sorted(frames, reverse=True) and set(frames) == set(range(2, 9))
+        assert list(sides) == sorted(sides, reverse=True) and len(set(sides)) == 7
+        assert len(set(map(tuple, shrunk))) < 8  # what torch.compile has graphs for
+    set_progress(model, 0.0)
+    model.eval()  # keeps what a test would
+    assert [s.goes_on(torch.empty(1, 8, 14, 14, 1))[0] for s in model.stts.values()] == (
+        [2, 7] if keep == 0.25 else [7, 13]
+    )
+
+
+def test_windows_shrink_by_their_stride(tiny_cfg):
+    tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.SHRINK = True, 0.5
+    tiny_cfg.STTS.SPACE.KEEP, tiny_cfg.STTS.SPACE.STRIDE = [0.25], 3
+    sides = [side for _, side in budgets(build_model(tiny_cfg))]
+    assert sides == sorted(sides, reverse=True) and set(sides) == {13, 10, 7}
+
+
+def test_training_that_shrinks_begins_as_the_model_without_selectors(tiny_cfg):
+    tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.SHRINK = True, 1.0
+    model = build_model(tiny_cfg)
+    clips = torch.randn(2, 3, 8, 32, 32)
+    set_progress(model, 0.0)
+    logits = model.train()(clips)
+    loss = logits.square().sum()
+    loss.backward()  # reaches every parameter, as DDP asks
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    set_progress(model, 1.0)
+    assert not torch.allclose(model(clips), logits)
+    torch.testing.assert_close(detach(model)(clips), logits)
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_progress_outside_of_training_is_refused(model, fraction):
     with pytest.raises(ValueError, match="lies in 0 to 1"):

@@ -32,7 +32,7 @@ study() {
     stts study --cfg "$data/$model.yaml" --checkpoint "${trained[-1]}" --out "$data/study_$model" \
         --time ${TIME-0.25} --space ${SPACE-0.25} --both $both --seeds "${SEEDS:-3}" \
         --scorers ${SCORERS:-learned uniform random} --train \
-        --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-3}" \
+        --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-4}" \
         SOLVER.WARMUP_EPOCHS 0.0 STTS.FREEZE_BACKBONE_EPOCHS 0.5
 }
 

@@ -184,7 +184,7 @@ def convert_config(tree: dict) -> tuple[dict, list[str]]:
             raise ValueError(f"MVIT.{key} is {value!r}: {', '.join(_SCORERS)} can be converted")
         value = _SCORERS[value] if leaf == "SCORER" else value
         (stts[node] if node else stts)[leaf] = [] if value is None else value
-    stts["OPERATOR"] = "perturbed"
+    stts["OPERATOR"], stts["SHRINK"] = "perturbed", 0.0
     stts["SIGMA_DECAY"] = "linear" if mvit.pop("DECAY_SIGMA", True) else "constant"
     tree["STTS"] = stts
     _convert_schedule(tree, notes)
