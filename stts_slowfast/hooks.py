@@ -109,9 +109,9 @@ def attach(
         space: share of a frame's tokens that goes on, likewise: ``{4: 0.9}``.
         **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
             ``space_scorer``, ``space_stride``, ``space_shared``, ``sigma``, ``shrink``,
-            ``num_samples``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr`` and
-            ``freeze_backbone_epochs`` are for training loops that call ``schedule.step``, as those
-            of both engines and ``SelectionCallback`` do.
+            ``num_samples``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr``
+            and ``freeze_backbone_epochs`` are for training loops that call ``schedule.step``, as
+            those of both engines and ``SelectionCallback`` do.
 
     Returns:
         The same model. ``model.stts`` is an ``nn.ModuleDict`` with keys such as ``time_0`` and

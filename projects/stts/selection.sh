@@ -19,7 +19,7 @@ make_data() {
 }
 
 study() {
-    local model="$1" kind="$2" data="$OUT/$2" trained top1 both="${BOTH-0.375x0.5625}"
+    local model="$1" kind="$2" data="$OUT/$2" trained top1 both="${BOTH-0.5x0.25}"
     stts run --engine standalone --cfg "$data/$model.yaml" --opts SOLVER.MAX_EPOCH "${EPOCHS:-7}"
     top1="$(grep -o '"top1_acc": "[0-9]*' "$data/run_$model/json_stats.log" | tail -n 1)"
     if [ "${top1##*\"}" -lt "${LEARNED:-90}" ]; then
