@@ -513,7 +513,7 @@ def test_plain_arguments_are_the_node(plain, tiny_cfg, clips):
     by_words = attach(
         plain, time={0: 0.5}, space={2: 0.6}, time_scorer="uniform", space_shared=True,
         space_stride=2, sigma=0.3, gradient="diagonal", fused_attention=False, num_samples=50,
-        backbone_lr=0.1,
+        backbone_lr=0.1, shrink=0.0,
     )  # fmt: skip
     assert by_words.stts.settings == by_node.stts.settings
     assert [type(m) for m in by_words.modules()] == [type(m) for m in by_node.modules()]

@@ -145,4 +145,6 @@ def assert_same(ours, theirs):
         if grad is None:
             assert ours[1][name] is None, name
         else:
-            torch.testing.assert_close(ours[1][name], grad, rtol=1e-4, atol=1e-5 * scale, msg=name)
+            # What moves all scores alike is normalised away: that gradient is rounding alone.
+            slack = scale * (1e-4 if name.endswith("network.score.4.bias") else 1e-5)
+            torch.testing.assert_close(ours[1][name], grad, rtol=1e-4, atol=slack, msg=name)
