@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from stts_slowfast import backbones
+from stts_slowfast.backbones import timesformer
 from stts_slowfast.config import Settings
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.schedule import backbone_lr, begin, param_groups, set_progress, sigma, step
@@ -105,6 +106,19 @@ def test_windows_shrink_by_their_stride(tiny_cfg):
     tiny_cfg.STTS.SPACE.KEEP, tiny_cfg.STTS.SPACE.STRIDE = [0.25], 3
     sides = [side for _, side in budgets(build_model(tiny_cfg))]
     assert sides == sorted(sides, reverse=True) and set(sides) == {13, 10, 7}
+
+
+def test_a_compiled_training_has_a_graph_for_each_budget():
+    stock = timesformer.TimeSformer(32, 8, 8, 16, 2, 2, num_classes=5)
+    model = attach(stock, time={0: 0.25}, space={1: 0.25}, shrink=0.5)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model.train(), backend="eager")
+    for number in range(24):
+        set_progress(model, number / 24)
+        compiled(torch.randn(2, 3, 8, 32, 32))
+    # torch.compile stops at `recompile_limit`, 8: what comes then runs without a graph.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
 
 
 def test_training_that_shrinks_begins_as_the_model_without_selectors(tiny_cfg):
