@@ -117,7 +117,8 @@ def param_groups(optimizer_groups: list[dict], model: nn.Module) -> list[dict]:
 
 
 def begin(groups: list[dict], trained: bool, model: nn.Module, epochs: float) -> None:
-    """Decides, once a run, whether the backbone is held back, and says so on one line.
+    """Decides, once a run, whether the backbone is held back, and says so on one line; on another
+    that budgets shrink, where they do.
 
     It is where the backbone is trained and the scorers are not: the paper's recipe is one of
     fine-tuning. From random weights everything learns at the schedule's rate. The decision is
@@ -130,6 +131,13 @@ def begin(groups: list[dict], trained: bool, model: nn.Module, epochs: float) ->
         model: with selectors, where groups say so.
         epochs: of the whole training.
     """
+    shrink = max((m.shrink for m in model.modules() if isinstance(m, Selector)), default=0.0)
+    if shrink:
+        logger.info(
+            "STTS: in the first %g of training budgets shrink from all tokens to KEEP "
+            "(STTS.SHRINK; 0 for KEEP, its memory and its speed, from the first iteration on)",
+            shrink,
+        )
     if not any("backbone" in group for group in groups):
         return
     settings = settings_of(model)

@@ -108,6 +108,17 @@ def test_windows_shrink_by_their_stride(tiny_cfg):
     assert sides == sorted(sides, reverse=True) and set(sides) == {13, 10, 7}
 
 
+def test_a_run_says_that_its_budgets_shrink(tiny_cfg, caplog):
+    tiny_cfg.STTS.ENABLE = True
+    tiny_cfg.STTS.TIME.SCORER = tiny_cfg.STTS.SPACE.SCORER = "uniform"  # learned or not
+    for shrink, lines in ((0.25, 1), (0.0, 0)):
+        tiny_cfg.STTS.SHRINK = shrink
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            begin([{}], True, build_model(tiny_cfg), 10)
+        assert sum("first 0.25 of training" in line for line in caplog.messages) == lines
+
+
 def test_a_compiled_training_has_a_graph_for_each_budget():
     stock = timesformer.TimeSformer(32, 8, 8, 16, 2, 2, num_classes=5)
     model = attach(stock, time={0: 0.25}, space={1: 0.25}, shrink=0.5)
