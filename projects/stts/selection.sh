@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The table of selection.md: for every family and every kind of videos, train on all tokens, then
-# fine-tune and test each way to select at a quarter of the tokens and at 3%, over several seeds.
+# fine-tune and test each way to select at a quarter of the tokens, an eighth and 3%, over several
+# seeds.
 #   bash projects/stts/selection.sh [DIR]
 # What is done is not done again. A part of it: KINDS=motion MODELS=mvit SEEDS=1 bash ...
 # TIME, SPACE, BOTH and LEAST are the budgets, SCORERS who competes; TRAIN and TEST set the numbers
 # of videos, EPOCHS and TUNE_EPOCHS the length of both trainings, JOBS how many run at once (one a
 # core). What a job prints is in DIR/KIND/MODEL.log. A model that does not learn a kind from all
-# tokens is left out there, with a line that says so.
+# tokens (below LEARNED percent) is left out there, with a line that says so.
 set -euo pipefail
 export OUT="${1:-selection}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 kinds="${KINDS:-clutter needle motion}"

@@ -63,6 +63,7 @@ def test_authors_yaml_becomes_ours(tmp_path, capsys):
     cfg = load_config(str(tmp_path / "ours.yaml"))
     stts = cfg.STTS
     assert stts.ENABLE and stts.SIGMA == 0.1 and stts.SIGMA_DECAY == "linear"
+    assert stts.SHRINK == 0.0  # theirs keeps as little from the first iteration on
     assert stts.OPERATOR == "perturbed"
     assert (stts.TIME.BLOCKS, stts.TIME.KEEP, stts.TIME.SCORER) == ([0], [0.5], "learned")
     assert (stts.SPACE.BLOCKS, stts.SPACE.KEEP, stts.SPACE.SCORER) == ([2], [0.7367], "learned")
