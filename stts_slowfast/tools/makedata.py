@@ -7,9 +7,10 @@ the class, and configs of small models to train on them: ``stts run --cfg DIR/mv
 import argparse
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -150,6 +151,16 @@ def write_frames(path: str, frames: Iterable[np.ndarray], fps: float) -> None:
 # ---- configs that learn them -----------------------------------------------------------------
 
 
+class SmallModel(NamedTuple):
+    """A model that learns the videos on a CPU, and what it asks for besides its node."""
+
+    name: str  # MODEL.MODEL_NAME
+    node: Callable[[int], dict]  # pixels of a token's side -> its node of the config
+    tubelet: int = 2  # frames of a token
+    stride: int = 1  # STTS.SPACE.STRIDE
+    base_lr: float = 2e-3
+
+
 def config(
     folder: str,
     seed: int,
@@ -161,11 +172,8 @@ def config(
 
     STTS is off; its blocks are those before which ``stts study`` selects.
     """
-    # A frame of tokens is of two frames of pixels; TimeSformer's patches are of one.
-    frames = TOKEN_FRAMES if model == "timesformer" else 2 * TOKEN_FRAMES
-    name, nodes = MODELS[model](side // GRID)
-    # Windows whose tokens patch merging pairs as it always does: it merges 2 x 2 of them.
-    stride = 2 if model == "video_swin" else 1
+    small = MODELS[model]
+    frames = small.tubelet * TOKEN_FRAMES
     return {
         "TRAIN": {"BATCH_SIZE": 16, "EVAL_PERIOD": 100, "CHECKPOINT_PERIOD": 100},
         "DATA": {
@@ -182,20 +190,19 @@ def config(
         },
         "MODEL": {
             "ARCH": "mvit",
-            "MODEL_NAME": name,
+            "MODEL_NAME": small.name,
             "NUM_CLASSES": NUM_CLASSES,
             "DROPOUT_RATE": 0.0,
         },
-        **nodes,
+        **small.node(side // GRID),
         "STTS": {
             "ENABLE": False,
             "TIME": {"BLOCKS": [0], "KEEP": [0.5]},
-            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], "STRIDE": stride},
+            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], "STRIDE": small.stride},
         },
         "SOLVER": {
             "OPTIMIZING_METHOD": "adamw",
-            # At 2e-3 TimeSformer leaves its plateau on clutter late, if at all.
-            "BASE_LR": 1e-3 if model == "timesformer" else 2e-3,
+            "BASE_LR": small.base_lr,
             "MAX_EPOCH": 3,
             "WARMUP_EPOCHS": 1.0,
             "COSINE_AFTER_WARMUP": True,
@@ -211,7 +218,7 @@ def config(
     }
 
 
-def _mvit(stride: int) -> tuple[str, dict]:
+def _mvit(stride: int) -> dict:
     node = {
         "DEPTH": 3,
         "EMBED_DIM": 32,
@@ -227,33 +234,34 @@ def _mvit(stride: int) -> tuple[str, dict]:
         "POOL_KV_STRIDE_ADAPTIVE": [1, 2, 2],
         "POOL_KVQ_KERNEL": [3, 3, 3],
     }
-    return "MViT", {"MVIT": node}
+    return {"MVIT": node}
 
 
-def _timesformer(stride: int) -> tuple[str, dict]:
+def _timesformer(stride: int) -> dict:
     sizes = {"PATCH_SIZE": stride, "EMBED_DIM": 64, "DEPTH": 3, "NUM_HEADS": 4}
-    return "TimeSformer", {"TIMESFORMER": {**sizes, "DROPPATH_RATE": 0.0}}
+    return {"TIMESFORMER": {**sizes, "DROPPATH_RATE": 0.0}}
 
 
-def _vit(stride: int) -> tuple[str, dict]:
+def _vit(stride: int) -> dict:
     patches = [2, stride, stride]
     node = {"PATCH_KERNEL": patches, "PATCH_STRIDE": patches, "PATCH_PADDING": [0, 0, 0]}
     node |= {"EMBED_DIM": 64, "DEPTH": 3, "NUM_HEADS": 4, "SEP_POS_EMBED": True}
-    return "MViT", {"MVIT": {**node, "DROPPATH_RATE": 0.0}}
+    return {"MVIT": {**node, "DROPPATH_RATE": 0.0}}
 
 
-def _video_swin(stride: int) -> tuple[str, dict]:
+def _video_swin(stride: int) -> dict:
     sizes = {"PATCH_SIZE": [2, stride, stride], "EMBED_DIM": 32, "DEPTHS": [2, 2]}
     windows = {"NUM_HEADS": [2, 4], "WINDOW_SIZE": [8, 4, 4], "DROPPATH_RATE": 0.0}
-    return "VideoSwin", {"VIDEO_SWIN": {**sizes, **windows}}
+    return {"VIDEO_SWIN": {**sizes, **windows}}
 
 
-# File name of the config -> pixels of a token -> MODEL_NAME and its node.
-MODELS = {
-    "mvit": _mvit,
-    "timesformer": _timesformer,
-    "vit": _vit,
-    "video_swin": _video_swin,
+MODELS = {  # by the file name of the config
+    "mvit": SmallModel("MViT", _mvit),
+    # At 2e-3 it leaves its plateau on clutter late, if at all.
+    "timesformer": SmallModel("TimeSformer", _timesformer, tubelet=1, base_lr=1e-3),
+    "vit": SmallModel("MViT", _vit),
+    # Windows at even places: patch merging pairs their tokens as it does those of a whole frame.
+    "video_swin": SmallModel("VideoSwin", _video_swin, stride=2),
 }
 
 
