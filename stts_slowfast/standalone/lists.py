@@ -4,6 +4,7 @@ A list may have ten million entries, and every DataLoader worker has it: Python 
 some hundred bytes each, and be copied for every worker as soon as their reference count changes.
 """
 
+import hashlib
 import json
 import os
 from array import array
@@ -64,6 +65,16 @@ class VideoList:
             start, end = self.bounds[index]
             frames = tuple(self.frames[number] for number in self.order[start:end])
         return Entry(self.paths[index], int(self.labels[index]), frames)
+
+    def digest(self) -> str:
+        """SHA-256 of all entries, but for the folder that they lie in."""
+        arrays = [self.paths.data, self.paths.ends, self.labels]
+        if self.frames is not None:
+            arrays += [self.frames.data, self.frames.ends, self.order, self.bounds]
+        digest = hashlib.sha256()
+        for values in arrays:
+            digest.update(values.tobytes())
+        return digest.hexdigest()
 
 
 def list_kinetics(cfg, split: str) -> VideoList:

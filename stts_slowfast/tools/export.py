@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="file to write: .pt2 (torch.export) or .onnx"
     )
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights; without, random ones")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="weights; else TEST.CHECKPOINT_FILE_PATH, else the last in OUTPUT_DIR",
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="clips in a batch, fixed")
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
     add_opts(parser)
@@ -39,19 +43,17 @@ def main(args: argparse.Namespace) -> int:
     """
     from stts_slowfast.standalone.defaults import load_config
     from stts_slowfast.standalone.model import build_model
+    from stts_slowfast.standalone.resume import load_for_test
 
     if Path(args.out).suffix not in (".pt2", ".onnx"):
         raise ValueError(f"--out {args.out}: write a .pt2 (torch.export) or an .onnx file")
     sources = [path for path in (args.cfg, args.checkpoint) if path]
     check_target(args.out, args.force, sources)
     cfg = load_config(args.cfg, args.opts)
-    model = build_model(cfg)
     if args.checkpoint:
-        from stts_slowfast.checkpoints import check, load_weights, read_checkpoint
-
-        checkpoint = read_checkpoint(args.checkpoint)
-        check(model, checkpoint, cfg, "test", args.checkpoint)
-        print(f"{args.checkpoint}: {load_weights(model, checkpoint)}")
+        cfg.TEST.CHECKPOINT_FILE_PATH = args.checkpoint
+    model = build_model(cfg)
+    load_for_test(cfg, model)
     size = cfg.DATA.TRAIN_CROP_SIZE
     generator = torch.Generator().manual_seed(0)
     clips = torch.randn(args.batch_size, 3, cfg.DATA.NUM_FRAMES, size, size, generator=generator)

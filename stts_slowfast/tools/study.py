@@ -14,13 +14,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from iopath.common.file_io import g_pathmgr
 from torch import nn
 
 from stts_slowfast import backbones, build_model, load_config, load_weights
-from stts_slowfast.checkpoints import own_weights, read_checkpoint
+from stts_slowfast.checkpoints import check, own_weights, read_checkpoint
 from stts_slowfast.config import validate_stts
+from stts_slowfast.standalone.data import ClipDataset
 from stts_slowfast.tools.cli import add_opts
-from stts_slowfast.tools.evaluate import TestClips, evaluate
+from stts_slowfast.tools.evaluate import TestClips, evaluate, find_truth
 from stts_slowfast.tools.tables import ENDINGS, SCORERS, table, write_json, write_results
 
 SHARES = (0.75, 0.5, 0.25)
@@ -91,10 +93,7 @@ def main(args: argparse.Namespace) -> int:
     """
     cfg = load_config(args.cfg, args.opts)
     recipe = load_config(args.cfg, [*args.opts, *args.recipe])
-    path = args.checkpoint or cfg.TEST.CHECKPOINT_FILE_PATH or cfg.TRAIN.CHECKPOINT_FILE_PATH
-    path = path or backbones.family_of(cfg).trained(cfg)
-    if not path:
-        raise ValueError("no checkpoint is named: give --checkpoint or TEST.CHECKPOINT_FILE_PATH")
+    path = find_checkpoint(cfg, args.checkpoint)
     rows = plan_rows(cfg, args)
     rows = [row for row in rows if row.trained or can_score(cfg, row, path)]
     os.makedirs(os.path.join(args.out, "rows"), exist_ok=True)
@@ -103,6 +102,28 @@ def main(args: argparse.Namespace) -> int:
     print(table(results))
     print(f"wrote {', '.join(os.path.join(args.out, f'study.{end}') for end in ENDINGS)}")
     return 0
+
+
+def find_checkpoint(cfg, named: str | None) -> str:
+    """The file whose weights are studied, or the folder that the config's model is made from.
+
+    Raises:
+        FileNotFoundError: where it is not there.
+        ValueError: where none is named, or a folder that the model is not made from.
+    """
+    path = named or cfg.TEST.CHECKPOINT_FILE_PATH or cfg.TRAIN.CHECKPOINT_FILE_PATH
+    folder = backbones.family_of(cfg).trained(cfg)
+    if not path and not folder:
+        raise ValueError("no checkpoint is named: give --checkpoint or TEST.CHECKPOINT_FILE_PATH")
+    path = path or folder
+    if not g_pathmgr.exists(path):
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if os.path.isdir(path) and not (folder and os.path.samefile(path, folder)):
+        raise ValueError(
+            f"checkpoint {path} is a folder: name a file in it or, where save_pretrained wrote it, "
+            f"set MODEL.MODEL_NAME hf:{path}"
+        )
+    return path
 
 
 # ---- rows -----------------------------------------------------------------------------------
@@ -164,24 +185,27 @@ def can_score(cfg, row: Row, path: str) -> bool:
     """Whether a checkpoint has the weights of a row's scorers; where not, says so."""
     if row.scorer != "learned":
         return True
-    missing = load(build_model(row_config(cfg, row)), path)
+    missing = load(row_config(cfg, row), path)[1]
     if missing:
         print(f"left out: {row.name}, {path} has no weights of {missing[0]}", file=sys.stderr)
     return not missing
 
 
-def load(model: nn.Module, path: str) -> list[str]:
-    """Loads a checkpoint of either engine; returns the scorers' parameters that it lacks.
+def load(cfg, path: str) -> tuple[nn.Module, list[str]]:
+    """A row's model with a checkpoint of either engine, and its scorers' parameters that the
+    checkpoint lacks.
 
     Raises:
         ValueError: where it is of another backbone.
     """
-    folder = os.path.isdir(path)
-    loaded = load_weights(model, own_weights(model, path) if folder else read_checkpoint(path))
+    model = build_model(cfg)
+    checkpoint = own_weights(model, path) if os.path.isdir(path) else read_checkpoint(path)
+    check(model, checkpoint, cfg, "finetune", path)  # which lets other heads pass
+    loaded = load_weights(model, checkpoint)
     lost = [name for name in loaded.missing if not name.startswith("stts.")]
     if lost or loaded.mismatched:
         raise ValueError(f"{path} is not of this config's model: {loaded}")
-    return list(loaded.missing)
+    return model, list(loaded.missing)
 
 
 # ---- running them ---------------------------------------------------------------------------
@@ -193,6 +217,8 @@ def run_rows(cfg, recipe, path: str, rows: Sequence[Row], out: str) -> list[dict
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
     clips = TestClips(cfg)
+    tested = [digest(path), clips.videos.digest(), repr(find_truth(cfg))]
+    trained = [ClipDataset(recipe, "train").videos.digest()] if any(r.trained for r in rows) else []
     device = "cuda" if cfg.NUM_GPUS > 0 and torch.cuda.is_available() else "cpu"
     columns = [SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn()]
     console = Console(stderr=True)
@@ -204,12 +230,13 @@ def run_rows(cfg, recipe, path: str, rows: Sequence[Row], out: str) -> list[dict
             progress.update(task, description=row.name)
             file = os.path.join(out, "rows", f"{row.name}.json")
             config = row_config(recipe if row.trained else cfg, row)
-            key = fingerprint(config, path)
+            key = fingerprint(config, [*tested, *(trained if row.trained else ())])
             result = read_row(file, key)
             if result is None:
                 weights = path
                 if row.trained:
-                    weights = fine_tune(config, path, os.path.join(out, "runs", row.name), progress)
+                    folder = os.path.join(out, "runs", f"{row.name}-{key}")
+                    weights = fine_tune(config, path, folder, progress)
                 progress.reset(batches)
                 result = measure(config, row, weights, clips, device, progress, batches)
                 write_json(file, {"key": key, **result})
@@ -236,8 +263,8 @@ def measure(cfg, row: Row, path: str, clips: TestClips, device, progress, task) 
     """Tests a row's model; returns its line of the table and what it keeps."""
     from stts_slowfast.standalone.flops import count_gflops
 
-    model = build_model(cfg)
-    if load(model, path):
+    model, missing = load(cfg, path)
+    if missing:
         raise ValueError(f"{path} has no weights of the scorers of {row.name}")
     size = cfg.DATA.TEST_CROP_SIZE
     gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
@@ -248,17 +275,29 @@ def measure(cfg, row: Row, path: str, clips: TestClips, device, progress, task) 
     return {**names, **asdict(row), "gflops": round(gflops, 5), **found}
 
 
-def fingerprint(cfg, path: str) -> str:
-    """Of all that a row's result depends on: config and checkpoint."""
+def fingerprint(cfg, inputs: Sequence[str]) -> str:
+    """Of all that a row's result depends on: its config, but for where things lie, and inputs."""
     cfg = cfg.clone()
     cfg.OUTPUT_DIR = cfg.TEST.CHECKPOINT_FILE_PATH = cfg.TRAIN.CHECKPOINT_FILE_PATH = ""
-    about = os.stat(path)
-    text = f"{cfg.dump()} {about.st_size} {about.st_mtime_ns}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    cfg.DATA.PATH_TO_DATA_DIR = cfg.DATA.PATH_PREFIX = ""
+    return hashlib.sha256("\n".join([cfg.dump(), *inputs]).encode()).hexdigest()[:16]
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a checkpoint: a file, or a folder's files."""
+    files = [path]
+    if os.path.isdir(path):
+        files = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+    found = hashlib.sha256()
+    for file in filter(g_pathmgr.isfile, files):
+        with g_pathmgr.open(file, "rb") as opened:
+            while block := opened.read(2**20):
+                found.update(block)
+    return found.hexdigest()
 
 
 def read_row(path: str, key: str) -> dict | None:
-    """A row that was measured before, if by the same config and checkpoint."""
+    """A row that was measured before, if by the same config, checkpoint and lists."""
     try:
         with open(path) as file:
             result = json.load(file)

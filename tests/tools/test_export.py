@@ -66,6 +66,18 @@ def test_command_line(config, tmp_path, tiny_cfg, capsys):
     assert torch.export.load(out).module()(torch.randn(2, 3, 8, 32, 32)).shape[0] == 2
 
 
+def test_weights_are_those_that_the_config_tests(config, tmp_path, tiny_cfg):
+    weights, out = tmp_path / "weights.pyth", tmp_path / "model.pt2"
+    model = build_model(tiny_cfg).eval()
+    save_checkpoint(str(weights), model, tiny_cfg, 0)
+    words = ["export", "--cfg", str(config), "--out", str(out), "--opts"]
+    assert cli.main([*words, "TEST.CHECKPOINT_FILE_PATH", str(weights)]) == 0
+    clips = torch.randn(1, 3, 8, 32, 32)
+    with torch.no_grad():
+        exported = torch.export.load(out).module()(clips)
+        torch.testing.assert_close(exported, model(clips), rtol=1e-4, atol=1e-5)
+
+
 def test_unknown_kind_of_file(config, capsys):
     assert cli.main(["export", "--cfg", str(config), "--out", "model.tflite"]) == 2
     assert "write a .pt2 (torch.export) or an .onnx file" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stts_slowfast import build_model, load_config
-from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.checkpoints import read_checkpoint, save_checkpoint
 from stts_slowfast.standalone import engine
 from stts_slowfast.tools import cli, makedata, run, study
 
@@ -137,11 +138,39 @@ def test_train_fine_tunes_every_row_by_the_recipe(folder, tmp_path, capsys):
         *(("all", False), ("all", True), ("learned", True)),
     ]
     for row in results[1:]:
-        run = tmp_path / "runs" / row["name"]
+        (run,) = (tmp_path / "runs").glob(f"{row['name']}-*")
         assert (run / "checkpoints" / "checkpoint_epoch_00001.pyth").is_file()
         assert not (run / "checkpoints" / "checkpoint_epoch_00002.pyth").exists()
         assert '"train_epoch"' in (run / "json_stats.log").read_text()
     assert "json_stats" not in capsys.readouterr().out
+
+
+def test_another_recipe_trains_again(folder, tmp_path):
+    more = ["--time", "--space", "--both", "--seeds", "1", "--train", "--recipe"]
+    more += ["SOLVER.MAX_EPOCH", "1", "SOLVER.WARMUP_EPOCHS", "0.0", "SOLVER.BASE_LR"]
+    for rate in ("1e-2", "1e-3", "1e-3"):
+        assert cli.main(words(folder, tmp_path, *more, rate, checkpoint="plain.pyth")) == 0
+    paths = (tmp_path / "runs").glob("all-trained-seed0-*/checkpoints/checkpoint_epoch_00001.pyth")
+    one, other = (read_checkpoint(path)["model_state"]["head.projection.weight"] for path in paths)
+    assert not one.equal(other)
+
+
+def test_a_row_follows_what_its_lists_say_not_where_they_lie(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    more = ("--time", "--space", "--both")
+    opts = ["DATA.PATH_TO_DATA_DIR", str(data), "DATA.PATH_PREFIX", str(data / "videos")]
+
+    def rows(*opts):
+        assert cli.main(words(folder, tmp_path / "out", *more, "--opts", *opts)) == 0
+        return json.loads((tmp_path / "out" / "study.json").read_text())
+
+    before = rows()
+    assert rows(*opts) == before  # clips_per_s, too
+    lines = (data / "test.csv").read_text().splitlines(keepends=True)
+    wrong = [line.replace(" 1", " 2") if line.endswith(" 1\n") else line for line in lines]
+    (data / "test.csv").write_text("".join(wrong))
+    assert rows(*opts) != before
 
 
 def test_shares_of_several_blocks_leave_the_budget(folder):
@@ -160,7 +189,11 @@ def test_shares_of_several_blocks_leave_the_budget(folder):
         (["--seeds", "0"], "--seeds is 0"),
         (["--scorers", "best"], "'best'"),
         (["--opts", "STTS.TIME.BLOCKS", "[]"], "STTS.TIME.BLOCKS is empty: name a block"),
-        (["--opts", "MVIT.EMBED_DIM", "16"], "is not of this config's model"),
+        (["--opts", "MVIT.EMBED_DIM", "16"], "is not of this model"),
+        (["--opts", "MVIT.DEPTH", "2"], "is of a larger model"),
+        (["--opts", "MODEL.NUM_CLASSES", "5"], "is not of this config's model"),
+        (["--checkpoint", "nowhere.pyth"], "checkpoint nowhere.pyth does not exist"),
+        (["--checkpoint", "."], "checkpoint . is a folder: name a file in it or, where"),
     ],
 )
 def test_mistakes_show_before_anything_is_measured(folder, tmp_path, capsys, more, message):
