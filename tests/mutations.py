@@ -37,6 +37,18 @@ CHECK, CLIPS = "tests/checkpoints/test_check.py", "tests/pyslowfast/test_clips.p
 GUARD, BAD = "tests/pyslowfast/test_guard.py", "tests/slowfast/test_badvideos.py"
 
 MUTATIONS = {
+    "a-study-goes-on-with-another-recipe": Mutation(
+        "tools/study.py",
+        'f"{row.name}-{key}"',
+        "row.name",
+        "tests/tools/test_study.py -k another_recipe",
+    ),
+    "a-study-cuts-a-larger-model": Mutation(
+        "tools/study.py",
+        'check(model, checkpoint, cfg, "finetune", path)',
+        "pass",
+        "tests/tools/test_study.py -k mistakes",
+    ),
     "budgets-never-shrink": Mutation(
         "schedule.py",
         "module.set_budget(draw, width(fraction, module.shrink))",

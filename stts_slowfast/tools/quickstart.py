@@ -116,9 +116,6 @@ def _stts(scorer: str) -> dict:
         "ENABLE": True,
         "TIME": {"BLOCKS": [], "KEEP": []},
         "SPACE": {"BLOCKS": [0], "KEEP": [KEEP], "SCORER": scorer, "STRIDE": 1},
-        "OPERATOR": "subset",
-        "SIGMA": 0.2,
-        "BACKBONE_LR": 1.0,  # the model has to learn windows, too
         "FREEZE_BACKBONE_EPOCHS": 0.5,
     }
 
