@@ -60,9 +60,9 @@ def add_stts_config(cfg) -> None:
     cfg.STTS.SIGMA = 0.2
     # How sigma changes over training: linear (to 0) or constant.
     cfg.STTS.SIGMA_DECAY = "linear"
-    # Share of training during which budgets shrink, in six steps, from all that arrives to KEEP, so
-    # that a trained backbone gets used to it (0 in the paper: KEEP from the first iteration on, and
-    # its speed and memory).
+    # In this share of training, from its begin, each iteration draws its budget, in six steps from
+    # KEEP to a widest, which shrinks from all that arrives to KEEP: so a trained backbone gets used
+    # to it (0 in the paper: KEEP from the first iteration on, and its speed and memory).
     cfg.STTS.SHRINK = 0.5
     # Of perturbed: how many perturbations are drawn per row of scores.
     cfg.STTS.NUM_SAMPLES = 500

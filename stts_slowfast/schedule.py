@@ -32,15 +32,21 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
     return initial * (1.0 - fraction) if decay == "linear" else initial
 
 
-def width(fraction: float, shrink: float) -> float:
-    """How far budgets are from what they shrink to, 1 to 0, after a fraction of training.
+def width(fraction: float, shrink: float, seed: int = 0) -> float:
+    """How far a budget is from what it shrinks to, 0 to 1, after a fraction of training.
+
+    Drawn, all steps as likely, up to a widest that shrinks from 1 to 0. The narrow ones tell the
+    scorers what to choose, the wide ones keep the backbone from unlearning what it cannot see yet.
 
     Args:
         fraction: 0 to 1 of training done.
         shrink: ``STTS.SHRINK``.
+        seed: of the draw, the run's.
     """
-    left = 1.0 - fraction / shrink if fraction < shrink else 0.0
-    return round(SHRINK_STEPS * left) / SHRINK_STEPS
+    if fraction >= shrink:
+        return 0.0
+    widest = round(SHRINK_STEPS * (1.0 - fraction / shrink))
+    return random.Random(f"{seed} {fraction!r}").randint(0, widest) / SHRINK_STEPS
 
 
 def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
@@ -48,7 +54,7 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
 
     Both depend on nothing but the arguments: all processes have the same, and a resumed run is
     where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
-    budgets shrink, more goes on than that.
+    budgets shrink, all go on by as much more than that as :func:`width` says.
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
@@ -69,7 +75,7 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
             noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
             module.sigma.fill_(noise)
             draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
-            module.set_budget(draw, width(fraction, module.shrink))
+            module.set_budget(draw, width(fraction, module.shrink, seed))
     return noise
 
 
@@ -134,8 +140,8 @@ def begin(groups: list[dict], trained: bool, model: nn.Module, epochs: float) ->
     shrink = max((m.shrink for m in model.modules() if isinstance(m, Selector)), default=0.0)
     if shrink:
         logger.info(
-            "STTS: in the first %g of training budgets shrink from all tokens to KEEP "
-            "(STTS.SHRINK; 0 for KEEP, its memory and its speed, from the first iteration on)",
+            "STTS: in the first %g of training budgets are drawn, from KEEP to a widest that "
+            "shrinks from all tokens to it (STTS.SHRINK; 0 for KEEP alone, its memory and speed)",
             shrink,
         )
     if not any("backbone" in group for group in groups):

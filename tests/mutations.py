@@ -51,8 +51,14 @@ MUTATIONS = {
     ),
     "budgets-never-shrink": Mutation(
         "schedule.py",
-        "module.set_budget(draw, width(fraction, module.shrink))",
+        "module.set_budget(draw, width(fraction, module.shrink, seed))",
         "module.set_budget(draw)",
+        "tests/test_schedule.py -k shrink",
+    ),
+    "budgets-shrink-one-after-the-other": Mutation(
+        "schedule.py",
+        ".randint(0, widest)",
+        ".randint(widest, widest)",
         "tests/test_schedule.py -k shrink",
     ),
     "windows-shrink-by-tokens": Mutation(

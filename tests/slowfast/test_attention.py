@@ -98,7 +98,7 @@ def test_numbers_do_not_depend_on_fusion(get_cfg, build, version, selection, tra
     blocks, keep, space_blocks, space_keep = SELECTIONS[selection]
     selected = ["STTS.TIME.BLOCKS", blocks, "STTS.TIME.KEEP", keep]
     selected += ["STTS.SPACE.BLOCKS", space_blocks, "STTS.SPACE.KEEP", space_keep]
-    selected += ["STTS.SHRINK", 0.0]  # else a training begins with all tokens
+    selected += ["STTS.SHRINK", 0.0]  # else the first iterations keep more
     cfg = get_cfg("STTS.ENABLE", True, "MODEL.HEAD_ACT", "none", *version, *selected)
     # In float64: rounding of scores this far apart would show in the gradients.
     model = build(cfg).train(training).double()
