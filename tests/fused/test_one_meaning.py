@@ -114,12 +114,12 @@ def test_a_drawn_budget_computes_what_a_model_of_that_budget_computes(family, op
     frames = 4 if family == "TimeSformer" else 8
     clips = torch.randn(2, 3, frames, 32, 32)
 
-    def attached(time, space):
+    def attached(time, space, shrink=0.0):
         torch.manual_seed(4)
-        shares = {"time": {0: time}, "space": {1: space}}
-        return attach(copy.deepcopy(stock), **shares, num_samples=20, operator=operator).train()
+        settings = {"time": {0: time}, "space": {1: space}, "shrink": shrink}
+        return attach(copy.deepcopy(stock), **settings, num_samples=20, operator=operator).train()
 
-    ranged, arrived, seen = attached((0.5, 1.0), (0.3, 0.9)), {}, set()
+    ranged, arrived, seen = attached((0.5, 1.0), (0.3, 0.9), shrink=0.5), {}, set()
     for key, selector in ranged.stts.items():
         selector.scorer.register_forward_pre_hook(
             lambda scorer, args, key=key: arrived.update({key: args[0].shape[1:4]})
