@@ -32,7 +32,7 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
     return initial * (1.0 - fraction) if decay == "linear" else initial
 
 
-def width(fraction: float, shrink: float, seed: int = 0) -> float:
+def width(fraction: float, shrink: float, seed: int) -> float:
     """How far a budget is from what it shrinks to, 0 to 1, after a fraction of training.
 
     Drawn, all steps as likely, up to a widest that shrinks from 1 to 0. The narrow ones tell the

@@ -73,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """``--checkpoint FILE``; where it is not given, the weights are those that a test takes."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="weights; else TEST.CHECKPOINT_FILE_PATH, else the last in OUTPUT_DIR",
+    )
+
+
 def add_opts(parser: argparse.ArgumentParser) -> None:
     """``--opts KEY VALUE ...``, as SlowFast's launcher takes them."""
     parser.add_argument(

@@ -11,7 +11,7 @@ from torch import nn
 
 from stts_slowfast.checkpoints.files import check_target, save_bytes, write_whole
 from stts_slowfast.extras import need
-from stts_slowfast.tools.cli import add_opts
+from stts_slowfast.tools.cli import add_checkpoint, add_opts
 
 # By how much the logits of an exported model may differ from the model's, as a share of the
 # largest one.
@@ -24,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="file to write: .pt2 (torch.export) or .onnx"
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help="weights; else TEST.CHECKPOINT_FILE_PATH, else the last in OUTPUT_DIR",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--batch-size", type=int, default=1, help="clips in a batch, fixed")
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
     add_opts(parser)

@@ -157,7 +157,7 @@ class SmallModel(NamedTuple):
     name: str  # MODEL.MODEL_NAME
     node: Callable[[int], dict]  # pixels of a token's side -> its node of the config
     tubelet: int = 2  # frames of a token
-    stride: int = 1  # STTS.SPACE.STRIDE
+    space_stride: int = 1  # STTS.SPACE.STRIDE
     base_lr: float = 2e-3
 
 
@@ -198,7 +198,7 @@ def config(
         "STTS": {
             "ENABLE": False,
             "TIME": {"BLOCKS": [0], "KEEP": [0.5]},
-            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], "STRIDE": small.stride},
+            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], "STRIDE": small.space_stride},
         },
         "SOLVER": {
             "OPTIMIZING_METHOD": "adamw",
@@ -261,7 +261,7 @@ MODELS = {  # by the file name of the config
     "timesformer": SmallModel("TimeSformer", _timesformer, tubelet=1, base_lr=1e-3),
     "vit": SmallModel("MViT", _vit),
     # Windows at even places: patch merging pairs their tokens as it does those of a whole frame.
-    "video_swin": SmallModel("VideoSwin", _video_swin, stride=2),
+    "video_swin": SmallModel("VideoSwin", _video_swin, space_stride=2),
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from stts_slowfast.pictures import Window, draw, look, make_strip, predicted
-from stts_slowfast.tools.cli import add_opts
+from stts_slowfast.tools.cli import add_checkpoint, add_opts
 from stts_slowfast.tools.filmstrip import Shown, center_crop, write_dimmed
 from stts_slowfast.video import (
     Video,
@@ -31,11 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="picture of all videos, or .mp4: the video itself with what was dropped dimmed",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help="weights; else TEST.CHECKPOINT_FILE_PATH, else the last in OUTPUT_DIR",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--classes", metavar="FILE", help="names: a line each, or JSON (list, or name: number)"
     )
