@@ -61,6 +61,18 @@ MUTATIONS = {
         ".randint(widest, widest)",
         "tests/test_schedule.py -k shrink",
     ),
+    "new-timesformer-ignores-time": Mutation(
+        "backbones/timesformer.py",
+        "self.time_embed.data.copy_(times)",
+        "pass",
+        "tests/backbones/test_timesformer.py -k reverse",
+    ),
+    "new-timesformer-of-one-width": Mutation(
+        "backbones/timesformer.py",
+        "nn.init.xavier_uniform_(module.weight)",
+        "nn.init.trunc_normal_(module.weight, std=0.02)",
+        "tests/backbones/test_timesformer.py -k any_width",
+    ),
     "windows-shrink-by-tokens": Mutation(
         "selectors.py",
         "self.step = max(stride, 1)",

@@ -5,9 +5,10 @@
 #   bash projects/stts/selection.sh [DIR]
 # What is done is not done again. A part of it: KINDS=motion MODELS=mvit SEEDS=1 bash ...
 # TIME, SPACE, BOTH and LEAST are the budgets, SCORERS who competes; TRAIN and TEST set the numbers
-# of videos, EPOCHS and TUNE_EPOCHS the length of both trainings, JOBS how many run at once (one a
-# core). What a job prints is in DIR/KIND/MODEL.log. A model that does not learn a kind from all
-# tokens (below LEARNED percent) is left out there, with a line that says so.
+# of videos, EPOCHS (twice as many for TimeSformer on motion) and TUNE_EPOCHS the length of both
+# trainings, JOBS how many run at once (one a core). What a job prints is in DIR/KIND/MODEL.log. A
+# model that does not learn a kind from all tokens (below LEARNED percent) is left out there, with a
+# line that says so.
 set -euo pipefail
 export OUT="${1:-selection}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 kinds="${KINDS:-clutter needle motion}"
@@ -21,7 +22,9 @@ make_data() {
 
 study() {
     local model="$1" kind="$2" data="$OUT/$2" trained top1 both="${BOTH-0.5x0.25}"
-    stts run --engine standalone --cfg "$data/$model.yaml" --opts SOLVER.MAX_EPOCH "${EPOCHS:-7}"
+    local epochs="${EPOCHS:-7}"
+    if [ "$model $kind" = "timesformer motion" ]; then epochs=$((2 * epochs)); fi
+    stts run --engine standalone --cfg "$data/$model.yaml" --opts SOLVER.MAX_EPOCH "$epochs"
     top1="$(grep -o '"top1_acc": "[0-9]*' "$data/run_$model/json_stats.log" | tail -n 1)"
     if [ "${top1##*\"}" -lt "${LEARNED:-90}" ]; then
         echo "left out: $model on $kind, where all tokens reach ${top1##*\"}%"

@@ -18,7 +18,14 @@ from stts_slowfast.backbones.timesformer_names import (
     is_transformers,
     to_transformers,
 )
-from stts_slowfast.backbones.vit import Attention, Block, LayerNorm, Mlp, drop_path_rates
+from stts_slowfast.backbones.vit import (
+    Attention,
+    Block,
+    LayerNorm,
+    Mlp,
+    drop_path_rates,
+    sincos_1d,
+)
 from stts_slowfast.keys import check_choice
 
 
@@ -184,18 +191,19 @@ class TimeSformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
+        """Weights by Xavier, which suit any width, as those of ViT (arXiv 2010.11929); each frame
+        has its time. Weights of an image model bring a start of their own (`start_time`)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for block in self.blocks:
-            if isinstance(block, DividedBlock):
-                # the model starts as the image model on every frame: time adds nothing yet
-                nn.init.zeros_(block.temporal_fc.weight)
-                nn.init.zeros_(block.temporal_fc.bias)
+        if self.attention_type != "space_only":
+            frames, dim = self.time_embed.shape[1:]
+            times = sincos_1d(dim, torch.arange(frames), longest=2 * frames)
+            self.time_embed.data.copy_(times)
 
     def no_weight_decay(self) -> list[str]:
         """Names that are free from weight decay, as in ViT."""

@@ -89,9 +89,10 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x))), thw
 
 
-def sincos_1d(dim: int, positions: Tensor) -> Tensor:
-    """Sines, then cosines, of positions (N,) at ``dim / 2`` wavelengths from 2 pi to 20000 pi."""
-    rates = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+def sincos_1d(dim: int, positions: Tensor, longest: float = 10000.0) -> Tensor:
+    """Sines, then cosines, of positions (N,) at ``dim / 2`` wavelengths from 2 pi to less than
+    ``longest`` times as much (arXiv 1706.03762, section 3.5)."""
+    rates = longest ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angles = positions.double()[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)  # (N, dim)
 
