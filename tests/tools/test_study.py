@@ -203,7 +203,8 @@ def test_mistakes_show_before_anything_is_measured(folder, tmp_path, capsys, mor
     assert not (tmp_path / "out").exists()
 
 
-def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path):
+@pytest.mark.parametrize(("model", "epochs"), [("mvit", "1"), ("timesformer", "2")])
+def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path, model, epochs):
     """Its words, with commands that only write down how they were called."""
     script = Path(__file__).parents[2] / "projects" / "stts" / "selection.sh"
     fake = tmp_path / "bin" / "stts"
@@ -211,14 +212,14 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path):
     fake.write_text(
         '#!/usr/bin/env bash\n(IFS="|"; echo "$*" >> "$CALLS")\n'
         f'[ "$1" = make-data ] && exec {sys.executable} -m stts_slowfast "$@"\n'
-        '[ "$1" = run ] && mkdir -p "$DATA/run_mvit/checkpoints" && '
-        'touch "$DATA/run_mvit/checkpoints/checkpoint_epoch_0000"{1,2}.pyth && '
+        '[ "$1" = run ] && mkdir -p "$DATA/run_$MODELS/checkpoints" && '
+        'touch "$DATA/run_$MODELS/checkpoints/checkpoint_epoch_0000"{1,2}.pyth && '
         """echo '{"split": "test_final", "top1_acc": "'"$TOP1"'.00"}' >> """
-        '"$DATA/run_mvit/json_stats.log"\nexit 0\n'
+        '"$DATA/run_$MODELS/json_stats.log"\nexit 0\n'
     )
     fake.chmod(0o755)
     env = {**os.environ, "CALLS": str(tmp_path / "calls"), "DATA": str(tmp_path / "t" / "motion")}
-    env |= {"KINDS": "motion", "MODELS": "mvit", "TRAIN": "8", "TEST": "8", "EPOCHS": "1"}
+    env |= {"KINDS": "motion", "MODELS": model, "TRAIN": "8", "TEST": "8", "EPOCHS": "1"}
     env |= {"PATH": f"{fake.parent}:{env['PATH']}", "SEEDS": "2", "TOP1": "90"}
     env["PYTHONPATH"] = str(script.parents[2])
     for _ in range(2):
@@ -230,7 +231,7 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path):
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         parsed[name] = parser.parse_args(next(call for call in calls if call[0] == name)[1:])
-    assert parsed["run"].opts[:2] == ["SOLVER.MAX_EPOCH", "1"]
+    assert parsed["run"].opts[:2] == ["SOLVER.MAX_EPOCH", epochs]
     load_config(parsed["run"].cfg[0], parsed["run"].opts)
     args = parsed["study"]
     assert args.checkpoint.endswith("checkpoint_epoch_00002.pyth") and args.train
@@ -244,5 +245,5 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path):
         text=True,
         capture_output=True,
     )
-    assert done.stdout == "left out: mvit on motion, where all tokens reach 25%\n"
+    assert done.stdout == f"left out: {model} on motion, where all tokens reach 25%\n"
     assert (tmp_path / "calls").read_text().splitlines()[-1].startswith("run|")

@@ -3,12 +3,13 @@
     git clone https://github.com/facebookresearch/ToMe
     TOME_ROOT=ToMe python projects/stts/benchmarks/tome.py DIR [--seeds 3] [--epochs 4]
 
-DIR is a folder of ``stts make-data``; the ViT of ``DIR/vit.yaml`` is trained on all tokens where
-that is not done yet. From its checkpoint are fine-tuned, all alike: learned selection of half of
-the frames and half of their tokens, and ToMe (arXiv 2210.09461, with its own functions for
-matching and merging), which is tested in the checkpoint as it is, too. How many tokens ToMe merges
-is what makes it as fast as the selection: clips of both are timed in turn, and of the numbers per
-block that are no slower the smallest is taken; where even the largest is slower, that one.
+DIR is a folder of ``stts make-data``; the ViT of ``DIR/vit.yaml``, with Xavier's weights, is
+trained on all tokens where that is not done yet. From its checkpoint are fine-tuned, all alike:
+learned selection of half of the frames and half of their tokens, and ToMe (arXiv 2210.09461, with
+its own functions for matching and merging), which is tested in the checkpoint as it is, too. How
+many tokens ToMe merges is what makes it as fast as the selection: clips of both are timed in turn,
+and of the numbers per block that are no slower the smallest is taken; where even the largest is
+slower, that one.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from dataclasses import replace
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from stts_slowfast import build_model, load_config
@@ -29,7 +31,8 @@ from stts_slowfast.standalone.resume import checkpoint_path
 from stts_slowfast.tools.evaluate import TestClips, evaluate
 from stts_slowfast.tools.study import load
 
-SELECTED = ["STTS.ENABLE", True, "STTS.TIME.KEEP", [0.5], "STTS.SPACE.KEEP", [0.5]]
+XAVIER = ["MODEL.MODEL_NAME", "Xavier"]
+SELECTED = [*XAVIER, "STTS.ENABLE", True, "STTS.TIME.KEEP", [0.5], "STTS.SPACE.KEEP", [0.5]]
 RECIPE = ["SOLVER.BASE_LR", 1e-3, "SOLVER.WARMUP_EPOCHS", 0.0, "STTS.FREEZE_BACKBONE_EPOCHS", 0.5]
 MERGED = ["MODEL.MODEL_NAME", "ToMe", "TOME_R"]
 
@@ -65,7 +68,18 @@ class MergingBlock(vit.Block):
         return x + self.drop_path(self.mlp(self.norm2(x))), sizes
 
 
-class MergingViT(vit.ViT):
+class XavierViT(vit.ViT):
+    """The ViT with weights that suit its width: SlowFast's 0.02 is for wider ones."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+
+class MergingViT(XavierViT):
     """The same model and parameters, with ``cfg.TOME_R`` tokens merged in each block."""
 
     def __init__(self, cfg):
@@ -86,9 +100,9 @@ def add_config(cfg) -> None:
     cfg.setdefault("TOME_R", 0)
 
 
-FAMILIES.register(
-    replace(FAMILIES.get("MViT"), name="ToMe", build=MergingViT, add_config=add_config)
-)
+MVIT = replace(FAMILIES.get("MViT"), add_config=add_config)
+FAMILIES.register(replace(MVIT, name="Xavier", build=XavierViT))
+FAMILIES.register(replace(MVIT, name="ToMe", build=MergingViT))
 
 
 def main() -> None:
@@ -99,12 +113,12 @@ def main() -> None:
     parser.add_argument("--all-epochs", type=int, default=7, help="of the training before")
     args = parser.parse_args()
     file = os.path.join(args.folder, "vit.yaml")
-    trained = checkpoint(load_config(file, ["SOLVER.MAX_EPOCH", args.all_epochs]))
+    trained = checkpoint(load_config(file, [*XAVIER, "SOLVER.MAX_EPOCH", args.all_epochs]))
     clips = TestClips(load_config(file))
     r, times = equally_fast(file)
     print(f"ToMe merges {r} tokens a block; ms a clip, medians of clips in turn: {times}")
     ways = {
-        "all tokens": [],
+        "all tokens": XAVIER,
         "learned": SELECTED,
         "ToMe": [*MERGED, r],
     }
@@ -140,7 +154,7 @@ def test(cfg, path: str, clips) -> float:
 def equally_fast(file: str, rounds: int = 21, batch: int = 16) -> tuple[int, dict[str, float]]:
     """How many tokens a block must merge to be as fast as the selection; milliseconds of a clip."""
     cfg = load_config(file, SELECTED)
-    models = {"learned": build_model(cfg), "all tokens": build_model(load_config(file))}
+    models = {"learned": build_model(cfg), "all tokens": build_model(load_config(file, XAVIER))}
     steps = [share * 32 for share in range(2, 9)]  # 256 of 512 tokens is the most
     for r in steps:
         models[f"ToMe {r}"] = build_model(load_config(file, [*MERGED, r]))
