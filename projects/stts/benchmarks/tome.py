@@ -145,8 +145,7 @@ def checkpoint(cfg) -> str:
 
 def test(cfg, path: str, clips) -> float:
     """Top-1 in percent."""
-    model = build_model(cfg)
-    load(model, path)
+    model, _ = load(cfg, path)
     return evaluate(cfg, model, clips, clips.videos, lambda: None)["top1"]
 
 
