@@ -82,7 +82,7 @@ def plot(results: Sequence[dict], path: str):
     dimensions = [d for d in ("time", "space", "both") if any(r["dimension"] == d for r in rows)]
     panels = max(len(dimensions), 1)
     colours = list(dict.fromkeys(["all", *SCORERS, *(row["scorer"] for row in rows)]))
-    figure = Figure(figsize=(4.4 * panels, 4), layout="constrained")
+    figure, legend = Figure(figsize=(4.4 * panels, 4), layout="constrained"), {}
     for axes, dimension in zip(
         figure.subplots(1, panels, sharey=True, squeeze=False)[0], dimensions or ["none"]
     ):
@@ -106,7 +106,10 @@ def plot(results: Sequence[dict], path: str):
             )
         axes.set(title=dimension, xlabel="GFLOPs / clip")
         axes.set_xlim(left=0)
-        axes.legend(fontsize=8)
+        axes.locator_params(axis="x", nbins=5)
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles))
+    figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize=8)
     figure.axes[0].set_ylabel("top-1 (%)")
     figure.savefig(path, dpi=120, format="png")
     return figure
