@@ -158,6 +158,7 @@ class SmallModel(NamedTuple):
     node: Callable[[int], dict]  # pixels of a token's side -> its node of the config
     tubelet: int = 2  # frames of a token
     space_stride: int = 1  # STTS.SPACE.STRIDE
+    base_lr: float = 2e-3
     epochs: int = 3
 
 
@@ -202,7 +203,7 @@ def config(
         },
         "SOLVER": {
             "OPTIMIZING_METHOD": "adamw",
-            "BASE_LR": 2e-3,
+            "BASE_LR": small.base_lr,
             "MAX_EPOCH": small.epochs,
             "WARMUP_EPOCHS": 1.0,
             "COSINE_AFTER_WARMUP": True,
@@ -257,8 +258,8 @@ def _video_swin(stride: int) -> dict:
 
 MODELS = {  # by the file name of the config
     "mvit": SmallModel("MViT", _mvit),
-    # Of motion it learns last which way along an axis, for a token of it is of one frame.
-    "timesformer": SmallModel("TimeSformer", _timesformer, tubelet=1, epochs=7),
+    # At 2e-3 it may stay on clutter's plateau. Of motion it learns last which way along an axis.
+    "timesformer": SmallModel("TimeSformer", _timesformer, tubelet=1, base_lr=1e-3, epochs=7),
     "vit": SmallModel("MViT", _vit),
     # Windows at even places: patch merging pairs their tokens as it does those of a whole frame.
     "video_swin": SmallModel("VideoSwin", _video_swin, space_stride=2),
