@@ -68,7 +68,7 @@ MUTATIONS = {
         "tests/backbones/test_timesformer.py -k reverse",
     ),
     "new-timesformer-of-one-width": Mutation(
-        "backbones/timesformer.py",
+        "backbones/vit.py",
         "nn.init.xavier_uniform_(module.weight)",
         "nn.init.trunc_normal_(module.weight, std=0.02)",
         "tests/backbones/test_timesformer.py -k any_width",

@@ -25,6 +25,7 @@ from stts_slowfast.backbones.vit import (
     Mlp,
     drop_path_rates,
     sincos_1d,
+    start_by_xavier,
 )
 from stts_slowfast.keys import check_choice
 
@@ -191,13 +192,8 @@ class TimeSformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Weights by Xavier, which suit any width, as those of ViT (arXiv 2010.11929); each frame
-        has its time. Weights of an image model bring a start of their own (`start_time`)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Each frame has its time; weights of an image model bring their own (`start_time`)."""
+        start_by_xavier(self)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.attention_type != "space_only":

@@ -89,6 +89,15 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x))), thw
 
 
+def start_by_xavier(model: nn.Module) -> None:
+    """Linear layers as those of ViT (arXiv 2010.11929) start, at any width; biases of zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 def sincos_1d(dim: int, positions: Tensor, longest: float = 10000.0) -> Tensor:
     """Sines, then cosines, of positions (N,) at ``dim / 2`` wavelengths from 2 pi to less than
     ``longest`` times as much (arXiv 1706.03762, section 3.5)."""

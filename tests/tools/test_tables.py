@@ -26,3 +26,5 @@ def test_every_scorer_has_a_colour_and_what_was_not_fine_tuned_is_hollow(tmp_pat
     for name in names:
         colour, inside = drawn[name]
         assert inside == "white" and drawn[f"{name}, fine-tuned"] == (colour, colour)
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == set(drawn)

@@ -21,7 +21,6 @@ import time
 from dataclasses import replace
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from stts_slowfast import build_model, load_config
@@ -73,10 +72,7 @@ class XavierViT(vit.ViT):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        vit.start_by_xavier(self)
 
 
 class MergingViT(XavierViT):
