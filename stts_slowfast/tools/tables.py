@@ -82,7 +82,7 @@ def plot(results: Sequence[dict], path: str):
     dimensions = [d for d in ("time", "space", "both") if any(r["dimension"] == d for r in rows)]
     panels = max(len(dimensions), 1)
     colours = list(dict.fromkeys(["all", *SCORERS, *(row["scorer"] for row in rows)]))
-    figure, legend = Figure(figsize=(4.4 * panels, 4), layout="constrained"), {}
+    figure, legend = Figure(figsize=(4.4 * panels + 1.6, 4), layout="constrained"), {}
     for axes, dimension in zip(
         figure.subplots(1, panels, sharey=True, squeeze=False)[0], dimensions or ["none"]
     ):
