@@ -33,11 +33,11 @@ from stts_slowfast.standalone.transforms import (
     view_scale,
 )
 from stts_slowfast.video import (
-    Video,
     VideoError,
     clip_size,
     clip_span,
     frame_indices,
+    open_video,
     segment_indices,
     within,
 )
@@ -61,7 +61,7 @@ def read_kinetics(cfg, entry: Entry, split: str, short_side: int, rng):
     if split == "train" and data.TRAIN_JITTER_FPS > 0:
         target_fps += rng.uniform(0, data.TRAIN_JITTER_FPS)
     threads = 0 if cfg.DATA_LOADER.ENABLE_MULTI_THREAD_DECODE else 1
-    with Video(entry.path, threads=threads, rotate=data.ROTATE) as video:
+    with open_video(entry.path, threads=threads, rotate=data.ROTATE) as video:
         size = clip_size(data.NUM_FRAMES, data.SAMPLING_RATE, video.fps, target_fps)
         views = cfg.TEST.NUM_ENSEMBLE_VIEWS
         spans = [

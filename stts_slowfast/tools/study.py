@@ -22,8 +22,9 @@ from stts_slowfast.checkpoints import check, own_weights, read_checkpoint
 from stts_slowfast.config import validate_stts
 from stts_slowfast.standalone.data import ClipDataset
 from stts_slowfast.tools.cli import add_opts
-from stts_slowfast.tools.evaluate import TestClips, evaluate, find_truth
+from stts_slowfast.tools.evaluate import CACHE_BYTES, TestClips, evaluate, find_truth
 from stts_slowfast.tools.tables import ENDINGS, SCORERS, table, write_json, write_results
+from stts_slowfast.video import remembering
 
 SHARES = (0.75, 0.5, 0.25)
 
@@ -221,9 +222,11 @@ def run_rows(cfg, recipe, path: str, rows: Sequence[Row], out: str) -> list[dict
     trained = [ClipDataset(recipe, "train").videos.digest()] if any(r.trained for r in rows) else []
     device = "cuda" if cfg.NUM_GPUS > 0 and torch.cuda.is_available() else "cpu"
     columns = [SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn()]
-    console = Console(stderr=True)
+    progress = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+    # All rows are trained on the same videos: they are decoded once where they fit.
+    size = CACHE_BYTES // max(1, cfg.DATA_LOADER.NUM_WORKERS)
     results = []
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress, quiet_logs():
+    with progress, quiet_logs(), remembering(size):
         task = progress.add_task("rows", total=len(rows))
         batches = progress.add_task("batches", total=len(clips))
         for row in rows:

@@ -10,6 +10,7 @@
 
 from stts_slowfast.video.files import VideoError, within
 from stts_slowfast.video.reader import Video, VideoInfo, decode_clip, probe
+from stts_slowfast.video.remember import open_video, remembering
 from stts_slowfast.video.rules import clip_size, clip_span, frame_indices, segment_indices
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "clip_span",
     "decode_clip",
     "frame_indices",
+    "open_video",
     "probe",
+    "remembering",
     "segment_indices",
     "within",
 ]

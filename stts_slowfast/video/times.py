@@ -186,22 +186,30 @@ def _is_torn(name: str, file: BinaryIO, size: int) -> bool:
 
 
 class Memory:
-    """`Times` of the files that this process opened last, up to a number of bytes."""
+    """What is known of the files that this process opened last, up to a number of bytes: `Times`,
+    or anything with ``nbytes``."""
 
     def __init__(self, limit: int = REMEMBERED_BYTES):
-        self.limit, self.items = limit, OrderedDict()
+        self.limit = limit
+        self.clear()
 
-    def get(self, key) -> Times | None:
+    def clear(self) -> None:
+        self.items, self.sizes, self.size = OrderedDict(), {}, 0
+
+    def get(self, key):
         if key in self.items:
             self.items.move_to_end(key)
         return self.items.get(key)
 
-    def put(self, key, times: Times) -> None:
+    def put(self, key, item) -> None:
         if key is None:
             return
-        self.items[key] = times
-        self.items.move_to_end(key)
-        size = sum(each.nbytes + 500 for each in self.items.values())
-        while size > self.limit and len(self.items) > 1:
-            _, oldest = self.items.popitem(last=False)
-            size -= oldest.nbytes + 500
+        self._forget(key)
+        self.items[key], self.sizes[key] = item, item.nbytes + 500
+        self.size += self.sizes[key]
+        while self.size > self.limit and len(self.items) > 1:
+            self._forget(next(iter(self.items)))
+
+    def _forget(self, key) -> None:
+        if self.items.pop(key, None) is not None:
+            self.size -= self.sizes.pop(key)

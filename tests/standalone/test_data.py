@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stts_slowfast.standalone import data, transforms
+from stts_slowfast.standalone import transforms
 from stts_slowfast.standalone.data import UNREADABLE, ClipDataset, build_loader, prepare
 from stts_slowfast.standalone.defaults import get_cfg
 from stts_slowfast.standalone.lists import list_ssv2
@@ -113,7 +113,7 @@ def test_a_video_is_opened_once_for_all_its_views(cfg, batch, workers, monkeypat
             opened[0] += 1
             super().__init__(*args, **keys)
 
-    monkeypatch.setattr("stts_slowfast.standalone.data.Video", Counting)
+    monkeypatch.setattr("stts_slowfast.video.remember.Video", Counting)
     loader = build_loader(cfg, "test")
     batches = list(loader)
     assert opened.item() == 5
@@ -370,14 +370,14 @@ def test_a_damaged_video_is_used_counted_and_written(cfg, tmp_path):
 def test_a_pipe_and_a_hung_file_do_not_stop_a_run(cfg, tmp_path, monkeypatch):
     (tmp_path / "videos" / "2.mp4").unlink()
     os.mkfifo(tmp_path / "videos" / "2.mp4")
-    real = data.Video
+    real = Video
 
     def hung(path, **keys):
         if path.endswith("3.mp4"):
             time.sleep(20)
         return real(path, **keys)
 
-    monkeypatch.setattr(data, "Video", hung)
+    monkeypatch.setattr("stts_slowfast.video.remember.Video", hung)
     cfg.DATA.READ_TIMEOUT = 0.5
     start = time.perf_counter()
     loader = build_loader(cfg, "val")

@@ -15,6 +15,7 @@ from stts_slowfast import build_model, load_config
 from stts_slowfast.checkpoints import read_checkpoint, save_checkpoint
 from stts_slowfast.standalone import engine
 from stts_slowfast.tools import cli, makedata, run, study
+from stts_slowfast.video import Video
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,24 @@ def test_train_fine_tunes_every_row_by_the_recipe(folder, tmp_path, capsys):
         assert not (run / "checkpoints" / "checkpoint_epoch_00002.pyth").exists()
         assert '"train_epoch"' in (run / "json_stats.log").read_text()
     assert "json_stats" not in capsys.readouterr().out
+
+
+def test_rows_read_each_video_once(folder, tmp_path, monkeypatch):
+    opened = []
+
+    class Counting(Video):
+        def __init__(self, path, *more):
+            opened.append(os.path.basename(path))
+            super().__init__(path, *more)
+
+    monkeypatch.setattr("stts_slowfast.video.remember.Video", Counting)
+    more = ["--time", "0.5", "--space", "--both", "--scorers", "uniform", "--seeds", "2", "--train"]
+    recipe = ["--recipe", "SOLVER.MAX_EPOCH", "2", "SOLVER.WARMUP_EPOCHS", "0.0"]
+    assert cli.main(words(folder, tmp_path, *more, *recipe, checkpoint="plain.pyth")) == 0
+    names = {f"train_{number:04d}.mp4" for number in range(32)}
+    names |= {f"test_{number:04d}.mp4" for number in range(16)}
+    # For what it says of itself, and for its frames.
+    assert set(opened) == names and set(map(opened.count, names)) == {2}
 
 
 def test_another_recipe_trains_again(folder, tmp_path):
