@@ -49,6 +49,24 @@ MUTATIONS = {
         "pass",
         "tests/tools/test_study.py -k mistakes",
     ),
+    "a-file-that-changed-is-remembered": Mutation(
+        "video/remember.py",
+        "identity(path) if _memory.limit",
+        "(path,) if _memory.limit",
+        "tests/video/test_remember.py -k changed",
+    ),
+    "more-is-remembered-than-was-said": Mutation(
+        "video/times.py",
+        "while self.size > self.limit and",
+        "while not self.limit and",
+        "tests/video -k bounded",
+    ),
+    "a-study-decodes-again": Mutation(
+        "tools/study.py",
+        "with progress, quiet_logs(), remembering(size):",
+        "with progress, quiet_logs():",
+        "tests/tools/test_study.py -k once",
+    ),
     "budgets-never-shrink": Mutation(
         "schedule.py",
         "module.set_budget(draw, width(fraction, module.shrink, seed))",

@@ -37,7 +37,7 @@ study() {
         --time ${TIME-0.25} --space ${SPACE-0.25} --both $both --seeds "${SEEDS:-3}" \
         --scorers ${SCORERS:-learned uniform random} --train \
         --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-4}" \
-        SOLVER.WARMUP_EPOCHS 0.0 STTS.FREEZE_BACKBONE_EPOCHS 0.5 \
+        SOLVER.WARMUP_EPOCHS 0.0 \
         --opts DATA_LOADER.NUM_WORKERS 0  # one process remembers all videos
 }
 
