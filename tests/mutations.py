@@ -55,6 +55,12 @@ MUTATIONS = {
         "(path,) if _memory.limit",
         "tests/video/test_remember.py -k changed",
     ),
+    "small-timesformer-has-windows-of-its-own-in-each-frame": Mutation(
+        "tools/makedata.py",
+        "tubelet=1, shared=True,",
+        "tubelet=1,",
+        "tests/tools/test_makedata.py -k configs",
+    ),
     "more-is-remembered-than-was-said": Mutation(
         "video/times.py",
         "while self.size > self.limit and",
