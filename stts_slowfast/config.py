@@ -49,8 +49,8 @@ def add_stts_config(cfg) -> None:
     # Tokens between neighbouring windows; 0 for max((H - side) // 2, 1). Best even on Video Swin,
     # as the window's side is: its patch merging pairs the tokens that it pairs in a whole frame.
     cfg.STTS.SPACE.STRIDE = 0
-    # One window for all frames of a clip, its score the mean over the frames. Best on TimeSformer,
-    # whose attention over time is at one place of the windows.
+    # One window for all frames of a clip, its score the mean over the frames. Best where
+    # things move on TimeSformer, whose attention over time is at one place of the windows.
     cfg.STTS.SPACE.SHARED = False
 
     # How gradients pass through the choice: subset (exact, without noise), perturbed (the paper's

@@ -55,17 +55,11 @@ MUTATIONS = {
         "(path,) if _memory.limit",
         "tests/video/test_remember.py -k changed",
     ),
-    "small-timesformer-has-windows-of-its-own-in-each-frame": Mutation(
-        "tools/makedata.py",
-        "tubelet=1, shared=True,",
-        "tubelet=1,",
-        "tests/tools/test_makedata.py -k configs",
-    ),
     "more-is-remembered-than-was-said": Mutation(
         "video/times.py",
         "while self.size > self.limit and",
         "while not self.limit and",
-        "tests/video -k bounded",
+        "tests/video/test_reader.py -k bounded",
     ),
     "a-study-decodes-again": Mutation(
         "tools/study.py",

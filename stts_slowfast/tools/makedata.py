@@ -158,8 +158,6 @@ class SmallModel(NamedTuple):
     node: Callable[[int], dict]  # pixels of a token's side -> its node of the config
     tubelet: int = 2  # frames of a token
     space_stride: int = 1  # STTS.SPACE.STRIDE
-    shared: bool = False  # STTS.SPACE.SHARED
-    freeze: float = 0.5  # STTS.FREEZE_BACKBONE_EPOCHS
     base_lr: float = 2e-3
     epochs: int = 3
 
@@ -177,7 +175,6 @@ def config(
     """
     small = MODELS[model]
     frames = small.tubelet * TOKEN_FRAMES
-    windows = {"STRIDE": small.space_stride, "SHARED": small.shared}
     return {
         "TRAIN": {"BATCH_SIZE": 16, "EVAL_PERIOD": 100, "CHECKPOINT_PERIOD": 100},
         "DATA": {
@@ -201,9 +198,8 @@ def config(
         **small.node(side // GRID),
         "STTS": {
             "ENABLE": False,
-            "FREEZE_BACKBONE_EPOCHS": small.freeze,
             "TIME": {"BLOCKS": [0], "KEEP": [0.5]},
-            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], **windows},
+            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], "STRIDE": small.space_stride},
         },
         "SOLVER": {
             "OPTIMIZING_METHOD": "adamw",
@@ -262,12 +258,8 @@ def _video_swin(stride: int) -> dict:
 
 MODELS = {  # by the file name of the config
     "mvit": SmallModel("MViT", _mvit),
-    # It attends over time at one place of the windows: that has to be one of the frame, too. While
-    # it is frozen, scorers learn to hide movements, of which it sees too little to tell them apart.
     # At 2e-3 it may stay on clutter's plateau. Of motion it learns last which way along an axis.
-    "timesformer": SmallModel(
-        "TimeSformer", _timesformer, tubelet=1, shared=True, freeze=0.0, base_lr=1e-3, epochs=7
-    ),
+    "timesformer": SmallModel("TimeSformer", _timesformer, tubelet=1, base_lr=1e-3, epochs=7),
     "vit": SmallModel("MViT", _vit),
     # Windows at even places: patch merging pairs their tokens as it does those of a whole frame.
     "video_swin": SmallModel("VideoSwin", _video_swin, space_stride=2),

@@ -254,7 +254,11 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path, model, ep
     load_config(parsed["run"].cfg[0], parsed["run"].opts)
     args = parsed["study"]
     assert args.checkpoint.endswith("checkpoint_epoch_00002.pyth") and args.train
-    rows = study.plan_rows(load_config(args.cfg, args.recipe), args)
+    cfg = load_config(args.cfg, [*args.opts, *args.recipe])
+    moves = model == "timesformer"  # attends over time at one place
+    assert moves == cfg.STTS.SPACE.SHARED
+    assert (0.0 if moves else 0.5) == cfg.STTS.FREEZE_BACKBONE_EPOCHS
+    rows = study.plan_rows(cfg, args)
     assert len(rows) == 1 + 2 + 3 * (2 + 2 + 3 * 2)
 
     done = subprocess.run(
