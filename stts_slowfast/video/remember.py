@@ -29,35 +29,24 @@ def open_video(path: str, threads: int = 1, rotate: bool = True) -> "Video | Rem
     key = identity(path) if _memory.limit else None
     if key is None:
         return Video(path, threads=threads, rotate=rotate)
-    return RememberedVideo((*key, rotate), path, threads, rotate)
-
-
-class _Held:
-    """What is known of a file: its frames by number and short side, and what `Video` tells."""
-
-    def __init__(self, video: Video):
-        self.images: dict[tuple[int, int], np.ndarray] = {}
-        self.damage = ""
-        self.update(video)
-
-    def update(self, video: Video) -> None:
-        self.num_frames, self.fps = video.num_frames, video.fps
-        self.damage = self.damage or video.damage
-
-    @property
-    def nbytes(self) -> int:
-        return sum(image.nbytes for image in self.images.values())
+    key = *key, rotate
+    return _memory.get(key) or RememberedVideo(key, path, threads, rotate)
 
 
 class RememberedVideo:
-    """As `Video` for who iterates; the file is opened only for what is not in memory."""
+    """As `Video` for who iterates; the file is opened only for what is not in memory.
+
+    Attributes:
+        images: frames (H, W, 3) uint8 by number and short side.
+        num_frames, fps, damage: as `Video` tells them.
+    """
 
     def __init__(self, key: tuple, path: str, threads: int, rotate: bool):
         self._key, self._file = key, (path, None, threads, rotate)
-        self._held = _memory.get(key)
-        if self._held is None:
-            with Video(*self._file) as video:
-                self._held = _Held(video)
+        self.images: dict[tuple[int, int], np.ndarray] = {}
+        self.damage = ""
+        with Video(*self._file) as video:
+            self._ask(video)
 
     def __enter__(self) -> "RememberedVideo":
         return self
@@ -66,26 +55,21 @@ class RememberedVideo:
         pass
 
     @property
-    def num_frames(self) -> int:
-        return self._held.num_frames
-
-    @property
-    def fps(self) -> float:
-        return self._held.fps
-
-    @property
-    def damage(self) -> str:
-        return self._held.damage
+    def nbytes(self) -> int:
+        return sum(image.nbytes for image in self.images.values())
 
     def iterate(self, wanted: list[int], short_side: int = 0) -> list[np.ndarray]:
         """The frames ``wanted``, as `Video.iterate` gives them."""
-        images = self._held.images
-        missing = [index for index in wanted if (index, short_side) not in images]
+        missing = [index for index in wanted if (index, short_side) not in self.images]
         if missing:
             with Video(*self._file) as video:
                 decoded = video.iterate(missing, short_side)
                 for index, image in zip(missing, decoded, strict=True):
-                    images[index, short_side] = image.copy()  # without what lies beside it
-            self._held.update(video)
-            _memory.put(self._key, self._held)
-        return [images[index, short_side] for index in wanted]
+                    self.images[index, short_side] = image.copy()  # without what lies beside it
+                self._ask(video)
+            _memory.put(self._key, self)
+        return [self.images[index, short_side] for index in wanted]
+
+    def _ask(self, video: Video) -> None:
+        self.num_frames, self.fps = video.num_frames, video.fps
+        self.damage = self.damage or video.damage
