@@ -278,7 +278,7 @@ def hung(path, **keys):
     os.write(1, b"waits\\n")
     return open(sys.argv[2])  # a pipe that nobody writes to
 
-stops.GRACE, data.Video = 1.0, hung
+stops.GRACE, data.open_video = 1.0, hung
 engine.train(load_config(sys.argv[1]))
 """
 
