@@ -150,9 +150,9 @@ def test_rows_read_each_video_once(folder, tmp_path, monkeypatch):
     opened = []
 
     class Counting(Video):
-        def __init__(self, path, *more):
+        def __init__(self, path, *more, **keys):
             opened.append(os.path.basename(path))
-            super().__init__(path, *more)
+            super().__init__(path, *more, **keys)
 
     monkeypatch.setattr("stts_slowfast.video.remember.Video", Counting)
     more = ["--time", "0.5", "--space", "--both", "--scorers", "uniform", "--seeds", "2", "--train"]
