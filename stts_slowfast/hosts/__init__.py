@@ -130,12 +130,36 @@ def hosted(model: nn.Module) -> nn.Module:
     return getattr(model, "hosted", model)
 
 
+def modules_with_selectors(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model to which selectors are attached, by their path; ``""`` is the model.
+
+    They may be anywhere: inside DDP, ``torch.compile``, an adapter, a wrapper of the user's.
+    """
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module._modules.get("stts"), nn.ModuleDict)  # wrappers pass attributes on
+    }
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel`` and ``torch.compile``."""
-    while not hasattr(model, "stts"):
-        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
-        if not isinstance(inner, nn.Module):
-            break
+    """The module to which selectors are attached, wherever in a model it is; without any, the
+    model inside ``DistributedDataParallel`` and ``torch.compile``.
+
+    Raises:
+        ValueError: if several modules of the model have selectors.
+    """
+    found = modules_with_selectors(model)
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} modules of this {type(model).__name__} have selectors "
+            f"({', '.join(path or 'itself' for path in found)}): give one of them"
+        )
+    if found:
+        return next(iter(found.values()))
+    while isinstance(
+        inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
+    ):
         model = inner
     return model
 
