@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from stts_slowfast import fused
+from stts_slowfast.calls import Calls
 from stts_slowfast.config import Settings, as_arguments
+from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import Host, Tokens, find, hosted, unwrap
 from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
 
@@ -29,40 +31,87 @@ def select(selector: Selector, tokens: Tokens) -> Tokens:
 # copied hook holds the copied selectors.
 
 
-class BeforeBlock:
-    """Forward pre-hook that hands a block the tokens which its selectors keep."""
+class OpenCallHook:
+    """Forward pre-hook on the model: a call begins."""
 
-    def __init__(self, host: Host, selectors: Sequence[Selector], behind: bool):
-        self.host = host
-        self.selectors = tuple(selectors)
-        self.behind = behind  # a selection, so that a grid must have travelled here
+    def __init__(self, calls: Calls):
+        self.calls = calls
+
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        self.calls.open()
+
+
+class CloseCallHook(OpenCallHook):
+    """Forward hook on the model, called also after an error: a call has ended."""
+
+    def __call__(self, model: nn.Module, args: tuple, output) -> None:
+        self.calls.close()
+
+
+class EnterClipHook:
+    """Forward pre-hook on the module by which a clip enters: reads the clip's grid."""
+
+    def __init__(self, host: Host, model: nn.Module, calls: Calls):
+        self.host, self.model, self.calls = host, model, calls
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.calls.start(self.host.call_grid(self.model, args, kwargs))
+
+
+class SelectTokensHook:
+    """Forward pre-hook that hands a block the tokens which its selectors keep.
+
+    Args:
+        host: of the model.
+        stts: all selectors of the model, with their ``calls``.
+        number: of the block.
+        place: whether the block is ``behind`` a selection, and the ``last``.
+    """
+
+    def __init__(self, host: Host, stts: nn.ModuleDict, number: int, behind: bool, last: bool):
+        self.host, self.stts, self.number = host, stts, number
+        self.behind, self.last = behind, last
+        self.selectors = selectors_before(stts, number)
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self.behind and self.host.arrived(args, kwargs) is None:
+        host, calls = self.host, self.stts.calls
+        thw = None
+        if calls is not None:
+            thw = calls.arrive(self.number, block, args, kwargs, self.behind)
+            thw = host.default_grid() if thw is None else thw
+        thw = host.arrived(args, kwargs, thw)
+        if self.behind and not (calls or isinstance(thw, Grid) and thw.is_selected):
             raise ValueError(
-                f"the tokens that arrive at this {type(block).__name__} do not say where they lie, "
-                "though some were dropped before: something between two blocks made new tensors "
-                "(checkpointing with use_reentrant=True around whole blocks does)"
+                f"the tokens that arrive at block {self.number} ({type(block).__name__}) do not "
+                "say where they lie, though some were dropped before: something between two "
+                "blocks made their grid anew"
             )
-        tokens = self.host.read(args, kwargs)
-        for selector in getattr(block, "stts_replicas", self.selectors):
-            tokens = select(selector, tokens)
-        self.host.tell(block, tokens.thw)
-        return self.host.write(tokens, args, kwargs)
+        selectors = getattr(block, "stts_replicas", self.selectors)
+        if selectors:
+            tokens = host.read(args, kwargs, thw)
+            packed = isinstance(tokens, list)
+            several = tokens if packed else [tokens]
+            for selector in selectors:
+                several = [select(selector, clip) for clip in several]
+            args, kwargs = host.write(several if packed else several[0], args, kwargs)
+            thw = [clip.thw for clip in several] if packed else several[0].thw
+        if calls is not None:
+            calls.advance(self.number, thw, self.last)
+        return host.adapt_call(block, thw, args, kwargs)
 
 
-class AfterBlock:
+class PropagateGridHook:
     """Forward hook that puts the grid which arrived at a block on what the block returns."""
 
     def __init__(self, host: Host):
         self.host = host
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output):
-        thw = self.host.arrived(args, kwargs)
+        thw = self.host.arrived(args, kwargs, None)
         return None if thw is None else self.host.hand_on(output, thw)
 
 
-class ShareReplicas:
+class DataParallelHook:
     """Forward pre-hook on the model: tells a replica's blocks of the replica's selectors.
 
     ``nn.DataParallel`` copies modules anew for every forward pass, but not the hooks on them.
@@ -75,12 +124,15 @@ class ShareReplicas:
         if not getattr(model, "_is_replica", False):
             return
         for number, block in enumerate(self.host.blocks(hosted(model))):
-            block.stts_replicas = tuple(
-                selector for selector in model.stts.values() if selector.block == number
-            )
+            block.stts_replicas = selectors_before(model.stts, number)
 
 
-HOOKS = (BeforeBlock, AfterBlock, ShareReplicas)
+HOOKS = (OpenCallHook, EnterClipHook, SelectTokensHook, PropagateGridHook, DataParallelHook)
+
+
+def selectors_before(stts: nn.ModuleDict, number: int) -> tuple[Selector, ...]:
+    """The selectors in front of a block, in the order in which they run."""
+    return tuple(selector for selector in stts.values() if selector.block == number)
 
 
 def attach(
@@ -171,6 +223,7 @@ def _make_selectors(
 ) -> nn.ModuleDict:
     stts = nn.ModuleDict()
     stts.settings = settings
+    stts.calls = None
     operator = {
         "sigma": settings.sigma,
         "sigma_decay": settings.sigma_decay,
@@ -199,28 +252,36 @@ def _register(
     model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: nn.ModuleDict
 ) -> None:
     host.prepare(blocks)
-    travels = type(host).hand_on is not Host.hand_on
     first = min((selector.block for selector in stts.values()), default=len(blocks))
+    travels = type(host).hand_on is not Host.hand_on  # in the blocks' calls
+    if not travels:
+        stts.calls = Calls()
+        model.register_forward_pre_hook(OpenCallHook(stts.calls), prepend=True)
+        model.register_forward_hook(CloseCallHook(stts.calls), always_call=True)
+        entry = host.entry(hosted(model))
+        hook = EnterClipHook(host, hosted(model), stts.calls)
+        entry.register_forward_pre_hook(hook, with_kwargs=True)
     for number, block in enumerate(blocks):
-        selectors = [selector for selector in stts.values() if selector.block == number]
-        if selectors or (number > first and host.tells_every_block):
-            before = BeforeBlock(host, selectors, behind=travels and number > first)
-            block.register_forward_pre_hook(before, with_kwargs=True)
+        if not travels or selectors_before(stts, number):
+            last = number == len(blocks) - 1
+            hook = SelectTokensHook(host, stts, number, behind=number > first, last=last)
+            block.register_forward_pre_hook(hook, with_kwargs=True)
         # Nothing of ours comes behind the last block.
         if travels and first <= number < len(blocks) - 1:
-            block.register_forward_hook(AfterBlock(host), with_kwargs=True)
-    model.register_forward_pre_hook(ShareReplicas(host))
+            block.register_forward_hook(PropagateGridHook(host), with_kwargs=True)
+    model.register_forward_pre_hook(DataParallelHook(host))
 
 
 def _remove(model: nn.Module, host: Host, blocks: Sequence[nn.Module]) -> None:
     host.restore(blocks)
-    for module in (model, *blocks):
+    for module in {model, host.entry(hosted(model)), *blocks}:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = getattr(module, kind)
             for hook_id, hook in list(hooks.items()):
                 if isinstance(hook, HOOKS):
                     del hooks[hook_id]
                     getattr(module, f"{kind}_with_kwargs").pop(hook_id, None)
+                    module._forward_hooks_always_called.pop(hook_id, None)
     del model.stts
 
 

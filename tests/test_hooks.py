@@ -14,6 +14,7 @@ from torchvision.models.video import mvit_v1_b, mvit_v2_s
 
 from stts_slowfast import backbones, hosts
 from stts_slowfast.config import add_stts_config
+from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone.model import build_model
@@ -400,8 +401,6 @@ class Layers(nn.Module):
 
 
 class LayersHost(hosts.Host):
-    tells_every_block = True
-
     def __init__(self, model):
         self.grid = model.grid
 
@@ -409,19 +408,17 @@ class LayersHost(hosts.Host):
     def blocks(model):
         return getattr(model, "layer", ())
 
-    def arrived(self, args, kwargs):
-        return hosts.remembered(args[0])
+    def default_grid(self):
+        return Grid(self.grid)
 
-    def read(self, args, kwargs):
-        thw = self.arrived(args, kwargs) or hosts.Grid(self.grid)
+    def read(self, args, kwargs, thw):
         return hosts.Tokens(args[0].unflatten(1, tuple(thw)), thw)
 
     def write(self, tokens, args, kwargs):
-        x = hosts.remember(tokens.grid.flatten(1, 3), tokens.thw)
-        return (x,), {**kwargs, "position_mask": tokens.thw.frames}
+        return (tokens.grid.flatten(1, 3),), kwargs
 
-    def hand_on(self, output, thw):
-        return hosts.remember(output, thw)
+    def adapt_call(self, block, thw, args, kwargs):
+        return args, {**kwargs, "position_mask": thw.frames}
 
 
 @pytest.fixture
@@ -433,7 +430,9 @@ def layers_host():
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("compiling", [True, False])
-def test_a_grid_travels_on_tokens_where_the_call_has_no_place_for_it(layers_host, mode, compiling):
+def test_a_grid_travels_in_the_models_call_where_the_blocks_have_no_place_for_it(
+    layers_host, mode, compiling
+):
     model = attach(Layers(), time={1: 0.5}, space={2: 0.4}, num_samples=5).train(mode)
     run = torch.compile(model, fullgraph=True, backend="eager") if compiling else model
     out = run(torch.randn(2, 100, 8))

@@ -33,11 +33,14 @@ class BlocksWithGrid(Host):
         blocks = getattr(holder, "blocks", None)
         return blocks if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else ()
 
-    def read(self, args: tuple, kwargs: dict) -> Tokens:
-        x, sizes = args[0], _thw(args, kwargs)
-        if sizes is None:
+    def arrived(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
+        sizes = _thw(args, kwargs)
+        return sizes if sizes is None or isinstance(sizes, Grid) else Grid(sizes)
+
+    def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
+        x = args[0]
+        if thw is None:
             raise ValueError("a block was called without thw: the grid of its tokens is not known")
-        thw = sizes if isinstance(sizes, Grid) else Grid(sizes)
         frames, height, width = thw
         extra = x.shape[1] - frames * height * width
         if x.dim() != 3 or extra not in (0, 1, frames):
@@ -61,10 +64,6 @@ class BlocksWithGrid(Host):
         if len(args) > 1:
             return (x, thw, *args[2:]), kwargs
         return (x,), {**kwargs, _keyword(kwargs): thw}
-
-    def arrived(self, args: tuple, kwargs: dict) -> Grid | None:
-        thw = _thw(args, kwargs)
-        return thw if isinstance(thw, Grid) else None
 
     def hand_on(self, output, thw: Grid):
         if not isinstance(output, (tuple, list)) or len(output) < 2:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import HOSTS, is_a
-from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, patches
+from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
 
 
 class LayerConfig:
@@ -31,13 +31,12 @@ class LayerConfig:
 class HFTimeSformer(TokensAlone):
     """``TimesformerModel`` and ``TimesformerForVideoClassification``."""
 
-    tells_every_block = True
     prefix = 1
 
     def __init__(self, model: nn.Module):
         config = model.config
-        self.sizes = patches(config.num_frames, config.image_size, 1, config.patch_size)
-        self.patch_size = config.patch_size
+        self.patch = (1, *pair(config.patch_size))
+        self.sizes = patches(config.num_frames, config.image_size, self.patch)
         # With attention in space only, each frame is an entry of the batch with its cls token.
         self.by_frame = config.attention_type == "space_only"
 
@@ -46,6 +45,9 @@ class HFTimeSformer(TokensAlone):
         if not is_a(model, "transformers", "TimesformerPreTrainedModel"):
             return ()
         return inner(model).encoder.layer
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return inner(model).embeddings
 
     def prepare(self, blocks: Sequence[nn.Module]) -> None:
         for block in blocks:
@@ -56,9 +58,10 @@ class HFTimeSformer(TokensAlone):
         for block in blocks:
             block.config = block.config.shared
 
-    def tell(self, block: nn.Module, thw: Grid) -> None:
+    def adapt_call(self, block: nn.Module, thw: Grid, args: tuple, kwargs: dict):
         frames, _, width = thw
-        block.config.num_frames, block.config.image_size = frames, width * self.patch_size
+        block.config.num_frames, block.config.image_size = frames, width * self.patch[2]
+        return args, kwargs
 
     def unfold(self, x: Tensor, thw: Grid) -> Tensor:
         frames, height, width = thw

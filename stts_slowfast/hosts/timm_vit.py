@@ -1,7 +1,7 @@
 """timm's ``VisionTransformer`` on video: frame by frame, or with patches of several frames.
 
 Frame by frame the batch holds the frames of all clips, ``(B*T, 3, H, W)``, and how many make a clip
-stands in ``model.num_frames``, which the user sets (without it each image is a clip of one frame).
+is read from ``model.num_frames``, which the user sets (without it each image is a clip of one frame).
 What comes out then has an entry for each frame that is left. With tubelets the model's
 ``embed_layer`` takes clips, and has a ``grid_size`` of three numbers.
 """
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from stts_slowfast.calls import first_tensor
+from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import HOSTS, is_a
 from stts_slowfast.hosts.tokens_alone import TokensAlone
 
@@ -32,3 +34,13 @@ class TimmViT(TokensAlone):
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         return model.blocks if is_a(model, "timm", "VisionTransformer") else ()
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return model.patch_embed
+
+    def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> Grid:
+        if not self.by_frame:
+            return Grid(self.sizes)
+        image = first_tensor(args, kwargs).shape[-2:]
+        frames = getattr(model, "num_frames", 1)
+        return Grid((frames, *model.patch_embed.dynamic_feat_size(image)))

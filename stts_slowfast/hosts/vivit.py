@@ -16,9 +16,12 @@ class ViViT(TokensAlone):
 
     def __init__(self, model: nn.Module):
         config = model.config
-        frames, *patch = config.tubelet_size
-        self.sizes = patches(config.num_frames, config.image_size, frames, patch)
+        self.patch = tuple(config.tubelet_size)
+        self.sizes = patches(config.num_frames, config.image_size, self.patch)
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         return inner(model).layers if is_a(model, "transformers", "VivitPreTrainedModel") else ()
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return inner(model).embeddings

@@ -13,7 +13,7 @@ HOST = BlocksWithGrid(nn.Module())
 
 def every_other(*args, **kwargs):
     """Reads a call, keeps every other frame, so that where each token goes is known, writes."""
-    grid, _, _, frames = tokens = HOST.read(args, kwargs)
+    grid, _, _, frames = tokens = HOST.read(args, kwargs, HOST.arrived(args, kwargs, None))
     kept = torch.arange(0, grid.shape[1], 2).expand(len(grid), -1)
     tokens = tokens._replace(
         grid=grid[:, ::2],
@@ -39,7 +39,7 @@ def test_plain_tokens(kind):
 def test_a_grid_given_by_name_stays_so(name):
     (x,), kwargs = every_other(numbered(24), **{name: [4, 3, 2]})
     assert kwargs == {name: (2, 3, 2)} and x.shape[1] == 12
-    assert HOST.arrived((x,), kwargs) is kwargs[name]
+    assert HOST.arrived((x,), kwargs, None) is kwargs[name]
 
 
 def test_one_cls_token_stays_in_front():
@@ -58,7 +58,7 @@ def test_what_a_block_returns_carries_the_grid_that_arrived():
     x, pooled = HOST.hand_on((numbered(8), [2, 2, 2]), thw)
     assert pooled == (2, 2, 2) and pooled.frames is thw.frames and x.shape[1] == 8
     assert HOST.hand_on(x, thw) is x
-    assert HOST.arrived((x, [2, 2, 2]), {}) is None
+    assert not HOST.arrived((x, [2, 2, 2]), {}, None).is_selected
 
 
 def test_tokens_that_fit_no_layout_are_named():
