@@ -80,7 +80,7 @@ class SelectTokensHook:
             thw = calls.arrive(self.number, block, args, kwargs, self.behind)
             thw = host.default_grid() if thw is None else thw
         thw = host.arrived(args, kwargs, thw)
-        if self.behind and not (calls or isinstance(thw, Grid) and thw.is_selected):
+        if self.behind and not (calls or (isinstance(thw, Grid) and thw.is_selected)):
             raise ValueError(
                 f"the tokens that arrive at block {self.number} ({type(block).__name__}) do not "
                 "say where they lie, though some were dropped before: something between two "

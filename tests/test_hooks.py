@@ -430,9 +430,7 @@ def layers_host():
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("compiling", [True, False])
-def test_a_grid_travels_in_the_models_call_where_the_blocks_have_no_place_for_it(
-    layers_host, mode, compiling
-):
+def test_a_grid_travels_in_the_call_of_the_model(layers_host, mode, compiling):
     model = attach(Layers(), time={1: 0.5}, space={2: 0.4}, num_samples=5).train(mode)
     run = torch.compile(model, fullgraph=True, backend="eager") if compiling else model
     out = run(torch.randn(2, 100, 8))

@@ -1,9 +1,9 @@
 """timm's ``VisionTransformer`` on video: frame by frame, or with patches of several frames.
 
 Frame by frame the batch holds the frames of all clips, ``(B*T, 3, H, W)``, and how many make a clip
-is read from ``model.num_frames``, which the user sets (without it each image is a clip of one frame).
-What comes out then has an entry for each frame that is left. With tubelets the model's
-``embed_layer`` takes clips, and has a ``grid_size`` of three numbers.
+is read in every call from ``model.num_frames``, which the user sets (without it each image is a
+clip of one frame). What comes out then has an entry for each frame that is left. With tubelets the
+model's ``embed_layer`` takes clips, and has a ``grid_size`` of three numbers.
 """
 
 from collections.abc import Sequence
@@ -41,6 +41,6 @@ class TimmViT(TokensAlone):
     def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> Grid:
         if not self.by_frame:
             return Grid(self.sizes)
-        image = first_tensor(args, kwargs).shape[-2:]
-        frames = getattr(model, "num_frames", 1)
-        return Grid((frames, *model.patch_embed.dynamic_feat_size(image)))
+        size = getattr(model.patch_embed, "dynamic_feat_size", None)
+        image = size(first_tensor(args, kwargs).shape[-2:]) if size else self.sizes[1:]
+        return Grid((getattr(model, "num_frames", 1), *image))

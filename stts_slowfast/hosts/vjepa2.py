@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stts_slowfast.grid import Grid
 from stts_slowfast.calls import first_tensor
+from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import HOSTS, is_a
 from stts_slowfast.hosts.tokens_alone import TokensAlone, pair, patches
 

@@ -1,5 +1,6 @@
 """timm's VisionTransformer: frame by frame and with patches of several frames."""
 
+import pytest
 import torch
 
 from stts_slowfast.hooks import attach, selections
