@@ -53,6 +53,14 @@ class Grid(tuple):
         """Whether a selection was made before."""
         return not (self.frames is None and self.windows is None and self.tokens is None)
 
+    def to(self, device: torch.device) -> "Grid":
+        """The same grid, whose tensors are on a device."""
+        parts = [self.frames, self.windows, self.tokens]
+        if all(part is None or part.device == device for part in parts):
+            return self
+        parts = [None if part is None else part.to(device) for part in parts]
+        return Grid(self, *parts, whole=self.whole)
+
     def keep_frames(self, kept: Tensor) -> "Grid":
         """The grid of the frames ``kept`` ``(B, k)``, indices into the frames of this one."""
         self._check_no_set()

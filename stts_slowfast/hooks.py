@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from stts_slowfast import fused
-from stts_slowfast.calls import Calls
+from stts_slowfast.calls import Calls, first_tensor
 from stts_slowfast.config import Settings, as_arguments
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import Host, Tokens, find, hosted, unwrap
@@ -88,6 +90,10 @@ class SelectTokensHook:
             )
         selectors = getattr(block, "stts_replicas", self.selectors)
         if selectors:
+            args, kwargs = _on_device_of(selectors, args, kwargs)
+        if isinstance(thw, Grid):
+            thw = thw.to(first_tensor(args, kwargs).device)
+        if selectors:
             tokens = host.read(args, kwargs, thw)
             packed = isinstance(tokens, list)
             several = tokens if packed else [tokens]
@@ -98,6 +104,18 @@ class SelectTokensHook:
         if calls is not None:
             calls.advance(self.number, thw, self.last)
         return host.adapt_call(block, thw, args, kwargs)
+
+
+def _on_device_of(selectors: Sequence[Selector], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What arrives, on the device of a block's selectors.
+
+    Of a model over several devices, accelerate moves it only when the block's forward begins.
+    """
+    weights = next((p for selector in selectors for p in selector.parameters()), None)
+    device = first_tensor(args, kwargs).device
+    if weights is None or weights.device == device:
+        return args, kwargs
+    return tree_map_only(Tensor, lambda x: x.to(weights.device), (args, kwargs))
 
 
 class PropagateGridHook:
@@ -242,10 +260,28 @@ def _make_selectors(
                 selector = kind(
                     host.channels(block), number, shares[number], scorer, **more, **operator
                 )
-                parameter = next(block.parameters())
-                selector.to(parameter.device, parameter.dtype).train(training)
+                selector.to(*_where_it_computes(block)).train(training)
                 stts[selector.key] = selector
     return stts
+
+
+def _where_it_computes(block: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device and the floating dtype in which a block computes.
+
+    Its first parameter is no guide: quantised ones are integers, offloaded ones are on ``meta``
+    while accelerate's hook knows where they will be.
+    """
+    parameters = list(block.parameters())
+    floating = [p for p in parameters if p.is_floating_point() and p.element_size() > 1]
+    dtype = floating[0].dtype if floating else torch.get_default_dtype()
+    hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    devices = [device for device in devices if device is not None]
+    devices += [parameter.device for parameter in parameters]
+    device = devices[0] if devices else "cpu"
+    if isinstance(device, int):  # as accelerate's maps have it
+        device = f"{torch.accelerator.current_accelerator()}:{device}"
+    return torch.device(device), dtype
 
 
 def _register(

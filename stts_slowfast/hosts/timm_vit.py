@@ -12,7 +12,7 @@ from torch import nn
 
 from stts_slowfast.calls import first_tensor
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, is_a
+from stts_slowfast.hosts import HOSTS, is_a, masks
 from stts_slowfast.hosts.tokens_alone import TokensAlone
 
 
@@ -44,3 +44,9 @@ class TimmViT(TokensAlone):
         size = getattr(model.patch_embed, "dynamic_feat_size", None)
         image = size(first_tensor(args, kwargs).shape[-2:]) if size else self.sizes[1:]
         return Grid((getattr(model, "num_frames", 1), *image))
+
+    def adapt_call(self, block: nn.Module, thw: Grid, args: tuple, kwargs: dict):
+        mask = kwargs.get("attn_mask")
+        if thw.is_selected and mask is not None:
+            kwargs = {**kwargs, "attn_mask": masks.cut(mask, *self.left(thw, args[0]))}
+        return args, kwargs

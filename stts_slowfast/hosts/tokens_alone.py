@@ -1,5 +1,6 @@
 """What hosts share whose blocks take tokens alone: the model's call says their grid."""
 
+import torch
 from torch import Tensor, cat, nn
 
 from stts_slowfast.calls import first_tensor
@@ -59,6 +60,29 @@ class TokensAlone(Host):
             x = self.fold(grid)
             x = x if clip is None else cat([clip, x], dim=1)
         return (x, *args[1:]), kwargs
+
+    def left(self, thw: Grid, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which entries of the batch, and which tokens of each, are left of all that entered.
+
+        Args:
+            thw: the grid of the tokens ``x`` of a block's call.
+
+        Returns:
+            LongTensors ``(b,)`` and ``(b, n)``, cls tokens included: of clips, or ``by_frame`` of
+            frames.
+        """
+        frames, height, width = thw
+        clips = len(x) // frames if self.by_frame else len(x)
+        places = thw.positions(clips, x.device)
+        entries = torch.arange(clips, device=x.device)
+        if self.by_frame:
+            all_frames, rows, columns = thw.whole
+            places = places.view(-1, height * width)
+            first = places[:, 0].div(rows * columns, rounding_mode="floor")
+            entries = entries.repeat_interleave(frames) * all_frames + first
+            places = places.remainder(rows * columns)
+        prefix = torch.arange(self.prefix, device=x.device).expand(len(places), -1)
+        return entries, cat([prefix, places + self.prefix], dim=1)
 
     def unfold(self, x: Tensor, thw: Grid) -> Tensor:
         """Tokens ``(B, T*H*W, C)`` in the host's order as ``(B, T, H, W, C)``."""

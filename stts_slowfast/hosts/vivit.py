@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stts_slowfast.hosts import HOSTS, is_a
+from stts_slowfast.grid import Grid
+from stts_slowfast.hosts import HOSTS, is_a, masks
 from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, patches
 
 
@@ -25,3 +26,9 @@ class ViViT(TokensAlone):
 
     def entry(self, model: nn.Module) -> nn.Module:
         return inner(model).embeddings
+
+    def adapt_call(self, block: nn.Module, thw: Grid, args: tuple, kwargs: dict):
+        x, mask, *rest = args
+        if thw.is_selected and mask is not None:
+            args = (x, masks.cut(mask, *self.left(thw, x), padding=True), *rest)
+        return args, kwargs
