@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from stts_slowfast import fused
+from stts_slowfast import fused, symbolic
 from stts_slowfast.calls import Calls, first_tensor
 from stts_slowfast.config import Settings, as_arguments
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import Host, Tokens, find, hosted, unwrap
 from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
+from stts_slowfast.symbolic import tracer_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,19 @@ def select(selector: Selector, tokens: Tokens) -> Tokens:
 # copied hook holds the copied selectors.
 
 
-class OpenCallHook:
+class Hook:
+    """What all of our hooks on modules are."""
+
+    @property
+    def __name__(self) -> str:
+        # torch.jit.script asks hooks for it, and for their source, which it could not compile.
+        raise AttributeError(
+            "a model with selectors cannot be compiled by torch.jit.script: use torch.compile, "
+            "torch.export or torch.jit.trace, or detach(model) first"
+        )
+
+
+class OpenCallHook(Hook):
     """Forward pre-hook on the model: a call begins."""
 
     def __init__(self, calls: Calls):
@@ -50,17 +63,20 @@ class CloseCallHook(OpenCallHook):
         self.calls.close()
 
 
-class EnterClipHook:
+class EnterClipHook(Hook):
     """Forward pre-hook on the module by which a clip enters: reads the clip's grid."""
 
-    def __init__(self, host: Host, model: nn.Module, calls: Calls):
-        self.host, self.model, self.calls = host, model, calls
+    def __init__(self, host: Host, model: nn.Module, stts: nn.ModuleDict):
+        self.host, self.model, self.stts = host, model, stts
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.calls.start(self.host.call_grid(self.model, args, kwargs))
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+        if tracer := tracer_of(args, kwargs):
+            return _traced(tracer, _enter, self.stts, args, kwargs)
+        self.stts.calls.start(self.host.call_grid(self.model, args, kwargs))
+        return None
 
 
-class SelectTokensHook:
+class SelectTokensHook(Hook):
     """Forward pre-hook that hands a block the tokens which its selectors keep.
 
     Args:
@@ -76,6 +92,8 @@ class SelectTokensHook:
         self.selectors = selectors_before(stts, number)
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if tracer := tracer_of(args, kwargs):
+            return _traced(tracer, _select, self.stts, args, kwargs, self.number)
         host, calls = self.host, self.stts.calls
         thw = None
         if calls is not None:
@@ -118,18 +136,45 @@ def _on_device_of(selectors: Sequence[Selector], args: tuple, kwargs: dict) -> t
     return tree_map_only(Tensor, lambda x: x.to(weights.device), (args, kwargs))
 
 
-class PropagateGridHook:
+class PropagateGridHook(Hook):
     """Forward hook that puts the grid which arrived at a block on what the block returns."""
 
-    def __init__(self, host: Host):
-        self.host = host
+    def __init__(self, host: Host, stts: nn.ModuleDict):
+        self.host, self.stts = host, stts
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output):
+        if tracer := tracer_of(args, kwargs):
+            traced = symbolic.call(tracer, _propagate, self.stts, args, kwargs, output)
+            thw, x = traced[1], traced[0]  # tokens last: features of a block are its last node
+            return x, thw
         thw = self.host.arrived(args, kwargs, None)
         return None if thw is None else self.host.hand_on(output, thw)
 
 
-class DataParallelHook:
+# What stands for the hooks in a graph that torch.fx traced: a node each, which finds the hook in the
+# selectors that the graph has, a copy or not.
+
+
+def _traced(tracer, function, stts: nn.ModuleDict, args: tuple, kwargs: dict, *more):
+    traced = symbolic.call(tracer, function, stts, args, kwargs, *more)
+    args = tuple(traced[0][i] for i in range(len(args)))
+    return args, {name: traced[1][name] for name in kwargs}
+
+
+def _enter(stts: nn.ModuleDict, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    stts.hooks["entry"](stts, args, kwargs)
+    return args, kwargs
+
+
+def _select(stts: nn.ModuleDict, args: tuple, kwargs: dict, number: int) -> tuple[tuple, dict]:
+    return stts.hooks[number](stts, args, kwargs)
+
+
+def _propagate(stts: nn.ModuleDict, args: tuple, kwargs: dict, output):
+    return stts.hooks["grid"](stts, args, kwargs, output)
+
+
+class DataParallelHook(Hook):
     """Forward pre-hook on the model: tells a replica's blocks of the replica's selectors.
 
     ``nn.DataParallel`` copies modules anew for every forward pass, but not the hooks on them.
@@ -143,9 +188,6 @@ class DataParallelHook:
             return
         for number, block in enumerate(self.host.blocks(hosted(model))):
             block.stts_replicas = selectors_before(model.stts, number)
-
-
-HOOKS = (OpenCallHook, EnterClipHook, SelectTokensHook, PropagateGridHook, DataParallelHook)
 
 
 def selectors_before(stts: nn.ModuleDict, number: int) -> tuple[Selector, ...]:
@@ -241,7 +283,7 @@ def _make_selectors(
 ) -> nn.ModuleDict:
     stts = nn.ModuleDict()
     stts.settings = settings
-    stts.calls = None
+    stts.calls, stts.hooks = None, {}
     operator = {
         "sigma": settings.sigma,
         "sigma_decay": settings.sigma_decay,
@@ -295,16 +337,19 @@ def _register(
         model.register_forward_pre_hook(OpenCallHook(stts.calls), prepend=True)
         model.register_forward_hook(CloseCallHook(stts.calls), always_call=True)
         entry = host.entry(hosted(model))
-        hook = EnterClipHook(host, hosted(model), stts.calls)
+        hook = stts.hooks["entry"] = EnterClipHook(host, hosted(model), stts)
         entry.register_forward_pre_hook(hook, with_kwargs=True)
     for number, block in enumerate(blocks):
         if not travels or selectors_before(stts, number):
             last = number == len(blocks) - 1
-            hook = SelectTokensHook(host, stts, number, behind=number > first, last=last)
+            hook = stts.hooks[number] = SelectTokensHook(
+                host, stts, number, behind=number > first, last=last
+            )
             block.register_forward_pre_hook(hook, with_kwargs=True)
         # Nothing of ours comes behind the last block.
         if travels and first <= number < len(blocks) - 1:
-            block.register_forward_hook(PropagateGridHook(host), with_kwargs=True)
+            hook = stts.hooks["grid"] = PropagateGridHook(host, stts)
+            block.register_forward_hook(hook, with_kwargs=True)
     model.register_forward_pre_hook(DataParallelHook(host))
 
 
@@ -314,7 +359,7 @@ def _remove(model: nn.Module, host: Host, blocks: Sequence[nn.Module]) -> None:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = getattr(module, kind)
             for hook_id, hook in list(hooks.items()):
-                if isinstance(hook, HOOKS):
+                if isinstance(hook, Hook):
                     del hooks[hook_id]
                     getattr(module, f"{kind}_with_kwargs").pop(hook_id, None)
                     module._forward_hooks_always_called.pop(hook_id, None)

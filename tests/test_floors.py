@@ -17,6 +17,7 @@ FLOORS = [
         "grid",
         "keys",
         "scorers",
+        "symbolic",
         "topk",
         "video",
         "yamlfiles",

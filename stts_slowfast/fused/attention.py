@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, arange, cat, einsum, eye, nn
 from torch.nn import functional as F
 
+from stts_slowfast import symbolic
 from stts_slowfast.fused import cpu
-from stts_slowfast.fused.views import Request, View
+from stts_slowfast.fused.views import Request, View, run
 from stts_slowfast.grid import Grid
+from stts_slowfast.symbolic import tracer_of
 
 
 class AttentionView(View):
@@ -55,6 +57,8 @@ class AttentionView(View):
         return [*fused, self.composed] if self.has_positions() else fused
 
     def forward(self, x: Tensor, thw):
+        if tracer := tracer_of(x):
+            return symbolic.call(tracer, run, self, x, thw)
         if self.is_fused():
             return self.fused(x, thw)
         if self.reads_distances(thw):
