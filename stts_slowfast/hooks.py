@@ -151,8 +151,8 @@ class PropagateGridHook(Hook):
         return None if thw is None else self.host.hand_on(output, thw)
 
 
-# What stands for the hooks in a graph that torch.fx traced: a node each, which finds the hook in the
-# selectors that the graph has, a copy or not.
+# In a graph that torch.fx traced a node stands for each hook, and finds the hook in the selectors
+# that the graph has, a copy or not.
 
 
 def _traced(tracer, function, stts: nn.ModuleDict, args: tuple, kwargs: dict, *more):

