@@ -14,6 +14,8 @@ _HOMES = {
     "attach": "hooks",
     "detach": "hooks",
     "selections": "hooks",
+    "positions": "dense",
+    "scatter": "dense",
     "set_progress": "schedule",
     "param_groups": "schedule",
     "load_weights": "checkpoints",

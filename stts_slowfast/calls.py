@@ -22,10 +22,12 @@ class Call:
             and behind the last block.
         task: the backward pass in which the call runs, -1 outside of any.
         node: where a block runs again for a backward pass, the node that wants it.
+        grids: what each block so far got.
     """
 
     def __init__(self, grid=None, next_block: int | None = None, task: int = -1, node=None):
         self.grid, self.next_block, self.task, self.node = grid, next_block, task, node
+        self.grids: dict[int, object] = {}
 
     def comes_to(self, number: int, task: int) -> bool:
         return self.task == task and self.next_block is not None and self.next_block <= number
@@ -60,9 +62,11 @@ class Calls:
     def __setstate__(self, state: dict) -> None:
         self.__init__()
 
-    def open(self) -> None:
+    def open(self) -> Call:
         """A call of the model begins in this thread."""
-        self._local.stack = (*self._stack(), Call())
+        call = Call()
+        self._local.stack = (*self._stack(), call)
+        return call
 
     def close(self) -> None:
         """The innermost call of the model in this thread has ended, by an error or not."""
@@ -119,6 +123,7 @@ class Calls:
         """A block gets tokens of this ``grid``, and so do those behind it."""
         call = self._find(number, _backward())
         call.grid, call.next_block = grid, None if last else number + 1
+        call.grids[number] = grid
 
     def _stack(self) -> tuple[Call, ...]:
         return getattr(self._local, "stack", ())
@@ -162,6 +167,11 @@ class Calls:
 def first_tensor(args: tuple, kwargs: dict) -> Tensor:
     """The first tensor among the arguments of a call."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def in_backward() -> bool:
+    """Whether this thread computes a backward pass, so that what runs may be running again."""
+    return _backward() != -1
 
 
 def _backward() -> int:

@@ -94,8 +94,8 @@ class Grid(tuple):
         """Where each token comes from: flat indices into the grid of the sizes ``whole``.
 
         Args:
-            batch: number of clips ``B``.
-            device: of the result, if no selection was made before.
+            batch: number of clips ``B``, if no selection was made before.
+            device: of the result, likewise.
 
         Returns:
             LongTensor ``(B, T*H*W)``, in the order of this grid, row by row.
@@ -105,7 +105,8 @@ class Grid(tuple):
         frames, height, width = self
         _, all_rows, all_columns = self.whole
         for selected in (self.windows, self.frames):
-            device = device if selected is None else selected.device
+            if selected is not None:
+                batch, device = len(selected), selected.device
         times = self.frames
         if times is None:
             times = torch.arange(frames, device=device).expand(batch, -1)

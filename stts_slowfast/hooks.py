@@ -1,198 +1,28 @@
-"""Puts selectors before a model's blocks, and takes them off: the one file that knows hooks."""
+"""Puts selectors before a model's blocks, and takes them off: the one file that registers hooks."""
 
 import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from stts_slowfast import fused, symbolic
-from stts_slowfast.calls import Calls, first_tensor
+from stts_slowfast import fused
+from stts_slowfast.block_hooks import (
+    CloseCallHook,
+    DataParallelHook,
+    EnterClipHook,
+    Hook,
+    OpenCallHook,
+    PropagateGridHook,
+    SelectTokensHook,
+    selectors_before,
+)
+from stts_slowfast.calls import Calls
 from stts_slowfast.config import Settings, as_arguments
-from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import Host, Tokens, find, hosted, unwrap
+from stts_slowfast.hosts import Host, find, hosted, unwrap
 from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
-from stts_slowfast.symbolic import tracer_of
 
 logger = logging.getLogger(__name__)
-
-
-def select(selector: Selector, tokens: Tokens) -> Tokens:
-    """The tokens that a selector keeps, with the grid that says where they come from."""
-    choice = selector.choose(tokens.grid)
-    grid = selector.take(tokens.grid, choice)
-    if selector.dimension == "SPACE":
-        thw = tokens.thw.crop(choice.kept, tuple(grid.shape[2:4]))
-        return tokens._replace(grid=grid, thw=thw)
-    frames = None if tokens.frames is None else selector.take(tokens.frames, choice)
-    thw = tokens.thw.keep_frames(choice.kept)
-    return tokens._replace(grid=grid, thw=thw, frames=frames)
-
-
-# Hooks are objects instead of closures, so that a model with selectors can be copied and pickled: a
-# copied hook holds the copied selectors.
-
-
-class Hook:
-    """What all of our hooks on modules are."""
-
-    @property
-    def __name__(self) -> str:
-        # torch.jit.script asks hooks for it, and for their source, which it could not compile.
-        raise AttributeError(
-            "a model with selectors cannot be compiled by torch.jit.script: use torch.compile, "
-            "torch.export or torch.jit.trace, or detach(model) first"
-        )
-
-
-class OpenCallHook(Hook):
-    """Forward pre-hook on the model: a call begins."""
-
-    def __init__(self, calls: Calls):
-        self.calls = calls
-
-    def __call__(self, model: nn.Module, args: tuple) -> None:
-        self.calls.open()
-
-
-class CloseCallHook(OpenCallHook):
-    """Forward hook on the model, called also after an error: a call has ended."""
-
-    def __call__(self, model: nn.Module, args: tuple, output) -> None:
-        self.calls.close()
-
-
-class EnterClipHook(Hook):
-    """Forward pre-hook on the module by which a clip enters: reads the clip's grid."""
-
-    def __init__(self, host: Host, model: nn.Module, stts: nn.ModuleDict):
-        self.host, self.model, self.stts = host, model, stts
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
-        if tracer := tracer_of(args, kwargs):
-            return _traced(tracer, _enter, self.stts, args, kwargs)
-        self.stts.calls.start(self.host.call_grid(self.model, args, kwargs))
-        return None
-
-
-class SelectTokensHook(Hook):
-    """Forward pre-hook that hands a block the tokens which its selectors keep.
-
-    Args:
-        host: of the model.
-        stts: all selectors of the model, with their ``calls``.
-        number: of the block.
-        place: whether the block is ``behind`` a selection, and the ``last``.
-    """
-
-    def __init__(self, host: Host, stts: nn.ModuleDict, number: int, behind: bool, last: bool):
-        self.host, self.stts, self.number = host, stts, number
-        self.behind, self.last = behind, last
-        self.selectors = selectors_before(stts, number)
-
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if tracer := tracer_of(args, kwargs):
-            return _traced(tracer, _select, self.stts, args, kwargs, self.number)
-        host, calls = self.host, self.stts.calls
-        thw = None
-        if calls is not None:
-            thw = calls.arrive(self.number, block, args, kwargs, self.behind)
-            thw = host.default_grid() if thw is None else thw
-        thw = host.arrived(args, kwargs, thw)
-        if self.behind and not (calls or (isinstance(thw, Grid) and thw.is_selected)):
-            raise ValueError(
-                f"the tokens that arrive at block {self.number} ({type(block).__name__}) do not "
-                "say where they lie, though some were dropped before: something between two "
-                "blocks made their grid anew"
-            )
-        selectors = getattr(block, "stts_replicas", self.selectors)
-        if selectors:
-            args, kwargs = _on_device_of(selectors, args, kwargs)
-        if isinstance(thw, Grid):
-            thw = thw.to(first_tensor(args, kwargs).device)
-        if selectors:
-            tokens = host.read(args, kwargs, thw)
-            packed = isinstance(tokens, list)
-            several = tokens if packed else [tokens]
-            for selector in selectors:
-                several = [select(selector, clip) for clip in several]
-            args, kwargs = host.write(several if packed else several[0], args, kwargs)
-            thw = [clip.thw for clip in several] if packed else several[0].thw
-        if calls is not None:
-            calls.advance(self.number, thw, self.last)
-        return host.adapt_call(block, thw, args, kwargs)
-
-
-def _on_device_of(selectors: Sequence[Selector], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """What arrives, on the device of a block's selectors.
-
-    Of a model over several devices, accelerate moves it only when the block's forward begins.
-    """
-    weights = next((p for selector in selectors for p in selector.parameters()), None)
-    device = first_tensor(args, kwargs).device
-    if weights is None or weights.device == device:
-        return args, kwargs
-    return tree_map_only(Tensor, lambda x: x.to(weights.device), (args, kwargs))
-
-
-class PropagateGridHook(Hook):
-    """Forward hook that puts the grid which arrived at a block on what the block returns."""
-
-    def __init__(self, host: Host, stts: nn.ModuleDict):
-        self.host, self.stts = host, stts
-
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output):
-        if tracer := tracer_of(args, kwargs):
-            traced = symbolic.call(tracer, _propagate, self.stts, args, kwargs, output)
-            thw, x = traced[1], traced[0]  # tokens last: features of a block are its last node
-            return x, thw
-        thw = self.host.arrived(args, kwargs, None)
-        return None if thw is None else self.host.hand_on(output, thw)
-
-
-# In a graph that torch.fx traced a node stands for each hook, and finds the hook in the selectors
-# that the graph has, a copy or not.
-
-
-def _traced(tracer, function, stts: nn.ModuleDict, args: tuple, kwargs: dict, *more):
-    traced = symbolic.call(tracer, function, stts, args, kwargs, *more)
-    args = tuple(traced[0][i] for i in range(len(args)))
-    return args, {name: traced[1][name] for name in kwargs}
-
-
-def _enter(stts: nn.ModuleDict, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    stts.hooks["entry"](stts, args, kwargs)
-    return args, kwargs
-
-
-def _select(stts: nn.ModuleDict, args: tuple, kwargs: dict, number: int) -> tuple[tuple, dict]:
-    return stts.hooks[number](stts, args, kwargs)
-
-
-def _propagate(stts: nn.ModuleDict, args: tuple, kwargs: dict, output):
-    return stts.hooks["grid"](stts, args, kwargs, output)
-
-
-class DataParallelHook(Hook):
-    """Forward pre-hook on the model: tells a replica's blocks of the replica's selectors.
-
-    ``nn.DataParallel`` copies modules anew for every forward pass, but not the hooks on them.
-    """
-
-    def __init__(self, host: Host):
-        self.host = host
-
-    def __call__(self, model: nn.Module, args: tuple) -> None:
-        if not getattr(model, "_is_replica", False):
-            return
-        for number, block in enumerate(self.host.blocks(hosted(model))):
-            block.stts_replicas = selectors_before(model.stts, number)
-
-
-def selectors_before(stts: nn.ModuleDict, number: int) -> tuple[Selector, ...]:
-    """The selectors in front of a block, in the order in which they run."""
-    return tuple(selector for selector in stts.values() if selector.block == number)
 
 
 def attach(
@@ -283,7 +113,7 @@ def _make_selectors(
 ) -> nn.ModuleDict:
     stts = nn.ModuleDict()
     stts.settings = settings
-    stts.calls, stts.hooks = None, {}
+    stts.calls, stts.hooks, stts.reached = None, {}, None
     operator = {
         "sigma": settings.sigma,
         "sigma_decay": settings.sigma_decay,
@@ -329,7 +159,7 @@ def _where_it_computes(block: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _register(
     model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: nn.ModuleDict
 ) -> None:
-    host.prepare(blocks)
+    host.prepare(hosted(model), blocks)
     first = min((selector.block for selector in stts.values()), default=len(blocks))
     travels = type(host).hand_on is not Host.hand_on  # in the blocks' calls
     if not travels:
@@ -346,15 +176,15 @@ def _register(
                 host, stts, number, behind=number > first, last=last
             )
             block.register_forward_pre_hook(hook, with_kwargs=True)
-        # Nothing of ours comes behind the last block.
-        if travels and first <= number < len(blocks) - 1:
-            hook = stts.hooks["grid"] = PropagateGridHook(host, stts)
+        if travels and number >= first:
+            hook = PropagateGridHook(host, stts, last=number == len(blocks) - 1)
+            stts.hooks.setdefault("grid", hook)
             block.register_forward_hook(hook, with_kwargs=True)
     model.register_forward_pre_hook(DataParallelHook(host))
 
 
 def _remove(model: nn.Module, host: Host, blocks: Sequence[nn.Module]) -> None:
-    host.restore(blocks)
+    host.restore(hosted(model), blocks)
     for module in {model, host.entry(hosted(model)), *blocks}:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = getattr(module, kind)
@@ -373,7 +203,7 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: where the model has no selectors.
     """
     model = unwrap(model)
-    _selectors(model)
+    selectors_of(model)
     fused.restore(model)
     _remove(model, *find(model))
     return model
@@ -394,7 +224,7 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(
             "replicas of nn.DataParallel forget what they kept: run model.module alone"
         )
-    kept = {key: selector.kept for key, selector in _selectors(unwrap(model)).items()}
+    kept = {key: selector.kept for key, selector in selectors_of(unwrap(model)).items()}
     missing = [key for key, value in kept.items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} has selected nothing yet: run the model first")
@@ -407,7 +237,7 @@ def settings_of(model: nn.Module) -> Settings:
     Raises:
         ValueError: where the model has no selectors.
     """
-    return _selectors(unwrap(model)).settings
+    return selectors_of(unwrap(model)).settings
 
 
 def raise_on_nan(model: nn.Module) -> None:
@@ -428,7 +258,7 @@ def raise_on_nan(model: nn.Module) -> None:
             module.raise_on_nan()
 
 
-def _selectors(model: nn.Module) -> nn.ModuleDict:
+def selectors_of(model: nn.Module) -> nn.ModuleDict:
     stts = getattr(model, "stts", None)
     if not isinstance(stts, nn.ModuleDict):
         raise ValueError(f"this {type(model).__name__} has no selectors: call attach(model, node)")

@@ -24,7 +24,7 @@ FLOORS = [
     },
     {"selectors"},
     {"backbones", "hosts"},
-    {"hooks", "schedule", "fused", "checkpoints"},
+    {"block_hooks", "checkpoints", "dense", "fused", "hooks", "schedule"},
     {"pictures"},
     {"pyslowfast", "standalone"},
     {"tools"},

@@ -141,11 +141,10 @@ class Host:
         """
         return args, kwargs
 
-    def prepare(self, blocks: Sequence[nn.Module]) -> None:
-        """What a host must change in a model's blocks before selectors stand in front of them."""
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """What a host must change in a model before selectors stand in front of its blocks."""
 
-    @staticmethod
-    def restore(blocks: Sequence[nn.Module]) -> None:
+    def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Takes back what :meth:`prepare` did."""
 
     def hand_on(self, output, thw: Grid):

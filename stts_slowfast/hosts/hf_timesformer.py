@@ -65,12 +65,11 @@ class HFTimeSformer(TokensAlone):
     def entry(self, model: nn.Module) -> nn.Module:
         return inner(model).embeddings
 
-    def prepare(self, blocks: Sequence[nn.Module]) -> None:
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         for block in blocks:
             block.config = LayerConfig(block.config)
 
-    @staticmethod
-    def restore(blocks: Sequence[nn.Module]) -> None:
+    def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         for block in blocks:
             block.config = block.config.shared
 
