@@ -213,16 +213,34 @@ def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     """
     load_extensions()
     model = hosted(model)
-    for _, host in reversed(list(HOSTS)):
-        blocks = list(host.blocks(model))
-        if blocks:
-            return host(model), blocks
+    if not is_a(model, "peft", "PeftModel"):  # it passes its model's attributes on
+        for _, host in reversed(list(HOSTS)):
+            blocks = list(host.blocks(model))
+            if blocks:
+                return host(model), blocks
     raise ValueError(
-        f"{type(model).__name__} has no blocks to select tokens before: STTS works on models with "
-        "`blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on Video Swin, on "
-        "VideoMAE, ViViT, V-JEPA 2 and TimeSformer of transformers, on timm's VisionTransformer, "
-        "and on what is registered in stts_slowfast.hosts.HOSTS"
+        f"{type(model).__name__} has no blocks to select tokens before{_inside(model)}: STTS works "
+        "on models with `blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on "
+        "Video Swin, on VideoMAE, ViViT, V-JEPA 2 and TimeSformer of transformers, on timm's "
+        "VisionTransformer, and on what is registered in stts_slowfast.hosts.HOSTS"
     )
+
+
+def _inside(model: nn.Module) -> str:
+    """In words, which module inside of a model has blocks; empty if none has."""
+    if is_a(model, "peft", "PeftModel"):
+        return ", but what it adapts may have: attach(model.get_base_model(), ...)"
+    for path, module in model.named_modules():
+        if path:
+            for _, host in reversed(list(HOSTS)):
+                try:
+                    found = len(host.blocks(module))
+                except ValueError:
+                    found = 0
+                if found:
+                    kind = type(module).__name__
+                    return f", but its {path} ({kind}) has: attach(model.{path}, ...)"
+    return ""
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,7 @@ a cls token a frame   ``(B, T*(1+H*W), C)``  TimeSformer (space only)
 ====================  =====================  ============================================
 """
 
+import inspect
 from collections.abc import Sequence
 
 from torch import cat, nn
@@ -31,7 +32,18 @@ class BlocksWithGrid(Host):
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         holder = model if hasattr(model, "blocks") else getattr(model, "model", None)
         blocks = getattr(holder, "blocks", None)
-        return blocks if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else ()
+        if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
+            return ()
+        for block in blocks:
+            if not _takes_grid(block):
+                raise ValueError(
+                    f"{type(holder).__name__} has blocks, but {type(block).__name__} takes no grid "
+                    f"(forward{inspect.signature(type(block).forward)}): selection must know where "
+                    "tokens lie, so it takes models whose blocks are called as "
+                    "x, thw = block(x, thw), and for others a host of their own "
+                    "(projects/stts/extending.md)"
+                )
+        return blocks
 
     def arrived(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
         sizes = _thw(args, kwargs)
@@ -70,6 +82,16 @@ class BlocksWithGrid(Host):
             return output  # tokens alone, as from a block that was called without thw
         x, sizes, *rest = output
         return (x, thw.pooled(sizes), *rest)
+
+
+def _takes_grid(block: nn.Module) -> bool:
+    """Whether a block can be called as ``block(x, thw)``; one that is wrapped may take anything."""
+    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    if any(parameter.name.startswith("thw") for parameter in parameters):
+        return True
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return True
+    return sum(parameter.default is parameter.empty for parameter in parameters) == 2
 
 
 def _thw(args: tuple, kwargs: dict):

@@ -83,6 +83,19 @@ def _map(x: Tensor, grid: Grid) -> Tensor:
     return x.unflatten(1, tuple(grid[1:])).permute(0, 3, 1, 2).contiguous()
 
 
+# Transformers of timm that no host here can serve, and why.
+REFUSED = {
+    "Beit": "its bias of relative positions is made for the whole grid",
+    "Cait": "its last blocks have the cls token alone ask, behind blocks without one",
+    "Eva": "its rotary positions are made for the whole grid",
+    "Hiera": "it pools by the order of its mask units, which a selection breaks",
+    "NaFlexVit": "it packs images of several sizes",
+    "VisionTransformerRelPos": "its relative positions are made for the whole grid",
+    "VisionTransformerSAM": "its blocks attend in windows of a whole grid",
+    "Xcit": "its blocks convolve over the whole grid",
+}
+
+
 @HOSTS.register()
 class TimmViT(TokensAlone):
     """``VisionTransformer`` and what comes from it, with any number of cls and register tokens."""
@@ -100,7 +113,20 @@ class TimmViT(TokensAlone):
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        return model.blocks if is_a(model, "timm", "VisionTransformer") else ()
+        if is_a(model, "timm", "VisionTransformer"):
+            if getattr(getattr(model, "patch_drop", None), "prob", 0):
+                raise ValueError(
+                    "patch_drop of this VisionTransformer drops tokens at random before the first "
+                    "block: set model.patch_drop = nn.Identity()"
+                )
+            return model.blocks
+        for name, why in REFUSED.items():
+            if is_a(model, "timm", name):
+                raise ValueError(
+                    f"tokens of timm's {type(model).__name__} cannot be selected: {why}; of timm, "
+                    "VisionTransformer can be served, and what comes from it"
+                )
+        return ()
 
     def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         if self.by_frame and hasattr(model, "forward_intermediates"):

@@ -18,8 +18,11 @@ class StagesOfGrids(Host):
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         features = getattr(model, "features", None)
-        if not isinstance(features, nn.Sequential):
+        patches = getattr(model, "patch_embed", None)
+        if not isinstance(features, nn.Sequential) or not isinstance(patches, nn.Module):
             return ()
+        if not any(isinstance(module, nn.Conv3d) for module in patches.modules()):
+            return ()  # of images
         return [child for child in features if isinstance(child, nn.Sequential)]
 
     def arrived(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:

@@ -11,12 +11,20 @@ from torch import nn
 from stts_slowfast.calls import first_tensor
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import HOSTS, is_a
-from stts_slowfast.hosts.tokens_alone import TokensAlone, pair, patches
+from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
+
+
+def refuse(predictor: nn.Module, args: tuple) -> None:
+    """Forward pre-hook on the predictor of ``VJEPA2Model``."""
+    raise ValueError(
+        "the predictor of VJEPA2Model predicts hidden tokens by their place among all, and some "
+        "are dropped by a selection: call the model with skip_predictor=True"
+    )
 
 
 @HOSTS.register()
 class VJEPA2(TokensAlone):
-    """``VJEPA2ForVideoClassification``, for clips of any sizes."""
+    """``VJEPA2ForVideoClassification``, and ``VJEPA2Model`` as an encoder; clips of any sizes."""
 
     def __init__(self, model: nn.Module):
         config = model.config
@@ -25,17 +33,19 @@ class VJEPA2(TokensAlone):
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        if is_a(model, "transformers", "VJEPA2Model"):
-            raise ValueError(
-                "VJEPA2Model predicts hidden tokens by their place among all: "
-                "select tokens in VJEPA2ForVideoClassification"
-            )
-        if not is_a(model, "transformers", "VJEPA2ForVideoClassification"):
-            return ()
-        return model.vjepa2.encoder.layer
+        names = ("VJEPA2Model", "VJEPA2ForVideoClassification")
+        return inner(model).encoder.layer if is_a(model, "transformers", *names) else ()
 
     def entry(self, model: nn.Module) -> nn.Module:
-        return model.vjepa2.encoder.embeddings
+        return inner(model).encoder.embeddings
+
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        if is_a(model, "transformers", "VJEPA2Model"):
+            model.predictor.stts_guard = model.predictor.register_forward_pre_hook(refuse)
+
+    def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        if guard := vars(inner(model).predictor).pop("stts_guard", None):
+            guard.remove()
 
     def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> Grid:
         frames = first_tensor(args, kwargs).shape[1]

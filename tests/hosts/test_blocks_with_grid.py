@@ -11,6 +11,11 @@ from stts_slowfast.hosts.blocks_with_grid import BlocksWithGrid
 HOST = BlocksWithGrid(nn.Module())
 
 
+class Block(nn.Module):
+    def forward(self, x, grid):
+        return x, grid
+
+
 def every_other(*args, **kwargs):
     """Reads a call, keeps every other frame, so that where each token goes is known, writes."""
     grid, _, _, frames = tokens = HOST.read(args, kwargs, HOST.arrived(args, kwargs, None))
@@ -78,12 +83,12 @@ def test_an_empty_list_of_blocks_is_refused():
     model.blocks = nn.ModuleList()
     with pytest.raises(ValueError, match="no blocks"):
         find_blocks(model)
-    model.blocks.append(nn.Linear(2, 2))
+    model.blocks.append(Block())
     assert isinstance(find(model)[0], BlocksWithGrid)
 
 
 def test_blocks_of_a_model_in_a_wrapper_are_found():
     wrapper, inside = nn.Module(), nn.Module()
-    inside.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    inside.blocks = nn.ModuleList([Block()])
     wrapper.model = inside
     assert find_blocks(wrapper) == [inside.blocks[0]]
