@@ -12,6 +12,7 @@ FLOORS = [
     {
         "calls",
         "config",
+        "constants",
         "extensions",
         "extras",
         "grid",
