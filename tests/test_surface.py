@@ -172,8 +172,20 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(config):
+def runs():
+    """What :func:`finished` gave, so that it runs once, yet under the fixtures of each test."""
+    return {}
+
+
+@pytest.fixture
+def finished(config, runs):
     """Folder of a run, and the statuses with which it was stopped by SIGTERM and resumed."""
+    if not runs:
+        runs["finished"] = stopped_and_resumed(config)
+    return runs["finished"]
+
+
+def stopped_and_resumed(config):
     folder = config.parent / "out"
     words = ["run", "--engine", "standalone", "--cfg", str(config), "--opts", "SOLVER.MAX_EPOCH"]
 
