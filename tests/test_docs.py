@@ -1,0 +1,137 @@
+"""The documentation names what is there, and everything public is in it; mkdocs is not needed."""
+
+import importlib
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from fvcore.common.config import CfgNode
+
+import stts_slowfast as stts
+from stts_slowfast.tools import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+
+class Loader(yaml.SafeLoader):
+    """Of mkdocs.yml, whose ``!ENV`` names an environment variable."""
+
+
+Loader.add_constructor("!ENV", lambda loader, node: "")
+EVERY_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+
+
+def expanded(path):
+    return build.expand(path.read_text(), path.name)
+
+
+def leaves(tree):
+    if isinstance(tree, str):
+        yield tree
+    for value in (
+        tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    ):
+        yield from leaves(value)
+
+
+def test_the_navigation_has_every_page_once():
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]
+    assert sorted(leaves(nav)) == [path.name for path in PAGES]
+
+
+@EVERY_PAGE
+def test_a_page_has_one_title_and_whole_links(path):
+    text = expanded(path)
+    assert "<!-- " not in text.replace("<!-- model zoo -->", ""), "a line that nothing filled in"
+    titles = [title for _, level, title in build.headings(text) if level == 1]
+    assert len(titles) == 1 and text.lstrip().startswith(f"# {titles[0]}")
+    pictures = {build.picture_uri(picture) for picture in build.pictures()}
+    code = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
+    for mark, _, target in build.LINK.findall(code.sub("", text)):
+        name, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        if mark:
+            assert name in pictures or (ROOT / "docs" / name).is_file(), target
+            continue
+        page = ROOT / "docs" / (name or path.name)
+        assert page.is_file(), target
+        anchors = {build.slug(title) for _, _, title in build.headings(expanded(page))}
+        assert not anchor or anchor in anchors, target
+
+
+@pytest.mark.parametrize("name", stts.__all__)
+def test_every_public_name_is_documented(name):
+    assert f"::: stts_slowfast.{build.public_names()[name]}.{name}\n" in build.api() + "\n"
+    thing = getattr(stts, name)
+    text = inspect.getdoc(thing)
+    assert text and text.split("\n")[0].endswith("."), name
+    if inspect.isfunction(thing) and len(inspect.signature(thing).parameters) > 1:
+        assert "Args:" in text, name
+
+
+def test_what_the_api_page_names_has_a_docstring():
+    names = re.findall(r"^::: ([\w.]+)$", expanded(ROOT / "docs" / "api.md"), re.MULTILINE)
+    assert len(names) > len(stts.__all__)
+    for path in names:
+        module, _, name = path.rpartition(".")
+        thing = getattr(importlib.import_module(module), name)
+        assert inspect.getdoc(thing), path
+
+
+def flat(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_the_config_reference_has_every_key_with_its_default(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("{}\n")
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| `(.*?)` \| (.*) \|$", expanded(ROOT / "docs/config.md"), re.M
+    )
+    table = {key: default for key, default, _ in rows}
+    nodes = {key.partition(".")[0] for key in table}  # the others are passed over by the runner
+    for key, value in flat(stts.load_config(str(path))):
+        if key.partition(".")[0] not in nodes:
+            continue
+        assert yaml.safe_load(table[key]) == yaml.safe_load(repr(value)), key
+    ours = [
+        text for key, _, text in rows if key.startswith(("STTS.", "TIMESFORMER.", "VIDEO_SWIN."))
+    ]
+    assert len(ours) > 30 and all(len(text) > 8 for text in ours)
+
+
+def test_every_command_and_option_is_on_its_page(capsys):
+    sections = expanded(ROOT / "docs" / "commands.md").split("\n## stts ")[1:]
+    assert [text.split("\n")[0] for text in sections] == list(cli.COMMANDS)
+    for text, name in zip(sections, cli.COMMANDS):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        options = set(re.findall(r"^ +(--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+        assert options - {"--help", "--traceback"} == set(re.findall(r"`(--[\w-]+)", text)), name
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_sources():
+    """Each heading in code, cut at its dots, is said by one file of the package."""
+    source = [
+        re.sub(r"""["']\s*\n\s*f?["']""", "", path.read_text()).replace("{{", "{")
+        for path in (ROOT / "stts_slowfast").rglob("*.py")
+    ]
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^### (.*`.*)$", text, re.MULTILINE)))
+    assert len(messages) > 25
+    for message in messages:
+        parts = [part.strip(" .") for part in re.split(r"\.{3,}", message)]
+        parts = [part for part in parts if len(part) > 3]
+        assert parts and any(all(part in text for part in parts) for text in source), message
