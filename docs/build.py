@@ -71,7 +71,7 @@ def expand(markdown: str, page: str, repo: str = "") -> str:
         if kind == "config":
             return config_table(ROOT / source)
         if kind == "notebook":
-            return notebook(ROOT / source)
+            return relink(notebook(ROOT / source), source, page, repo)
         return {"api": api, "cli": cli}[kind]()
 
     return LINE.sub(fill, markdown)
