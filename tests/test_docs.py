@@ -86,6 +86,40 @@ def test_what_the_api_page_names_has_a_docstring():
         assert inspect.getdoc(thing), path
 
 
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_short_and_its_links_are_whole():
+    assert len(README.splitlines()) <= 150
+    for _, _, target in build.LINK.findall(re.sub(r"```.*?```", "", README, flags=re.DOTALL)):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        assert (ROOT / path).exists(), target
+        if anchor:
+            titles = build.headings((ROOT / path).read_text())
+            assert anchor in {build.slug(title) for _, _, title in titles}, target
+    rows = re.findall(r"^\| `stts ([\w-]+)` \|", README, re.MULTILINE)
+    assert set(rows) == set(cli.COMMANDS)
+    for name in re.findall(r"STTS_[\w.]+\.yaml", README):
+        assert list((ROOT / "configs").glob(f"*/{name}")), name
+
+
+def test_the_readmes_example_runs(monkeypatch):
+    video = pytest.importorskip("torchvision", reason="torchvision is not installed").models.video
+    block = video.mvit.MSBlockConfig(1, 8, 8, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 8, 8])
+    small = {"spatial_size": (224, 224), "temporal_size": 16, "block_setting": [block] * 5}
+    ways = {"residual_pool": False, "residual_with_cls_embed": True, "rel_pos_embed": False}
+    monkeypatch.setattr(
+        video, "mvit_v1_b", lambda: video.MViT(**small, **ways, proj_after_attn=False)
+    )
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(example, names)
+    kept = stts.selections(names["model"])
+    assert kept["time_0"].shape == (1, 7) and len(kept["space_4"]) == 7
+
+
 def flat(node, prefix=""):
     for key, value in node.items():
         if isinstance(value, CfgNode):
