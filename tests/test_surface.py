@@ -36,6 +36,8 @@ def test_public_names_are_there():
 @pytest.mark.parametrize("path", SURFACE["documented_paths"])
 def test_documented_paths_are_importable(path):
     module, _, name = path.rpartition(".")
+    if name == "SelectionCallback":
+        pytest.importorskip("transformers", reason="transformers is not installed")
     assert hasattr(importlib.import_module(module), name)
 
 
