@@ -18,6 +18,7 @@ from stts_slowfast.video.stream import Stream
 
 UNKNOWN = np.iinfo(np.int64).min
 KEPT_BYTES = 64 * 2**20  # of decoded frames, for who reads a file that was just indexed
+_REORDERED = 16  # frames that a decoder may hold back
 _SEARCHED = 300  # frames from where a seek ends to the keyframe that was meant
 
 
@@ -44,10 +45,12 @@ class ExactIndex:
 
     @property
     def times(self) -> np.ndarray | None:
-        """(frames,) when each is shown, or None if they do not say. Times of decoding that
-        containers take for those of showing are right once they are in order."""
-        times = np.sort(self.pts)
-        known = len(times) and times[0] != UNKNOWN and (np.diff(times) > 0).all()
+        """(frames,) when each is shown, or None if they do not say. Containers that take times of
+        decoding for those of showing are right once they are in order; joined recordings are not.
+        """
+        places = np.argsort(self.pts, kind="stable")
+        times, moved = self.pts[places], np.abs(places - np.arange(len(places))).max()
+        known = times[0] != UNKNOWN and (np.diff(times) > 0).all() and moved <= _REORDERED
         return times if known else None
 
     def key(self, number: int) -> int:
