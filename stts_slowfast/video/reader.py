@@ -267,7 +267,10 @@ class Video:
         tries = ((each, target) for each in range(group, -1, -1) for target in times.targets(each))
         for earlier, target in tries:
             packets = self._stream.seek(target)
-            first = next(packets, None) if packets else None
+            try:
+                first = next(packets, None) if packets else None
+            except av.FFmpegError:
+                break
             if first is None:
                 break
             if first.is_keyframe and times.begins(earlier, first):

@@ -64,7 +64,7 @@ class Stream:
     def packets(self) -> Iterator[av.Packet]:
         """All packets, from the first one on."""
         self.open()
-        return self.container.demux(self.stream)
+        return self._demux()
 
     def seek(self, time: int) -> Iterator[av.Packet] | None:
         """Packets from where the container takes ``time`` to be; None: it cannot seek."""
@@ -73,22 +73,27 @@ class Stream:
                 self.container.seek(time, stream=self.stream)
         except av.FFmpegError:
             return None
-        return self.container.demux(self.stream)
+        return self._demux()
+
+    def _demux(self) -> Iterator[av.Packet]:
+        packets = self.container.demux(self.stream)
+        while True:
+            with quiet():
+                packet = next(packets, None)
+            if packet is None:
+                return
+            yield packet
 
     def frames(self, packets: Iterable[av.Packet], wanted=None) -> Iterator[av.VideoFrame]:
         """Decoded frames; past a broken packet it continues. With ``wanted`` times, frames that
         neither are among them nor needed for others may be left out."""
         context = self.stream.codec_context
         skip = wanted is not None and self.can_skip
-        packets = iter(packets)
-        while True:
+        for packet in packets:
+            if skip:
+                leave_out = packet.pts is not None and packet.pts not in wanted
+                context.skip_frame = "NONREF" if leave_out else "DEFAULT"
             with quiet():
-                packet = next(packets, None)
-                if packet is None:
-                    return
-                if skip:
-                    leave_out = packet.pts is not None and packet.pts not in wanted
-                    context.skip_frame = "NONREF" if leave_out else "DEFAULT"
                 before, _ = errors()
                 try:
                     frames = packet.decode()

@@ -20,7 +20,7 @@ import numpy as np
 from stts_slowfast.video.bitstream import PacketReader, packet_reader, reorder_depth
 from stts_slowfast.video.ending import ends_early, file_size
 from stts_slowfast.video.exact import UNKNOWN, ExactIndex
-from stts_slowfast.video.log import errors, quiet
+from stts_slowfast.video.log import errors
 from stts_slowfast.video.stream import Stream
 
 # FFmpeg's flags of an index entry; the second is for packets that an edit list leaves out.
@@ -162,14 +162,11 @@ class _Packets:
         left_out = np.array(self.left_out, np.int64)
         if (np.diff(pts) <= 0).any() or ((left_out >= pts[0]) & (left_out <= pts[-1])).any():
             return None
-        if orders[0] != UNKNOWN:
-            if (np.diff(orders[places]) <= 0).any():
-                return None
-            # A frame that is shown earlier than it is decoded waits for as many others.
-            waits = (np.arange(len(pts)) - np.argsort(places)).max()
-            if waits > (self.depth or 0):
-                return None
-        return pts
+        if orders[0] == UNKNOWN:  # a gap may be of lost frames, without which others are lost too
+            return pts if steady(pts) else None
+        # A frame that is shown earlier than it is decoded waits for as many others.
+        waits = (np.arange(len(pts)) - np.argsort(places)).max()
+        return pts if (np.diff(orders[places]) > 0).all() and waits <= (self.depth or 0) else None
 
 
 def from_index(stream: Stream) -> Times | None:
@@ -214,22 +211,22 @@ def from_packets(stream: Stream) -> Times | None:
     """By reading all packets, none of which is kept; None if they do not tell what the file decodes
     to. Notes damage."""
     errors_before, _ = errors()
-    read = packet_reader(_opened(stream))
+    packets = stream.packets()
+    read = packet_reader(stream.stream)
     found, count, last, reliable = _Packets(read) if read else None, 0, 0, read is not None
-    with quiet():
-        try:
-            for packet in stream.container.demux(stream.stream):
-                if not packet.size:
-                    continue
-                count, last = count + 1, last if packet.dts is None else packet.dts
-                if packet.is_corrupt:
-                    reliable = False
-                    stream.blame("a packet is marked as corrupt")
-                reliable = reliable and found.add(packet)
-        except av.FFmpegError as error:
-            if not count:
-                raise
-            stream.blame(f"it breaks off: {error.strerror}")
+    try:
+        for packet in packets:
+            if not packet.size:
+                continue
+            count, last = count + 1, last if packet.dts is None else packet.dts
+            if packet.is_corrupt:
+                reliable = False
+                stream.blame("a packet is marked as corrupt")
+            reliable = reliable and found.add(packet)
+    except av.FFmpegError as error:
+        if not count:
+            raise
+        stream.blame(f"it breaks off: {error.strerror}")
     early = ends_early(stream, count, last, errors_before)
     if early:
         stream.damage = early
@@ -240,21 +237,10 @@ def from_packets(stream: Stream) -> Times | None:
     return Times(pts, np.searchsorted(pts, keys), keys, damage=stream.damage)
 
 
-def _opened(stream: Stream) -> av.video.stream.VideoStream:
-    stream.open()
-    return stream.stream
-
-
 def _shown_times(stream: Stream) -> np.ndarray:
     """Times of all packets whose frames are shown."""
-    with quiet():
-        return np.unique(
-            [
-                packet.pts
-                for packet in stream.packets()
-                if packet.size and packet.pts is not None and not packet.is_discard
-            ]
-        )
+    packets = (each for each in stream.packets() if each.size and not each.is_discard)
+    return np.unique([each.pts for each in packets if each.pts is not None])
 
 
 def _bytes_at(file: BinaryIO, place: int, size: int) -> bytes:
