@@ -31,9 +31,7 @@ from stts_slowfast.standalone.transforms import (
 )
 from stts_slowfast.video import (
     VideoError,
-    clip_size,
-    clip_span,
-    frame_indices,
+    clip_frames,
     open_video,
     segment_indices,
     within,
@@ -60,13 +58,12 @@ def read_kinetics(cfg, entry: Entry, split: str, short_side: int, rng):
         target_fps += rng.uniform(0, data.TRAIN_JITTER_FPS)
     threads = 0 if cfg.DATA_LOADER.ENABLE_MULTI_THREAD_DECODE else 1
     with open_video(entry.path, threads=threads, rotate=data.ROTATE) as video:
-        size = clip_size(data.NUM_FRAMES, data.SAMPLING_RATE, video.fps, target_fps)
-        views = cfg.TEST.NUM_ENSEMBLE_VIEWS
-        spans = [
-            clip_span(video.num_frames, size, clip, views, data.USE_OFFSET_SAMPLING, rng)
+        rule = video.num_frames, video.fps, data.NUM_FRAMES, data.SAMPLING_RATE, target_fps
+        views, offset = cfg.TEST.NUM_ENSEMBLE_VIEWS, data.USE_OFFSET_SAMPLING
+        clips = [
+            video.frames_at(clip_frames(*rule, clip, views, offset, video.ticks, rng))
             for clip in (range(views) if test else [-1])
         ]
-        clips = [frame_indices(*span, data.NUM_FRAMES, video.num_frames) for span in spans]
         wanted = sorted(set().union(*clips))
         images = list(video.iterate(wanted, short_side))
         return images, _places(wanted, clips), video.damage

@@ -55,6 +55,7 @@ class Video:
         num_frames: never changes.
         fps: frames per second, of a file of variable rate their average; ``duration``: seconds.
         ticks: units of the stream's time base a frame.
+        clock: (num_frames,) when each is shown, in such units, or None if the rate is even.
         damage: what is wrong with the file as far as it was read ("" if nothing is): frames that it
             promises are missing, or could not be decoded as they were meant.
         num_decoded: frames that the decoder gave out so far.
@@ -133,10 +134,7 @@ class Video:
     def frames_at(self, slots: Iterable[int]) -> list[int]:
         """Frames that are on the screen in the middle of ``slots``, which cut the video's length
         into ``num_frames`` equal parts: the same numbers, unless its rate varies."""
-        if self._clock is None:
-            return list(slots)
-        middles = (np.asarray(list(slots), np.float64) + 0.5) * self.ticks
-        return (np.searchsorted(self._clock, middles, "right") - 1).clip(0).tolist()
+        return frames_at(slots, self.clock, self.ticks)
 
     @property
     def num_frames(self) -> int:
@@ -171,14 +169,14 @@ class Video:
     def _find_rate(self) -> None:
         stream, times, count = self._stream.stream, self._index.times, self.num_frames
         rate, unit = stream.average_rate or stream.guessed_rate, stream.time_base
-        self.fps, self._clock = float(rate) if rate else 0.0, None
+        self.fps, self.clock = float(rate) if rate else 0.0, None
         if times is not None and count > 1:
             clock = times - times[0]
             step = 1 / (self.fps * unit) if self.fps else 0
             # What the container claims, if no frame is off by half of one.
             if (np.abs(clock - np.arange(count) * float(step)) > float(step) / 2).any():
                 self.fps = float((count - 1) / (int(clock[-1]) * unit))
-                self._clock = None if steady(clock) else clock
+                self.clock = None if steady(clock) else clock
         self.fps = self.fps or 30.0  # a single picture has no rate; any will do
         self.ticks = unit.denominator / self.fps / unit.numerator
         self.duration = count / self.fps
@@ -283,6 +281,14 @@ class Video:
             return VideoError(self.name, "the file is empty")
         reason = getattr(error, "strerror", None) or str(error)
         return VideoError(self.name, f"{reason} (is it truncated, or not a video?)")
+
+
+def frames_at(slots: Iterable[int], clock: np.ndarray | None, ticks: float) -> list[int]:
+    """See `Video.frames_at`."""
+    if clock is None:
+        return list(slots)
+    middles = (np.asarray(list(slots), np.float64) + 0.5) * ticks
+    return (np.searchsorted(clock, middles, "right") - 1).clip(0).tolist()
 
 
 def probe(source: Source) -> VideoInfo:
