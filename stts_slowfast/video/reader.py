@@ -148,6 +148,10 @@ class Video:
     def damage(self) -> str:
         return self._stream.damage
 
+    @damage.setter
+    def damage(self, damage: str) -> None:
+        self._stream.damage = damage
+
     @property
     def info(self) -> VideoInfo:
         """What `probe` tells; the size is that of the first frame as it is decoded."""
