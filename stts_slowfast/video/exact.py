@@ -1,9 +1,10 @@
 """The index of a file that was decoded from its first frame to its last: what nobody can deny.
 
 Packed B-frames, packets without times, pictures that are "not coded", joined recordings, false
-keyframes: what such files claim is not what they decode to. They are decoded once, and each frame
-is put down with a checksum of its pixels. Later readings may seek, for a frame that is not what
-the checksum says is noticed, upon which the file is decoded from its start.
+keyframes: what such files claim is not what they decode to. They are decoded once, which says how
+many frames there are, and afterwards again from their start up to the last frame wanted. In long
+ones each frame is put down with a checksum of its pixels: there a reading may seek, for a frame
+that is not what it was is noticed, upon which the file is decoded from its start after all.
 """
 
 import zlib
@@ -17,7 +18,7 @@ from stts_slowfast.video.files import VideoError
 from stts_slowfast.video.stream import Stream
 
 UNKNOWN = np.iinfo(np.int64).min
-KEPT_BYTES = 64 * 2**20  # of decoded frames, for who reads a file that was just indexed
+KEPT_BYTES = 64 * 2**20  # of decoded frames: as many are kept for who asked, and make a file long
 _REORDERED = 16  # frames that a decoder may hold back
 _SEARCHED = 300  # frames from where a seek ends to the keyframe that was meant
 
@@ -27,8 +28,8 @@ class ExactIndex:
 
     Attributes:
         pts: (frames,) the times that the decoder gives them, UNKNOWN where it gives none.
-        sums: (frames,) checksums of their pixels.
-        keys: numbers of the frames to seek.
+        sums: (frames,) checksums of their pixels; empty if the file is short.
+        keys: numbers of the frames to seek, likewise.
         seekable: seeking was never seen to give other pixels.
         damage: what the file lacks ("" if nothing).
         spoilt: what the decoder complained of ("" if nothing), from frame ``spoilt_from`` on.
@@ -60,20 +61,20 @@ class ExactIndex:
 
 
 def decode_all(stream: Stream) -> tuple[ExactIndex, list[av.VideoFrame]]:
-    """Decodes all frames. Returns them too, unless they are many."""
+    """Decodes all frames. Returns them too if they are few."""
     pts, sums, keys = array("q"), array("L"), array("q")
     kept, room, whole, damage = [], KEPT_BYTES, 0, stream.damage
     stream.spoilt = ""
     for number, frame in enumerate(stream.frames(stream.packets())):
-        if frame.key_frame and frame.pts is not None and number:
-            keys.append(number)
         pts.append(UNKNOWN if frame.pts is None else frame.pts)
-        sums.append(checksum(frame))
         whole += not stream.spoilt
         room -= sum(plane.buffer_size for plane in frame.planes)
-        if room > 0:
-            kept.append(frame)
-        elif kept:
+        kept.append(frame)
+        if room < 0:
+            for each, frame in enumerate(kept, number + 1 - len(kept)):
+                sums.append(checksum(frame))
+                if frame.key_frame and frame.pts is not None and each:
+                    keys.append(each)
             kept = []
     if not pts:
         raise VideoError(stream.name, "none of its frames can be decoded")
@@ -83,14 +84,12 @@ def decode_all(stream: Stream) -> tuple[ExactIndex, list[av.VideoFrame]]:
 
 
 def checksum(frame: av.VideoFrame) -> int:
-    """Of the pixels as they were decoded."""
-    planar, value = frame.format.is_planar, 0
+    """Of the pixels of a frame's first plane (luma), as they were decoded."""
+    plane, planar = frame.planes[0], frame.format.is_planar
     bits = frame.format.components[0].bits if planar else frame.format.padded_bits_per_pixel
-    for plane in frame.planes:
-        rows = np.frombuffer(plane, np.uint8)[: plane.height * plane.line_size]
-        rows = rows.reshape(plane.height, plane.line_size)[:, : plane.width * -(-bits // 8)]
-        value = zlib.crc32(np.ascontiguousarray(rows), value)
-    return value
+    rows = np.frombuffer(plane, np.uint8)[: plane.height * plane.line_size]
+    rows = rows.reshape(plane.height, plane.line_size)[:, : plane.width * -(-bits // 8)]
+    return zlib.crc32(np.ascontiguousarray(rows))
 
 
 def read(stream: Stream, index: ExactIndex, numbers: list[int]) -> Iterator[av.VideoFrame]:

@@ -1,8 +1,6 @@
 """FFmpeg's log: ours while we call it, as it was before and afterwards."""
 
-import contextlib
 import threading
-from collections.abc import Iterator
 
 import av
 
@@ -10,23 +8,23 @@ _lock = threading.Lock()
 _calls, _level = 0, None
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+class quiet:
     """Inside, FFmpeg prints nothing, and PyAV counts its errors (`errors`): what goes wrong is
     raised as a VideoError, with the file's name."""
-    global _calls, _level
-    with _lock:
-        if not _calls:
-            _level = av.logging.get_level()
-            if _level != av.logging.PANIC:
+
+    def __enter__(self) -> None:
+        global _calls, _level
+        with _lock:
+            if not _calls:
+                _level = av.logging.get_level()
                 av.logging.set_level(av.logging.PANIC)
-        _calls += 1
-    try:
-        yield
-    finally:
+            _calls += 1
+
+    def __exit__(self, *exc_info) -> None:
+        global _calls
         with _lock:
             _calls -= 1
-            if not _calls and _level != av.logging.PANIC:
+            if not _calls:
                 av.logging.set_level(_level)
 
 

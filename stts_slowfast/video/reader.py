@@ -74,8 +74,9 @@ class Video:
         self._file, self._owns_file = open_source(source, self.name)
         self._stream = Stream(self._file, self.name, threads)
         try:
-            self._stream.open()
-            self._find_times(identity(source))
+            with quiet():
+                self._stream.open()
+                self._find_times(identity(source))
             self._find_rate()
         except VideoError:
             self.close()
@@ -125,9 +126,15 @@ class Video:
         """As `decode`, image after image (H, W, 3) as the pass goes on: of frames that are given in
         ascending order, each once. All have the size of the first."""
         convert = Converter(short_side, self.rotate, self._reformatter)
+        frames = self._wanted(wanted)
         try:
-            for frame in self._wanted(wanted):
-                yield convert(frame)
+            while True:
+                with quiet():
+                    frame = next(frames, None)
+                    image = None if frame is None else convert(frame)
+                if image is None:
+                    return
+                yield image
         except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
             raise self._explain(error) from error
 
@@ -163,8 +170,7 @@ class Video:
     def _find_times(self, key: tuple | None) -> None:
         self._key, self._index = key, _memory.get(key)
         if self._index is None:
-            with quiet():
-                self._index = from_index(self._stream) or from_packets(self._stream)
+            self._index = from_index(self._stream) or from_packets(self._stream)
             if self._index is None:
                 self._index, self._kept = exact.decode_all(self._stream)
             _memory.put(key, self._index)

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import av
 
 from stts_slowfast.video.files import VideoError
-from stts_slowfast.video.log import errors, quiet
+from stts_slowfast.video.log import errors
 
 # Codecs whose decoders, told so, pass over a packet that no other needs, and give all other frames
 # as they would have. (VP9's do not pass over; AV1's lose frames; HEVC's take a picture for unneeded
@@ -20,7 +20,7 @@ _COVER = 0x0400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 
 
 class Stream:
-    """The video stream of ``file``, opened.
+    """The video stream of ``file``, opened. All of it is called inside of `log.quiet`.
 
     Attributes:
         container, stream: PyAV's.
@@ -37,8 +37,7 @@ class Stream:
     def open(self) -> None:
         self.close()
         self.file.seek(0)
-        with quiet():
-            self.container = av.open(self.file, "r", metadata_errors="ignore")
+        self.container = av.open(self.file, "r", metadata_errors="ignore")
         streams = self.container.streams
         films = [each for each in streams.video if not _is_cover(each)]
         if not films:
@@ -64,25 +63,15 @@ class Stream:
     def packets(self) -> Iterator[av.Packet]:
         """All packets, from the first one on."""
         self.open()
-        return self._demux()
+        return self.container.demux(self.stream)
 
     def seek(self, time: int) -> Iterator[av.Packet] | None:
         """Packets from where the container takes ``time`` to be; None: it cannot seek."""
         try:
-            with quiet():
-                self.container.seek(time, stream=self.stream)
+            self.container.seek(time, stream=self.stream)
         except av.FFmpegError:
             return None
-        return self._demux()
-
-    def _demux(self) -> Iterator[av.Packet]:
-        packets = self.container.demux(self.stream)
-        while True:
-            with quiet():
-                packet = next(packets, None)
-            if packet is None:
-                return
-            yield packet
+        return self.container.demux(self.stream)
 
     def frames(self, packets: Iterable[av.Packet], wanted=None) -> Iterator[av.VideoFrame]:
         """Decoded frames; past a broken packet it continues. With ``wanted`` times, frames that
@@ -93,14 +82,13 @@ class Stream:
             if skip:
                 leave_out = packet.pts is not None and packet.pts not in wanted
                 context.skip_frame = "NONREF" if leave_out else "DEFAULT"
-            with quiet():
-                before, _ = errors()
-                try:
-                    frames = packet.decode()
-                except av.InvalidDataError as error:
-                    self._spoil(f"a packet cannot be decoded: {error.strerror}")
-                    continue
-                count, last = errors()
+            before, _ = errors()
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError as error:
+                self._spoil(f"a packet cannot be decoded: {error.strerror}")
+                continue
+            count, last = errors()
             if count != before and _DAMAGE.search(last):
                 self._spoil(f"the decoder says: {last}")
             for frame in frames:
