@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-_FIRST_BYTES = 40  # of a slice: more than its header needs, up to the order of showing
+_FIRST_BYTES = 24  # of a slice: more than its header needs, up to the order of showing
 _APART = 1 << 40  # of groups, so that the pictures of one never reach into the next
 
 
@@ -36,10 +36,9 @@ class Bits:
 
     def ue(self) -> int:
         """Exponential Golomb code."""
-        zeros = 0
-        while not self.u(1):
-            zeros += 1
-        return (1 << zeros) - 1 + self.u(zeros)
+        zeros = self.left - (self.value & ((1 << self.left) - 1)).bit_length()
+        self.left -= zeros
+        return self.u(zeros + 1) - 1
 
     def skip_ue(self, count: int) -> None:
         for _ in range(count):

@@ -31,4 +31,4 @@ class quiet:
 def errors() -> tuple[int, str]:
     """How many errors FFmpeg logged inside of `quiet` so far, and the last of them."""
     count, last = av.logging.get_last_error()
-    return count, last[2].strip() if last else ""
+    return count, last[2] if last else ""

@@ -250,13 +250,13 @@ class Video:
         start, end = times.bounds(origin)
         number = start + int(np.searchsorted(times.pts[start:end], key))
         stamps = times.pts[left[:count]].tolist()
-        wanted = set(stamps)
+        wanted, in_order = set(stamps), not self._stream.can_skip
         for frame in self._stream.frames(self._seek(origin), wanted):
             if frame.pts is None or self._stream.spoilt:
                 return
             if frame.pts < key:
                 continue  # the container began earlier
-            if not self._stream.can_skip:  # then the order of all frames is seen here
+            if in_order:  # as no frame is passed over
                 if number >= times.num_frames or frame.pts != times.pts[number]:
                     return
                 number += 1

@@ -90,7 +90,7 @@ class Stream:
                 continue
             count, last = errors()
             if count != before and _DAMAGE.search(last):
-                self._spoil(f"the decoder says: {last}")
+                self._spoil(f"the decoder says: {last.strip()}")
             for frame in frames:
                 self.num_decoded += 1
                 if frame.is_corrupt:
