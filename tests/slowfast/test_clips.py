@@ -263,3 +263,25 @@ def test_the_views_of_both_engines_are_equal(get_cfg, films, tmp_path, backend):
     assert len(views) == 30
     for number, view in enumerate(views):
         torch.testing.assert_close(view, dataset[number][0][0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "torchvision"])
+@pytest.mark.parametrize("name", ["xvid.avi", "h264.asf", "nvop.avi", "nostss_m4.mp4"])
+def test_frames_of_files_that_claim_what_they_are_not(checkout, backend, name):
+    from slowfast.datasets import decoder
+    from slowfast.datasets.video_container import get_video_container
+
+    path = FIXTURE.parent / "videos" / name
+    with av.open(str(path)) as container:
+        images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with Video(path) as video:
+        clips = [
+            video.frames_at(clip_frames(len(images), video.fps, 8, 2, 30.0, view, 3, False,
+                                        video.ticks))
+            for view in range(3)
+        ]  # fmt: skip
+    for view in (2, 0, 1):
+        container = get_video_container(str(path), False, backend)
+        frames, *_ = decoder.decode(container, [2], [8], view, 3, {}, 30, backend=backend)
+        expected = np.stack([images[number] for number in clips[view]])
+        np.testing.assert_array_equal(frames[0].now().numpy(), expected)

@@ -6,6 +6,7 @@ import pickle
 import random
 import time
 import tracemalloc
+from pathlib import Path
 
 import av
 import numpy as np
@@ -17,7 +18,7 @@ from stts_slowfast.standalone import transforms
 from stts_slowfast.standalone.data import UNREADABLE, ClipDataset, build_loader, prepare
 from stts_slowfast.standalone.defaults import get_cfg
 from stts_slowfast.standalone.lists import list_kinetics, list_ssv2
-from stts_slowfast.video import Video, VideoError, clip_span, frame_indices
+from stts_slowfast.video import Video, VideoError, clip_span, frame_indices, reader, times
 from stts_slowfast.video.badvideos import BadVideos, Finding, too_many
 
 
@@ -467,6 +468,23 @@ def test_separator_allows_spaces_in_paths(cfg, tmp_path):
     rewrite(cfg, "my own.mp4,2\n")
     cfg.DATA.PATH_LABEL_SEPARATOR, cfg.TRAIN.BATCH_SIZE = ",", 1
     assert next(iter(build_loader(cfg, "train")))[1].tolist() == [2]
+
+
+def test_an_item_is_the_same_whatever_was_read_before(cfg, monkeypatch):
+    """Of files that are not what they claim; else a resumed run is not the run that went on."""
+    files = Path(__file__).parents[1] / "fixtures" / "videos"
+    names = "xvid.avi", "nvop.avi", "nostss_m4.mp4", "catoff.mkv", "hflip.mp4"
+    rewrite(cfg, "".join(f"{files / name} 0\n" for name in names))
+    dataset = ClipDataset(cfg, "train")
+
+    def fresh(epoch, index):
+        monkeypatch.setattr(reader, "_memory", times.Memory())
+        return dataset[epoch, index][0]
+
+    alone = {(epoch, index): fresh(epoch, index) for epoch in range(3) for index in range(5)}
+    monkeypatch.setattr(reader, "_memory", times.Memory())
+    for (epoch, index), clips in alone.items():
+        assert torch.equal(dataset[epoch, index][0], clips)
 
 
 def test_a_path_may_have_a_space_and_a_line_slowfasts_number(cfg):
