@@ -23,7 +23,6 @@ from stts_slowfast.keys import check_choice
 from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list_ssv2
 from stts_slowfast.standalone.stops import in_reader
 from stts_slowfast.standalone.transforms import (
-    batch_mixer,
     cut_views,
     decoded_side,
     prepare,
@@ -43,7 +42,7 @@ from stts_slowfast.video import (
 )
 from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, too_many
 
-__all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "batch_mixer", "build_loader", "prepare"]
+__all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "build_loader", "prepare"]
 
 
 # ---- reading a video ------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from stts_slowfast import schedule
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.standalone import optim, report, resume
-from stts_slowfast.standalone.data import batch_mixer, build_loader, prepare
+from stts_slowfast.standalone.data import build_loader, prepare
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
+from stts_slowfast.standalone.mixup import batch_mixer
 from stts_slowfast.standalone.report import Board, LossWatch, Meter, Timer
 from stts_slowfast.standalone.stops import Interrupted, Stop
 from stts_slowfast.standalone.testing import float32_logits
@@ -40,6 +41,11 @@ class Training:
         self.train_loader = self._loader("train")
         self.val_loader = self._loader("val")
         self.mixer = batch_mixer(cfg)
+        if self.mixer and cfg.MIXUP.PROB and self.train_loader.batch_size * cfg.AUG.NUM_SAMPLE < 2:
+            raise ValueError(
+                f"MIXUP.ENABLE is True but TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} leaves 1 clip a "
+                "process, which has no other to be mixed with: give it 2 at least"
+            )
         fabric.to_device(model)
         self.optimizer = optim.build_optimizer(model, cfg)
         if start.optimizer_state:

@@ -1,7 +1,7 @@
-"""Transforms of clips in training and testing, and the mixing of mini-batches, as in SlowFast.
+"""Transforms of clips in training and testing, as in SlowFast.
 
-All but `batch_mixer` work on one clip and treat its frames alike, in uint8 as long as they can.
-What is random draws from PyTorch's and Python's generators, which data.py seeds for every item.
+All work on one clip and treat its frames alike, in uint8 as long as they can. What is random draws
+from PyTorch's and Python's generators, which data.py seeds for every item.
 """
 
 import functools
@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torchvision import tv_tensors
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
@@ -56,8 +55,7 @@ class _RandomCrop:
     """Scales the short side to a random size, and crops anywhere."""
 
     def __init__(self, scales: tuple[int, int], size: int, inverse: bool):
-        self.scales, self.inverse = scales, inverse
-        self.crop = v2.RandomCrop(size)
+        self.scales, self.size, self.inverse = scales, size, inverse
 
     def __call__(self, clip: torch.Tensor) -> torch.Tensor:
         low, high = self.scales
@@ -65,7 +63,10 @@ class _RandomCrop:
             size = round(1 / random.uniform(1 / high, 1 / low))
         else:
             size = round(random.uniform(low, high))
-        return self.crop(scale_short_side(clip, size))
+        clip = scale_short_side(clip, size)
+        # Never at the very end, as in SlowFast.
+        top, left = (random.randrange(max(n - self.size, 1)) for n in clip.shape[-2:])
+        return clip[..., top : top + self.size, left : left + self.size]
 
 
 def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -226,33 +227,3 @@ def _check_crop(scale_key: str, scale: int, size_key: str, size: int) -> None:
             f"DATA.{scale_key} begins at {scale} but DATA.{size_key} is {size}: "
             "frames must not be scaled below the crop"
         )
-
-
-def batch_mixer(cfg) -> Callable | None:
-    """Mixup (arXiv 1710.09412), cutmix (1905.04899) and label smoothing of a mini-batch.
-
-    Returns None where MIXUP.ENABLE is False, else a function of clips (B, 3, T, H, W) float and
-    labels (B,) long to clips and soft labels (B, NUM_CLASSES) float32.
-    """
-    if not cfg.MIXUP.ENABLE:
-        return None
-    node, num_classes = cfg.MIXUP, cfg.MODEL.NUM_CLASSES
-    mixup = v2.MixUp(alpha=node.ALPHA, num_classes=num_classes) if node.ALPHA > 0 else None
-    cutmix = (
-        v2.CutMix(alpha=node.CUTMIX_ALPHA, num_classes=num_classes)
-        if node.CUTMIX_ALPHA > 0
-        else None
-    )
-
-    def mix(clips: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        soft = torch.nn.functional.one_hot(labels, num_classes).float()
-        if mixup or cutmix:
-            use_cutmix = not mixup or (cutmix and torch.rand(()) < node.SWITCH_PROB)
-            if torch.rand(()) < node.PROB:
-                video = tv_tensors.Video(clips)  # else a batch of clips is not let in
-                video, soft = (cutmix if use_cutmix else mixup)(video, soft)
-                clips = video.as_subclass(torch.Tensor)
-        smoothing = node.LABEL_SMOOTH_VALUE
-        return clips, soft * (1 - smoothing) + smoothing / num_classes
-
-    return mix

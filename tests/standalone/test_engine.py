@@ -145,7 +145,7 @@ def test_a_finished_run_only_validates_on_the_same_clips(run, cfg, seed):
 
 
 def test_training_shuffles_anew_in_every_epoch(cfg):
-    cfg.TRAIN.BATCH_SIZE = 1
+    cfg.TRAIN.BATCH_SIZE, cfg.MIXUP.ENABLE = 1, False
     watch = Watch()
     engine.train(cfg, watch=watch)
     order = [int(batch[2]) for batch in watch.of("train")]
@@ -291,6 +291,12 @@ def test_a_last_checkpoint_without_its_epoch_is_refused(run, cfg):
     path.parent.mkdir(parents=True)
     torch.save({"model_state": build_model(cfg).state_dict()}, path)
     with pytest.raises(ValueError, match=r"00001\.pyth does not say after which epoch"):
+        engine.train(cfg)
+
+
+def test_a_clip_alone_is_not_mixed(cfg):
+    cfg.TRAIN.BATCH_SIZE = 1
+    with pytest.raises(ValueError, match=r"MIXUP\.ENABLE is True but TRAIN\.BATCH_SIZE 1"):
         engine.train(cfg)
 
 

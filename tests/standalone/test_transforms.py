@@ -1,4 +1,4 @@
-"""Augmentation has the distributions and the pixels of SlowFast's, which uses PIL; and mixing."""
+"""Augmentation has the distributions and the pixels of SlowFast's, which uses PIL."""
 
 import random
 
@@ -8,7 +8,6 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from stts_slowfast.standalone import augment, transforms
-from stts_slowfast.standalone.data import batch_mixer
 from stts_slowfast.standalone.defaults import get_cfg
 
 BILINEAR = transforms.F.InterpolationMode.BILINEAR
@@ -144,38 +143,3 @@ def test_erased_boxes_lie_in_the_same_place_in_all_frames():
 def test_short_side_is_scaled_and_the_long_side_rounded_down():
     assert transforms.scale_short_side(torch.zeros(2, 3, 50, 77), 32).shape == (2, 3, 32, 49)
     assert transforms.scale_short_side(torch.zeros(2, 3, 77, 50), 32).shape == (2, 3, 49, 32)
-
-
-# ---- mixing
-
-
-def mixing(**keys):
-    cfg = get_cfg()
-    cfg.MODEL.NUM_CLASSES = 3
-    cfg.MIXUP.ENABLE = True
-    for key, value in keys.items():
-        cfg.MIXUP[key] = value
-    return batch_mixer(cfg)
-
-
-def test_nothing_is_mixed_unless_asked():
-    assert batch_mixer(get_cfg()) is None
-
-
-@pytest.mark.parametrize("keys", [{"CUTMIX_ALPHA": 0.0}, {"ALPHA": 0.0}, {}])
-def test_soft_labels_follow_the_mixed_pixels(keys):
-    mix = mixing(LABEL_SMOOTH_VALUE=0.0, **keys)
-    labels = torch.tensor([0, 1, 2])
-    clips = labels.view(3, 1, 1, 1, 1).float().expand(3, 3, 2, 16, 16).clone()
-    for _ in range(10):
-        mixed, soft = mix(clips, labels)
-        assert type(mixed) is torch.Tensor and mixed.shape == clips.shape
-        torch.testing.assert_close(soft.sum(1), torch.ones(3))
-        mean = (soft * torch.arange(3.0)).sum(1)
-        torch.testing.assert_close(mixed.mean((1, 2, 3, 4)), mean, atol=1e-5, rtol=0)
-
-
-def test_labels_are_smoothed_even_without_mixing():
-    _, soft = mixing(PROB=0.0)(torch.zeros(2, 3, 2, 8, 8), torch.tensor([2, 0]))
-    low, high = 0.1 / 3, 0.9 + 0.1 / 3
-    torch.testing.assert_close(soft, torch.tensor([[low, low, high], [high, low, low]]))
