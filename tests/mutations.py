@@ -110,7 +110,7 @@ MUTATIONS = {
         f"{PROCESSES} -k draw_apart",
     ),
     "evaluation-in-autocast": Mutation(
-        "standalone/testing.py",
+        "standalone/predictions.py",
         "with torch.autocast(clips.device.type, enabled=False):",
         "with torch.autocast(clips.device.type, torch.bfloat16):",
         f"{ENGINE} -k leave_autocast",

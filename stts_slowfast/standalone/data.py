@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stts_slowfast.keys import check_choice
-from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list_ssv2
+from stts_slowfast.standalone.lists import NO_LABEL, Entry, VideoList, list_kinetics, list_ssv2
 from stts_slowfast.standalone.stops import in_reader
 from stts_slowfast.standalone.transforms import (
     cut_views,
@@ -125,6 +125,13 @@ class ClipDataset(Dataset):
             raise ValueError(
                 f"the {split} list in DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} "
                 "names no videos"
+            )
+        unlabelled = int((self.videos.labels == NO_LABEL).sum())
+        if unlabelled and split != "test":
+            raise ValueError(
+                f"{unlabelled} of the {len(self.videos)} videos of the {split} list in "
+                f"DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} have no label: only a test "
+                "list can do without"
             )
         if split == "test":
             self.crops = test_crops(cfg)
@@ -338,6 +345,11 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
         persistent_workers=not test and workers > 0,
         generator=torch.Generator().manual_seed(cfg.RNG_SEED + rank),
     )
+
+
+def paths_of(dataset: ClipDataset, numbers: torch.Tensor) -> Callable[[int], str]:
+    """The path of the video of each clip of a batch, whose video_index is ``numbers``."""
+    return lambda place: dataset.videos[int(numbers[place])].path
 
 
 def _joined(cfg, clips: Sequence[torch.Tensor]) -> torch.Tensor:

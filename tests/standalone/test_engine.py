@@ -13,6 +13,7 @@ from stts_slowfast.standalone import engine, report, resume
 from stts_slowfast.standalone.data import ClipLoader
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.stops import Interrupted
+from stts_slowfast.standalone.training import Training
 
 
 @pytest.fixture
@@ -99,6 +100,38 @@ def test_fine_tuning_holds_the_backbone_back(run, cfg, tmp_path):
     rates = [s["backbone_lr"] > 0 for s in run.json_stats("train_iter_")]
     # half an epoch of three iterations; the second epoch, which was cut off, and again
     assert rates == [False, False, True, True, True, True, True]
+
+
+def test_the_least_errors_survive_a_stop(run, cfg, tmp_path, monkeypatch):
+    errors = iter([[60.0, 50.0], [20.0, 10.0], [90.0, 80.0], [40.0, 30.0]] + [[70.0, 60.0]] * 2)
+    monkeypatch.setattr(report.Meter, "means", lambda meter: dict(zip(meter.names, next(errors))))
+
+    def validate_alone(training, epoch, first=0):
+        training.save(epoch + 1)
+        training.validate(epoch)
+        if epoch == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "train_epoch", validate_alone)
+    cfg.SOLVER.MAX_EPOCH, stop_after = 4, 1
+    with pytest.raises(Interrupted):
+        engine.train(cfg)
+    stop_after = 9
+    engine.train(cfg)
+    stats = run.json_stats("val_epoch")
+    assert [s["min_top1_err"] for s in stats] == [60.0, 20.0, 20.0, 20.0]
+    assert [s["min_top5_err"] for s in stats] == [50.0, 10.0, 10.0, 10.0]
+    # From an earlier checkpoint on, or anew in the same folder, what came later does not count.
+    for epoch in (4, 3, 2):
+        (run.folder / "checkpoints" / f"checkpoint_epoch_{epoch:05d}.pyth").unlink()
+    stop_after = 1
+    with pytest.raises(Interrupted):
+        engine.train(cfg)
+    cfg.TRAIN.AUTO_RESUME, stop_after = False, 0
+    with pytest.raises(Interrupted):
+        engine.train(cfg)
+    stats = run.json_stats("val_epoch")[4:]
+    assert [s["min_top1_err"] for s in stats] == [60.0, 70.0]
 
 
 def assert_equal(first, second):
