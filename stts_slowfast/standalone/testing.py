@@ -169,7 +169,7 @@ def accuracies(predictions: Tensor, labels: Tensor) -> dict[str, float | None]:
 
 
 def write_scores(cfg, views: Views, accuracy: dict) -> None:
-    """Writes the pickle ``[predictions, labels]`` where it is asked for, or nothing else is told."""
+    """Writes the pickle ``[predictions, labels]``, if asked for or if there is no accuracy."""
     name = cfg.TEST.SAVE_RESULTS_PATH
     if not name and accuracy["top1_acc"] is None:
         name = "scores.pkl"

@@ -287,8 +287,9 @@ def test_iterations_are_slowfasts(checkout, get_cfg, build, recipe, monkeypatch,
     from slowfast.models.optimizer import construct_optimizer
     from slowfast.utils.meters import TrainMeter, ValMeter
 
-    cfg = get_cfg("OUTPUT_DIR", str(tmp_path), "SOLVER.WARMUP_EPOCHS", 1.0, "MVIT.ZERO_DECAY_POS_CLS",
-                  False, "LOG_PERIOD", 2, "TRAIN.EVAL_PERIOD", 1, "SOLVER.WARMUP_START_LR", 1e-4, *RECIPES[recipe])  # fmt: skip
+    cfg = get_cfg("OUTPUT_DIR", str(tmp_path), "LOG_PERIOD", 2, "TRAIN.EVAL_PERIOD", 1,
+                  "SOLVER.WARMUP_EPOCHS", 1.0, "SOLVER.WARMUP_START_LR", 1e-4,
+                  "MVIT.ZERO_DECAY_POS_CLS", False, *RECIPES[recipe])  # fmt: skip
     ours = theirs_as_ours(cfg)
     ours.TRAIN.MIXED_PRECISION_DTYPE = "float16"
     check_solver(ours)
