@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from stts_slowfast.keys import check_choice
 from stts_slowfast.standalone.warp import Box, warp
 
 _INTERPOLATIONS = {
@@ -38,12 +37,16 @@ class RandAugment:
                 f"AUG.AA_TYPE is {policy!r}: expected 'rand' and parts mX, nX, mstdX or incX, "
                 "such as rand-m7-n4-mstd0.5-inc1"
             )
-        check_choice("AUG.INTERPOLATION", interpolation, sorted(_INTERPOLATIONS))
         values = {match[1]: float(match[2]) for match in found}
+        if values.get("inc", 1) != 1:  # SlowFast takes the text "0" for True
+            raise ValueError(
+                f"AUG.AA_TYPE is {policy!r}: inc may only be inc1, which SlowFast makes of any "
+                "other; leave it out for operations that do not grow stronger"
+            )
         self.magnitude = values.get("m", 10.0)
         self.num_ops = int(values.get("n", 2))
         self.deviation = values.get("mstd", 0.0)
-        self.increasing = bool(values.get("inc", 0))
+        self.increasing = "inc" in values
         self.interpolations = _INTERPOLATIONS[interpolation]
 
     def __call__(self, clip: torch.Tensor, box: Box | None = None) -> torch.Tensor:
@@ -243,8 +246,6 @@ class RandomErasing:
     """
 
     def __init__(self, prob: float, mode: str = "pixel", count: int = 1, prepare=torch.clone):
-        if mode not in ("pixel", "rand", "const"):
-            raise ValueError(f"AUG.RE_MODE is {mode!r}: use pixel, rand or const")
         self.prob, self.mode, self.count, self.prepare = prob, mode, count, prepare
 
     def __call__(self, clip: torch.Tensor) -> torch.Tensor:

@@ -107,10 +107,6 @@ class _RandomResizedCrop:
     """
 
     def __init__(self, cfg, policy: RandAugment | None):
-        if cfg.DATA.TRAIN_JITTER_MOTION_SHIFT:
-            raise ValueError(
-                "DATA.TRAIN_JITTER_MOTION_SHIFT is True: only SlowFast can, set it False"
-            )
         self.policy, self.size = policy or cut, cfg.DATA.TRAIN_CROP_SIZE
         self.scale = tuple(cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE) or (0.8, 1.0)
         self.ratio = tuple(cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE) or (3 / 4, 4 / 3)
@@ -123,8 +119,6 @@ class _RandomResizedCrop:
 def test_crops(cfg) -> list[UniformCrop]:
     """The NUM_SPATIAL_CROPS crops of testing; the centre where there is one."""
     crops, size, scale = cfg.TEST.NUM_SPATIAL_CROPS, cfg.DATA.TEST_CROP_SIZE, view_scale(cfg)
-    if not 1 <= crops <= 3:
-        raise ValueError(f"TEST.NUM_SPATIAL_CROPS is {crops}: use 1 (centre), 2 or 3")
     _check_crop("TRAIN_JITTER_SCALES", scale, "TEST_CROP_SIZE", size)
     return [UniformCrop(scale, size, place) for place in ([1] if crops == 1 else range(crops))]
 
@@ -187,9 +181,10 @@ def prepare(clips: torch.Tensor, cfg) -> torch.Tensor:
 
 
 def _normalized(clips: torch.Tensor, cfg) -> torch.Tensor:
-    """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed."""
+    """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed; by one number a
+    channel, or one for all."""
     mean, std = (
-        torch.tensor(values, dtype=torch.float32).view(3, 1, 1, 1)
+        torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)
         for values in (cfg.DATA.MEAN, cfg.DATA.STD)
     )
     if cfg.DATA.REVERSE_INPUT_CHANNEL:

@@ -12,9 +12,10 @@ from stts_slowfast.standalone import mixup, optim, report
 from stts_slowfast.standalone.data import build_loader
 from stts_slowfast.standalone.defaults import get_cfg as standalone_cfg
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.standalone.optim import check_solver, lr_at
+from stts_slowfast.standalone.optim import lr_at
 from stts_slowfast.standalone.places import Place
 from stts_slowfast.standalone.processes import open_fabric
+from stts_slowfast.standalone.ranges import check_solver
 from stts_slowfast.standalone.report import Board
 from stts_slowfast.standalone.resume import Start
 from stts_slowfast.standalone.stops import Stop
