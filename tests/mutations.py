@@ -382,8 +382,8 @@ MUTATIONS = {
     ),
     "checksum-not-verified": Mutation(
         "checkpoints/files.py",
-        "if checksum != _sha256(content):",
-        "if False:",
+        "return checksum == _sha256(content)",
+        "return True",
         f"{FILES} -k flipped_byte",
     ),
     "links-not-followed": Mutation(
