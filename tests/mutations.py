@@ -345,7 +345,7 @@ MUTATIONS = {
         "tests/pyslowfast/test_shards.py -k one_of_many",
     ),
     "parts-are-cut-before-what-looks-beyond": Mutation(
-        "standalone/augment.py",
+        "video/image_ops.py",
         "if box and not afar:",
         "if box:",
         "tests/standalone/test_transforms.py -k part_of_an_augmented",

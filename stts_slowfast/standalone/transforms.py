@@ -14,7 +14,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from stts_slowfast.standalone.augment import RandAugment, RandomErasing, cut
+from stts_slowfast.standalone.augment import RandAugment, RandomErasing
 
 
 def scale_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
@@ -107,13 +107,18 @@ class _RandomResizedCrop:
     """
 
     def __init__(self, cfg, policy: RandAugment | None):
-        self.policy, self.size = policy or cut, cfg.DATA.TRAIN_CROP_SIZE
+        self.policy, self.size = policy, cfg.DATA.TRAIN_CROP_SIZE
         self.scale = tuple(cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE) or (0.8, 1.0)
         self.ratio = tuple(cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE) or (3 / 4, 4 / 3)
 
     def __call__(self, clip: torch.Tensor) -> torch.Tensor:
         box = RandomResizedCrop.get_params(clip, self.scale, self.ratio)
-        return F.resize(self.policy(clip, box), [self.size, self.size], antialias=False)
+        top, left, height, width = box
+        if self.policy:
+            clip = self.policy(clip, box)
+        else:
+            clip = clip[..., top : top + height, left : left + width]
+        return F.resize(clip, [self.size, self.size], antialias=False)
 
 
 def test_crops(cfg) -> list[UniformCrop]:

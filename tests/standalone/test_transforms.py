@@ -9,9 +9,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from stts_slowfast.standalone import augment, transforms
 from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.video import image_ops
 
-BILINEAR = transforms.F.InterpolationMode.BILINEAR
-BICUBIC = transforms.F.InterpolationMode.BICUBIC
 GREY = (128, 128, 128)
 
 
@@ -47,22 +46,22 @@ def by_pil(image, name, level, increasing, sign, resample):
     }[name]()
 
 
-@pytest.mark.parametrize("interpolation", [BILINEAR, BICUBIC])
+@pytest.mark.parametrize("bicubic", [False, True])
 @pytest.mark.parametrize("increasing", [False, True])
-@pytest.mark.parametrize("name", augment.OPERATIONS)
-def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, interpolation):
+@pytest.mark.parametrize("name", image_ops.OPERATIONS)
+def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, bicubic):
     rng = np.random.default_rng(0)
     low, high = rng.integers(0, 40), rng.integers(180, 250)
     images = rng.integers(low, high, (3, 37, 52, 3), dtype=np.uint8)
     images[2, ..., 0], images[2, :9, :, 1], images[2, 1:, :, 2] = 77, 250, 99  # flat, or nearly
     images[1] = np.asarray(Image.fromarray(images[1, :6, :8]).resize((52, 37)))  # a smooth one
-    clip = torch.from_numpy(images).permute(0, 3, 1, 2)
-    resample = {BILINEAR: Image.BILINEAR, BICUBIC: Image.BICUBIC}[interpolation]
+    resample = Image.BICUBIC if bicubic else Image.BILINEAR
     for level in (0.0, 0.3, 0.7, 1.0):
         for sign in (-1, 1):
-            out = augment.apply_operation(clip, name, level, increasing, sign, interpolation)
-            assert out.shape == clip.shape and out.dtype == torch.uint8
-            for image, frame in zip(images, out.permute(0, 2, 3, 1).numpy()):
+            operation = augment.operation(name, level, increasing, sign, (37, 52), bicubic)
+            out = image_ops.operate(images, operation)
+            assert out.shape == images.shape and out.dtype == np.uint8
+            for image, frame in zip(images, out):
                 expected = by_pil(Image.fromarray(image), name, level, increasing, sign, resample)
                 difference = np.asarray(expected).astype(int) - frame
                 assert np.abs(difference).max() <= 1, (level, sign)
@@ -108,6 +107,15 @@ def test_erased_clips_are_normalised_before():
     noise = out[~close]
     assert 0.6 < close.float().mean() < 0.99
     assert abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.2
+
+
+def test_frames_may_be_interpolated_each_in_its_own_way():
+    frames = np.random.default_rng(0).integers(0, 256, (4, 24, 32, 3), dtype=np.uint8)
+    for name, argument in (("Rotate", 12.0), ("ShearX", 0.2), ("TranslateY", -3.4)):
+        out = image_ops.operate(frames, image_ops.Operation(name, argument, [0, True, 1, False]))
+        for bicubic, places in ((False, [0, 3]), (True, [1, 2])):
+            expected = image_ops.operate(frames, image_ops.Operation(name, argument, bicubic))
+            assert np.array_equal(out[places], expected[places])
 
 
 def test_operations_treat_frames_alike():
