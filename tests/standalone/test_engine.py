@@ -337,7 +337,7 @@ def test_a_test_without_clips_is_refused(run, cfg):
     cfg.TEST.NUM_ENSEMBLE_VIEWS = 0
     with pytest.raises(ValueError, match=r"TEST\.NUM_ENSEMBLE_VIEWS is 0"):
         engine.test(cfg)
-    cfg.TEST.NUM_TEMPORAL_CLIPS = [2, 0]
+    cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_TEMPORAL_CLIPS = 1, [2, 0]
     with pytest.raises(ValueError, match=r"TEST\.NUM_TEMPORAL_CLIPS is \[2, 0\]"):
         engine.test(cfg)
 
