@@ -81,7 +81,9 @@ def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
     policy = None
     if augment and cfg.AUG.AA_TYPE:
         policy = RandAugment(cfg.AUG.AA_TYPE, cfg.AUG.INTERPOLATION)
-    if train and (cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE or cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE):
+    relative = cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE or cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE
+    # SlowFast's Ssv2 looks at them with AUG.ENABLE alone.
+    if train and relative and (augment or cfg.TRAIN.DATASET.lower() != "ssv2"):
         steps.append(_RandomResizedCrop(cfg, policy))
     else:
         scales = tuple(cfg.DATA.TRAIN_JITTER_SCALES)
@@ -122,10 +124,11 @@ class _RandomResizedCrop:
 
 
 def test_crops(cfg) -> list[UniformCrop]:
-    """The NUM_SPATIAL_CROPS crops of testing; the centre where there is one."""
+    """The NUM_SPATIAL_CROPS crops of testing; the centre if there is one, on SSv2 the start."""
     crops, size, scale = cfg.TEST.NUM_SPATIAL_CROPS, cfg.DATA.TEST_CROP_SIZE, view_scale(cfg)
     _check_crop("TRAIN_JITTER_SCALES", scale, "TEST_CROP_SIZE", size)
-    return [UniformCrop(scale, size, place) for place in ([1] if crops == 1 else range(crops))]
+    alone = [0 if cfg.TEST.DATASET.lower() == "ssv2" else 1]
+    return [UniformCrop(scale, size, place) for place in (alone if crops == 1 else range(crops))]
 
 
 def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -200,7 +203,7 @@ def _normalized(clips: torch.Tensor, cfg) -> torch.Tensor:
 def view_scale(cfg) -> int:
     """The short side in testing: the crop itself where several lie side by side, or a frame
     around the one crop (``kinetics.Kinetics.__getitem__``, ``ssv2.Ssv2.__getitem__``)."""
-    if cfg.TEST.NUM_SPATIAL_CROPS > 1 or cfg.TEST.DATASET == "ssv2":
+    if cfg.TEST.NUM_SPATIAL_CROPS > 1 or cfg.TEST.DATASET.lower() == "ssv2":
         return cfg.DATA.TEST_CROP_SIZE
     return cfg.DATA.TRAIN_JITTER_SCALES[0]
 

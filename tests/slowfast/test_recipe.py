@@ -6,10 +6,11 @@ import runpy
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stts_slowfast import checkpoints
 from stts_slowfast.standalone import mixup, optim, report
-from stts_slowfast.standalone.data import build_loader
+from stts_slowfast.standalone.data import ClipDataset, build_loader, prepare
 from stts_slowfast.standalone.defaults import get_cfg as standalone_cfg
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.optim import lr_at
@@ -122,6 +123,65 @@ def test_crops_have_slowfasts_places_and_sizes(get_cfg, split, relative, inverse
     for quantile in (0.1, 0.5, 0.9):
         apart = theirs.quantile(quantile, 0) - found.quantile(quantile, 0)
         assert (apart.abs() < deviation * 0.3).all(), quantile
+
+
+@pytest.fixture
+def ssv2(get_cfg, tmp_path):
+    """``ssv2(*opts)``: a config on one video of 12 images of noise, 40x56."""
+    rng = np.random.default_rng(0)
+    rows = ["original_vido_id video_id frame_id path labels"]
+    for number in range(12):
+        image = Image.fromarray(rng.integers(0, 256, (40, 56, 3), dtype=np.uint8))
+        image.save(tmp_path / f"{number}.png")
+        rows.append(f'7 0 {number} {number}.png ""')
+    (tmp_path / "something-something-v2-labels.json").write_text('{"Holding": "3"}')
+    for split, name in (("train", "train"), ("val", "validation")):
+        (tmp_path / f"{split}.csv").write_text("\n".join(rows) + "\n")
+        videos = '[{"id": "7", "template": "[Holding]"}]'
+        (tmp_path / f"something-something-v2-{name}.json").write_text(videos)
+
+    def make(*opts):
+        places = ("DATA.PATH_TO_DATA_DIR", str(tmp_path), "DATA.PATH_PREFIX", str(tmp_path))
+        names = ("TRAIN.DATASET", "ssv2", "TEST.DATASET", "ssv2")
+        return get_cfg(*places, *names, "DATA.REVERSE_INPUT_CHANNEL", True, *opts)
+
+    return make
+
+
+@pytest.mark.parametrize("crops", [1, 2, 3])
+def test_views_of_ssv2_are_slowfasts(ssv2, crops):
+    """One crop is the first of three there, not the middle one."""
+    from slowfast.datasets import build_dataset
+
+    cfg = ssv2("TEST.NUM_SPATIAL_CROPS", crops)
+    ours = theirs_as_ours(cfg)
+    views = prepare(ClipDataset(ours, "test")[0][0], ours)
+    dataset = build_dataset("ssv2", cfg, "test")
+    assert len(views) == len(dataset) == 2 * crops
+    for number, view in enumerate(views):
+        torch.testing.assert_close(view, dataset[number][0][0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_crops_of_ssv2_are_as_large_as_slowfasts(ssv2, augmented, split):
+    """Their relative scales count in training with AUG.ENABLE alone."""
+    from slowfast.datasets import build_dataset
+
+    cfg = ssv2("AUG.ENABLE", augmented, "AUG.AA_TYPE", "", "AUG.RE_PROB", 0.0,
+               "DATA.TRAIN_JITTER_SCALES", [40, 40],
+               "DATA.TRAIN_JITTER_SCALES_RELATIVE", [0.1, 0.1],
+               "DATA.TRAIN_JITTER_ASPECT_RELATIVE", [1.0, 1.0])  # fmt: skip
+    ours = theirs_as_ours(cfg)
+    dataset, theirs = ClipDataset(ours, split), build_dataset("ssv2", cfg, split)
+
+    def roughness(clip):
+        """Of noise that is scaled up less."""
+        return clip.diff(dim=-1).abs().mean().item()
+
+    found = np.mean([roughness(prepare(dataset[n, 0][0], ours)) for n in range(8)])
+    expected = np.mean([roughness(theirs[0][0][0]) for _ in range(8)])
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("size", [33, 35])
