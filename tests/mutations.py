@@ -61,6 +61,30 @@ MUTATIONS = {
         "while not self.limit and",
         "tests/video/test_reader.py -k bounded",
     ),
+    "mixup-pairs-neighbours": Mutation(
+        "standalone/mixup.py",
+        "clips.flip(0).mul_(1.0 - share)",
+        "clips.roll(1, 0).mul_(1.0 - share)",
+        "tests/standalone/test_mixup.py -k slowfasts",
+    ),
+    "outputs-that-are-no-numbers": Mutation(
+        "standalone/predictions.py",
+        "if bool(logits.isfinite().all()):",
+        "if True:",
+        "tests/standalone/test_testing.py -k no_numbers",
+    ),
+    "unreadable-videos-in-a-study": Mutation(
+        "tools/evaluate.py",
+        "self.loader.bad.require_all(self.allow_missing)",
+        "pass",
+        "tests/tools/test_study.py -k unreadable",
+    ),
+    "a-range-not-checked": Mutation(
+        "standalone/defaults.py",
+        "check_ranges(cfg, _RANGES)",
+        "pass",
+        "tests/standalone/test_ranges.py -k by_its_keys_name",
+    ),
     "a-study-decodes-again": Mutation(
         "tools/study.py",
         "with progress, quiet_logs(), remembering(size):",

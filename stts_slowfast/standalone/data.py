@@ -347,11 +347,6 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
     )
 
 
-def paths_of(dataset: ClipDataset, numbers: torch.Tensor) -> Callable[[int], str]:
-    """The path of the video of each clip of a batch, whose video_index is ``numbers``."""
-    return lambda place: dataset.videos[int(numbers[place])].path
-
-
 def _joined(cfg, clips: Sequence[torch.Tensor]) -> torch.Tensor:
     """(B, 3, T, H, W) of several; where some are float, all of them are."""
     if len({clip.dtype for clip in clips}) > 1:

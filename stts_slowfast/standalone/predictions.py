@@ -1,7 +1,7 @@
 """What a model says of a batch in validation and testing: float32 logits, finite or refused."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from stts_slowfast.selectors import Selector
 
 
-def predict(model: nn.Module, clips: Tensor, path_of: Callable[[int], str]) -> Tensor:
+def predict(model: nn.Module, clips: Tensor, videos: Sequence, numbers: Tensor) -> Tensor:
     """Logits (B, classes) float32 of normalised clips (B, 3, T, H, W), outside autocast.
 
     Args:
-        path_of: gives the path of the video that the clip at a place of the batch is from.
+        videos, numbers: a list's entries, and which of them each clip is from (B,).
 
     Raises:
         ValueError: naming the video, and the layer, by which they are not finite.
@@ -25,12 +25,15 @@ def predict(model: nn.Module, clips: Tensor, path_of: Callable[[int], str]) -> T
     except ValueError:  # a selector whose scores are not finite
         if not _explanation(model, clips):
             raise
-    for place, clip in enumerate(clips):
+    for number, clip in zip(numbers.tolist(), clips):
         if reason := _explanation(model, clip[None]):
-            raise ValueError(f"the model's outputs for {path_of(place)} are no numbers: {reason}")
+            raise ValueError(
+                f"the model's outputs for {videos[number].path} are no numbers: {reason}"
+            )
+    first = videos[int(numbers[0])].path
     raise ValueError(
-        f"the model's outputs for a batch with {path_of(0)} are no numbers, but for each of its "
-        "clips alone they are: is the device sound?"
+        f"the model's outputs for a batch with {first} are no numbers, but for each of its clips "
+        "alone they are: is the device sound?"
     )
 
 

@@ -9,13 +9,7 @@ from iopath.common.file_io import g_pathmgr
 from torch import Tensor, nn
 
 from stts_slowfast.standalone import report
-from stts_slowfast.standalone.data import (
-    UNREADABLE,
-    BadVideos,
-    build_loader,
-    paths_of,
-    prepare,
-)
+from stts_slowfast.standalone.data import UNREADABLE, BadVideos, build_loader, prepare
 from stts_slowfast.standalone.fabric import Fabric
 from stts_slowfast.standalone.lists import NO_LABEL
 from stts_slowfast.standalone.predictions import predict
@@ -50,7 +44,7 @@ def run_test(cfg, fabric: Fabric, model: nn.Module, board: Board, stop: Stop, wa
             stop.check()
             batch = fabric.to_device(batch)
             with torch.no_grad():
-                logits = predict(model, prepare(batch[0], cfg), paths_of(data, batch[2]))
+                logits = predict(model, prepare(batch[0], cfg), data.videos, batch[2])
             views.add(logits.softmax(-1).cpu(), *(part.cpu() for part in batch[1:]))
             timer.toc()
             busy.append((len(batch[0]), timer.stats()["dt_net"]))

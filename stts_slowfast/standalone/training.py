@@ -16,7 +16,7 @@ from stts_slowfast import schedule
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.standalone import optim, report, resume
-from stts_slowfast.standalone.data import build_loader, paths_of, prepare
+from stts_slowfast.standalone.data import build_loader, prepare
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
 from stts_slowfast.standalone.mixup import batch_mixer
 from stts_slowfast.standalone.predictions import predict
@@ -198,7 +198,7 @@ class Training:
             self.stop.check()
             batch = self.fabric.to_device(batch)
             clips = prepare(batch[0], self.cfg)
-            logits = predict(self.model, clips, paths_of(self.val_loader.dataset, batch[2]))
+            logits = predict(self.model, clips, self.val_loader.dataset.videos, batch[2])
             if not iteration:
                 self.board.show(self.cfg, self.model, clips, epoch)
             errors = torch.stack(report.errors(logits, batch[1])).tolist()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stts_slowfast import backbones, selections
 from stts_slowfast.pictures import WHOLE, kept_regions
-from stts_slowfast.standalone.data import UNREADABLE, build_loader, paths_of, prepare
+from stts_slowfast.standalone.data import UNREADABLE, build_loader, prepare
 from stts_slowfast.standalone.predictions import predict
 from stts_slowfast.standalone.testing import Views, accuracies, require_readable
 from stts_slowfast.tools import makedata
@@ -172,7 +172,7 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
         if bool(readable.any()):
             inputs, seen = prepare(clip[readable].to(device), cfg), numbers[readable]
             start = _now(device)
-            logits = predict(model, inputs, paths_of(clips.loader.dataset, seen))
+            logits = predict(model, inputs, clips.videos, seen)
             busy.append((len(inputs), _now(device) - start))
             scores[readable] = logits.softmax(1).cpu()
             predicted.append(scores[readable].argmax(1))
