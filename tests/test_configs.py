@@ -14,14 +14,11 @@ from stts_slowfast.hooks import selections
 from stts_slowfast.schedule import begin, step
 from stts_slowfast.standalone.defaults import get_cfg, load_config
 from stts_slowfast.standalone.flops import count_gflops
+from stts_slowfast.standalone.mixup import batch_mixer
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.standalone.optim import build_optimizer, check_solver, lr_at
-from stts_slowfast.standalone.transforms import (
-    batch_mixer,
-    prepare,
-    train_transform,
-    view_transform,
-)
+from stts_slowfast.standalone.optim import build_optimizer, lr_at
+from stts_slowfast.standalone.ranges import check_solver
+from stts_slowfast.standalone.transforms import prepare, train_transform, view_transform
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
