@@ -255,7 +255,10 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 # They register themselves.
 from stts_slowfast.hosts import (  # noqa: E402, F401
     blocks_with_grid,
+    hf_images,
     hf_timesformer,
+    qwen_vision,
+    timm_eva,
     timm_vit,
     video_swin,
     videomae,

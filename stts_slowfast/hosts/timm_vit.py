@@ -7,6 +7,7 @@ model's ``embed_layer`` takes clips, and has a ``grid_size`` of three numbers.
 """
 
 from collections.abc import Sequence
+from inspect import signature
 
 from torch import Tensor, nn
 
@@ -24,21 +25,22 @@ class Intermediates:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        # Behind self, x and indices.
+        self.names = tuple(signature(type(model).forward_intermediates).parameters)[3:]
 
-    def __call__(self, x: Tensor, indices=None, *args, output_fmt: str = "NCHW", **kwargs):
+    def __call__(self, x: Tensor, indices=None, *args, **kwargs):
         """As the stock method; maps are ``(B*T, C, H, W)`` of the tokens that are left.
 
         Raises:
             ValueError: for maps of a set of tokens that makes no grid.
         """
-        model = self.model
-        if len(args) > 3:  # return_prefix_tokens, norm, stop_early, output_fmt
-            args, output_fmt, kwargs = args[:3], args[3], {**_named(args[4:]), **kwargs}
+        model, kwargs = self.model, {**dict(zip(self.names, args)), **kwargs}
+        output_fmt = kwargs.get("output_fmt", "NCHW")
         forward = type(model).forward_intermediates
         calls = model.stts.calls
         call = calls.open()
         try:
-            found = forward(model, x, indices, *args, output_fmt="NLC", **kwargs)
+            found = forward(model, x, indices, **{**kwargs, "output_fmt": "NLC"})
         finally:
             calls.close()
         if output_fmt != "NCHW":
@@ -50,11 +52,6 @@ class Intermediates:
         if isinstance(found, tuple):
             return found[0], _maps(found[1], grids)
         return _maps(found, grids)
-
-
-def _named(args: tuple) -> dict:
-    names = ("intermediates_only", "output_dict", "attn_mask", "is_causal")
-    return dict(zip(names, args))
 
 
 def _numbers(indices, depth: int) -> list[int]:
@@ -87,13 +84,21 @@ def _map(x: Tensor, grid: Grid) -> Tensor:
 REFUSED = {
     "Beit": "its bias of relative positions is made for the whole grid",
     "Cait": "its last blocks have the cls token alone ask, behind blocks without one",
-    "Eva": "its rotary positions are made for the whole grid",
     "Hiera": "it pools by the order of its mask units, which a selection breaks",
     "NaFlexVit": "it packs images of several sizes",
     "VisionTransformerRelPos": "its relative positions are made for the whole grid",
     "VisionTransformerSAM": "its blocks attend in windows of a whole grid",
     "Xcit": "its blocks convolve over the whole grid",
 }
+
+
+def refuse_patch_drop(model: nn.Module) -> None:
+    """Raises for a model that drops tokens by itself."""
+    if getattr(getattr(model, "patch_drop", None), "prob", 0):
+        raise ValueError(
+            f"patch_drop of this {type(model).__name__} drops tokens at random before the first "
+            "block: set model.patch_drop = nn.Identity()"
+        )
 
 
 @HOSTS.register()
@@ -114,17 +119,13 @@ class TimmViT(TokensAlone):
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         if is_a(model, "timm", "VisionTransformer"):
-            if getattr(getattr(model, "patch_drop", None), "prob", 0):
-                raise ValueError(
-                    "patch_drop of this VisionTransformer drops tokens at random before the first "
-                    "block: set model.patch_drop = nn.Identity()"
-                )
+            refuse_patch_drop(model)
             return model.blocks
         for name, why in REFUSED.items():
             if is_a(model, "timm", name):
                 raise ValueError(
                     f"tokens of timm's {type(model).__name__} cannot be selected: {why}; of timm, "
-                    "VisionTransformer can be served, and what comes from it"
+                    "VisionTransformer and Eva can be served, and what comes from them"
                 )
         return ()
 

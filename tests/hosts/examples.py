@@ -20,7 +20,9 @@ class Example(NamedTuple):
 
 def hugging(name: str, model: str, size: dict, seed: int, **more) -> Example:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = getattr(transformers, f"{name}Config")(**WIDTH, **size, **{"num_labels": 5, **more})
+    config = getattr(transformers, f"{name}Config")
+    width = {} if "vision_config" in size else WIDTH
+    config = config(**width, **size, **{"num_labels": 5, **more})
     model = getattr(transformers, f"{name}{model}")(config).eval()
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():  # biases and cls tokens that start at 0 hide mistakes
@@ -52,6 +54,32 @@ def timesformer(attention="divided_space_time", model="ForVideoClassification"):
     return hugging("Timesformer", model, size, 4, attention_type=attention)
 
 
+def hf_frames(name, model="ForImageClassification", **more):
+    """Of images, frame by frame; without a head the logits are the first token's channels."""
+    size = {"image_size": 32, "patch_size": 8} | more
+    if name in ("Siglip", "CLIP"):
+        size["intermediate_size"] = 48
+        if model == "ForImageClassification":
+            vision = {**WIDTH, **size}
+            size = {"vision_config": vision, "text_config": {**WIDTH, "intermediate_size": 48}}
+        else:
+            name += "Vision"
+    elif name == "DINOv3ViT":
+        size["intermediate_size"] = 48
+    else:
+        size["mlp_ratio"] = 2
+    made = hugging(name, model.removeprefix("Vision"), size, 7).model
+    made.num_frames = 8
+
+    def logits(model, clips):
+        out = model(clips.flatten(0, 1))
+        found = out.logits if hasattr(out, "logits") else out.last_hidden_state.mean(1)
+        return found.unflatten(0, (len(clips), -1)).mean(1)
+
+    clips = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    return Example(made, clips, logits)
+
+
 def timm_vit(**more):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(5)
@@ -61,8 +89,19 @@ def timm_vit(**more):
     return model, torch.randn(2, 8, 3, 32, 32)
 
 
-def timm_frames(**more):
-    model, clips = timm_vit(**more)
+def timm_eva(**more):
+    """With rotary positions, as PE and DINOv3 have them."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    kind = {"use_rot_pos_emb": True, "attn_type": "rope", "rope_rotate_half": True} | more
+    torch.manual_seed(5)
+    model = timm.models.eva.Eva(**sizes, num_classes=5, **kind).eval()
+    return timm_frames(model)
+
+
+def timm_frames(model=None, **more):
+    made, clips = timm_vit(**more)
+    model = model or made
     model.num_frames = 8
 
     def logits(model, clips):
@@ -117,8 +156,13 @@ EXAMPLES = {
     "timesformer-divided": timesformer,
     "timesformer-joint": lambda: timesformer("joint_space_time"),
     "timesformer-space": lambda: timesformer("space_only"),
+    "siglip": lambda: hf_frames("Siglip"),
+    "clip": lambda: hf_frames("CLIP", "VisionModel"),
+    "dinov2": lambda: hf_frames("Dinov2WithRegisters"),
+    "dinov3": lambda: hf_frames("DINOv3ViT", "Model"),
     "timm-frames": timm_frames,
     "timm-registers": lambda: timm_frames(reg_tokens=2, global_pool="avg"),
+    "timm-dinov3": lambda: timm_eva(num_reg_tokens=2, rope_type="dinov3"),
     "timm-tubelets": timm_tubelets,
     "pytorchvideo": pytorchvideo,
 }
