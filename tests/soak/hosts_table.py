@@ -1,6 +1,6 @@
 """Runs every host in every way in which people run models, and prints the table of hosts.md.
 
-    PYTHONPATH=. python tests/soak/hosts_table.py [HOST ...]
+    PYTHONPATH=. python tests/soak/hosts_table.py [--COLUMN ...] [HOST ...]
 
 A cell is `yes` if the model with selectors computes what it has to, `stock fails` if the stock
 model fails likewise, `-` if there is no such thing, `not run` if a library is missing, and else
@@ -160,13 +160,13 @@ def lora(example):
         import peft
     except ImportError as error:
         raise Missing("not run") from error
-    names = {
-        name.rpartition(".")[2]
-        for block in find_blocks(example.model)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    adapted = peft.get_peft_model(example.model, peft.LoraConfig(target_modules=sorted(names)))
+    inside = {module for block in find_blocks(example.model) for module in block.modules()}
+    names = [
+        name
+        for name, module in example.model.named_modules()
+        if isinstance(module, nn.Linear) and module in inside
+    ]
+    adapted = peft.get_peft_model(example.model, peft.LoraConfig(target_modules=names))
     attach(
         adapted.get_base_model(),
         **(
@@ -274,10 +274,12 @@ def cell(make, run) -> str:
 def main() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print("| host |", " | ".join(COLUMNS), "|")
-    print("| --- |", " | ".join("---" for _ in COLUMNS), "|")
-    for name in sys.argv[1:] or HOSTS:
-        cells = [cell(HOSTS[name], run) for run in COLUMNS.values()]
+    columns = [name.removeprefix("--") for name in sys.argv[1:] if name.startswith("--")]
+    columns = columns or list(COLUMNS)
+    print("| host |", " | ".join(columns), "|")
+    print("| --- |", " | ".join("---" for _ in columns), "|")
+    for name in [name for name in sys.argv[1:] if not name.startswith("--")] or HOSTS:
+        cells = [cell(HOSTS[name], COLUMNS[column]) for column in columns]
         print("|", " | ".join([name, *cells]), "|", flush=True)
 
 
