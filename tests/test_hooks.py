@@ -131,7 +131,8 @@ def test_keeping_everything_equals_the_unpatched_model(tiny_cfg, plain, clips):
 
 def test_keeping_everything_leaves_relative_positions_as_they_are(golden, clips):
     cfg = golden("slowfast_mvit_v2").cfg()
-    cfg.STTS.TIME.KEEP, cfg.STTS.SPACE.KEEP, cfg.STTS.FUSED_ATTENTION = [1.0], [1.0], False
+    cfg.STTS.TIME.KEEP, cfg.STTS.FUSED_ATTENTION = [1.0], False
+    cfg.STTS.SPACE.BLOCKS, cfg.STTS.SPACE.KEEP = [1], [1.0]
     model = backbones.build(cfg).eval()
     for name, parameter in model.named_parameters():
         if "rel_pos" in name:

@@ -69,8 +69,12 @@ def same(found, expected, tolerance=0.0):
 def attention(example, name):
     model = example.model
     if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation(name)
-        assert model.config._attn_implementation == name
+        try:
+            model.set_attn_implementation(name)
+        except ValueError as error:
+            raise Missing("-") from error
+        if model.config._attn_implementation != name:
+            raise Missing("-")
     elif hasattr(find_blocks(model)[0], "attn") and hasattr(
         find_blocks(model)[0].attn, "fused_attn"
     ):
@@ -185,6 +189,10 @@ def lora(example):
 def int8(example):
     for block in find_blocks(example.model):
         quantise(block)
+    try:
+        logits(example)
+    except RuntimeError as error:  # weights are read past their modules
+        raise Missing("stock fails") from error
     assert logits(selecting(example)).isfinite().all()
     assert all(p.is_floating_point() for p in example.model.stts.parameters())
 
