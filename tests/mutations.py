@@ -61,6 +61,30 @@ MUTATIONS = {
         "while not self.limit and",
         "tests/video/test_reader.py -k bounded",
     ),
+    "mixup-pairs-neighbours": Mutation(
+        "standalone/mixup.py",
+        "clips.flip(0).mul_(1.0 - share)",
+        "clips.roll(1, 0).mul_(1.0 - share)",
+        "tests/standalone/test_mixup.py -k slowfasts",
+    ),
+    "outputs-that-are-no-numbers": Mutation(
+        "standalone/predictions.py",
+        "if bool(logits.isfinite().all()):",
+        "if True:",
+        "tests/standalone/test_testing.py -k no_numbers",
+    ),
+    "unreadable-videos-in-a-study": Mutation(
+        "tools/evaluate.py",
+        "self.loader.bad.require_all(self.allow_missing)",
+        "pass",
+        "tests/tools/test_study.py -k unreadable",
+    ),
+    "a-range-not-checked": Mutation(
+        "standalone/defaults.py",
+        "check_ranges(cfg, _RANGES)",
+        "pass",
+        "tests/standalone/test_ranges.py -k by_its_keys_name",
+    ),
     "a-study-decodes-again": Mutation(
         "tools/study.py",
         "with progress, quiet_logs(), remembering(size):",
@@ -110,7 +134,7 @@ MUTATIONS = {
         f"{PROCESSES} -k draw_apart",
     ),
     "evaluation-in-autocast": Mutation(
-        "standalone/testing.py",
+        "standalone/predictions.py",
         "with torch.autocast(clips.device.type, enabled=False):",
         "with torch.autocast(clips.device.type, torch.bfloat16):",
         f"{ENGINE} -k leave_autocast",
@@ -345,7 +369,7 @@ MUTATIONS = {
         "tests/pyslowfast/test_shards.py -k one_of_many",
     ),
     "parts-are-cut-before-what-looks-beyond": Mutation(
-        "standalone/augment.py",
+        "video/image_ops.py",
         "if box and not afar:",
         "if box:",
         "tests/standalone/test_transforms.py -k part_of_an_augmented",
@@ -412,8 +436,8 @@ MUTATIONS = {
     ),
     "checksum-not-verified": Mutation(
         "checkpoints/files.py",
-        "if checksum != _sha256(content):",
-        "if False:",
+        "return checksum == _sha256(content)",
+        "return True",
         f"{FILES} -k flipped_byte",
     ),
     "links-not-followed": Mutation(

@@ -17,10 +17,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stts_slowfast.keys import check_choice
-from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list_ssv2
+from stts_slowfast.standalone.lists import NO_LABEL, Entry, VideoList, list_kinetics, list_ssv2
 from stts_slowfast.standalone.stops import in_reader
 from stts_slowfast.standalone.transforms import (
-    batch_mixer,
     cut_views,
     decoded_side,
     prepare,
@@ -39,7 +38,7 @@ from stts_slowfast.video import (
 from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, too_many
 from stts_slowfast.video.images import read_image
 
-__all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "batch_mixer", "build_loader", "prepare"]
+__all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "build_loader", "prepare"]
 
 
 # ---- reading a video ------------------------------------------------------------------------
@@ -112,6 +111,13 @@ class ClipDataset(Dataset):
             raise ValueError(
                 f"the {split} list in DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} "
                 "names no videos"
+            )
+        unlabelled = int((self.videos.labels == NO_LABEL).sum())
+        if unlabelled and split != "test":
+            raise ValueError(
+                f"{unlabelled} of the {len(self.videos)} videos of the {split} list in "
+                f"DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} have no label: only a test "
+                "list can do without"
             )
         if split == "test":
             self.crops = test_crops(cfg)

@@ -18,6 +18,9 @@ _MARK = "\ufeff"  # what editors put before UTF-8, the byte-order mark
 
 __all__ = ["Entry", "VideoList", "list_kinetics", "list_ssv2"]
 
+# The label of a video whose line has none, or -1. (-1 itself is that of what cannot be read.)
+NO_LABEL = -2
+
 
 class Entry(NamedTuple):
     """A line of a list: a video file, or the image files of its frames; and its label."""
@@ -80,7 +83,7 @@ class VideoList:
 
 
 def list_kinetics(cfg, split: str) -> VideoList:
-    """Reads ``{split}.csv``: a line ``path label`` for each video (label 0 where there is none)."""
+    """Reads ``{split}.csv``: a line ``path label`` for each video (``NO_LABEL`` if none, or -1)."""
     path = _data_file(cfg, f"{split}.csv", "a line 'path label' for each video")
     separator, labels = cfg.DATA.PATH_LABEL_SEPARATOR, array("q")
     if not separator:
@@ -96,7 +99,7 @@ def list_kinetics(cfg, split: str) -> VideoList:
                     f"{path} line {number}: {line!r} has {len(fields)} fields: give path and label "
                     f"with DATA.PATH_LABEL_SEPARATOR ({separator!r}) between and nowhere else"
                 )
-            text = fields[-1] if len(fields) > 1 else "0"
+            text = fields[-1] if len(fields) > 1 else "-1"
             labels.append(_label(cfg, text, f"{path} line {number}"))
             yield fields[0]
 
@@ -202,6 +205,8 @@ def _label(cfg, text: str | int, where: str) -> int:
         label = None
     if label is None:
         raise ValueError(f"{where}: the label {text!r} is not a whole number")
+    if label == -1:
+        return NO_LABEL
     if not 0 <= label < cfg.MODEL.NUM_CLASSES:
         raise ValueError(
             f"{where}: the label is {label} but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, "

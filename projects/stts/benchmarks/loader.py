@@ -137,8 +137,13 @@ def slowfast_ways(folder: Path) -> dict:
         items = dataset("test", crops)
         return lambda number: [items[view] for view in range(VIEWS * crops)]
 
-    train = dataset("train")
-    return {"views": views(1), "crops": views(3), "train": lambda number: train[0]}
+    train, ways = dataset("train"), {"views": views(1), "crops": views(3)}
+    ways["train"] = lambda number: train[0]
+    if "FAST_AUGMENT" in train.cfg.get("STTS", {}):
+        fast = dataset("train")
+        fast.cfg.STTS.FAST_AUGMENT = True
+        ways["fast"] = lambda number: fast[0]
+    return ways
 
 
 def standalone_ways(folder: Path) -> dict:
@@ -353,6 +358,8 @@ def main() -> None:
             if table == "decoders":
                 continue
             ways = {row: lambda n, w=worker, t=table: w(t, n) for row, worker in workers.items()}
+            if table == "train" and "SlowFast" in workers:
+                ways["SlowFast, STTS.FAST_AUGMENT True"] = lambda n: workers["SlowFast"]("fast", n)
             training = table == "train"
             rounds = arguments.rounds * (8 if training else 1)
             compare(
@@ -362,6 +369,8 @@ def main() -> None:
                 for row in list(rows)[1:]:
                     print(f"\n{TITLES[table]}, {row}:", file=sys.stderr, flush=True)
                     workers[row](table, 1, profile=True)
+                    if table == "train" and row == "SlowFast":
+                        workers[row]("fast", 1, profile=True)
         if "decoders" in arguments.tables:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
