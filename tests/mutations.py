@@ -398,8 +398,38 @@ MUTATIONS = {
         "",
         f"{CHECK} -k runner_looks",
     ),
-    "transport-streams-end-anywhere": Mutation(
+    "keyframes-are-believed": Mutation(
         "video/times.py",
+        "if (packet.is_keyframe and not picture.entry) or",
+        "if",
+        "tests/video/test_exact_frames.py -k nostss",
+    ),
+    "not-coded-pictures-are-frames": Mutation(
+        "video/bitstream.py",
+        "if kind == 2 or not bits.u(1):",
+        "if kind == 2:",
+        "tests/video/test_exact_frames.py -k nvop",
+    ),
+    "the-order-of-showing-is-believed": Mutation(
+        "video/times.py",
+        "(np.diff(orders[places]) > 0).all() and",
+        "",
+        "tests/video/test_exact_frames.py -k times_of_decoding",
+    ),
+    "a-seek-is-believed": Mutation(
+        "video/exact.py",
+        "or checksum(frame) != index.sums[number])",
+        ")",
+        "tests/video/test_exact_frames.py -k other_pixels",
+    ),
+    "clips-begin-between-two-frames": Mutation(
+        "video/rules.py",
+        "if num_video_frames > num_frames * sampling_rate:",
+        "if not num_video_frames:",
+        "tests/video/test_rules.py",
+    ),
+    "transport-streams-end-anywhere": Mutation(
+        "video/ending.py",
         'return b"GGG" not in ends',
         "return False",
         "tests/video/test_reader.py -k end_early",

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from iopath.common.file_io import g_pathmgr
 
+_MARK = "\ufeff"  # what editors put before UTF-8, the byte-order mark
+
 __all__ = ["Entry", "VideoList", "list_kinetics", "list_ssv2"]
 
 # The label of a video whose line has none, or -1. (-1 itself is that of what cannot be read.)
@@ -90,6 +92,8 @@ def list_kinetics(cfg, split: str) -> VideoList:
     def paths() -> Iterator[str]:
         for number, line in _lines(path):
             fields = line.split(separator)
+            if len(fields) == 3 and not fields[1].strip().isdecimal():
+                fields = line.rsplit(separator, 1)  # else SlowFast's "path number label"
             if len(fields) > 3:
                 raise ValueError(
                     f"{path} line {number}: {line!r} has {len(fields)} fields: give path and label "
@@ -174,7 +178,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     with g_pathmgr.open(path, "r") as file:
         try:
             for number, line in enumerate(file, 1):
-                if line := line.strip():
+                if line := line.removeprefix(_MARK if number == 1 else "").strip():
                     yield number, line
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
@@ -184,7 +188,7 @@ def _read_json(cfg, name: str, kind: type, content: str):
     path = _data_file(cfg, name, content)
     with g_pathmgr.open(path, "r") as file:
         try:
-            found = json.load(file)
+            found = json.loads(file.read().removeprefix(_MARK))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, kind):
