@@ -32,6 +32,15 @@ def assert_and_infer_cfg(cfg):
     return cfg
 """,
     "slowfast/datasets/__init__.py": "",
+    "slowfast/datasets/rand_augment.py": """
+class AugmentOp:
+    def __call__(self, images): ...
+""",
+    "slowfast/datasets/utils.py": """
+def aug_frame(cfg, frames): ...
+def _frame_to_list_img(frames): ...
+def _list_img_to_frames(images): ...
+""",
     "slowfast/datasets/decoder.py": """
 class io: _read_video_from_memory = None
 def decode(backend="pyav"): ...
@@ -76,7 +85,13 @@ def get_epoch_lr(cur_epoch, cfg): return 1.0
 def set_lr(optimizer, new_lr): ...
 """,
     # Mends are switched off here, so what they mend need not be there.
-    "slowfast/datasets/kinetics.py": "",
+    "slowfast/datasets/kinetics.py": """
+from slowfast.datasets import decoder
+class Kinetics:
+    def __getitem__(self, index): ...
+    def _frame_to_list_img(self, frames): ...
+    def _list_img_to_frames(self, images): ...
+""",
     "slowfast/datasets/loader.py": "",
     "slowfast/models/ptv_model_builder.py": "",
     "slowfast/utils/__init__.py": "",
