@@ -1,7 +1,6 @@
 """What SlowFast loads into a model: whether it is of that model, and that a run starts trained."""
 
 import inspect
-import weakref
 
 import torch
 import yaml
@@ -10,13 +9,11 @@ from torch import nn
 
 from stts_slowfast import checkpoints
 from stts_slowfast.keys import all_keys
+from stts_slowfast.pyslowfast import run_state
 from stts_slowfast.pyslowfast.guard import enabled
 from stts_slowfast.pyslowfast.wrap import wrap
 
 _ABSENT = object()
-
-_trained = weakref.WeakSet()
-_configs = weakref.WeakKeyDictionary()
 
 
 def wrap_load_checkpoint(checkpoint) -> None:
@@ -25,19 +22,25 @@ def wrap_load_checkpoint(checkpoint) -> None:
 
 
 def note_config(model: nn.Module, cfg) -> None:
-    """Notes with which config SlowFast built a model: its loader is not told."""
-    if "STTS" in cfg:
-        _configs[model] = cfg
+    """Notes with which config SlowFast built a model with selectors: its loader is not told."""
+    _inner(model).__dict__["stts_config"] = cfg
+
+
+def config_of(model: nn.Module):
+    """What :func:`note_config` noted, else the config that SlowFast's own model holds, else that of
+    the job that runs, else None."""
+    held, job = _inner(model).__dict__, run_state.running()
+    return held.get("stts_config") or held.get("cfg") or (job.cfg if job else None)
 
 
 def note_trained(model: nn.Module) -> None:
     """Notes that a model, wrapped by DDP or not, has weights of an earlier training."""
-    _trained.add(_inner(model))
+    _inner(model).__dict__["stts_trained"] = True
 
 
 def is_trained(model: nn.Module) -> bool:
     """Whether :func:`note_trained` was told of this model."""
-    return _inner(model) in _trained
+    return _inner(model).__dict__.get("stts_trained", False)
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -48,14 +51,16 @@ def _load(load_checkpoint, *args, **kwargs):
     call = inspect.signature(load_checkpoint).bind(*args, **kwargs)
     call.apply_defaults()
     asked = call.arguments
-    cfg = _configs.get(_inner(asked["model"]))
+    cfg = config_of(asked["model"])
+    knows_us = cfg is not None and "STTS" in cfg
     # Files of other kinds, and 2D ones that are inflated, are left to SlowFast.
-    if cfg is not None and not asked["inflation"] and not asked["convert_from_caffe2"]:
+    if knows_us and not asked["inflation"] and not asked["convert_from_caffe2"]:
         state = _read(asked["path_to_checkpoint"])
         if state is not None:
             _check(state, cfg, asked)
     epoch = load_checkpoint(*args, **kwargs)
-    note_trained(asked["model"])
+    if not knows_us or enabled(cfg):
+        note_trained(asked["model"])
     return epoch
 
 
