@@ -10,11 +10,19 @@ import wrapt
 from torch import nn
 
 from stts_slowfast import backbones
-from stts_slowfast.config import add_stts_config
+from stts_slowfast.config import Settings, add_stts_config
 from stts_slowfast.hooks import attach
+from stts_slowfast.hosts import find, modules_with_selectors
 from stts_slowfast.pyslowfast import families, shards, weights
+from stts_slowfast.pyslowfast.dry_run import check_forward
 from stts_slowfast.pyslowfast.guard import OFF, confirm, enabled
 from stts_slowfast.schedule import set_progress
+
+# Models of SlowFast's that have no tokens.
+CONVOLUTIONAL = (
+    *("SlowFast", "ResNet", "X3D"),
+    *("PTVResNet", "PTVSlowFast", "PTVX3D", "PTVCSN", "PTVR2plus1D"),
+)
 
 # ---- config ---------------------------------------------------------------------------------
 
@@ -67,8 +75,9 @@ def refuse(cfg) -> None:
     Raises:
         ValueError: naming the key and what would be right.
     """
-    backbones.refuse_detached_scorers(cfg)
     name = cfg.MODEL.MODEL_NAME
+    if name in CONVOLUTIONAL:
+        raise ValueError(_no_transformer(name))
     if cfg.MASK.ENABLE:
         raise ValueError(
             "MASK.ENABLE is True: masked pretraining predicts every token, so none may be dropped; "
@@ -94,21 +103,82 @@ def refuse(cfg) -> None:
 
 
 def add_selectors(model: nn.Module, cfg) -> nn.Module:
-    """Attaches what ``cfg.STTS`` asks for to a model that SlowFast has just built.
+    """Attaches what ``cfg.STTS`` asks for to a model that SlowFast has just built, once.
+
+    The selectors are put where the blocks are: in the model, or in the one module of it that has
+    some. A model that got the same selectors earlier, as a part that was built on its own, keeps
+    them.
 
     Raises:
         ValueError: for a model that is no video transformer, or a node that does not fit it.
     """
     name = cfg.MODEL.MODEL_NAME
+    if holders := modules_with_selectors(model):
+        if len(holders) == 1 and _settings(holders) == [Settings.of_node(cfg.STTS)]:
+            return model
+        raise ValueError(
+            f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}, but modules of it have selectors "
+            f"already, of another config ({', '.join(path or 'itself' for path in holders)}): "
+            f"build its parts with STTS.ENABLE False, {OFF}"
+        )
+    inner = transformer_in(model, name)
+    backbones.refuse_detached_scorers(cfg)
     try:
-        attach(model, cfg.STTS, arriving_grids(cfg))
+        attach(inner, cfg.STTS, arriving_grids(cfg))
+        if _trains(cfg):
+            set_progress(model, 0.0, cfg.RNG_SEED)
+        if cfg.DETECTION.ENABLE and hasattr(inner, "head"):
+            pool_over_frames_left(inner.head)
+        if name not in backbones.FAMILIES:
+            check_forward(model, cfg)
     except ValueError as error:
         raise ValueError(f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}: {error}") from error
-    if _trains(cfg):
-        set_progress(model, 0.0, cfg.RNG_SEED)
-    if cfg.DETECTION.ENABLE:
-        pool_over_frames_left(model.head)
     return model
+
+
+def transformer_in(model: nn.Module, name: str) -> nn.Module:
+    """The module of a model that has a transformer's blocks: itself, or one inside a wrapper.
+
+    Args:
+        model: as SlowFast builds it.
+        name: ``MODEL.MODEL_NAME``, for messages.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    found = _transformers(model)
+    if not found:
+        raise ValueError(_no_transformer(name))
+    if len(found) > 1:
+        raise ValueError(
+            f"STTS.ENABLE is True, but MODEL.MODEL_NAME {name!r} has {len(found)} modules with "
+            f"blocks ({', '.join(type(module).__name__ for module in found)}): tokens can be "
+            f"selected in a model with one, {OFF}"
+        )
+    return found[0]
+
+
+def _transformers(module: nn.Module) -> list[nn.Module]:
+    try:
+        _, blocks = find(module)
+    except ValueError:
+        blocks = []
+    # Convolutional networks have `blocks` as well; a transformer's have a LayerNorm.
+    if any(isinstance(part, nn.LayerNorm) for block in blocks for part in block.modules()):
+        return [module]
+    return [each for child in module.children() for each in _transformers(child)]
+
+
+def _no_transformer(name: str) -> str:
+    return (
+        f"STTS.ENABLE is True, but MODEL.MODEL_NAME {name!r} is no video transformer: there are no "
+        "tokens to select among. Use MViT, TimeSformer, VideoSwin, PTVMViT, or a model of yours "
+        f"with blocks that are called as x, thw = block(x, thw); {OFF}"
+    )
+
+
+def _settings(holders: dict[str, nn.Module]) -> list[Settings]:
+    return [module.stts.settings for module in holders.values()]
 
 
 def arriving_grids(cfg) -> list[tuple[int, int, int]] | None:
