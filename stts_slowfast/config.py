@@ -315,8 +315,8 @@ def nothing_left(dimension: str, keep: float, block: int, grid: Sequence[int]) -
     frames, height, width = grid
     if dimension == "TIME" and frames == 1:
         return (
-            f"STTS.TIME.KEEP {keep:g} leaves no frame: One token frame arrives at block {block}, as "
-            "of an image, so there is none to select; set STTS.TIME.BLOCKS []"
+            f"STTS.TIME.KEEP {keep:g} leaves no frame: one token frame arrives at block {block}, "
+            "as of an image, and it cannot be dropped; set STTS.TIME.BLOCKS []"
         )
     found = f"{frames} frames" if dimension == "TIME" else f"{height}x{width} tokens"
     least = 1 / frames if dimension == "TIME" else 1 / min(height, width) ** 2

@@ -40,8 +40,8 @@ def check_forward(model: nn.Module, cfg) -> None:
         idle = [key for key, selector in module.stts.items() if selector.kept is None]
         if idle:
             raise ValueError(
-                f"in a forward pass of {type(model).__name__} no tokens arrive at {', '.join(idle)}: "
-                f"its blocks are to be called as modules, each once, x, thw = block(x, thw)"
+                f"in a forward pass of {type(model).__name__} no tokens arrive at "
+                f"{', '.join(idle)}: call each block once, as a module, x, thw = block(x, thw)"
             )
 
 

@@ -1,8 +1,11 @@
-"""Inside SlowFast: scorers that could not learn are refused, and the logged grid is the clip's."""
+"""Inside SlowFast: scorers that could not learn are refused, and the logged grid is the clip's;
+checkpoints without scorers are refused however SlowFast reads them."""
 
 import logging
 
 import pytest
+import torch
+from iopath.common.file_io import PathHandler
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,53 @@ def test_the_logged_grid_is_that_of_the_clips_to_come(
         build(get_cfg("STTS.ENABLE", True, "DATA.TEST_CROP_SIZE", 64, *opts))
     (line,) = [line for line in caplog.messages if line.startswith("STTS time_0")]
     assert step in line
+
+
+class Remote(PathHandler):
+    """Files of a folder under another name, as of a bucket."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def _get_supported_prefixes(self):
+        return ["bucket://"]
+
+    def _open(self, path, mode="r", buffering=-1, **kwargs):
+        return open(self.folder / path.removeprefix("bucket://"), mode)
+
+
+@pytest.mark.parametrize("how", ["zip", "old", "extras", "remote"])
+def test_learned_scorers_that_the_file_does_not_have_are_not_tested(
+    get_cfg, build, tmp_path, monkeypatch, how
+):
+    from slowfast.utils import checkpoint as cu
+
+    state = {"epoch": 0, "model_state": build(get_cfg()).state_dict()}
+    if how == "extras":
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+        state["extras"] = Remote(tmp_path)
+    path = tmp_path / "stock.pyth"
+    torch.save(state, path, _use_new_zipfile_serialization=how != "old")
+    if how == "remote":
+        cu.pathmgr.register_handler(Remote(tmp_path), allow_override=True)
+        path = "bucket://stock.pyth"
+    cfg = get_cfg("STTS.ENABLE", True, "TEST.CHECKPOINT_FILE_PATH", str(path))
+    with pytest.raises(ValueError, match=r"stock\.pyth has no trained scorers"):
+        cu.load_test_checkpoint(cfg, build(cfg))
+    cfg.STTS.TIME.SCORER = cfg.STTS.SPACE.SCORER = "uniform"
+    cu.load_test_checkpoint(cfg, build(cfg))
+
+
+def test_a_truncated_last_checkpoint_is_named_with_the_one_before(get_cfg, build, tmp_path):
+    from slowfast.models import optimizer as optim
+    from slowfast.utils import checkpoint as cu
+
+    cfg = get_cfg("STTS.ENABLE", True, "OUTPUT_DIR", str(tmp_path), "TEST.ENABLE", False)
+    model = build(cfg)
+    optimizer = optim.construct_optimizer(model, cfg)
+    first, last = (cu.save_checkpoint(str(tmp_path), model, optimizer, n, cfg) for n in (0, 1))
+    with open(last, "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(RuntimeError, match=f"{last} cannot be read .* to resume from {first}"):
+        cu.load_train_checkpoint(cfg, model, optimizer)
+    cu.load_checkpoint(first, model, False, optimizer)
