@@ -8,7 +8,6 @@ import contextlib
 import inspect
 import os
 import re
-import weakref
 from contextvars import ContextVar
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 from stts_slowfast import checkpoints
 from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.keys import all_keys
+from stts_slowfast.pyslowfast import run_state
 from stts_slowfast.pyslowfast.guard import OFF, enabled
 from stts_slowfast.pyslowfast.wrap import wrap
 
@@ -29,9 +29,6 @@ _SCORER = re.compile(r"(^|\.)stts\.(time|space)_\d+\.")
 # The loading that goes on in this thread.
 _loading: ContextVar["Loading | None"] = ContextVar("loading", default=None)
 
-_trained = weakref.WeakSet()
-_configs = weakref.WeakKeyDictionary()
-
 
 def wrap_load_checkpoint(checkpoint) -> None:
     """``slowfast.utils.checkpoint.load_checkpoint``, through which every checkpoint comes, and
@@ -41,19 +38,25 @@ def wrap_load_checkpoint(checkpoint) -> None:
 
 
 def note_config(model: nn.Module, cfg) -> None:
-    """Notes with which config SlowFast built a model: its loader is not told."""
-    if "STTS" in cfg:
-        _configs[model] = cfg
+    """Notes with which config SlowFast built a model with selectors: its loader is not told."""
+    _inner(model).__dict__["stts_config"] = cfg
+
+
+def config_of(model: nn.Module):
+    """What :func:`note_config` noted, else the config that SlowFast's own model holds, else that of
+    the job that runs, else None."""
+    held, job = _inner(model).__dict__, run_state.running()
+    return held.get("stts_config") or held.get("cfg") or (job.cfg if job else None)
 
 
 def note_trained(model: nn.Module) -> None:
     """Notes that a model, wrapped by DDP or not, has weights of an earlier training."""
-    _trained.add(_inner(model))
+    _inner(model).__dict__["stts_trained"] = True
 
 
 def is_trained(model: nn.Module) -> bool:
     """Whether :func:`note_trained` was told of this model."""
-    return _inner(model) in _trained
+    return _inner(model).__dict__.get("stts_trained", False)
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -123,7 +126,7 @@ class Loading:
             ValueError: naming them.
         """
         random = [key for key in self.missing if _SCORER.search(key)]
-        if random and self.purpose != "finetune" and enabled(self.cfg):
+        if random and self.purpose != "finetune":
             raise ValueError(
                 f"from {self.path} no weights were loaded for {len(random)} parameters of the "
                 f"scorers ({', '.join(random[:2])}, ...), which would choose at random: train them "
@@ -158,20 +161,22 @@ def _load(load_checkpoint, *args, **kwargs):
     call = inspect.signature(load_checkpoint).bind(*args, **kwargs)
     call.apply_defaults()
     model = call.arguments["model"]
-    cfg = _configs.get(_inner(model))
-    if cfg is None:
+    cfg = config_of(model)
+    if cfg is None or "STTS" not in cfg:
         epoch = load_checkpoint(*args, **kwargs)
-    else:
-        loading = Loading(call.arguments, cfg)
-        try:
-            with loading.watched():
-                epoch = load_checkpoint(*args, **kwargs)
-        except Exception as error:
-            if not loading.read and loading.plain and enabled(cfg):
-                loading.explain(error)
-            raise
+        note_trained(model)
+        return epoch
+    loading = Loading(call.arguments, cfg)
+    try:
+        with loading.watched():
+            epoch = load_checkpoint(*args, **kwargs)
+    except Exception as error:
+        if not loading.read and loading.plain and enabled(cfg):
+            loading.explain(error)
+        raise
+    if enabled(cfg):
         loading.check_loaded()
-    note_trained(model)
+        note_trained(model)
     return epoch
 
 

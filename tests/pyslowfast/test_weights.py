@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stts_slowfast.pyslowfast import weights
+from stts_slowfast.pyslowfast import run_state, weights
 
 
 @pytest.fixture
@@ -82,8 +82,15 @@ def test_testing_without_trained_scorers_is_refused(load, saved, registry, cfg):
 def test_a_file_with_scorers_is_refused_where_selection_is_off(load, saved, registry, cfg):
     path = saved()
     cfg.STTS.ENABLE = False
+    model = registry.get("Transformer")(cfg)
+    with (
+        pytest.raises(ValueError, match=r"set STTS\.ENABLE True"),
+        run_state.started(cfg, load),
+    ):
+        load(path, model, False)
+    model.cfg = cfg  # as SlowFast's MViT has it
     with pytest.raises(ValueError, match=r"set STTS\.ENABLE True"):
-        load(path, registry.get("Transformer")(cfg), False)
+        load(path, model, False)
 
 
 def test_fine_tuning_with_an_optimizer_of_other_groups_names_the_key(load, saved, registry, cfg):
