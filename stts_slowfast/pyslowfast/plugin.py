@@ -186,27 +186,29 @@ def transformer_in(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: if there is none, or more than one.
     """
-    found = _transformers(model)
+    found = dict(_transformers("", model))
     if not found:
         raise ValueError(_no_transformer(name))
     if len(found) > 1:
         raise ValueError(
             f"STTS.ENABLE is True, but MODEL.MODEL_NAME {name!r} has {len(found)} modules with "
-            f"blocks ({', '.join(type(module).__name__ for module in found)}): tokens can be "
-            f"selected in a model with one, {OFF}"
+            f"blocks ({', '.join(found)}), and tokens are selected in one: use a model with one, "
+            f"{OFF}"
         )
-    return found[0]
+    return next(iter(found.values()))
 
 
-def _transformers(module: nn.Module) -> list[nn.Module]:
+def _transformers(path: str, module: nn.Module):
     try:
         _, blocks = find(module)
     except ValueError:
         blocks = []
     # Convolutional networks have `blocks` as well; a transformer's have a LayerNorm.
     if any(isinstance(part, nn.LayerNorm) for block in blocks for part in block.modules()):
-        return [module]
-    return [each for child in module.children() for each in _transformers(child)]
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _transformers(f"{path}.{name}".lstrip("."), child)
 
 
 def _no_transformer(name: str) -> str:

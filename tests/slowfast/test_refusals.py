@@ -2,6 +2,7 @@
 checkpoints without scorers are refused however SlowFast reads them."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,17 +28,16 @@ def test_learned_scorers_without_a_gradient_are_refused_in_training(get_cfg, bui
 @pytest.mark.parametrize(
     ("job", "step"), [("train", "4x8x8 -> 2x8x8"), ("test", "4x16x16 -> 2x16x16")]
 )
-def test_the_logged_grid_is_that_of_the_clips_to_come(
-    get_cfg, build, monkeypatch, caplog, job, step
-):
-    from stts_slowfast.pyslowfast import shards
+def test_the_logged_grid_is_that_of_the_clips_to_come(get_cfg, build, caplog, job, step):
+    from stts_slowfast.pyslowfast import run_state
 
-    monkeypatch.setattr(shards, "_job", job)
     sizes = {"WINDOW_SIZE": [8, 4, 4], "EMBED_DIM": 12}
     opts = [word for key, size in sizes.items() for word in (f"VIDEO_SWIN.{key}", size)]
     opts += ["MODEL.MODEL_NAME", "VideoSwin", "STTS.SPACE.BLOCKS", []]
-    with caplog.at_level(logging.INFO, logger="stts_slowfast.hooks"):
-        build(get_cfg("STTS.ENABLE", True, "DATA.TEST_CROP_SIZE", 64, *opts))
+    cfg = get_cfg("STTS.ENABLE", True, "DATA.TEST_CROP_SIZE", 64, *opts)
+    function = SimpleNamespace(__name__=job)
+    with caplog.at_level(logging.INFO), run_state.started(cfg, function):
+        build(cfg)
     (line,) = [line for line in caplog.messages if line.startswith("STTS time_0")]
     assert step in line
 

@@ -97,7 +97,7 @@ def test_two_transformers_in_a_model_are_refused(get_cfg, build, register):
             self.rgb, self.flow = MViT(cfg), MViT(cfg)
 
     register(Two)
-    with pytest.raises(ValueError, match=r"has 2 modules with blocks \(MViT, MViT\)"):
+    with pytest.raises(ValueError, match=r"has 2 modules with blocks \(rgb, flow\)"):
         build(get_cfg("STTS.ENABLE", True, "MODEL.MODEL_NAME", "Two"))
 
 
