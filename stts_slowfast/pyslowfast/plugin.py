@@ -11,13 +11,20 @@ from types import FunctionType, SimpleNamespace
 from torch import nn
 
 from stts_slowfast import backbones
-from stts_slowfast.config import add_stts_config
+from stts_slowfast.config import Settings, add_stts_config
 from stts_slowfast.hooks import attach
-from stts_slowfast.hosts import find_blocks
+from stts_slowfast.hosts import find, modules_with_selectors
 from stts_slowfast.pyslowfast import compat, families, run_state, shards, weights
+from stts_slowfast.pyslowfast.dry_run import check_forward
 from stts_slowfast.pyslowfast.guard import OFF, check_selectors, confirm, enabled
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.schedule import set_progress
+
+# Models of SlowFast's that have no tokens.
+CONVOLUTIONAL = (
+    *("SlowFast", "ResNet", "X3D"),
+    *("PTVResNet", "PTVSlowFast", "PTVX3D", "PTVCSN", "PTVR2plus1D"),
+)
 
 # ---- config ---------------------------------------------------------------------------------
 
@@ -106,8 +113,9 @@ def refuse(cfg) -> None:
     Raises:
         ValueError: naming the key and what would be right.
     """
-    backbones.refuse_detached_scorers(cfg)
     name = cfg.MODEL.MODEL_NAME
+    if name in CONVOLUTIONAL:
+        raise ValueError(_no_transformer(name))
     if cfg.MASK.ENABLE:
         raise ValueError(
             "MASK.ENABLE is True: masked pretraining predicts every token, so none may be dropped; "
@@ -133,49 +141,86 @@ def refuse(cfg) -> None:
 
 
 def add_selectors(model: nn.Module, cfg) -> nn.Module:
-    """Attaches what ``cfg.STTS`` asks for to a model that SlowFast has just built.
+    """Attaches what ``cfg.STTS`` asks for to a model that SlowFast has just built, once.
 
-    The blocks may be the model's own, or those of one model inside it.
+    The selectors are put where the blocks are: in the model, or in the one module of it that has
+    some. A model that got the same selectors earlier, as a part that was built on its own, keeps
+    them.
 
     Raises:
         ValueError: for a model that is no video transformer, or a node that does not fit it.
     """
     name = cfg.MODEL.MODEL_NAME
+    if holders := modules_with_selectors(model):
+        if len(holders) == 1 and _settings(holders) == [Settings.of_node(cfg.STTS)]:
+            return model
+        raise ValueError(
+            f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}, but modules of it have selectors "
+            f"already, of another config ({', '.join(path or 'itself' for path in holders)}): "
+            f"build its parts with STTS.ENABLE False, {OFF}"
+        )
+    inner = transformer_in(model, name)
+    backbones.refuse_detached_scorers(cfg)
     try:
-        host = model_with_blocks(model)
-        attach(host, cfg.STTS, arriving_grids(host, cfg))
+        grids = arriving_grids(inner, cfg)
+        attach(inner, cfg.STTS, grids)
+        if run_state.trains(cfg):
+            set_progress(inner, 0.0, cfg.RNG_SEED)
+        if cfg.DETECTION.ENABLE and hasattr(inner, "head"):
+            pool_over_frames_left(inner.head)
+        if grids is None:
+            check_forward(model, cfg)
     except ValueError as error:
         raise ValueError(f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}: {error}") from error
-    if run_state.trains(cfg):
-        set_progress(host, 0.0, cfg.RNG_SEED)
-    if cfg.DETECTION.ENABLE:
-        pool_over_frames_left(host.head)
     weights.note_config(model, cfg)
     return model
 
 
-def model_with_blocks(model: nn.Module) -> nn.Module:
-    """The model, if a host knows it; else the one model inside it that a host knows; else it.
+def transformer_in(model: nn.Module, name: str) -> nn.Module:
+    """The module of a model that has a transformer's blocks: itself, or one inside a wrapper.
+
+    Args:
+        model: as SlowFast builds it.
+        name: ``MODEL.MODEL_NAME``, for messages.
 
     Raises:
-        ValueError: if there are several.
+        ValueError: if there is none, or more than one.
     """
-    found = dict(_hosted("", model))
+    found = dict(_transformers("", model))
+    if not found:
+        raise ValueError(_no_transformer(name))
     if len(found) > 1:
         raise ValueError(
-            f"{len(found)} models inside {type(model).__name__} have blocks ({', '.join(found)}), "
-            "and tokens are selected in one: use MODEL.MODEL_NAME with one of them"
+            f"STTS.ENABLE is True, but MODEL.MODEL_NAME {name!r} has {len(found)} modules with "
+            f"blocks ({', '.join(found)}), and tokens are selected in one: use a model with one, "
+            f"{OFF}"
         )
-    return next(iter(found.values()), model)
+    return next(iter(found.values()))
 
 
-def _hosted(path: str, module: nn.Module):
+def _transformers(path: str, module: nn.Module):
     try:
-        find_blocks(module)
-        yield path, module
+        _, blocks = find(module)
     except ValueError:
-        for name, child in module.named_children():
-            yield from _hosted(f"{path}.{name}".lstrip("."), child)
+        blocks = []
+    # Convolutional networks have `blocks` as well; a transformer's have a LayerNorm.
+    if any(isinstance(part, nn.LayerNorm) for block in blocks for part in block.modules()):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _transformers(f"{path}.{name}".lstrip("."), child)
+
+
+def _no_transformer(name: str) -> str:
+    return (
+        f"STTS.ENABLE is True, but MODEL.MODEL_NAME {name!r} is no video transformer: there are no "
+        "tokens to select among. Use MViT, TimeSformer, VideoSwin, PTVMViT, or a model of yours "
+        f"with blocks that are called as x, thw = block(x, thw); {OFF}"
+    )
+
+
+def _settings(holders: dict[str, nn.Module]) -> list[Settings]:
+    return [module.stts.settings for module in holders.values()]
 
 
 def arriving_grids(model: nn.Module, cfg) -> list[tuple[int, int, int]] | None:

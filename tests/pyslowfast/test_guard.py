@@ -111,8 +111,7 @@ class TensorboardWriter:
 }
 
 MODULES = [
-    name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-    for name in SLOWFAST
+    name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in SLOWFAST
 ]
 
 # Runs as `child` in a process forked for each way to fail: importing torch takes seconds.

@@ -37,7 +37,7 @@ def test_a_part_that_a_model_takes_from_the_registry_has_its_selectors_once(regi
     registry.register(Wrapper)
     cfg.MODEL.MODEL_NAME = "Wrapper"
     model = registry.get("Wrapper")(cfg)
-    assert list(modules_with_selectors(model)) == ["model"]
+    assert len(modules_with_selectors(model)) == 1
     assert model.eval()(torch.randn(2, 4 * 36, 8)).shape == (2, 2 * 25, 8)
 
 
@@ -49,7 +49,7 @@ def test_two_models_with_blocks_are_refused(registry, cfg):
 
     registry.register(Twins)
     cfg.MODEL.MODEL_NAME = "Twins"
-    with pytest.raises(ValueError, match=r"2 models inside Twins have blocks \(one, two\)"):
+    with pytest.raises(ValueError, match=r"'Twins' has 2 modules with blocks \(one, two\)"):
         registry.get("Twins")(cfg)
 
 
@@ -67,7 +67,7 @@ def test_selectors_are_there_before_the_model_is_moved_or_wrapped(registry, cfg)
 
 def test_a_model_without_blocks_is_refused(registry, cfg):
     cfg.MODEL.MODEL_NAME = "ConvNet"
-    with pytest.raises(ValueError, match=r"MODEL.MODEL_NAME 'ConvNet'.*has no blocks"):
+    with pytest.raises(ValueError, match=r"MODEL.MODEL_NAME 'ConvNet' is no video transf"):
         registry.get("ConvNet")(cfg)
 
 
