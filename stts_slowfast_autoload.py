@@ -1,4 +1,4 @@
-"""What PyTorch calls at the end of ``import torch`` (entry point ``torch.backends``): it never fails.
+"""What PyTorch calls at the end of ``import torch`` (group ``torch.backends``): it cannot fail.
 
 An error here would be one of ``import torch``, for everybody in the environment. So this file is
 copied beside PyTorch, also by an editable install, needs the standard library alone, and passes

@@ -105,20 +105,16 @@ def test_import_torch_survives_a_checkout_that_is_moved_or_broken(editable):
     done = run("-c", f"{IMPORT}; import sys; print('stts_slowfast.pyslowfast' in sys.modules)")
     assert done.stdout.split()[::2] == ["torch", "True"], done.stderr
     broken = sources / "stts_slowfast" / "pyslowfast" / "autoload.py"
-    text = broken.read_text()
-    for wrong in ("def register(:", "import nothing_of_this_name", "raise OSError('disk')"):
-        broken.write_text(wrong)
-        done = run("-c", IMPORT)
-        assert done.stdout.startswith("torch") and "stts_slowfast" not in done.stderr, done.stderr
-    broken.write_text(text)
-    sources.rename(sources.with_name("moved"))
+    broken.write_text("def register(:")  # half of an upgrade
     done = run("-c", IMPORT)
     assert done.stdout.startswith("torch") and "stts_slowfast" not in done.stderr, done.stderr
+    sources.rename(sources.with_name("moved"))
     package = sources.with_name("slowfast")
     package.mkdir()
     (package / "__init__.py").write_text("")
     done = run("-c", f"{IMPORT}; import slowfast")
-    assert done.returncode == 0 and "SlowFast runs without it (ModuleNotFoundError" in done.stderr
-    # What an interrupted uninstallation leaves behind is called by nobody.
+    assert done.stdout.startswith("torch"), done.stderr
+    (told,) = [line for line in done.stderr.splitlines() if "stts_slowfast" in line]
+    assert "SlowFast runs without it (ModuleNotFoundError" in told
     assert run("-m", "pip", "uninstall", "--quiet", "--yes", "stts-slowfast").returncode == 0
-    assert run("-c", IMPORT).stdout.startswith("torch")
+    assert not list(sources.parent.glob("venv/lib/python*/site-packages/stts_slowfast*"))
