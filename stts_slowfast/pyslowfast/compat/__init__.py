@@ -206,10 +206,14 @@ def asks_for_us(cfg) -> bool:
 
     if "STTS" not in cfg:
         return False
-    return cfg.STTS.ENABLE or any(
-        cfg.get(node, {}).get(name, default) != default
-        for node, keys in OUR_KEYS.items()
-        for name, default in keys.items()
+    return (
+        cfg.STTS.ENABLE
+        or cfg.STTS.get("FAST_AUGMENT", False)
+        or any(
+            cfg.get(node, {}).get(name, default) != default
+            for node, keys in OUR_KEYS.items()
+            for name, default in keys.items()
+        )
     )
 
 
