@@ -316,6 +316,11 @@ def _plan(settings: Settings, grids, end: int) -> dict[str, tuple[tuple, tuple]]
 def nothing_left(dimension: str, keep: float, block: int, grid: Sequence[int]) -> str:
     """The sentence for a share that selects nothing out of ``grid``, ``(T, H, W)``."""
     frames, height, width = grid
+    if dimension == "TIME" and frames == 1:
+        return (
+            f"STTS.TIME.KEEP {keep:g} leaves no frame: one token frame arrives at block {block}, "
+            "as of an image, and it cannot be dropped; set STTS.TIME.BLOCKS []"
+        )
     found = f"{frames} frames" if dimension == "TIME" else f"{height}x{width} tokens"
     least = 1 / frames if dimension == "TIME" else 1 / min(height, width) ** 2
     unit = "frame" if dimension == "TIME" else "window"

@@ -15,14 +15,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs import config as yacs
 
-from stts_slowfast.pyslowfast import precision
-from stts_slowfast.pyslowfast.guard import check_selectors, confirm
+from stts_slowfast.pyslowfast import compat, precision, run_state
+from stts_slowfast.pyslowfast.compat.devices import quiet_synchronize
+from stts_slowfast.pyslowfast.guard import confirm
 from stts_slowfast.pyslowfast.wrap import wrap
 
 logger = logging.getLogger(__name__)
-
-# The function that this process runs for SlowFast's launcher: train, test, visualize, ...
-_job = ""
 
 
 class OneOfMany(int):
@@ -74,57 +72,38 @@ def wrap_launch_job(misc) -> None:
     wrap(misc, "launch_job", _launch)
 
 
-def job() -> str:
-    """What this process runs for SlowFast's launcher: ``train``, ``test``, ...; else empty."""
-    return _job
-
-
 def rank() -> int:
     """This process's number among all of a run."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def wrap_build_model(build) -> None:
-    """``slowfast.models.build.build_model``, through which every tool gets its model."""
-    wrap(build, "build_model", _build_model)
-
-
-def _build_model(build_model, cfg, *args, **kwargs) -> nn.Module:
-    confirm(cfg)
-    model = _built(build_model, cfg, *args, **kwargs)
-    check_selectors(model, cfg)
-    return model
-
-
-def _built(stock, cfg, *args, **kwargs) -> nn.Module:
+def build(build_model, cfg, *args, **kwargs) -> nn.Module:
     """SlowFast's ``build_model``, and DDP on a CPU, which that does not know."""
     if not isinstance(cfg.NUM_GPUS, OneOfMany) or cfg.NUM_GPUS:
-        return stock(cfg, *args, **kwargs)
+        return build_model(cfg, *args, **kwargs)
     alone = cfg.clone()
     alone.NUM_GPUS = 0
     contrastive = cfg.MODEL.MODEL_NAME == "ContrastiveModel"
     unused = cfg.MODEL.DETACH_FINAL_FC or contrastive  # as SlowFast has it on GPUs
-    return DistributedDataParallel(stock(alone, *args, **kwargs), find_unused_parameters=unused)
+    return DistributedDataParallel(
+        build_model(alone, *args, **kwargs), find_unused_parameters=unused
+    )
 
 
 def _launch(launch_job, cfg, init_method, func, daemon=False):
-    if cfg.NUM_SHARDS > 1 and cfg.NUM_GPUS <= 1:
+    if cfg.NUM_SHARDS > 1 and cfg.NUM_GPUS <= 1 and compat.asks_for_us(cfg):
         cfg = _join(cfg, init_method)
-        return _run(func, cfg=cfg)
+        return run(func, cfg=cfg)
     # Unpickling it in a child of its own loads this package there.
-    return launch_job(cfg, init_method, functools.partial(_run, func), daemon)
+    return launch_job(cfg, init_method, functools.partial(run, func), daemon)
 
 
-def _run(func, cfg):
+def run(func, cfg):
     """Runs one of a launcher's jobs, in whichever process."""
-    global _job
+    compat.report(compat.asks_for_us(cfg))
     confirm(cfg)
-    _job = getattr(func, "__name__", "")
-    try:
-        with precision.autocast(cfg):
-            return func(cfg=cfg)
-    finally:
-        _job = ""
+    with run_state.started(cfg, func), precision.autocast(cfg), quiet_synchronize(cfg):
+        return func(cfg=cfg)
 
 
 def _join(cfg, init_method: str):

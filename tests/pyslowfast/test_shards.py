@@ -8,7 +8,7 @@ import pytest
 import yaml
 from fvcore.common.config import CfgNode
 
-from stts_slowfast.pyslowfast import shards
+from stts_slowfast.pyslowfast import run_state, shards
 from stts_slowfast.pyslowfast.shards import OneOfMany
 
 
@@ -39,15 +39,20 @@ def launch_job():
 
 
 def test_a_shard_that_the_run_does_not_have_is_refused(launch_job):
-    cfg = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 2, "SHARD_ID": 2})
+    cfg = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 2, "SHARD_ID": 2, "STTS": {"ENABLE": True}})
     with pytest.raises(ValueError, match="--shard_id is 2: with --num_shards 2 it is one of 0 to"):
         launch_job(cfg=cfg, init_method="", func=print)
 
 
 def test_one_shard_is_left_to_slowfast(launch_job):
     def train(cfg):
-        return shards.job(), type(cfg.NUM_GPUS)
+        return run_state.running().job, type(cfg.NUM_GPUS)
 
     cfg = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 1, "SHARD_ID": 0})
     assert launch_job(cfg, "", train) == ("train", int)
-    assert shards.job() == ""
+    assert run_state.running() is None
+
+
+def test_shards_of_a_run_without_us_stay_runs_of_their_own(launch_job):
+    cfg = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 2, "SHARD_ID": 7, "STTS": {"ENABLE": False}})
+    assert launch_job(cfg, "", lambda cfg: type(cfg.NUM_GPUS)) is int
