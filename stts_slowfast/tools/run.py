@@ -2,6 +2,7 @@
 
 import argparse
 
+from stts_slowfast.config import check_testing
 from stts_slowfast.pyslowfast import launch
 from stts_slowfast.tools.cli import add_opts
 from stts_slowfast.yamlfiles import find_config
@@ -55,6 +56,8 @@ def main(args: argparse.Namespace) -> int | None:
     from stts_slowfast.standalone.data import ClipDataset
 
     for cfg in configs:
+        if cfg.TEST.ENABLE and cfg.STTS.ENABLE:
+            check_testing(cfg.STTS)
         if cfg.TRAIN.ENABLE and cfg.TEST.ENABLE:
             ClipDataset(cfg, "test")  # a list that is missing shows now, not after the training
     for cfg in configs:

@@ -130,6 +130,8 @@ REMEDIES = {
     "pytorchvideo": "SlowFast needs names that pytorchvideo's release 0.1.5 lacks: install it "
     "from https://github.com/facebookresearch/pytorchvideo",
 }
+# Set by `stts run` for the launcher that it starts.
+BY_US = "STTS_RUN"
 GUIDE = "'Beside SlowFast' in projects/stts/README.md"
 
 # The same file under the names by which launchers import it.
@@ -201,15 +203,20 @@ def patch(name: str):
 
 
 def asks_for_us(cfg) -> bool:
-    """Whether a config asks for something that SlowFast does not have without this package."""
+    """Whether a run asks for something that SlowFast does not have without this package: its config
+    does, or `stts run` started it."""
     from stts_slowfast.pyslowfast.settings import OUR_KEYS
 
     if "STTS" not in cfg:
         return False
-    return cfg.STTS.ENABLE or any(
-        cfg.get(node, {}).get(name, default) != default
-        for node, keys in OUR_KEYS.items()
-        for name, default in keys.items()
+    return (
+        cfg.STTS.ENABLE
+        or os.environ.get(BY_US) == "1"
+        or any(
+            cfg.get(node, {}).get(name, default) != default
+            for node, keys in OUR_KEYS.items()
+            for name, default in keys.items()
+        )
     )
 
 
