@@ -26,13 +26,15 @@ _C = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 1, "RNG_SEED": 0, "MODEL": {"MODEL_NA
               "TRAIN": {"ENABLE": True, "MIXED_PRECISION": False},
               "MASK": {"ENABLE": False}, "DETECTION": {"ENABLE": False},
               "MVIT": {"REV": {"ENABLE": False}}, "SOLVER": {"LAYER_DECAY": 1.0, "BASE_LR": 0.1},
-              "DATA": {}, "TEST": {}, "MULTIGRID": {"LONG_CYCLE": False, "SHORT_CYCLE": False}})
+              "DATA": {}, "TEST": {"ENABLE": True},
+              "MULTIGRID": {"LONG_CYCLE": False, "SHORT_CYCLE": False}})
 def get_cfg():
     return _C.clone()
 def assert_and_infer_cfg(cfg):
     return cfg
 """,
     "slowfast/datasets/__init__.py": "",
+    "slowfast/datasets/build.py": "def build_dataset(dataset_name, cfg, split): ...",
     "slowfast/datasets/decoder.py": """
 class io: _read_video_from_memory = None
 def decode(backend="pyav"): ...
@@ -79,6 +81,7 @@ def set_lr(optimizer, new_lr): ...
     # Patches are switched off here, so what they are for need not be there.
     "slowfast/datasets/kinetics.py": "",
     "slowfast/datasets/loader.py": "",
+    "slowfast/datasets/ptv_datasets.py": "",
     "slowfast/models/ptv_model_builder.py": "",
     "slowfast/utils/__init__.py": "",
     "slowfast/utils/meters.py": """
@@ -91,6 +94,7 @@ class TestMeter:
     "slowfast/utils/checkpoint.py": """
 def load_checkpoint(path_to_checkpoint, model): return 0
 def load_test_checkpoint(cfg, model): ...
+def normal_to_sub_bn(checkpoint_sd, model_sd): ...
 """,
     "slowfast/utils/logging.py": "def log_json_stats(stats, output_dir=None): ...",
     "slowfast/utils/misc.py": """

@@ -101,6 +101,27 @@ PATCHES = {
         "PTVMViT with an empty `MVIT.POOL_KV_STRIDE`",
         {"slowfast.models.ptv_model_builder": "compat.tools.patch_ptv_mvit"},
     ),
+    "ptv_datasets": Patch(
+        "`ptvkinetics` and its kin fail in the first batch, which has four things where SlowFast's "
+        "loops unpack five; `DATA.DECODING_BACKEND torchvision` fails on every video",
+        "`train_epoch`, `eval_epoch` and `perform_test` of `tools/` for these datasets; their "
+        "backend, if torchvision's is gone: PyAV decodes",
+        {
+            "slowfast.datasets.ptv_datasets": "compat.ptv.patch_backend",
+            "tools.train_net": "compat.ptv.patch_loops",
+            "tools.test_net": "compat.ptv.patch_loops",
+        },
+    ),
+    "flop_count": Patch(
+        "a model with `MODEL.ACT_CHECKPOINT` fails as its FLOPs are counted (`unordered_map::at`)",
+        "`get_model_stats`: while it counts, fairscale recomputes nothing",
+        {"slowfast.utils.misc": "compat.flops.patch_flop_count"},
+    ),
+    "unsupported_operators": Patch(
+        "counting FLOPs writes about 100 lines of operators that are not counted",
+        "`get_model_stats` in runs with selection, or started by `stts run`: no such lines",
+        {"slowfast.utils.misc": "compat.flops.patch_unsupported_operators"},
+    ),
     "visualization": Patch(
         "`tools/visualization.py` unpacks four of the five things in a batch",
         "the job `visualize` of `tools/visualization.py`",
