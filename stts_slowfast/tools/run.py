@@ -2,7 +2,6 @@
 
 import argparse
 
-from stts_slowfast.config import check_testing
 from stts_slowfast.pyslowfast import launch
 from stts_slowfast.tools.cli import add_opts
 from stts_slowfast.yamlfiles import find_config
@@ -52,6 +51,7 @@ def main(args: argparse.Namespace) -> int | None:
 
     # All files are read before the first one runs, so that a typo in the last shows at once.
     configs = [load_config(path, args.opts) for path in args.cfg]
+    from stts_slowfast.config import check_testing
     from stts_slowfast.standalone import engine as runner
     from stts_slowfast.standalone.data import ClipDataset
 
