@@ -25,7 +25,8 @@ LOOPS = {
 def wrap_jobs(tool) -> None:
     """``train`` and ``test``, which notebooks call without the launcher."""
     for name in ("train", "test"):
-        if _is_slowfasts(tool) and hasattr(tool, name):
+        job = getattr(tool, name, None)
+        if _is_slowfasts(tool) and job and list(inspect.signature(job).parameters) == ["cfg"]:
             wrap(tool, name, _run_job)
 
 

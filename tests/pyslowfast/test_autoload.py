@@ -52,7 +52,7 @@ def normal_to_sub_bn(checkpoint_sd, model_sd): ...
 def log_json_stats(stats, output_dir=None): print(stats)
 """,
     "tools/run_net.py": "from vision.fair.slowfast.tools.train_net import train",
-    "tools/train_net.py": "def train(cfg): return 'trained'",
+    "tools/train_net.py": "def train(config): return 'trained'",
 }
 
 
@@ -121,10 +121,12 @@ import slowfast.utils.logging as log, slowfast.utils.checkpoint as checkpoint
 from slowfast.models import build_model
 for function in (optimizer.construct_optimizer, optimizer.get_epoch_lr, optimizer.set_lr,
                  log.log_json_stats, checkpoint.load_checkpoint, build_model,
-                 checkpoint.load_test_checkpoint):
-    assert not hasattr(function.stock, "stock"), function
-# Two hooks of ours look at it.
-assert not hasattr(defaults.assert_and_infer_cfg.stock.stock, "stock")
+                 checkpoint.load_test_checkpoint, defaults.assert_and_infer_cfg):
+    wrappers = []
+    while hasattr(function, "stock"):
+        wrappers.append(function.wrapper)
+        function = function.stock
+    assert len(wrappers) == len(set(wrappers)) > 0, wrappers
 """
     output(code, checkout)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from stts_slowfast.pyslowfast import autoload, guard, plugin
 
@@ -212,17 +213,18 @@ def test_a_run_with_selection_stops_where_a_hook_does_not_run(runs, hook, how):
     if hook == "plugin.add_config":  # then SlowFast does not know the key
         assert "STTS is given" in stages["opts"] and name in stages["opts"]
         return
-    # Training and testing build their models here; wherever else we look, it is told as well.
-    assert name in stages["build"] and "set STTS.ENABLE False" in stages["build"]
+    # Every stage but the hook's own tells of it.
     own = {
+        "plugin.wrap_build_model": {"build"},
         "guard.wrap_config": {"config"},
         "shards.wrap_launch_job": {"launch"},
         "training.wrap_optimizer": {"optimizer"},
     }
-    silent = {stage for stage in ("config", "launch", "optimizer") if not stages[stage]}
+    every = {"config", "launch", "build", "optimizer"}
+    silent = {stage for stage in every if not stages[stage]}
     assert silent == own.get(hook, set())
-    told = {stage for stage in ("config", "launch", "optimizer") if name in stages[stage]}
-    assert told == {"config", "launch", "optimizer"} - silent
+    for stage in every - silent:
+        assert name in stages[stage] and "set STTS.ENABLE False" in stages[stage]
 
 
 @pytest.mark.parametrize("how", ["fails", "never ran"])
@@ -241,7 +243,7 @@ def test_an_optimizer_wants_the_selectors_of_its_config(registry, cfg):
     with pytest.raises(RuntimeError, match=r"asks for .* time_0, space_1, but .* has none"):
         guard.check_selectors(model, cfg)
     model = registry.get("Transformer")(cfg)
-    guard.check_selectors(SimpleNamespace(module=model), cfg)
+    guard.check_selectors(nn.DataParallel(model), cfg)
     cfg.STTS.SPACE.BLOCKS = [0]
     with pytest.raises(RuntimeError, match="space_0, but this Transformer has time_0, space_1"):
         guard.check_selectors(model, cfg)

@@ -32,6 +32,7 @@ CHECKOUT = {
     "slowfast/config/__init__.py": "",
     "slowfast/config/defaults.py": (
         "from fvcore.common.config import CfgNode\n_C = CfgNode()\ndef get_cfg(): return _C\n"
+        "def assert_and_infer_cfg(cfg): return cfg\n"
     ),
     "slowfast/run.py": "def run(rank, function): function(rank)",
     "tools/run_net.py": LAUNCHER,

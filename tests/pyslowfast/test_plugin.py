@@ -28,11 +28,11 @@ def test_a_part_that_a_model_takes_from_the_registry_has_its_selectors_once(regi
     class Wrapper(nn.Module):
         def __init__(self, cfg):
             super().__init__()
-            self.model = MODEL_REGISTRY.get("Transformer")(cfg)
-            assert not hasattr(self.model, "stts")
+            self.net = MODEL_REGISTRY.get("Transformer")(cfg)
+            assert not hasattr(self.net, "stts")
 
         def forward(self, x):
-            return self.model(x)
+            return self.net(x)
 
     registry.register(Wrapper)
     cfg.MODEL.MODEL_NAME = "Wrapper"

@@ -98,7 +98,10 @@ def test_a_resumed_run_is_held_back_as_it_was(registry, cfg, optim, trained):
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_model_is_trained_once_a_checkpoint_was_loaded_into_it(wrapped):
-    checkpoint = SimpleNamespace(load_checkpoint=lambda path, model, data_parallel=True: 7)
+    checkpoint = SimpleNamespace(
+        load_checkpoint=lambda path, model, data_parallel=True: 7,
+        normal_to_sub_bn=lambda *states: states,
+    )
     weights.wrap_load_checkpoint(checkpoint)
     model = nn.Linear(1, 1)
     outer = nn.DataParallel(model) if wrapped else model
