@@ -29,7 +29,7 @@ def check_forward(model: nn.Module, cfg) -> None:
     """
     try:
         twin = _meta_copy(model).eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             twin(*_inputs(cfg))
     except Exception as error:
         if isinstance(error, ValueError) and _is_ours(error):
