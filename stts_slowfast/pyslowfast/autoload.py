@@ -1,9 +1,9 @@
 """Waits until SlowFast is imported, then lets the plugin take hold: nothing else happens here.
 
-PyTorch calls `register` at the end of every ``import torch`` (entry point ``torch.backends``), in
-spawned children too, whether SlowFast will be used or not. So this file needs the standard library
-and wrapt alone, takes microseconds once they are imported, and never raises. ``STTS_AUTOLOAD=0``
-switches it off.
+PyTorch calls `stts_slowfast_autoload.register` at the end of every ``import torch`` (entry point
+``torch.backends``), in spawned children too, whether SlowFast will be used or not. So this file
+needs the standard library and wrapt alone, and takes microseconds once they are imported; what it
+raises is caught there. ``STTS_AUTOLOAD=0`` switches it off.
 """
 
 import importlib
@@ -72,17 +72,14 @@ def register_hooks() -> None:
     if _registered:
         return
     _registered = True
-    try:
-        from wrapt import register_post_import_hook
+    from wrapt import register_post_import_hook
 
-        for module_name, functions in HOOKS.items():
-            if _is_half_imported(module_name):
-                _half_imported[module_name] = functions
-                continue
-            for function in functions:
-                register_post_import_hook(partial(_hook, function), module_name)
-    except Exception as error:
-        _complain("cannot wait for SlowFast", error)
+    for module_name, functions in HOOKS.items():
+        if _is_half_imported(module_name):
+            _half_imported[module_name] = functions
+            continue
+        for function in functions:
+            register_post_import_hook(partial(_hook, function), module_name)
 
 
 def finish() -> None:

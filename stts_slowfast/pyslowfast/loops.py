@@ -44,7 +44,8 @@ def patch_cuda_synchronize(train_net) -> bool:
     """``torch.cuda.synchronize()`` after every iteration, whatever ``NUM_GPUS`` is."""
     import torch
 
-    if torch.cuda.is_available() or not _is_slowfasts(train_net):
+    here = _is_slowfasts(train_net) and hasattr(train_net, "train_epoch")
+    if torch.cuda.is_available() or not here:
         return False
     wrap(train_net, "train_epoch", _train_quietly)
     return True
@@ -53,7 +54,7 @@ def patch_cuda_synchronize(train_net) -> bool:
 @patch("ava_test")
 def patch_ava_test(test_net) -> bool:
     """AVA's meter in testing: ``perform_test`` ends each iteration for it a second time."""
-    if not _is_slowfasts(test_net):
+    if not (_is_slowfasts(test_net) and hasattr(test_net, "perform_test")):
         return False
     wrap(test_net, "perform_test", _test_detection)
     return True

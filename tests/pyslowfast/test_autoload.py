@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from stts_slowfast.pyslowfast import autoload
-
 REPO = Path(__file__).parents[2]
 
 # A package with SlowFast's names and none of its dependencies.
@@ -23,7 +21,10 @@ def get_cfg():
 def assert_and_infer_cfg(cfg):
     return cfg
 """,
-    "slowfast/models/__init__.py": "from .build import MODEL_REGISTRY, build_model\nfrom .video_model_builder import ResNet",
+    "slowfast/models/__init__.py": """
+from .build import MODEL_REGISTRY, build_model
+from .video_model_builder import ResNet
+""",
     "slowfast/models/build.py": """
 from fvcore.common.registry import Registry
 MODEL_REGISTRY = Registry("MODEL")
@@ -201,11 +202,17 @@ def test_a_failing_hook_is_told_and_does_not_stop_the_import(checkout):
     assert "stts_slowfast: plugin.add_config failed on slowfast.config.defaults" in done.stderr
 
 
-def test_register_never_raises(monkeypatch, capsys):
-    monkeypatch.setattr(autoload, "_registered", False)
-    monkeypatch.setitem(sys.modules, "wrapt", None)  # import wrapt raises ImportError
-    autoload.register()
-    assert "stts_slowfast: cannot wait for SlowFast" in capsys.readouterr().err
+ENTRY = "import stts_slowfast_autoload; stts_slowfast_autoload.register(); print('alive')"
+
+
+@pytest.mark.parametrize("broken", ["wrapt", "stts_slowfast", "stts_slowfast.pyslowfast.autoload"])
+def test_what_torch_calls_never_fails(checkout, broken):
+    missing = f"import sys; sys.modules[{broken!r}] = None; {ENTRY}"
+    done = python(missing, checkout)
+    assert (done.stdout.strip(), done.stderr) == ("alive", "")
+    done = python(f"{missing}; import slowfast, slowfast.config", checkout)
+    assert done.stdout.strip() == "alive" and done.stderr.count("\n") == 1
+    assert "stts_slowfast: SlowFast runs without it (ModuleNotFoundError: " in done.stderr
 
 
 def test_nothing_heavy_is_imported_where_slowfast_is_not(checkout):

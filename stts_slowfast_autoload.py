@@ -1,0 +1,36 @@
+"""What PyTorch calls at the end of ``import torch`` (group ``torch.backends``): it cannot fail.
+
+An error here would be one of ``import torch``, for everybody in the environment. So this file is
+copied beside PyTorch, also by an editable install, needs the standard library alone, and passes
+over a package behind it that has moved, lacks a dependency or is half there. Whoever imports
+``slowfast`` then is told so on one line.
+"""
+
+import sys
+
+
+def register() -> None:
+    """Lets the package wait for SlowFast."""
+    try:
+        from stts_slowfast.pyslowfast import autoload
+
+        autoload.register()
+    except Exception as error:
+        sys.meta_path.insert(0, _Notice(error))
+
+
+class _Notice:
+    """Finds no module; when ``slowfast`` is looked for, it writes why this package is not there."""
+
+    def __init__(self, error: Exception):
+        self.text = f"{type(error).__name__}: {error}"
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "slowfast":
+            sys.meta_path.remove(self)
+            print(
+                f"stts_slowfast: SlowFast runs without it ({self.text}): install it again, or "
+                "`pip uninstall stts-slowfast`",
+                file=sys.stderr,
+            )
+        return None
