@@ -1,5 +1,6 @@
 """Every hook fails, or never runs, in turn: where STTS.ENABLE is True the run stops, else not."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from torch import nn
 from stts_slowfast.pyslowfast import autoload, guard, plugin
 
 REPO = Path(__file__).parents[2]
-HOOKS = [function for functions in autoload.HOOKS.values() for function in functions]
+# A file under several names has the same ones.
+HOOKS = list(dict.fromkeys(itertools.chain(*autoload.HOOKS.values())))
 
 # A package with SlowFast's names, which a run passes in SlowFast's order.
 SLOWFAST = {
