@@ -1,6 +1,7 @@
 """Wheel and sdist as they are built, what is in them; an editable install whose checkout moves."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import stts_slowfast
 
 pytest.importorskip("setuptools")
 ROOT = Path(__file__).parents[1]
@@ -49,8 +52,17 @@ def test_configs_travel_in_wheel_and_sdist(built):
     assert {f"stts_slowfast/{name}" for name in ours} <= sdist
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").rglob("*.py")}
     modules.add("stts_slowfast_autoload.py")
-    assert "stts_slowfast_autoload.pth" in wheel
-    assert modules <= wheel and modules | {"build_backend.py"} <= sdist
+    assert {"stts_slowfast_autoload.pth", "stts_slowfast/py.typed"} <= wheel
+    assert modules <= wheel and modules | {"build_backend.py", "stts_slowfast/py.typed"} <= sdist
+
+
+def test_the_version_is_the_packages(built):
+    (wheel,) = built.glob("*.whl")
+    (sdist,) = built.glob("*.tar.gz")
+    assert wheel.name.startswith(f"stts_slowfast-{stts_slowfast.__version__}-")
+    assert sdist.name == f"stts_slowfast-{stts_slowfast.__version__}.tar.gz"
+    versions = re.findall(r"^## \[(.+?)\] - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == stts_slowfast.__version__
 
 
 def test_the_wheel_loads_configs_by_name(built, tmp_path):

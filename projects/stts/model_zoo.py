@@ -23,6 +23,11 @@ START, END = "<!-- model zoo -->\n", "<!-- end of model zoo -->\n"
 
 # The configurations with selection, and the notes that explain their rows.
 SELECTION = {
+    "Kinetics/RECOMMENDED_MVIT_B_16x4_T0_0.9_S4_0.9": "h",
+    "Kinetics/RECOMMENDED_MVITv2_S_16x4_T0_0.9_S4_0.9": "h",
+    "Kinetics/RECOMMENDED_VIT_B_16x4_T0_0.9_S4_0.9": "h",
+    "Kinetics/RECOMMENDED_TIMESFORMER_8x32_T0_0.9_S4_0.9": "h",
+    "Kinetics/RECOMMENDED_SWIN_T_32x2_T0_0.5": "h",
     "Kinetics/STTS_MVIT_B_16x4_T0_0.9_S4_0.9": "",
     "Kinetics/STTS_MVIT_B_16x4_T0_0.8_S4_0.9": "",
     "Kinetics/STTS_MVIT_B_16x4_T0_0.6_S4_0.9": "a",
@@ -89,6 +94,7 @@ Where the two disagree, and what else to know:
   that of the released models, which were trained again after the paper. Parameters are the paper's
   for one model, whatever its number of frames and classes.
 - **g** Pre-trained on ImageNet-21K.
+- **h** The recommended recipe; nothing is published for it. The others are the paper's.
 """
 
 

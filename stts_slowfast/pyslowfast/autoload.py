@@ -18,6 +18,7 @@ from stts_slowfast.pyslowfast import compat
 OURS = {
     "slowfast": ["compat.check_switch"],
     "slowfast.datasets.build": ["lists.wrap_build_dataset"],
+    "slowfast.datasets.kinetics": ["augment.wrap_augment"],
     "slowfast.models.attention": ["fused.register"],
     "slowfast.models.build": ["plugin.wrap_build_model"],
     "slowfast.models.optimizer": ["training.wrap_optimizer"],
