@@ -233,6 +233,7 @@ def asks_for_us(cfg) -> bool:
     return (
         cfg.STTS.ENABLE
         or os.environ.get(BY_US) == "1"
+        or cfg.STTS.get("FAST_AUGMENT", False)
         or any(
             cfg.get(node, {}).get(name, default) != default
             for node, keys in OUR_KEYS.items()
