@@ -1,7 +1,8 @@
-"""setuptools' build backend, whose editable wheels hold ``stts_slowfast_autoload.py`` as a copy.
+"""setuptools' build backend, and what it has no word for: a file that Python reads as it starts,
+and ``stts_slowfast_autoload.py`` as a copy in editable installs.
 
-An editable install links modules to the checkout. PyTorch imports this one with every ``import
-torch``, and must find it also when the checkout has moved.
+An editable install links modules to the checkout. Python and PyTorch import this one whenever they
+start, and must find it also when the checkout has moved.
 """
 
 import base64
@@ -11,23 +12,40 @@ import zipfile
 
 from setuptools.build_meta import *  # noqa: F403
 from setuptools.build_meta import build_editable as _build_editable
+from setuptools.build_meta import build_wheel as _build_wheel
 
-MODULE = "stts_slowfast_autoload.py"
+MODULE, START = "stts_slowfast_autoload.py", "stts_slowfast_autoload.pth"
+# It must neither fail nor write, whatever is left of the module.
+LINE = (
+    rb"import sys; exec('try:\n import stts_slowfast_autoload as s; s.wait()\nexcept Exception: 0')"
+)
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    """The wheel of setuptools, with the file."""
+    name = _build_wheel(wheel_directory, config_settings, metadata_directory)
+    _add(os.path.join(wheel_directory, name), {START: LINE})
+    return name
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    """The editable wheel of setuptools, with the module."""
+    """The editable wheel of setuptools, with the file and the module."""
     name = _build_editable(wheel_directory, config_settings, metadata_directory)
-    path = os.path.join(wheel_directory, name)
+    with open(MODULE, "rb") as file:
+        module = file.read()
+    _add(os.path.join(wheel_directory, name), {START: LINE, MODULE: module})
+    return name
+
+
+def _add(path: str, added: dict[str, bytes]) -> None:
+    """Adds files to a wheel, and to its record."""
     with zipfile.ZipFile(path) as wheel:
         files = {entry.filename: wheel.read(entry) for entry in wheel.infolist()}
-    with open(MODULE, "rb") as file:
-        files[MODULE] = file.read()
     (record,) = (name for name in files if name.endswith(".dist-info/RECORD"))
-    digest = base64.urlsafe_b64encode(hashlib.sha256(files[MODULE]).digest()).rstrip(b"=").decode()
-    row = f"{MODULE},sha256={digest},{len(files[MODULE])}\n"
-    files[record] = row.encode() + files[record]
+    for name, content in added.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        files[name] = content
+        files[record] = f"{name},sha256={digest},{len(content)}\n".encode() + files[record]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
         for entry, content in files.items():
             wheel.writestr(entry, content)
-    return name

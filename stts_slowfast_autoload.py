@@ -1,16 +1,44 @@
-"""What PyTorch calls at the end of ``import torch`` (group ``torch.backends``): it cannot fail.
+"""What Python calls as it starts (by a ``.pth`` file), and PyTorch at the end of ``import torch``
+(by the group ``torch.backends``): it cannot fail.
 
-An error here would be one of ``import torch``, for everybody in the environment. So this file is
-copied beside PyTorch, also by an editable install, needs the standard library alone, and passes
-over a package behind it that has moved, lacks a dependency or is half there. Whoever imports
-``slowfast`` then is told so on one line.
+An error here would be one of everybody in the environment. So this file is copied beside PyTorch,
+also by an editable install, needs the standard library alone, and passes over a package behind it
+that has moved, lacks a dependency or is half there. Whoever imports ``slowfast`` then is told so on
+one line.
 """
 
+import os
 import sys
+
+_registered = False
+
+
+def wait() -> None:
+    """Lets the first import of ``slowfast`` call `register`: a launcher may read its config, and
+    the keys of this package in it, before it imports torch, or without."""
+    if os.environ.get("STTS_AUTOLOAD") != "0":
+        sys.meta_path.insert(0, _Start())
+
+
+class _Start:
+    """Finds ``slowfast`` as it is found without us, but calls `register` before."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "slowfast":
+            return None
+        import importlib.util
+
+        sys.meta_path.remove(self)
+        register()
+        return importlib.util.find_spec(name)
 
 
 def register() -> None:
-    """Lets the package wait for SlowFast."""
+    """Lets the package wait for SlowFast; the second call does nothing."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
     try:
         from stts_slowfast.pyslowfast import autoload
 

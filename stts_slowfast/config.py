@@ -274,6 +274,27 @@ def check_training(settings: Settings) -> None:
         )
 
 
+def check_testing(node) -> None:
+    """Checks that a node names one budget, as a test takes; call it before any training.
+
+    Args:
+        node: ``cfg.STTS`` of a run that tests.
+
+    Raises:
+        ValueError: naming the range, and how to train with it and test without.
+    """
+    for dimension in ("TIME", "SPACE"):
+        keep = node[dimension].KEEP if node[dimension].BLOCKS else ()
+        ranges = [share for share in keep if isinstance(share, (list, tuple)) and len(share) == 2]
+        if any(low != high for low, high in ranges):
+            high = ",".join(f"{share[1] if share in ranges else share:g}" for share in keep)
+            raise ValueError(
+                f"STTS.{dimension}.KEEP is {list(keep)}, a range, and TEST.ENABLE is True: give "
+                f'one share to test (--opts STTS.{dimension}.KEEP "[{high}]"); to train with the '
+                "range, set TEST.ENABLE False, and test afterwards with TRAIN.ENABLE False"
+            )
+
+
 def plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, tuple]]:
     """What each selector will do: its key to the grid before and the grid after it.
 

@@ -304,9 +304,39 @@ MUTATIONS = {
     ),
     "selectors-not-missed": Mutation(
         "pyslowfast/guard.py",
-        "if sorted(found) != sorted(wanted) or (wanted and stts is None):",
-        "if False:",
+        "if sorted(found) == sorted(wanted) and len(holders) <= 1:",
+        "if True:",
         f"{GUARD} -k past_the_registry",
+    ),
+    "weights-that-were-read-are-not-checked": Mutation(
+        "pyslowfast/weights.py",
+        "loading.note_read(checkpoint_sd)",
+        "loading.read = True",
+        "tests/pyslowfast/test_weights.py -k old_files",
+    ),
+    "scorers-without-weights-are-tested": Mutation(
+        "pyslowfast/weights.py",
+        'if random and self.purpose != "finetune":',
+        "if False:",
+        "tests/pyslowfast/test_weights.py -k got_no_weights",
+    ),
+    "no-dry-run": Mutation(
+        "pyslowfast/plugin.py",
+        "if grids is None:",
+        "if False:",
+        "tests/slowfast/test_wrappers.py -k own_models",
+    ),
+    "processes-of-torchrun-run-alone": Mutation(
+        "pyslowfast/shards.py",
+        "if ours and started:",
+        "if False:",
+        "tests/pyslowfast/test_shards.py -k otherwise_than_torchrun",
+    ),
+    "published-for-another-dataset": Mutation(
+        "tools/published.py",
+        "results = TABLE.get(_name(config), {}).get(dataset, ())",
+        "results = next(iter(TABLE.get(_name(config), {}).values()), ())",
+        "tests/tools/test_bench.py -k very_config_and_dataset",
     ),
     "a-node-that-slowfast-lacks": Mutation(
         "pyslowfast/settings.py",
@@ -364,7 +394,7 @@ MUTATIONS = {
     ),
     "one-of-many-is-pickled-as-one": Mutation(
         "pyslowfast/shards.py",
-        "return OneOfMany, (self.given,)",
+        "return OneOfMany, (self.given, int(self))",
         "return int, (self.given,)",
         "tests/pyslowfast/test_shards.py -k one_of_many",
     ),

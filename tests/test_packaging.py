@@ -52,8 +52,8 @@ def test_configs_travel_in_wheel_and_sdist(built):
     assert {f"stts_slowfast/{name}" for name in ours} <= sdist
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").rglob("*.py")}
     modules.add("stts_slowfast_autoload.py")
-    assert modules <= wheel and modules | {"build_backend.py"} <= sdist
-    assert "stts_slowfast/py.typed" in wheel & sdist
+    assert {"stts_slowfast_autoload.pth", "stts_slowfast/py.typed"} <= wheel
+    assert modules <= wheel and modules | {"build_backend.py", "stts_slowfast/py.typed"} <= sdist
 
 
 def test_the_version_is_the_packages(built):
@@ -86,7 +86,7 @@ def test_the_wheel_loads_configs_by_name(built, tmp_path):
 IMPORT = "import torch; print('torch', torch.__version__)"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def editable(tmp_path_factory):
     """A virtual environment that sees this one's packages, into which a copy of the sources is
     installed with ``pip install -e``; the copy; and how to run Python in it."""
@@ -111,6 +111,30 @@ def editable(tmp_path_factory):
     if done.returncode:
         pytest.skip(f"pip cannot install here: {done.stderr.strip()[-300:]}")
     return sources, run
+
+
+DEFAULTS = "from fvcore.common.config import CfgNode\n_C = CfgNode()\nget_cfg = _C.clone\n"
+DEFAULTS += "def assert_and_infer_cfg(cfg):\n    return cfg\n"
+
+
+def test_a_config_may_be_read_before_torch_is_imported(editable):
+    sources, run = editable
+    folder = sources.with_name("slowfast") / "config"
+    folder.mkdir(parents=True)
+    (folder / "defaults.py").write_text(DEFAULTS)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").write_text("")
+    read = "from slowfast.config.defaults import get_cfg; cfg = get_cfg(); "
+    read += "cfg.merge_from_list(['STTS.ENABLE', 'True']); print(cfg.STTS.ENABLE)"
+    done = run("-c", read)
+    assert done.stdout.strip() == "True", done.stderr
+    done = run("-c", f"import torch; {read}")
+    assert done.stdout.strip() == "True", done.stderr
+    # Whoever does not import SlowFast has nothing of ours but that one module.
+    names = run("-c", "import sys; print([name for name in sys.modules if 'stts' in name])").stdout
+    assert "stts_slowfast_autoload" in names and "'stts_slowfast'" not in names
+    done = run("-c", "import os; os.environ['STTS_AUTOLOAD'] = '0'; " + read)
+    assert "Non-existent key: STTS" in done.stderr
 
 
 def test_import_torch_survives_a_checkout_that_is_moved_or_broken(editable):

@@ -17,6 +17,7 @@ from stts_slowfast.pyslowfast import compat
 # What this package adds to SlowFast; patches of SlowFast itself are in `compat.PATCHES`.
 OURS = {
     "slowfast": ["compat.check_switch"],
+    "slowfast.datasets.build": ["lists.wrap_build_dataset"],
     "slowfast.datasets.kinetics": ["augment.wrap_augment"],
     "slowfast.models.attention": ["fused.register"],
     "slowfast.models.build": ["plugin.wrap_build_model"],

@@ -10,7 +10,7 @@ import traceback
 import torch
 from torch import Tensor, nn
 
-from stts_slowfast.hosts import modules_with_selectors
+from stts_slowfast.hooks import selections
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +29,20 @@ def check_forward(model: nn.Module, cfg) -> None:
     """
     try:
         twin = _meta_copy(model).eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             twin(*_inputs(cfg))
     except Exception as error:
         if isinstance(error, ValueError) and _is_ours(error):
             raise
         logger.debug("No dry run of %s: %s: %s", type(model).__name__, type(error).__name__, error)
         return
-    for module in modules_with_selectors(twin).values():
-        idle = [key for key, selector in module.stts.items() if selector.kept is None]
-        if idle:
-            raise ValueError(
-                f"in a forward pass of {type(model).__name__} no tokens arrive at "
-                f"{', '.join(idle)}: call each block once, as a module, x, thw = block(x, thw)"
-            )
+    try:
+        selections(twin)
+    except ValueError as error:
+        raise ValueError(
+            f"a forward pass of {type(model).__name__} passes selectors by ({error}): call each "
+            "block once, as a module, x, thw = block(x, thw)"
+        ) from None
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:

@@ -11,10 +11,10 @@ from types import FunctionType, SimpleNamespace
 from torch import nn
 
 from stts_slowfast import backbones
-from stts_slowfast.config import Settings, add_stts_config
+from stts_slowfast.config import Settings, add_stts_config, check_testing
 from stts_slowfast.hooks import attach
 from stts_slowfast.hosts import find, modules_with_selectors
-from stts_slowfast.pyslowfast import compat, families, run_state, shards, weights
+from stts_slowfast.pyslowfast import compat, families, run_state, shards, torchrun, weights
 from stts_slowfast.pyslowfast.dry_run import check_forward
 from stts_slowfast.pyslowfast.guard import OFF, check_selectors, confirm, enabled
 from stts_slowfast.pyslowfast.wrap import wrap
@@ -44,6 +44,11 @@ def _infer_config(assert_and_infer_cfg, cfg):
     compat.report(compat.asks_for_us(cfg))
     build = sys.modules.get("slowfast.models.build")
     families.offer(getattr(build, "MODEL_REGISTRY", None), cfg)
+    if enabled(cfg):
+        refuse(cfg)
+        if cfg.TEST.ENABLE:
+            check_testing(cfg.STTS)
+    torchrun.count_machines(cfg)
     return assert_and_infer_cfg(cfg)
 
 

@@ -1,4 +1,5 @@
-"""``--num_shards`` with one process a machine is one run: SlowFast joins only where NUM_GPUS > 1.
+"""``--num_shards`` with one process a machine is one run, for SlowFast joins only if NUM_GPUS > 1;
+so are the processes that torchrun started, which SlowFast does not look at.
 
 SlowFast asks ``cfg.NUM_GPUS > 1`` wherever it means "are there other processes?": samplers,
 gradients, errors, predictions, checkpoints. So in such a run that key holds :class:`OneOfMany`.
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs import config as yacs
 
-from stts_slowfast.pyslowfast import compat, precision, run_state
+from stts_slowfast.pyslowfast import compat, precision, run_state, torchrun
 from stts_slowfast.pyslowfast.compat.devices import quiet_synchronize
 from stts_slowfast.pyslowfast.guard import confirm
 from stts_slowfast.pyslowfast.wrap import wrap
@@ -26,12 +27,13 @@ logger = logging.getLogger(__name__)
 class OneOfMany(int):
     """``NUM_GPUS`` of 0 or 1 in a run of several processes: greater than 1 all the same.
 
-    In arithmetic it is 1, the processes of this machine. Its truth and its equality are those of
-    the number that was given, so that ``if cfg.NUM_GPUS:`` asks for a GPU as before.
+    In arithmetic it is the number of processes of this machine, 1 unless torchrun started more. Its
+    truth and its equality are those of the number that was given, so that ``if cfg.NUM_GPUS:`` asks
+    for a GPU as before.
     """
 
-    def __new__(cls, given: int):
-        number = super().__new__(cls, 1)
+    def __new__(cls, given: int, processes: int = 1):
+        number = super().__new__(cls, processes)
         number.given = given
         return number
 
@@ -59,7 +61,7 @@ class OneOfMany(int):
     __str__ = __repr__
 
     def __reduce__(self):
-        return OneOfMany, (self.given,)
+        return OneOfMany, (self.given, int(self))
 
 
 # Checkpoints hold cfg.dump().
@@ -91,8 +93,16 @@ def build(build_model, cfg, *args, **kwargs) -> nn.Module:
 
 
 def _launch(launch_job, cfg, init_method, func, daemon=False):
-    if cfg.NUM_SHARDS > 1 and cfg.NUM_GPUS <= 1 and compat.asks_for_us(cfg):
-        cfg = _join(cfg, init_method)
+    ours, started = compat.asks_for_us(cfg), torchrun.process()
+    if ours and started:
+        torchrun.check(cfg, started)
+        cfg = cfg.clone()
+        cfg.NUM_SHARDS, cfg.SHARD_ID = started.shards, started.shard
+        _join(cfg, "env://", started.local_rank, started.local_world)
+        return run(func, cfg=cfg)
+    if ours and cfg.NUM_SHARDS > 1 and cfg.NUM_GPUS <= 1:
+        cfg = cfg.clone()
+        _join(cfg, init_method)
         return run(func, cfg=cfg)
     # Unpickling it in a child of its own loads this package there.
     return launch_job(cfg, init_method, functools.partial(run, func), daemon)
@@ -106,10 +116,16 @@ def run(func, cfg):
         return func(cfg=cfg)
 
 
-def _join(cfg, init_method: str):
-    """Meets the other shards, once a process, and gives the config of a run of several.
+def _join(cfg, init_method: str, local_rank: int = 0, processes: int = 1) -> None:
+    """Meets the other processes, once, and makes the config that of a run of several.
 
-    Training, testing and whatever follows happen in one process a shard, so the group stays.
+    Training, testing and whatever follows happen in the same processes, so the group stays.
+
+    Args:
+        cfg: with NUM_SHARDS and SHARD_ID; changed in place.
+        init_method: where they meet.
+        local_rank: which of its machine's processes this is.
+        processes: how many its machine has.
 
     Raises:
         ValueError: for a shard that the run does not have.
@@ -121,18 +137,19 @@ def _join(cfg, init_method: str):
         )
     if not dist.is_initialized():
         if cfg.NUM_GPUS:
-            torch.cuda.set_device(0)
-        logger.info("Shard %d of %d meets at %s", cfg.SHARD_ID, cfg.NUM_SHARDS, init_method)
+            # A launcher may show each process its own GPU alone.
+            torch.cuda.set_device(local_rank if torch.cuda.device_count() > local_rank else 0)
+        rank, world = cfg.SHARD_ID * processes + local_rank, cfg.NUM_SHARDS * processes
+        logger.info("Process %d of %d meets the others at %s", rank, world, init_method)
         dist.init_process_group(
             backend=cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo",
             init_method=init_method,
-            world_size=cfg.NUM_SHARDS,
-            rank=cfg.SHARD_ID,
+            world_size=world,
+            rank=rank,
         )
         atexit.register(_leave)
-    cfg = cfg.clone()
-    cfg.NUM_GPUS = OneOfMany(cfg.NUM_GPUS)
-    return cfg
+    if cfg.NUM_GPUS <= 1:
+        cfg.NUM_GPUS = OneOfMany(cfg.NUM_GPUS, processes)
 
 
 def _leave() -> None:

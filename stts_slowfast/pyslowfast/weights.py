@@ -14,6 +14,7 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 from torch import nn
+from yacs import config as yacs
 
 from stts_slowfast import checkpoints
 from stts_slowfast.hosts import modules_with_selectors
@@ -46,7 +47,9 @@ def config_of(model: nn.Module):
     """What :func:`note_config` noted, else the config that SlowFast's own model holds, else that of
     the job that runs, else None."""
     held, job = _inner(model).__dict__, run_state.running()
-    return held.get("stts_config") or held.get("cfg") or (job.cfg if job else None)
+    found = held.get("stts_config"), held.get("cfg"), job.cfg if job else None
+    # Under `cfg` a model of the user's own may hold anything.
+    return next((cfg for cfg in found if isinstance(cfg, yacs.CfgNode)), None)
 
 
 def note_trained(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Every hook fails, or never runs, in turn: where STTS.ENABLE is True the run stops, else not."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from torch import nn
 from stts_slowfast.pyslowfast import autoload, guard, plugin
 
 REPO = Path(__file__).parents[2]
-HOOKS = [function for functions in autoload.HOOKS.values() for function in functions]
+# A file under several names has the same ones.
+HOOKS = list(dict.fromkeys(itertools.chain(*autoload.HOOKS.values())))
 
 # A package with SlowFast's names, which a run passes in SlowFast's order.
 SLOWFAST = {
@@ -27,7 +29,8 @@ _C = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 1, "RNG_SEED": 0, "MODEL": {"MODEL_NA
               "TRAIN": {"ENABLE": True, "MIXED_PRECISION": False},
               "MASK": {"ENABLE": False}, "DETECTION": {"ENABLE": False},
               "MVIT": {"REV": {"ENABLE": False}}, "SOLVER": {"LAYER_DECAY": 1.0, "BASE_LR": 0.1},
-              "DATA": {}, "TEST": {}, "MULTIGRID": {"LONG_CYCLE": False, "SHORT_CYCLE": False}})
+              "DATA": {}, "TEST": {"ENABLE": True},
+              "MULTIGRID": {"LONG_CYCLE": False, "SHORT_CYCLE": False}})
 def get_cfg():
     return _C.clone()
 def assert_and_infer_cfg(cfg):
@@ -43,6 +46,7 @@ def aug_frame(cfg, frames): ...
 def _frame_to_list_img(frames): ...
 def _list_img_to_frames(images): ...
 """,
+    "slowfast/datasets/build.py": "def build_dataset(dataset_name, cfg, split): ...",
     "slowfast/datasets/decoder.py": """
 class io: _read_video_from_memory = None
 def decode(backend="pyav"): ...
@@ -95,6 +99,7 @@ class Kinetics:
     def _list_img_to_frames(self, images): ...
 """,
     "slowfast/datasets/loader.py": "",
+    "slowfast/datasets/ptv_datasets.py": "",
     "slowfast/models/ptv_model_builder.py": "",
     "slowfast/utils/__init__.py": "",
     "slowfast/utils/meters.py": """

@@ -179,3 +179,12 @@ def test_the_weights_of_a_wrapped_model_are_checked_by_its_own_names(load, regis
     torch.save({"epoch": 3, "model_state": wrapped(off).state_dict()}, path)
     with pytest.raises(ValueError, match="has no trained scorers"):
         load(path, wrapped(cfg), False)
+
+
+def test_a_model_may_call_anything_its_cfg(load, saved, registry, cfg):
+    path = saved("STTS.ENABLE", False)
+    cfg.STTS.ENABLE = False
+    for other in (object(), 3, {"STTS": 1}):
+        model = registry.get("Transformer")(cfg)
+        model.cfg = other
+        assert load(path, model, False) == 0

@@ -90,3 +90,49 @@ def test_a_truncated_last_checkpoint_is_named_with_the_one_before(get_cfg, build
     with pytest.raises(RuntimeError, match=f"{last} cannot be read .* to resume from {first}"):
         cu.load_train_checkpoint(cfg, model, optimizer)
     cu.load_checkpoint(first, model, False, optimizer)
+
+
+def test_lists_of_which_no_video_is_there_are_refused(get_cfg, videos, tmp_path):
+    from slowfast.datasets import build_dataset
+
+    rows = [f"{number}.mp4 0" for number in range(3)]
+    (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
+    opts = ("STTS.ENABLE", True, "DATA.PATH_TO_DATA_DIR", str(tmp_path))
+    cfg = get_cfg(*opts, "DATA.PATH_PREFIX", "/nowhere")
+    told = rf"none of the 3 videos of {tmp_path}/train\.csv is there, such as /nowhere/0\.mp4"
+    with pytest.raises(FileNotFoundError, match=told):
+        build_dataset("kinetics", cfg, "train")
+    rows += [f"{videos / 'val_0.mp4'} 1"]
+    (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
+    assert len(build_dataset("kinetics", get_cfg(*opts), "train")) == 4
+    cfg.STTS.ENABLE = False
+    build_dataset("kinetics", cfg, "train")
+
+
+@pytest.mark.parametrize("dimension", ["TIME", "SPACE"])
+def test_a_range_is_not_trained_if_a_test_follows(get_cfg, dimension):
+    from slowfast.config.defaults import assert_and_infer_cfg
+
+    cfg = get_cfg("STTS.ENABLE", True, f"STTS.{dimension}.KEEP", [[0.25, 0.9]])
+    told = rf'STTS\.{dimension}\.KEEP is \[\[0\.25, 0\.9\]\], a range.*KEEP "\[0\.9\]"'
+    with pytest.raises(ValueError, match=told):
+        assert_and_infer_cfg(cfg)
+    cfg.TEST.ENABLE = False
+    assert_and_infer_cfg(cfg)
+
+
+# ---- counting FLOPs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enable", [False, True])
+def test_models_that_recompute_are_counted(get_cfg, build, caplog, enable):
+    pytest.importorskip("fairscale")
+    from slowfast.utils.misc import get_model_stats
+
+    plain, cfg = (
+        get_cfg("STTS.ENABLE", enable, "MODEL.ACT_CHECKPOINT", again) for again in (False, True)
+    )
+    counts = [get_model_stats(build(each), each, "flop", True) for each in (plain, cfg)]
+    assert counts[0] == counts[1] > 0
+    # fvcore's lines are of runs with selection alone left out.
+    assert any("Unsupported operator" in line for line in caplog.messages) is not enable

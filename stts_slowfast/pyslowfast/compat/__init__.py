@@ -101,6 +101,27 @@ PATCHES = {
         "PTVMViT with an empty `MVIT.POOL_KV_STRIDE`",
         {"slowfast.models.ptv_model_builder": "compat.tools.patch_ptv_mvit"},
     ),
+    "ptv_datasets": Patch(
+        "`ptvkinetics` and its kin fail in the first batch, which has four things where SlowFast's "
+        "loops unpack five; `DATA.DECODING_BACKEND torchvision` fails on every video",
+        "`train_epoch`, `eval_epoch` and `perform_test` of `tools/` for these datasets; their "
+        "backend, if torchvision's is gone: PyAV decodes",
+        {
+            "slowfast.datasets.ptv_datasets": "compat.ptv.patch_backend",
+            "tools.train_net": "compat.ptv.patch_loops",
+            "tools.test_net": "compat.ptv.patch_loops",
+        },
+    ),
+    "flop_count": Patch(
+        "a model with `MODEL.ACT_CHECKPOINT` fails as its FLOPs are counted (`unordered_map::at`)",
+        "`get_model_stats`: while it counts, fairscale recomputes nothing",
+        {"slowfast.utils.misc": "compat.flops.patch_flop_count"},
+    ),
+    "unsupported_operators": Patch(
+        "counting FLOPs writes about 100 lines of operators that are not counted",
+        "`get_model_stats` in runs with selection, or started by `stts run`: no such lines",
+        {"slowfast.utils.misc": "compat.flops.patch_unsupported_operators"},
+    ),
     "visualization": Patch(
         "`tools/visualization.py` unpacks four of the five things in a batch",
         "the job `visualize` of `tools/visualization.py`",
@@ -130,6 +151,8 @@ REMEDIES = {
     "pytorchvideo": "SlowFast needs names that pytorchvideo's release 0.1.5 lacks: install it "
     "from https://github.com/facebookresearch/pytorchvideo",
 }
+# Set by `stts run` for the launcher that it starts.
+BY_US = "STTS_RUN"
 GUIDE = "'Beside SlowFast' in projects/stts/README.md"
 
 # The same file under the names by which launchers import it.
@@ -201,13 +224,15 @@ def patch(name: str):
 
 
 def asks_for_us(cfg) -> bool:
-    """Whether a config asks for something that SlowFast does not have without this package."""
+    """Whether a run asks for something that SlowFast does not have without this package: its config
+    does, or `stts run` started it."""
     from stts_slowfast.pyslowfast.settings import OUR_KEYS
 
     if "STTS" not in cfg:
         return False
     return (
         cfg.STTS.ENABLE
+        or os.environ.get(BY_US) == "1"
         or cfg.STTS.get("FAST_AUGMENT", False)
         or any(
             cfg.get(node, {}).get(name, default) != default
