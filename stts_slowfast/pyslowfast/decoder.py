@@ -7,17 +7,21 @@ worker keeps the last file open, and goes on through it as it is asked: one pass
 import functools
 import inspect
 import math
+import operator
+from contextvars import ContextVar
 
 import torch
 
+from stts_slowfast.pyslowfast import reading
 from stts_slowfast.pyslowfast.clips import WaitingClip
-from stts_slowfast.pyslowfast.compat import mend
-from stts_slowfast.video import Video
+from stts_slowfast.pyslowfast.compat import patch
+from stts_slowfast.pyslowfast.wrap import wrap
+from stts_slowfast.video import Video, frames_between
 from stts_slowfast.video.files import identity
 
 
-@mend
-def mend_decoder(decoder) -> bool:
+@patch("decoder")
+def patch_decoder(decoder) -> bool:
     """Both values of ``DATA.DECODING_BACKEND`` (``slowfast/datasets/decoder.py``).
 
     SlowFast's ``decode`` stays: the order of the clips, the augmentation of raw frames, the choice
@@ -31,34 +35,39 @@ def mend_decoder(decoder) -> bool:
     pyav_works = "start_end_delta_time" in decoder.pyav_decode.__code__.co_varnames
     if torchvision_works and pyav_works:
         return False
-    stock_decode, stock_torchvision = decoder.decode, decoder.torchvision_decode
-    decode_clips_now = functools.partial(decode_clips, decoder, sparse=False)
+    stock_torchvision = decoder.torchvision_decode
 
     @functools.wraps(stock_torchvision)
     def torchvision_decode(video_handle, *args, **kwargs):
         if torchvision_works and isinstance(video_handle, bytes):
             return stock_torchvision(video_handle, *args, **kwargs)
-        return decode_clips_now(video_handle, *args, **kwargs)
+        return decode_clips(decoder, video_handle, *args, sparse=_sparse.get(), **kwargs)
 
-    @functools.wraps(stock_decode)
-    def decode(*args, **kwargs):
-        call = inspect.signature(stock_decode).bind(*args, **kwargs)
-        augmented = any(call.arguments.get(f"{how}_prob", 0.0) > 0 for how in _AUGMENTATIONS)
-        sampled_alone = len(call.arguments["num_frames"]) == 1 and not augmented
-        if call.arguments.get("backend", "pyav") == "pyav" and not pyav_works:
-            # SlowFast's PyAV backend does not scale.
-            call.arguments.update(backend="torchvision", max_spatial_scale=0)
-        decode_clips_now.keywords["sparse"] = sampled_alone
-        frames, *others = stock_decode(*call.args, **call.kwargs)
-        if frames is not None and call.arguments.get("clip_idx", -1) < 0:  # augmented, not cropped
-            frames = [clip.now() if isinstance(clip, WaitingClip) else clip for clip in frames]
-        return frames, *others
-
-    torchvision_decode.stock = stock_torchvision
-    decoder.torchvision_decode, decoder.decode = torchvision_decode, decode
+    torchvision_decode.stock = torchvision_decode.wrapper = stock_torchvision
+    decoder.torchvision_decode = torchvision_decode
+    wrap(decoder, "decode", functools.partial(_decode, pyav_works))
     return True
 
 
+def _decode(pyav_works: bool, stock_decode, *args, **kwargs):
+    call = inspect.signature(stock_decode).bind(*args, **kwargs)
+    augmented = any(call.arguments.get(f"{how}_prob", 0.0) > 0 for how in _AUGMENTATIONS)
+    if call.arguments.get("backend", "pyav") == "pyav" and not pyav_works:
+        # SlowFast's PyAV backend does not scale.
+        call.arguments.update(backend="torchvision", max_spatial_scale=0)
+    token = _sparse.set(len(call.arguments["num_frames"]) == 1 and not augmented)
+    try:
+        frames, *others = stock_decode(*call.args, **call.kwargs)
+    finally:
+        _sparse.reset(token)
+    item = reading.item()
+    if frames is not None and not (item and item.crops_alone()):
+        frames = [clip.now() if isinstance(clip, WaitingClip) else clip for clip in frames]
+    return frames, *others
+
+
+# Whether those frames of the clip that is decoded now may stay black which are not taken.
+_sparse: ContextVar[bool] = ContextVar("stts_sparse", default=False)
 # What SlowFast may do to all frames of a clip, before it takes some of them.
 _AUGMENTATIONS = ("time_diff", "gaussian")
 
@@ -92,17 +101,18 @@ def decode_clips(
     Returns:
         A uint8 tensor ``(frames of the clip, H, W, 3)`` for each clip, in the order of time (for
         a view of testing a `WaitingClip`, for SlowFast will crop it and no more); the
-        frames per second; False, for the whole video was not decoded; and for each clip its first
-        and last frame and the distance to the clip before.
+        frames per second; False; and for each clip its first and last frame and the distance to
+        the clip before. Of a video shorter than its clips: all its frames; the frames per second;
+        True; None.
 
     Raises:
-        VideoError: where the video cannot be read; SlowFast's ``decode`` turns it into None.
+        VideoError: if the video cannot be read; SlowFast's ``decode`` turns it into None.
     """
-    global finding
+    item = reading.item()
+    files = item.files if item else reading.Files()
     rules = sampling_rate, num_frames, num_clips_uniform, target_fps, use_offset
-    file = None
     try:
-        file = _open_file(source, (*map(repr, rules), max_spatial_scale))
+        file = _open_file(files, source, (*map(repr, rules), max_spatial_scale))
         video = file.video
         sizes = [
             max(1.0, rate * frames / target_fps * video.fps)
@@ -120,36 +130,40 @@ def decode_clips(
                 use_offset=use_offset,
             )
 
-        def frames(start: float, end: float, size: float, count: int) -> tuple[range, list[int]]:
-            """All frames of a clip, and those that are taken out of it."""
-            last = min(math.floor(end), video.num_frames - 1)
-            whole = torch.arange(min(math.ceil(start), last), last + 1)
+        def frames(start: float, end: float, size: float, count: int) -> list[list[int]] | None:
+            """All frames of a clip, and those that are taken out of it; None if it has none."""
+            slots = frames_between(start, end, video.num_frames, video.ticks)
+            if not slots:
+                return None
+            whole = torch.tensor(video.frames_at(slots))
             taken = decoder.temporal_sampling(whole, 0, size - 1, count) if sparse else whole
-            return range(int(whole[0]), last + 1), sorted(set(taken.tolist()))
+            return [whole.tolist(), sorted(set(taken.tolist()))]
 
-        own = spans(clip_idx)
-        clips = [
-            frames(start, end, size, count)
-            for (start, end, _), size, count in zip(own, sizes, num_frames)
-        ]
-        later = []  # a view's file will be asked for the next views too
-        if clip_idx >= 0 and sparse:
+        # Of a video that is shorter than its clips SlowFast decodes all frames, and chooses itself.
+        own, clips, later = None, [], []
+        if video.num_frames > sum(map(operator.mul, num_frames, sampling_rate)):
+            own = spans(clip_idx)
+            clips = [frames(*span[:2], *rest) for span, *rest in zip(own, sizes, num_frames)]
+        if not clips or None in clips:
+            everything = video.frames_at(range(video.num_frames))
+            own, clips = None, [[everything, sorted(set(everything))]]
+        elif clip_idx >= 0 and sparse:  # a view's file will be asked for the next views too
             for number in range(clip_idx + 1, num_clips_uniform):
-                later += frames(*spans(number)[0, :2], sizes[0], num_frames[0])[1]
+                later += (frames(*spans(number)[0, :2], sizes[0], num_frames[0]) or [[], []])[1]
         tensors = [file.read(whole, taken, later) for whole, taken in clips]
         if not sparse:
             tensors = [clip.now() for clip in tensors]
         fps = video.fps
     except Exception as error:
-        finding = "unreadable", getattr(error, "reason", str(error))
-        if file:
-            file.close()
+        if item:
+            item.finding = "unreadable", getattr(error, "reason", str(error))
+        files.close()
         raise
-    if video.damage:
-        finding = "damaged", video.damage
-    if clip_idx < 0:
-        file.close()
-    return tensors, fps, False, own
+    if video.damage and item:
+        item.finding = "damaged", video.damage
+    if clip_idx < 0 or not item:
+        files.close()
+    return tensors, fps, own is None, own
 
 
 class _File:
@@ -163,7 +177,7 @@ class _File:
         self.video, self.short_side = video, short_side
         self.images, self.coming = {}, iter(())
 
-    def read(self, whole: range, taken: list[int], later: list[int]) -> WaitingClip:
+    def read(self, whole: list[int], taken: list[int], later: list[int]) -> WaitingClip:
         """(frames of the clip, H, W, 3) uint8, with the frames ``taken`` (ascending) in place."""
         self.images = {n: image for n, image in self.images.items() if n >= whole[0]}
         if not self._reach(taken):
@@ -185,26 +199,10 @@ class _File:
         return all(number in self.images for number in taken)
 
     def close(self) -> None:
-        global _last
         self.video.close()
-        if _last is not None and _last[2] is self:
-            _last = None
 
 
-# The file that this process read last, and how: what it was opened from, the rules, the open file.
-_last: tuple | None = None
-# What `decode_clips` found of it that should be known: unreadable or damaged, and why.
-finding: tuple[str, str] | None = None
-
-
-def abandon() -> None:
-    """Leaves the last file to the thread that still waits for it."""
-    global _last
-    _last = None
-
-
-def _open_file(source, rules: tuple) -> _File:
-    global _last
+def _open_file(files: reading.Files, source, rules: tuple) -> _File:
     path, threads = None, 1
     if not isinstance(source, bytes):
         # PyAV's container has been opened, and asked for threads, by SlowFast: take both over.
@@ -214,12 +212,11 @@ def _open_file(source, rules: tuple) -> _File:
         path = source.name
         source.close()
     key = source if path is None else identity(path)
-    if _last is not None and key is not None and _last[0] == key and _last[1] == (*rules, threads):
-        return _last[2]
-    if _last is not None:
-        _last[2].close()
+    rules = *rules, threads
+    if files.last is not None and key is not None and files.last[:2] == (key, rules):
+        return files.last[2]
+    files.close()
     # SlowFast does not turn videos; a checkpoint is tested as it was trained.
     video = Video(source if path is None else path, threads=threads, rotate=False)
-    file = _File(video, rules[-1])
-    _last = key, (*rules, threads), file
-    return file
+    files.last = key, rules, _File(video, rules[-2])
+    return files.last[2]

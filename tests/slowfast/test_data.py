@@ -1,6 +1,7 @@
 """Decoding inside SlowFast: its sampling, both backends, its retries."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,14 +25,26 @@ def decode(checkout):
     from slowfast.datasets import decoder
     from slowfast.datasets.video_container import get_video_container
 
-    def call(path, backend, num_clips=1, **kwargs):
+    def call(path, backend, num_clips=1, rate=RATE, **kwargs):
         arguments = {"video_meta": {}, "target_fps": 30, "max_spatial_scale": 0, **kwargs}
         container = get_video_container(str(path), False, backend)
         return decoder.decode(
-            container, [RATE] * num_clips, [SIZE] * num_clips, backend=backend, **arguments
+            container, [rate] * num_clips, [SIZE] * num_clips, backend=backend, **arguments
         )
 
     return call
+
+
+@pytest.fixture
+def files(checkout):
+    """The files of a dataset of which every call of ``decode`` is for an item."""
+    from stts_slowfast.pyslowfast import reading
+
+    item = reading.Item(SimpleNamespace())
+    token = reading._item.set(item)
+    yield item.files
+    reading._item.reset(token)
+    item.files.close()
 
 
 def levels(clip: torch.Tensor) -> list[int]:
@@ -88,11 +101,14 @@ def test_short_videos_repeat_their_last_frame(checkout, decode, backend, tmp_pat
 
 
 @BACKENDS
-def test_several_clips_of_one_video(checkout, counting, decode, backend):
-    frames, spans, _ = decode(counting, backend, num_clips=2, clip_idx=-1)
+@pytest.mark.parametrize(("rate", "before"), [(RATE, True), (2, False)])
+def test_several_clips_of_one_video(checkout, counting, decode, backend, rate, before):
+    """Of a video that is shorter than they are together SlowFast decodes all frames, and takes the
+    one before each start; else it decodes from the one behind."""
+    frames, spans, _ = decode(counting, backend, num_clips=2, rate=rate, clip_idx=-1)
     assert [len(clip) for clip in frames] == [SIZE, SIZE]
     for clip, (start, *_) in zip(frames, spans):
-        assert levels(clip)[0] == int(np.ceil(start))
+        assert levels(clip)[0] == int(np.floor(start) if before else np.ceil(start))
 
 
 @pytest.fixture
@@ -112,18 +128,13 @@ def decoded(monkeypatch):
             super().close()
 
     monkeypatch.setattr(decoder, "Video", Counting)
-    monkeypatch.setattr(decoder, "_last", None)
-    yield counts
-    if decoder._last:
-        decoder._last[2].close()
+    return counts
 
 
 @BACKENDS
 def test_views_of_one_file_are_one_pass_and_equal_views_alone(
-    checkout, decode, backend, tmp_path, write_video, decoded
+    checkout, decode, backend, tmp_path, write_video, decoded, files
 ):
-    from stts_slowfast.pyslowfast import decoder
-
     rng = np.random.default_rng(0)
     paths = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
     for path in paths:
@@ -134,7 +145,7 @@ def test_views_of_one_file_are_one_pass_and_equal_views_alone(
             path, backend, clip_idx=clip, num_clips_uniform=5, max_spatial_scale=24
         )
         if alone:
-            decoder._last[2].close()
+            files.close()
         return frames[0], spans
 
     alone = {(path, clip): view(path, clip, True) for path in paths for clip in range(5)}
@@ -146,7 +157,7 @@ def test_views_of_one_file_are_one_pass_and_equal_views_alone(
             frames, spans = view(path, clip)
             assert torch.equal(frames, alone[path, clip][0])
             np.testing.assert_array_equal(spans, alone[path, clip][1])
-        decoder._last[2].close()
+        files.close()
 
     check([(path, clip) for path in paths for clip in range(5) for _ in range(3)])
     assert decoded["opened"] == 2 and decoded["decoded"] <= 2 * 90
@@ -185,15 +196,13 @@ def test_views_are_cropped_before_they_are_normalised(
         assert torch.equal(dataset[view][0][0], views[view])
 
 
-def test_as_much_is_kept_as_a_clip_spans(checkout, counting, decode, decoded):
-    from stts_slowfast.pyslowfast import decoder
-
+def test_as_much_is_kept_as_a_clip_spans(checkout, counting, decode, files):
     for clip in range(10):
         decode(counting, "pyav", clip_idx=clip, num_clips_uniform=10)
-        assert len(decoder._last[2].images) <= SIZE * RATE
+        assert len(files.last[2].images) <= SIZE * RATE
 
 
-def test_a_file_that_changed_is_opened_anew(checkout, decode, tmp_path, write_video, decoded):
+def test_a_file_that_changed_is_opened_anew(decode, tmp_path, write_video, decoded, files):
     path = tmp_path / "a.mp4"
     for level in (50, 200):
         write_video(path, [np.full((48, 64, 3), level, np.uint8)] * (level // 5))

@@ -1,4 +1,4 @@
-"""Runs every host in every way in which people run models, and prints the table of hosts.md.
+"""Runs every host in every way in which people run models, and prints the table of docs/hosts.md.
 
     PYTHONPATH=. python tests/soak/hosts_table.py [--COLUMN ...] [HOST ...]
 
