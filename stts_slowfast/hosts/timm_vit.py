@@ -15,6 +15,8 @@ from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import HOSTS, is_a, masks
 from stts_slowfast.hosts.tokens_alone import TokensAlone
 
+LAST_ARGUMENTS = ("intermediates_only", "output_dict", "attn_mask", "is_causal")
+
 
 class Intermediates:
     """``model.forward_intermediates`` behind a selection, with the sizes that are left.
@@ -33,7 +35,11 @@ class Intermediates:
         """
         model = self.model
         if len(args) > 3:  # return_prefix_tokens, norm, stop_early, output_fmt
-            args, output_fmt, kwargs = args[:3], args[3], {**_named(args[4:]), **kwargs}
+            args, output_fmt, kwargs = (
+                args[:3],
+                args[3],
+                {**dict(zip(LAST_ARGUMENTS, args[4:])), **kwargs},
+            )
         forward = type(model).forward_intermediates
         calls = model.stts.calls
         call = calls.open()
@@ -50,11 +56,6 @@ class Intermediates:
         if isinstance(found, tuple):
             return found[0], _maps(found[1], grids)
         return _maps(found, grids)
-
-
-def _named(args: tuple) -> dict:
-    names = ("intermediates_only", "output_dict", "attn_mask", "is_causal")
-    return dict(zip(names, args))
 
 
 def _numbers(indices, depth: int) -> list[int]:
