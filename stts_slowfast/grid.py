@@ -23,13 +23,14 @@ class Grid(tuple):
             that arrives; None where whole frames arrive.
         tokens: LongTensor ``(B, T*H*W)``: flat indices of a set of tokens into a grid of the sizes
             ``whole``, row by row; None for frames and windows.
-        whole: sizes ``(T, H, W)`` of the grid that would arrive here without selection.
+        whole: sizes ``(T, H, W)`` of the grid that would arrive here without selection; None if
+            the grid was made of frames or windows without it.
     """
 
     frames: Tensor | None
     windows: Tensor | None
     tokens: Tensor | None
-    whole: tuple[int, int, int]
+    whole: tuple[int, int, int] | None
 
     def __new__(
         cls,
@@ -42,7 +43,9 @@ class Grid(tuple):
         # While a model is traced, sizes are tensors.
         grid = super().__new__(cls, [int(size) for size in sizes])
         grid.frames, grid.windows, grid.tokens = frames, windows, tokens
-        grid.whole = tuple(grid) if whole is None else tuple(whole)
+        if whole is None and not grid.is_selected:
+            whole = grid
+        grid.whole = None if whole is None else tuple(whole)
         return grid
 
     def __reduce__(self):
@@ -52,6 +55,11 @@ class Grid(tuple):
     def is_selected(self) -> bool:
         """Whether a selection was made before."""
         return not (self.frames is None and self.windows is None and self.tokens is None)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all tokens arrive, in their order, though there may have been selections."""
+        return tuple(self) == self.whole
 
     def to(self, device: torch.device) -> "Grid":
         """The same grid, whose tensors are on a device."""
@@ -129,7 +137,9 @@ class Grid(tuple):
         self._check_no_set()
         # Rounded up, so that as many frames are taken as there are: 5 pooled by 4 are 2.
         ratios = time, rows, columns = [-(-a // b) for a, b in zip(self, sizes)]
-        whole = [-(-size // ratio) for size, ratio in zip(self.whole, ratios)]
+        whole = self.whole
+        if whole is not None:
+            whole = [-(-size // ratio) for size, ratio in zip(whole, ratios)]
         frames, windows = self.frames, self.windows
         if frames is not None and time > 1:
             frames = frames[:, ::time] // time

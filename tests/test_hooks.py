@@ -129,6 +129,18 @@ def test_keeping_everything_equals_the_unpatched_model(tiny_cfg, plain, clips):
     assert torch.equal(model(clips), plain(clips))
 
 
+def test_keeping_everything_leaves_relative_positions_as_they_are(golden, clips):
+    cfg = golden("slowfast_mvit_v2").cfg()
+    cfg.STTS.TIME.KEEP, cfg.STTS.FUSED_ATTENTION = [1.0], False
+    cfg.STTS.SPACE.BLOCKS, cfg.STTS.SPACE.KEEP = [1], [1.0]
+    model = backbones.build(cfg).eval()
+    for name, parameter in model.named_parameters():
+        if "rel_pos" in name:
+            nn.init.normal_(parameter, std=0.5)
+    expected = model(clips)
+    assert torch.equal(attach(model, cfg.STTS)(clips), expected)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_whole_and_independent(model, clips, duplicate):
     twin = duplicate(model)

@@ -73,7 +73,7 @@ class AttentionView(View):
         """Whether the tokens of a grid come from places that the stock module would not read."""
         if not (self.true_distances and isinstance(thw, Grid) and self.has_positions()):
             return False
-        return thw.frames is not None or thw.windows is not None
+        return thw.is_selected and not thw.is_whole
 
     def composed(self, x: Tensor, thw):
         """As the stock module's ``forward``, at true distances."""

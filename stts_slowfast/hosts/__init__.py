@@ -70,14 +70,16 @@ class Host:
         raise NotImplementedError
 
     def channels(self, block: nn.Module) -> int:
-        """Channels of the tokens that arrive at a block: the width of its first LayerNorm.
+        """Channels of the tokens that arrive at a block: the width of its first norm.
 
         Raises:
-            ValueError: where the block has no LayerNorm.
+            ValueError: where the block has no LayerNorm, RMSNorm or BatchNorm1d.
         """
         for module in block.modules():
-            if isinstance(module, nn.LayerNorm):
-                return module.normalized_shape[-1]
+            if isinstance(module, nn.BatchNorm1d):
+                return module.num_features
+            if shape := getattr(module, "normalized_shape", None):
+                return shape[-1]
         raise ValueError(
             f"cannot tell the width of the tokens that arrive at {type(block).__name__}: "
             "it has no LayerNorm"

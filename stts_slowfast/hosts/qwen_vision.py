@@ -31,14 +31,11 @@ class CutDeepstack:
     The language model adds them to the tokens of the last block.
     """
 
-    def __init__(self, host: "QwenVision", model: nn.Module):
-        self.host, self.model = host, model
-
     def __call__(self, model: nn.Module, args: tuple, output):
         features = getattr(output, "deepstack_features", None)
         if not features:
             return
-        grids = self.model.stts.calls.open_call().grids
+        grids = model.stts.calls.open_call().grids
         last = grids[max(grids)]
         for i, number in enumerate(model.deepstack_visual_indexes):
             index = _among(last, grids[number], features[i].device)
@@ -68,11 +65,12 @@ class QwenVision(Host):
 
     def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         if hasattr(model, "deepstack_visual_indexes"):
-            model.stts_deepstack = model.register_forward_hook(CutDeepstack(self, model))
+            model.register_forward_hook(CutDeepstack())
 
     def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        if handle := vars(model).pop("stts_deepstack", None):
-            handle.remove()
+        for key, hook in list(model._forward_hooks.items()):
+            if isinstance(hook, CutDeepstack):
+                del model._forward_hooks[key]
 
     def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> list[Grid]:
         sizes = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]

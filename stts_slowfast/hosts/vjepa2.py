@@ -14,8 +14,8 @@ from stts_slowfast.hosts import HOSTS, is_a
 from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
 
 
-def refuse(predictor: nn.Module, args: tuple) -> None:
-    """Forward pre-hook on the predictor of ``VJEPA2Model``."""
+def refuse(*args, **kwargs):
+    """Instead of the ``forward`` of the predictor of ``VJEPA2Model``."""
     raise ValueError(
         "the predictor of VJEPA2Model predicts hidden tokens by their place among all, and some "
         "are dropped by a selection: call the model with skip_predictor=True"
@@ -41,11 +41,10 @@ class VJEPA2(TokensAlone):
 
     def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         if is_a(model, "transformers", "VJEPA2Model"):
-            model.predictor.stts_guard = model.predictor.register_forward_pre_hook(refuse)
+            model.predictor.forward = refuse
 
     def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        if guard := vars(inner(model).predictor).pop("stts_guard", None):
-            guard.remove()
+        vars(inner(model).predictor).pop("forward", None)
 
     def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> Grid:
         frames = first_tensor(args, kwargs).shape[1]

@@ -92,3 +92,8 @@ def test_blocks_of_a_model_in_a_wrapper_are_found():
     inside.blocks = nn.ModuleList([Block()])
     wrapper.model = inside
     assert find_blocks(wrapper) == [inside.blocks[0]]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d])
+def test_the_first_norm_has_the_width_of_the_tokens(norm):
+    assert HOST.channels(nn.Sequential(nn.Identity(), norm(12), nn.LayerNorm(3))) == 12

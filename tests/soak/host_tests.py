@@ -85,6 +85,10 @@ def run(library: str | None, path: str, more: list[str]) -> tuple[int, dict[str,
 def main() -> int:
     if sys.argv[1:2] == ["--inside"]:
         library, out, path, *more = sys.argv[2:]
+        for folder in Path(path).resolve().parents:  # the checkout's library, if it is there
+            if any((folder / name / "__init__.py").is_file() for name in MODELS):
+                sys.path.insert(0, str(folder))
+                break
         return pytest.main(["-q", "-p", "no:cacheprovider", path, *more], [Selecting(library, out)])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("library", choices=MODELS)
