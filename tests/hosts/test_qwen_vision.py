@@ -89,7 +89,7 @@ def test_a_clip_in_a_pack_is_computed_as_alone(model):
 @torch.no_grad()
 def test_blocks_get_the_rotary_positions_and_the_frames_of_what_is_left(model):
     """Against blocks that are called by hand with what was kept of one clip."""
-    patches, sizes = packed([(4, 8, 12)])
+    patches, sizes = packed([(8, 8, 12)])
     seen = []
     handle = model.blocks[0].register_forward_pre_hook(
         lambda block, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True
@@ -105,7 +105,7 @@ def test_blocks_get_the_rotary_positions_and_the_frames_of_what_is_left(model):
     for block in model.blocks:
         block._forward_pre_hooks.clear()
 
-    cells = [part.reshape(1, 4, 4, 6, -1) for part in (model.blocks[0](x, **kwargs), cos, sin)]
+    cells = [part.reshape(1, 8, 4, 6, -1) for part in (model.blocks[0](x, **kwargs), cos, sin)]
     cells = [frames(part, kept["time_1"][0]) for part in cells]
 
     def call(block, cells, length):
@@ -121,7 +121,8 @@ def test_blocks_get_the_rotary_positions_and_the_frames_of_what_is_left(model):
     for block in model.blocks[2:]:
         cells = call(block, cells, length)
     torch.testing.assert_close(cells[0].reshape(found.shape), found)
-    assert not torch.equal(cells[1][0, 0], cells[1][0, 1])  # so that it matters whose place it is
+    # So that it matters whose place it is:
+    assert any(not torch.equal(cells[1][0, 0], frame) for frame in cells[1][0])
 
 
 def test_gradients_reach_scorers_also_with_checkpointing():
@@ -143,8 +144,8 @@ def test_gradients_reach_scorers_also_with_checkpointing():
 @torch.no_grad()
 def test_compiles_and_copies():
     """With breaks at sizes that are read from tensors, where stock transformers has them too."""
-    model = tower(depth=2, deepstack_visual_indexes=[0])
-    attach(model, time={0: 0.5}, space={1: 0.5})
+    model = tower(depth=1, deepstack_visual_indexes=[0])
+    attach(model, time={0: 0.5}, space={0: 0.5})
     plain = run(model)
     twin = copy.deepcopy(model)
     assert all(torch.equal(*pair) for pair in zip(run(twin), plain))
