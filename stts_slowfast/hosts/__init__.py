@@ -259,6 +259,7 @@ from stts_slowfast.hosts import (  # noqa: E402, F401
     blocks_with_grid,
     hf_images,
     hf_timesformer,
+    plain_video_vit,
     qwen_vision,
     timm_eva,
     timm_vit,
@@ -266,4 +267,5 @@ from stts_slowfast.hosts import (  # noqa: E402, F401
     videomae,
     vivit,
     vjepa2,
+    vjepa2_official,
 )

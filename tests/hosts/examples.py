@@ -129,6 +129,82 @@ def timm_tubelets():
     return Example(model, clips.transpose(1, 2), lambda model, clips: model(clips))
 
 
+class PlainBlock(nn.Module):
+    """Called as x = block(x), as in the code of VideoMAE, VideoMAE v2 and UMT."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def attend(self, x, turn=lambda x: x):
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(turn(q), turn(k), v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        x = x + self.attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class RotaryBlock(PlainBlock):
+    """Turns queries and keys by the place of a token, as in the authors' code of V-JEPA 2."""
+
+    def forward(self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_patches=None):
+        if mask is None:
+            mask = torch.arange(T * H_patches * W_patches, device=x.device)[None]
+        frame, row, column = mask // (H_patches * W_patches), mask // W_patches, mask % W_patches
+        angle = (frame + 0.3 * (row % H_patches) + 0.1 * column)[:, None, :, None]
+        angle = angle * torch.tensor([1.0, 0.5, 0.2]).repeat(2)
+
+        def turn(x):
+            first, second = x[..., :6].chunk(2, dim=-1)
+            turned = x[..., :6] * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+            return torch.cat([turned, x[..., 6:]], dim=-1)
+
+        x = x + self.attend(self.norm1(x), turn)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, width, tubelet=2, side=8):
+        super().__init__()
+        self.proj = nn.Conv3d(3, width, (tubelet, side, side), (tubelet, side, side))
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class ResearchViT(nn.Module):
+    """Blocks in a row behind tubelets, in plain PyTorch."""
+
+    def __init__(self, block, width=24):
+        super().__init__()
+        self.num_frames, self.tubelet_size, self.patch_size = 8, 2, 8
+        self.img_height = self.img_width = 32
+        self.patch_embed = PatchEmbed(width)
+        self.blocks = nn.ModuleList(block(width) for _ in range(4))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, clips):
+        _, _, frames, height, width = clips.shape
+        x = self.patch_embed(clips)
+        sizes = {"T": frames // 2, "H_patches": height // 8, "W_patches": width // 8}
+        for block in self.blocks:
+            x = block(x, **sizes) if isinstance(block, RotaryBlock) else block(x)
+        return self.head(x.mean(1))
+
+
+def research(block):
+    torch.manual_seed(8)
+    model = ResearchViT(block).eval()
+    clips = torch.randn(2, 3, 8, 32, 32)
+    return Example(model, clips, lambda model, clips: model(clips))
+
+
 def pytorchvideo():
     vit = pytest.importorskip(
         "pytorchvideo.models.vision_transformers", reason="pytorchvideo is not installed"
@@ -164,5 +240,7 @@ EXAMPLES = {
     "timm-registers": lambda: timm_frames(reg_tokens=2, global_pool="avg"),
     "timm-dinov3": lambda: timm_eva(num_reg_tokens=2, rope_type="dinov3"),
     "timm-tubelets": timm_tubelets,
+    "plain": lambda: research(PlainBlock),
+    "vjepa2-official": lambda: research(RotaryBlock),
     "pytorchvideo": pytorchvideo,
 }
