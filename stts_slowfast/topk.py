@@ -20,11 +20,17 @@ GRADIENTS = ("exact", "diagonal")
 # its gradient would only blow up rounding errors.
 SMALLEST_SIGMA = 1e-4
 
-NAN = "scores hold NaN: look for an overflow before the scorer (loss scale, learning rate)"
+# Beyond it differences of scores overflow, also in float32 and divided by the smallest sigma.
+_LARGEST = 1e30
+
+NOT_FINITE = "scores hold NaN or infinity: look for an overflow before (loss scale, learning rate)"
 
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest scores of each row, in ascending order.
+
+    Of equal scores the lower index wins, on every device: so scorers that do not learn, whose
+    scores may tie, keep the same everywhere.
 
     Args:
         scores: ``(B, d)``, any floating dtype.
@@ -34,11 +40,15 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
         LongTensor ``(B, k)``; each row ascends, so that kept frames stay in their order.
 
     Raises:
-        ValueError: where ``scores`` is not 2-D, ``k`` is out of range, or a score is NaN (seen
-            on a CPU alone).
+        ValueError: if ``scores`` is not 2-D, ``k`` is out of range, or a score is NaN or infinite
+            (checked on a CPU only: on a device that would wait for it; see
+            ``Selector.check_finite``).
     """
     _check(scores, k)
-    return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    if k == 1:  # argmax returns the first maximum
+        return scores.argmax(dim=1, keepdim=True)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values
 
 
 def perturbed_topk(
@@ -70,10 +80,10 @@ def perturbed_topk(
         float32 ``(B, k, d)`` indicators; every row sums to 1.
 
     Raises:
-        ValueError: for scores that are not 2-D or hold NaN, ``k`` or ``num_samples`` out of range,
-            an unknown ``gradient``, or ``noise`` of another shape.
+        ValueError: for scores that are not 2-D or not finite (checked on a CPU only), ``k`` or
+            ``num_samples`` out of range, an unknown ``gradient``, or ``noise`` of another shape.
     """
-    _check(scores, k)
+    hard = _one_hot_topk(scores, k)
     check_choice("gradient", gradient, GRADIENTS)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: draw at least one")
@@ -87,7 +97,8 @@ def perturbed_topk(
                 "give (B, num_samples, d)"
             )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=scores.device)
-        return _PerturbedTopK.apply(scores, noise.float(), sigma, k, gradient)
+        soft = _PerturbedTopK.apply(scores, noise.float(), sigma, k, gradient)
+        return torch.where(sigma > SMALLEST_SIGMA, soft, hard)
 
 
 @OPERATORS.register()
@@ -123,11 +134,13 @@ def subset(
         float32 ``(B, k, d)`` indicators; every row sums to 1.
 
     Raises:
-        ValueError: for scores that are not 2-D or hold NaN, or ``k`` out of range.
+        ValueError: for scores that are not 2-D or not finite (checked on a CPU only; on a device
+            the result has no NaN), or ``k`` out of range.
     """
-    hard = F.one_hot(hard_topk(scores.detach(), k), scores.shape[1])  # (B, k, d)
+    hard = _one_hot_topk(scores, k)
     with full_precision(scores):
         precise = scores.float() if scores.device.type == "mps" else scores.double()
+        precise = precise.clamp(-_LARGEST, _LARGEST)  # of infinite scores on a device
         sigma = torch.as_tensor(sigma, dtype=precise.dtype, device=scores.device)
         soft_enough = sigma > SMALLEST_SIGMA
         logits = precise / torch.where(soft_enough, sigma, 1.0)
@@ -141,6 +154,11 @@ def subset(
             # The first kept entry is one of all: its column adds up to e_k(all).
             soft = (joint - joint[:, :, :1].logsumexp(dim=1, keepdim=True)).exp().transpose(1, 2)
         return torch.where(soft_enough, soft, hard.to(soft.dtype)).float()
+
+
+def _one_hot_topk(scores: Tensor, k: int) -> Tensor:
+    """Indicators ``(B, k, d)`` without noise."""
+    return F.one_hot(hard_topk(scores.detach(), k), scores.shape[1]).float()
 
 
 def _log_symmetric(logits: Tensor, k: int) -> Tensor:
@@ -191,16 +209,16 @@ class _PerturbedTopK(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         noise, sigma, places = ctx.saved_tensors
-        batch, num_samples, d = noise.shape
-        marked = grad_output.reshape(batch, -1).gather(1, places)  # (B, n*k)
+        _, num_samples, d = noise.shape
+        marked = grad_output.flatten(1).gather(1, places)  # (B, n*k)
         if ctx.gradient == "exact":
-            weights = marked.view(batch, num_samples, -1).sum(dim=2)  # (B, n) = <g, Y_z>
+            weights = marked.unflatten(1, (num_samples, -1)).sum(dim=2)  # (B, n) = <g, Y_z>
             weights = weights - weights.mean(dim=1, keepdim=True)
             grad = torch.bmm(weights[:, None], noise).squeeze(1)  # (B, d)
         else:
             # A sample keeps an entry once at most, so nothing is added up in a scatter, whose order
             # on a GPU is that of its threads: the gradient is the same bits in every run.
-            columns = places.remainder(d).view(batch, num_samples, -1)  # (B, n, k)
+            columns = places.remainder(d).unflatten(1, (num_samples, -1))  # (B, n, k)
             marked = marked.view_as(columns)
             grad = torch.zeros_like(noise).scatter_(2, columns, marked).mul_(noise).sum(dim=1)
         scale = torch.where(sigma > SMALLEST_SIGMA, 1.0 / (num_samples * sigma), 0.0)
@@ -214,8 +232,8 @@ def _check(scores: Tensor, k: int) -> None:
         raise ValueError(f"k is {k} for {scores.shape[1]} scores a row: 1 <= k <= d must hold")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    if on_host(scores) and scores.isnan().any():
-        raise ValueError(NAN)
+    if on_host(scores) and not scores.isfinite().all():
+        raise ValueError(NOT_FINITE)
 
 
 def on_host(tensor: Tensor) -> bool:

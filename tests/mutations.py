@@ -255,9 +255,9 @@ MUTATIONS = {
         f"{TOPK} -k order_of_threads",
     ),
     "nan-check-inverted": Mutation(
-        "selectors.py",
-        "found = scores.detach().isnan().any()",
-        "found = ~scores.detach().isnan().any()",
+        "state.py",
+        "found = scores.detach().isfinite().all().logical_not()",
+        "found = scores.detach().isfinite().all()",
         "tests/test_selectors.py -k on_a_device",
     ),
     "device-taken-for-the-host": Mutation(

@@ -14,7 +14,7 @@ from stts_slowfast.config import add_stts_config
 from stts_slowfast.hooks import attach
 from stts_slowfast.pyslowfast import families, shards, weights
 from stts_slowfast.pyslowfast.guard import OFF, confirm, enabled
-from stts_slowfast.schedule import set_progress
+from stts_slowfast.schedule import reset
 
 # ---- config ---------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}: {error}") from error
     if _trains(cfg):
-        set_progress(model, 0.0, cfg.RNG_SEED)
+        reset(model)
     if cfg.DETECTION.ENABLE:
         pool_over_frames_left(model.head)
     return model

@@ -6,6 +6,7 @@ from decimal import Decimal
 import torch
 
 from stts_slowfast import backbones, schedule
+from stts_slowfast.groups import param_groups
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.pictures import picture
 from stts_slowfast.pyslowfast import badvideos, families, shards, weights
@@ -49,8 +50,8 @@ def _construct_optimizer(construct_optimizer, model, cfg):
     optimizer = construct_optimizer(model, cfg)
     optimizer.param_groups[:] = families.decay_by_layer(optimizer.param_groups, model, cfg)
     if enabled(cfg):
-        optimizer.param_groups[:] = schedule.param_groups(optimizer.param_groups, model)
-        optimizer.stts_run, optimizer.stts_begun = (weakref.ref(model), cfg), False
+        optimizer.param_groups[:] = param_groups(optimizer.param_groups, model)
+        optimizer.stts_run = weakref.ref(model), cfg
         if shards.rank():
             # SlowFast seeds all processes alike, and all would perturb their scores alike.
             torch.manual_seed(cfg.RNG_SEED + 1_000_003 * shards.rank())
@@ -69,11 +70,17 @@ def _set_rates_and_sigma(set_lr, optimizer, new_lr):
     if cfg is None or "epoch" not in _now:
         return
     _now["model"] = model_ref
-    model, groups = model_ref(), optimizer.param_groups
-    if not optimizer.stts_begun:  # not before now are weights and optimizer state loaded
-        schedule.begin(groups, weights.is_trained(model), model, cfg.SOLVER.MAX_EPOCH)
-        optimizer.stts_begun = True
-    _now["rates"] = schedule.step(model, groups, new_lr, _now["epoch"], cfg)
+    if not hasattr(optimizer, "stts_schedule"):  # only now are weights and optimizer state loaded
+        model = model_ref()
+        optimizer.stts_schedule = schedule.Schedule(
+            model,
+            optimizer,
+            max_epochs=cfg.SOLVER.MAX_EPOCH,
+            pretrained=weights.is_trained(model),
+            base_lr=cfg.SOLVER.BASE_LR,
+            seed=cfg.RNG_SEED,
+        )
+    _now["rates"] = optimizer.stts_schedule.step(_now["epoch"])
 
 
 def _check_losses(check_nan_losses, loss):

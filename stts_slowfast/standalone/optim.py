@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import slowfast_state
+from stts_slowfast.groups import param_groups
 from stts_slowfast.hosts import find_blocks
 from stts_slowfast.keys import check_choice
-from stts_slowfast.schedule import param_groups
 
 
 def lr_at(epoch: float, cfg) -> float:
@@ -89,7 +89,7 @@ _OPTIMIZERS = ("sgd", "adam", "adamw", "mt_adamw")
 
 
 def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
-    """The optimizer of a config; its groups are :func:`groups`, split by ``schedule.param_groups``.
+    """The optimizer of a config; its groups are :func:`groups`, split by ``param_groups``.
 
     Raises:
         ValueError: for an unknown ``SOLVER.OPTIMIZING_METHOD``.
@@ -108,6 +108,12 @@ def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
         )
     kind = torch.optim.Adam if solver.OPTIMIZING_METHOD == "adam" else torch.optim.AdamW
     return kind(split, betas=tuple(solver.BETAS), **common)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives each group the rate ``lr``, times its ``layer_decay``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["layer_decay"]
 
 
 def groups(model: nn.Module, cfg) -> list[dict]:

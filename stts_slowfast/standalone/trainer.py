@@ -9,11 +9,11 @@
 
 import math
 
-from fvcore.common.config import CfgNode
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from stts_slowfast import schedule
+from stts_slowfast.groups import param_groups
+from stts_slowfast.schedule import Schedule
 
 
 class SelectionCallback(TrainerCallback):
@@ -38,7 +38,7 @@ class SelectionCallback(TrainerCallback):
             raise ValueError(f"this {type(model).__name__} has no selectors: call attach first")
         self.model = model
         self.trained = bool(getattr(model, "name_or_path", "")) if trained is None else trained
-        self.cfg = CfgNode({"SOLVER": {}})
+        self.schedule: Schedule | None = None
         self.steps_per_epoch = 0
         self.now: dict[str, float] = {}
 
@@ -55,7 +55,7 @@ class SelectionCallback(TrainerCallback):
         return Optimizer, settings
 
     def _split(self, groups: list[dict]) -> list[dict]:
-        return schedule.param_groups(groups, self.model)
+        return param_groups(groups, self.model)
 
     def on_train_begin(self, args, state, control, **what) -> None:
         """Decides whether the backbone is held back.
@@ -64,13 +64,6 @@ class SelectionCallback(TrainerCallback):
             ValueError: where the optimizer does not know scorers from the backbone, or the length
                 of an epoch is not known though the backbone is to be frozen for some.
         """
-        groups = what["optimizer"].param_groups
-        apart = all("backbone" in group for group in groups)
-        if not apart and self._split(groups) is not groups:
-            raise ValueError(
-                "the optimizer's groups hold scorers and backbone together: give Trainer "
-                "optimizer_cls_and_kwargs=callback.optimizer(args)"
-            )
         try:
             batches = len(what["train_dataloader"])
         except TypeError:
@@ -81,15 +74,22 @@ class SelectionCallback(TrainerCallback):
                 ) from None
             batches = state.max_steps * args.gradient_accumulation_steps
         self.steps_per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-        self.cfg.SOLVER.MAX_EPOCH = state.max_steps / self.steps_per_epoch
-        self.cfg.SOLVER.BASE_LR, self.cfg.RNG_SEED = args.learning_rate, args.seed
-        schedule.begin(groups, self.trained, self.model, self.cfg.SOLVER.MAX_EPOCH)
+        try:
+            self.schedule = Schedule(
+                self.model,
+                what["optimizer"],
+                max_epochs=state.max_steps / self.steps_per_epoch,
+                pretrained=self.trained,
+                base_lr=args.learning_rate,
+                seed=args.seed,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Give Trainer optimizer_cls_and_kwargs=callback.optimizer(args)"
+            ) from error
 
     def on_step_begin(self, args, state, control, **what) -> None:
-        groups = what["optimizer"].param_groups
-        lr = next((group["lr"] for group in groups if not group.get("backbone")), groups[0]["lr"])
-        epoch = state.global_step / self.steps_per_epoch
-        self.now = schedule.step(self.model, groups, lr, epoch, self.cfg)
+        self.now = self.schedule.step(state.global_step / self.steps_per_epoch)
 
     def on_log(self, args, state, control, logs=None, **what) -> None:
         for log in (logs, state.log_history[-1] if state.log_history else None):
