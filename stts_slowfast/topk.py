@@ -20,8 +20,9 @@ GRADIENTS = ("exact", "diagonal")
 # its gradient would only blow up rounding errors.
 SMALLEST_SIGMA = 1e-4
 
-# Beyond it differences of scores overflow, also in float32 and divided by the smallest sigma.
-_LARGEST = 1e30
+# What infinite scores count as on a device, where nobody looks: divided by the smallest sigma and
+# added up it is still far from what stands for the logarithm of 0.
+_LARGEST = 1e6
 
 NOT_FINITE = "scores hold NaN or infinity: look for an overflow before (loss scale, learning rate)"
 
