@@ -194,8 +194,8 @@ class TemporalSelector(Selector):
         (k,) = self.goes_on(grid)
         with full_precision(grid):
             scores = self.scorer(grid, k)
-            self.check_finite(scores)
             scores = normalize(scores)
+            self.check_finite(scores)
             self.kept = kept = hard_topk(scores.detach(), k)
             return Choice(kept, self.indicators(scores, k) if self.training else None)
 
@@ -254,10 +254,10 @@ class SpatialSelector(Selector):
         steps = self._steps(grid)
         with full_precision(grid):
             scores = self.scorer(grid, window, steps)  # (B*T, rows * columns)
-            self.check_finite(scores)
             if self.shared:
                 scores = scores.unflatten(0, (batch, frames)).mean(dim=1)
             scores = normalize(scores)
+            self.check_finite(scores)
             best = self._per_frame(hard_topk(scores.detach(), 1).squeeze(1), frames)  # (B*T,)
             columns = (width - window[1]) // steps[1] + 1
             top = best.div(columns, rounding_mode="floor") * steps[0]

@@ -91,10 +91,13 @@ class SelectorState(nn.Module):
 
         There they are noted, and the first forward pass that finds the note on the host raises;
         :meth:`raise_on_nan` is for who waits for the device anyway.
+
+        Args:
+            scores: normalised, which makes a NaN of an infinite one.
         """
         if scores.is_meta or torch.jit.is_tracing() or is_exporting():
             return
-        found = scores.detach().isfinite().all().logical_not()
+        found = scores.detach().isnan().any()
         self._state_to(scores.device)
         if self._nonfinite.device != scores.device:  # a graph whose selector was never moved
             self._nonfinite = found

@@ -256,8 +256,8 @@ MUTATIONS = {
     ),
     "nan-check-inverted": Mutation(
         "state.py",
-        "found = scores.detach().isfinite().all().logical_not()",
-        "found = scores.detach().isfinite().all()",
+        "found = scores.detach().isnan().any()",
+        "found = ~scores.detach().isnan().any()",
         "tests/test_selectors.py -k on_a_device",
     ),
     "device-taken-for-the-host": Mutation(
