@@ -1,7 +1,7 @@
 """Optimizer groups: a trained backbone apart from what is new (scorers, adapters, a new head)."""
 
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -51,6 +51,18 @@ def param_groups(params, model: nn.Module, new: Iterable[str] = ()) -> list[dict
             "none of the scorers' parameters is among these, so they would never learn: give "
             "model.parameters() of the whole model"
         )
+    return split_groups(groups, model, apart)
+
+
+def split_groups(groups: list[dict], model: nn.Module, apart: Mapping[int, str]) -> list[dict]:
+    """Groups of :func:`as_groups`, each split into the backbone's part and what is ``apart``.
+
+    Args:
+        groups: each stays one that a saved optimizer state fits, if split by the same names.
+        model: whose scorers ``apart`` has.
+        apart: names by the ``id`` of parameters.
+    """
+    scorers = {id(parameter) for _, parameter in scorer_parameters(model)}
     split = []
     for group in groups:
         for backbone in (True, False):
@@ -61,6 +73,35 @@ def param_groups(params, model: nn.Module, new: Iterable[str] = ()) -> list[dict
             names = [apart[id(p)] for p in tensors(part) if id(p) in apart.keys() - scorers]
             split.append({**part, "new": names} if names else part)
     return split
+
+
+def run_groups(
+    groups: list[dict], model: nn.Module, names: Mapping[int, str], saved: Iterable[dict] = ()
+) -> list[dict]:
+    """:func:`param_groups` for a run that may be resumed, where nothing is new any more.
+
+    Args:
+        groups: lists of parameters, as the run's config asks for.
+        model: with the weights that the run starts from.
+        names: of the model's parameters, by their ``id``, the same in both engines.
+        saved: groups of the optimizer's state in the checkpoint that is resumed: they name what
+            was new when the run began.
+    """
+    found = list(saved)
+    if not found:
+        split = param_groups(groups, model)
+        for group in split:
+            if "new" in group:
+                ids = {plain(n): id(p) for n, p in model.named_parameters()}
+                group["new"] = [names.get(ids[name], name) for name in group["new"]]
+        return split
+    apart = {id(parameter): name for name, parameter in scorer_parameters(model)}
+    if not apart:
+        return groups
+    check_scorers(model)
+    new = {name for group in found for name in group.get("new", ())}
+    apart.update((number, name) for number, name in names.items() if name in new)
+    return split_groups(groups, model, apart)
 
 
 def as_groups(params) -> list[dict]:

@@ -1,5 +1,6 @@
 import copy
 import random
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from stts_slowfast.config import Settings
 from stts_slowfast.groups import param_groups
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.schedule import Schedule, advance, backbone_lr, set_progress, sigma
+from stts_slowfast.selectors import TemporalSelector
 from stts_slowfast.standalone.model import build_model
 
 
@@ -313,3 +315,160 @@ def test_a_step_names_a_selector_whose_scores_were_nan(model):
     model.stts["time_0"]._nonfinite.fill_(True)
     with pytest.raises(ValueError, match="STTS time_0: scores hold NaN"):
         scheduled(model).step(1.0)
+
+
+class Loop:
+    """A loop as people write it, on a model whose forward pass is short."""
+
+    def __init__(self, model, optimizer, steps=8):
+        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.clips = torch.randn(2, 3, 8, 32, 32)
+
+    def run(self, before=lambda epoch: None, after=lambda: None):
+        """Which parameters moved in each step."""
+        moved = []
+        for number in range(self.steps):
+            was = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            before(number / 4)  # four steps an epoch
+            self.optimizer.zero_grad()
+            self.model(self.clips).square().sum().backward()
+            self.optimizer.step()
+            after()
+            moved.append(
+                {n for n, p in self.model.named_parameters() if not torch.equal(p, was[n])}
+            )
+        return moved
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_scheduler_of_pytorchs_sets_the_rates_and_the_recipe_what_is_left_of_them(
+    tiny_cfg, split
+):
+    """Also one that computes its next rate from the last: it never sees ours."""
+    model = attach(
+        backbones.build(tiny_cfg), time={0: 0.5}, freeze_backbone_epochs=1, backbone_lr=0.25
+    )
+    params = param_groups(model.named_parameters(), model) if split else model.parameters()
+    optimizer = torch.optim.SGD(params, lr=0.01)
+    schedule = Schedule(model, optimizer, max_epochs=2, pretrained=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+    theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    alone = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 8)
+    used, wanted = [], []
+    optimizer.register_step_pre_hook(
+        lambda optimizer, *_: used.append([group["lr"] for group in optimizer.param_groups])
+    )
+
+    def both():
+        wanted.append(theirs.param_groups[0]["lr"])
+        theirs.step()
+        cosine.step()
+        alone.step()
+
+    moved = Loop(model, optimizer).run(schedule.step, both)
+    assert [scorers for _, scorers in used] == pytest.approx(wanted)
+    caps = [0.0] * 4 + [min(lr, 0.0025) for lr in wanted[4:]]
+    assert [backbone for backbone, _ in used] == pytest.approx(caps)
+    kinds = [{name.startswith("stts.") for name in names} for names in moved]
+    assert kinds[:4] == [{True}] * 4 and kinds[5] == {True, False}
+
+
+def test_an_optimizer_that_a_scheduler_knows_is_not_split(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+    with pytest.raises(ValueError, match=r"make the optimizer with stts_slowfast\.param_groups"):
+        Schedule(model, optimizer, max_epochs=2, pretrained=True)
+
+
+def test_an_optimizer_without_all_scorers_is_refused(model):
+    names = {"stts.time_0.scorer.network.score.4.weight"}
+    params = [p for name, p in model.named_parameters() if name not in names]
+    with pytest.raises(ValueError, match=r"1 parameters of the scorers .*score\.4\.weight"):
+        Schedule(model, torch.optim.SGD(params, lr=1.0), max_epochs=2, pretrained=True)
+
+
+def test_two_schedules_of_an_optimizer_are_the_last_one(model):
+    first = scheduled(model)
+    second = Schedule(model, first.optimizer, max_epochs=20, pretrained=True, base_lr=1e-3)
+    second.step(5.0)
+    assert rates(second) == pytest.approx([1e-4, 1e-3])
+    assert [group["lr"] for group in first.optimizer.param_groups] == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [({"max_epochs": 0}, "max_epochs is 0"), ({"max_epochs": float("nan")}, "max_epochs is nan")],
+)
+def test_a_length_that_is_none_is_refused(model, more, message):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match=message):
+        Schedule(model, optimizer, pretrained=True, **more)
+
+
+@pytest.mark.parametrize("epoch", [-1.0, float("nan")])
+def test_an_epoch_that_is_none_is_refused(model, epoch):
+    with pytest.raises(ValueError, match=r"epoch is .*count from 0"):
+        scheduled(model).step(epoch)
+
+
+def test_progress_alone_does_not_pretend_to_freeze(tiny_cfg, caplog):
+    def attached(**more):
+        return attach(backbones.build(tiny_cfg), time={0: 0.5}, **more)
+
+    model = attached(freeze_backbone_epochs=1000, backbone_lr=0.0)
+    with pytest.raises(ValueError, match=r"freeze_backbone_epochs=1000, backbone_lr=0 cannot be"):
+        set_progress(model, 0.5)
+    assert set_progress(model.eval(), 0.5) == pytest.approx(0.1)
+    model = attached()
+    for _ in range(2):
+        set_progress(model, 0.5)
+    assert caplog.text.count("freeze_backbone_epochs=3, the default, is for loops with") == 1
+    caplog.clear()
+    set_progress(attached(freeze_backbone_epochs=0), 0.5)
+    set_progress(attached(time_scorer="uniform"), 0.5)
+    assert not caplog.records
+
+
+def warned(run):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        run()
+    messages = [str(each.message) for each in caught if "stts" in str(each.message)]
+    assert all("call step(epoch) of stts_slowfast.Schedule" in text for text in messages)
+    return len(messages)
+
+
+def test_a_loop_without_a_schedule_keeps_what_is_asked_for_and_is_warned_once():
+    stock = timesformer.TimeSformer(32, 8, 8, 16, 2, 2, num_classes=5)
+    model = attach(stock, time={0: (0.25, 0.5)}, space={1: 0.25}, shrink=0.5)
+
+    def run():
+        for _ in range(2):
+            model(torch.randn(1, 3, 8, 32, 32))
+            assert selections(model)["time_0"].shape == (1, 4)
+            assert [s.sigma for s in model.stts.values()] == [0.2, 0.2]
+
+    assert warned(run) == 1
+    model.eval()(torch.randn(1, 3, 8, 32, 32))
+    assert selections(model)["time_0"].shape == (1, 4)
+
+
+def test_a_compiled_loop_without_a_schedule_is_warned_as_well():
+    selector = TemporalSelector(4, 0, (0.25, 0.5)).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(selector, backend="eager", fullgraph=True)
+    grid = torch.randn(1, 8, 2, 2, 4)
+    assert warned(lambda: [compiled(grid), compiled(grid)]) == 1
+    assert selector.kept.shape == (1, 4)
+
+
+def test_a_model_with_a_schedule_is_not_warned(model):
+    schedule = scheduled(model)
+    schedule.step(0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(1, 3, 8, 32, 32))
+    model.stts["time_0"].scheduled = False
+    with warnings.catch_warnings(), torch.no_grad():  # nothing is trained
+        warnings.simplefilter("error")
+        model(torch.randn(1, 3, 8, 32, 32))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import slowfast_state
-from stts_slowfast.groups import param_groups
+from stts_slowfast.groups import run_groups
 from stts_slowfast.hosts import find_blocks
 from stts_slowfast.keys import check_choice
 
@@ -88,15 +88,21 @@ def check_solver(cfg) -> None:
 _OPTIMIZERS = ("sgd", "adam", "adamw", "mt_adamw")
 
 
-def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
-    """The optimizer of a config; its groups are :func:`groups`, split by ``param_groups``.
+def build_optimizer(model: nn.Module, cfg, state: dict | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a config; its groups are :func:`groups`, split by ``run_groups``.
+
+    Args:
+        model, cfg: what is trained.
+        state: of the optimizer of the run that is resumed, which knows what was new when it began.
 
     Raises:
         ValueError: for an unknown ``SOLVER.OPTIMIZING_METHOD``.
     """
     solver = cfg.SOLVER
     check_choice("SOLVER.OPTIMIZING_METHOD", solver.OPTIMIZING_METHOD, _OPTIMIZERS)
-    split = param_groups(groups(model, cfg), model)
+    names = {id(parameter): name for name, parameter, _ in slowfast_parameters(model)}
+    saved = (state or {}).get("param_groups", ())
+    split = run_groups(groups(model, cfg), model, names, saved)
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZING_METHOD == "sgd":
         return torch.optim.SGD(

@@ -41,7 +41,7 @@ class Training:
         self.val_loader = self._loader("val")
         self.mixer = batch_mixer(cfg)
         fabric.to_device(model)
-        self.optimizer = optim.build_optimizer(model, cfg)
+        self.optimizer = optim.build_optimizer(model, cfg, start.optimizer_state)
         if start.optimizer_state:
             optim.load_optimizer_state(self.optimizer, start.optimizer_state, start.path)
         self.schedule = Schedule(
