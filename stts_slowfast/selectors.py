@@ -166,6 +166,45 @@ class Selector(SelectorState):
         return f"block={self.block}, keep={self.share_text}"
 
 
+class Selectors(nn.Module):
+    """A model's selectors by their keys, in the order in which they run: ``model.stts``.
+
+    It is read as a dict is. It is no ``nn.ModuleDict`` since peft refuses to save one beside an
+    adapter (``modules_to_save=["stts"]``).
+
+    Attributes:
+        settings: what was asked for, ``config.Settings``.
+    """
+
+    def __init__(self, settings=None):
+        super().__init__()
+        self.settings = settings
+
+    def __setitem__(self, key: str, selector: Selector) -> None:
+        self.add_module(key, selector)
+
+    def __getitem__(self, key: str) -> Selector:
+        return self._modules[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._modules
+
+    def __iter__(self):
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def keys(self):
+        return self._modules.keys()
+
+    def values(self):
+        return self._modules.values()
+
+    def items(self):
+        return self._modules.items()
+
+
 class TemporalSelector(Selector):
     """Keeps the ``int(T * keep)`` best frames of a grid, in their order.
 

@@ -57,7 +57,7 @@ def check_selectors(model: nn.Module, cfg) -> None:
     ]
     inner = getattr(model, "module", model)
     stts = getattr(inner, "stts", None)
-    attached = stts.items() if isinstance(stts, nn.ModuleDict) else ()
+    attached = stts.items() if hasattr(stts, "settings") else ()
     found = [key for key, module in attached if isinstance(module, Selector)]
     if sorted(found) != sorted(wanted) or (wanted and stts is None):
         raise RuntimeError(

@@ -42,7 +42,8 @@ class Restoration:
         if given.keys() <= own.keys():
             return
         theirs = {key: state[given[key]] for key in given if "stts" not in key.split(".")}
-        kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("transformers."))
+        kinds = (kind for kind in type(module).__mro__ if "transformers." in kind.__module__)
+        kind = next(kinds)  # FSDP2 makes a class of its own
         converted = kind.from_pretrained(None, config=module.config, state_dict=theirs)
         for name, parameter in converted.named_parameters():
             loaded = getattr(parameter, "_is_hf_initialized", False)
