@@ -9,7 +9,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "stts_slowfast"
 FLOORS = [
     # A node's check names the scorers that there are.
-    {"config", "extensions", "extras", "grid", "keys", "scorers", "topk", "video", "yamlfiles"},
+    {
+        "config",
+        "constants",
+        "extensions",
+        "extras",
+        "grid",
+        "keys",
+        "scorers",
+        "topk",
+        "video",
+        "yamlfiles",
+    },
     {"selectors", "state", "windows"},
     {"backbones", "hosts"},
     {"groups", "hooks", "schedule", "fused", "checkpoints"},
