@@ -323,11 +323,11 @@ def _copy_into(model: nn.Module, state: State, renamed: State, name: str, strict
             "from_pretrained, and its selectors for load_weights(model, folder)"
         )
     model.load_state_dict(fitting, strict=False)
-    _note_new(model, own.keys() - fitting)
+    note_new(model, own.keys() - fitting)
     return loaded
 
 
-def _note_new(model: nn.Module, missing: Collection[str]) -> None:
+def note_new(model: nn.Module, missing: Collection[str]) -> None:
     """Notes in a model which parameters no file has filled so far; scorers are new in any case."""
     parameters = {name for name, _ in model.named_parameters() if "stts" not in name.split(".")}
     missing = parameters.intersection(missing)

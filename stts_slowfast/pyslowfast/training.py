@@ -6,7 +6,7 @@ from decimal import Decimal
 import torch
 
 from stts_slowfast import backbones, schedule
-from stts_slowfast.groups import param_groups
+from stts_slowfast.groups import plain, run_groups
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.pictures import picture
 from stts_slowfast.pyslowfast import badvideos, families, shards, weights
@@ -50,12 +50,28 @@ def _construct_optimizer(construct_optimizer, model, cfg):
     optimizer = construct_optimizer(model, cfg)
     optimizer.param_groups[:] = families.decay_by_layer(optimizer.param_groups, model, cfg)
     if enabled(cfg):
-        optimizer.param_groups[:] = param_groups(optimizer.param_groups, model)
+        _split_as_saved(optimizer, model)
         optimizer.stts_run = weakref.ref(model), cfg
         if shards.rank():
             # SlowFast seeds all processes alike, and all would perturb their scores alike.
             torch.manual_seed(cfg.RNG_SEED + 1_000_003 * shards.rank())
     return optimizer
+
+
+def _split_as_saved(optimizer, model) -> None:
+    """Splits an optimizer's groups, and again where a run that is resumed had others: what was new
+    when it began (a head for other classes, say) is in its optimizer's state."""
+    unsplit = list(optimizer.param_groups)
+    names = {id(parameter): plain(name) for name, parameter in model.named_parameters()}
+
+    def split(state: dict | None = None) -> None:
+        saved = (state or {}).get("param_groups", ())
+        optimizer.param_groups[:] = run_groups(unsplit, model, names, saved)
+
+    split()
+    optimizer.stts_split = split
+    inner = getattr(optimizer, "optim", optimizer)  # of SlowFast's LARS
+    inner.register_load_state_dict_pre_hook(lambda _, state: split(state))
 
 
 def _note_epoch(get_epoch_lr, cur_epoch, cfg):
@@ -64,13 +80,17 @@ def _note_epoch(get_epoch_lr, cur_epoch, cfg):
 
 
 def _set_rates_and_sigma(set_lr, optimizer, new_lr):
+    model_ref, cfg = getattr(optimizer, "stts_run", (None, None))
+    begins = cfg is not None and "epoch" in _now and not hasattr(optimizer, "stts_schedule")
+    # Only now are weights and optimizer state loaded.
+    if begins and not any("held_back" in group for group in optimizer.param_groups):
+        optimizer.stts_split()
     set_lr(optimizer, new_lr)
     _now["rates"] = {}
-    model_ref, cfg = getattr(optimizer, "stts_run", (None, None))
     if cfg is None or "epoch" not in _now:
         return
     _now["model"] = model_ref
-    if not hasattr(optimizer, "stts_schedule"):  # only now are weights and optimizer state loaded
+    if begins:
         model = model_ref()
         optimizer.stts_schedule = schedule.Schedule(
             model,

@@ -54,8 +54,16 @@ def _load(load_checkpoint, *args, **kwargs):
         state = _read(asked["path_to_checkpoint"])
         if state is not None:
             _check(state, cfg, asked)
-    epoch = load_checkpoint(*args, **kwargs)
+    missing = []
+    hook = _inner(asked["model"]).register_load_state_dict_post_hook(
+        lambda module, keys: missing.extend(keys.missing_keys)
+    )
+    try:
+        epoch = load_checkpoint(*args, **kwargs)
+    finally:
+        hook.remove()
     note_trained(asked["model"])
+    checkpoints.note_new(_inner(asked["model"]), missing)  # a head for other classes, say
     return epoch
 
 
@@ -89,6 +97,8 @@ def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> No
         ValueError: naming the keys of ``STTS`` that have changed, and the way out.
     """
     theirs = state.get("optimizer_state", {})
+    if hasattr(optimizer, "stts_split"):
+        optimizer.stts_split(theirs)
     found = [len(group["params"]) for group in theirs.get("param_groups", ())]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if found == sizes and _fits(theirs.get("state", {}), optimizer):

@@ -157,3 +157,37 @@ def test_a_loss_is_not_looked_at_before_the_scores(registry, cfg, optim):
     model.stts["space_1"]._nonfinite.fill_(True)
     with pytest.raises(ValueError, match="STTS space_1: scores hold NaN"):
         misc.check_nan_losses(torch.tensor(torch.nan))
+
+
+def test_a_head_that_the_checkpoint_did_not_fill_is_new_also_in_a_resumed_run(registry, cfg, optim):
+    """SlowFast makes the optimizer before it loads."""
+
+    def load_checkpoint(path, model, data_parallel=True, optimizer=None, inflation=True):
+        state = pretrained if path == "fine-tune" else checkpoint["model"]
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        state = {key: value for key, value in state.items() if value.shape == shapes[key]}
+        model.load_state_dict(state, strict=False)
+        if path == "resume":
+            optimizer.load_state_dict(checkpoint["optimizer"])
+
+    module = SimpleNamespace(load_checkpoint=load_checkpoint)
+    weights.wrap_load_checkpoint(module)
+
+    def begin(path):
+        model = registry.get("Transformer")(cfg)
+        model.head = nn.Linear(8, 3)
+        optimizer = optim.construct_optimizer(model, cfg)
+        module.load_checkpoint(path, model, True, optimizer)
+        return model, optimizer
+
+    pretrained = registry.get("Transformer")(cfg).state_dict()
+    pretrained = {key: value for key, value in pretrained.items() if "stts." not in key}
+    pretrained["head.weight"] = torch.zeros(5, 8)
+    model, optimizer = begin("fine-tune")
+    rates = step(optim, optimizer, 0.0, cfg)
+    assert rates == pytest.approx([0.0, cfg.SOLVER.BASE_LR * 0.5])
+    assert optimizer.param_groups[1]["new"] == ["head.weight", "head.bias"]
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    _, resumed = begin("resume")
+    assert step(optim, resumed, 1.0, cfg) == rates
+    assert resumed.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
