@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stts_slowfast.config import Settings
-from stts_slowfast.groups import missing_scorers, param_groups, scorer_parameters
+from stts_slowfast.groups import (
+    check_scorers,
+    missing_scorers,
+    param_groups,
+    scorer_parameters,
+)
 from stts_slowfast.hooks import raise_on_nan, settings_of
 from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.selectors import Selector
@@ -78,6 +83,7 @@ class Schedule:
         self._rates: list[tuple[dict, float | Tensor]] = []
         inner = _with_hooks(optimizer)
         if self.learns:
+            check_scorers(model)
             self._split()
             if base_lr is None:
                 self.base_lr = float(inner.defaults["lr"])
