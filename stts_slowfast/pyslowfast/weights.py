@@ -180,6 +180,7 @@ def _load(load_checkpoint, *args, **kwargs):
     if enabled(cfg):
         loading.check_loaded()
         note_trained(model)
+        checkpoints.note_new(loading.model, loading.missing)  # a head for other classes, say
     return epoch
 
 
