@@ -37,6 +37,15 @@ def assert_and_infer_cfg(cfg):
     return cfg
 """,
     "slowfast/datasets/__init__.py": "",
+    "slowfast/datasets/rand_augment.py": """
+class AugmentOp:
+    def __call__(self, images): ...
+""",
+    "slowfast/datasets/utils.py": """
+def aug_frame(cfg, frames): ...
+def _frame_to_list_img(frames): ...
+def _list_img_to_frames(images): ...
+""",
     "slowfast/datasets/build.py": "def build_dataset(dataset_name, cfg, split): ...",
     "slowfast/datasets/decoder.py": """
 class io: _read_video_from_memory = None
@@ -82,7 +91,13 @@ def get_epoch_lr(cur_epoch, cfg): return 1.0
 def set_lr(optimizer, new_lr): ...
 """,
     # Patches are switched off here, so what they are for need not be there.
-    "slowfast/datasets/kinetics.py": "",
+    "slowfast/datasets/kinetics.py": """
+from slowfast.datasets import decoder
+class Kinetics:
+    def __getitem__(self, index): ...
+    def _frame_to_list_img(self, frames): ...
+    def _list_img_to_frames(self, images): ...
+""",
     "slowfast/datasets/loader.py": "",
     "slowfast/datasets/ptv_datasets.py": "",
     "slowfast/models/ptv_model_builder.py": "",
