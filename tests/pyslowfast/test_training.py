@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from stts_slowfast.pyslowfast import training, weights
+from stts_slowfast.pyslowfast import run_state, training, weights
 
 
 @pytest.fixture
-def optim(monkeypatch):
+def optim():
     """SlowFast's optimizer module, in short."""
 
     def construct_optimizer(model, cfg):
@@ -21,7 +21,7 @@ def optim(monkeypatch):
         for group in optimizer.param_groups:
             group["lr"] = new_lr * group["layer_decay"]
 
-    monkeypatch.setattr(training, "_now", {})
+    run_state.note_step(None)
     module = SimpleNamespace(
         construct_optimizer=construct_optimizer,
         get_epoch_lr=lambda cur_epoch, cfg: cfg.SOLVER.BASE_LR,
@@ -103,7 +103,10 @@ def test_a_resumed_run_is_held_back_as_it_was(registry, cfg, optim, trained):
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_model_is_trained_once_a_checkpoint_was_loaded_into_it(wrapped):
-    checkpoint = SimpleNamespace(load_checkpoint=lambda path, model, data_parallel=True: 7)
+    checkpoint = SimpleNamespace(
+        load_checkpoint=lambda path, model, data_parallel=True: 7,
+        normal_to_sub_bn=lambda *states: states,
+    )
     weights.wrap_load_checkpoint(checkpoint)
     model = nn.Linear(1, 1)
     outer = nn.DataParallel(model) if wrapped else model
@@ -151,7 +154,8 @@ def test_a_loss_is_not_looked_at_before_the_scores(registry, cfg, optim):
     with pytest.raises(RuntimeError, match="NaN losses"):
         misc.check_nan_losses(torch.tensor(torch.nan))
     model = registry.get("Transformer")(cfg)
-    step(optim, optim.construct_optimizer(model, cfg), 1.0, cfg)
+    optimizer = optim.construct_optimizer(model, cfg)
+    step(optim, optimizer, 1.0, cfg)
     with pytest.raises(RuntimeError, match="NaN losses"):
         misc.check_nan_losses(torch.tensor(torch.nan))
     model.stts["space_1"]._nonfinite.fill_(True)
@@ -162,16 +166,27 @@ def test_a_loss_is_not_looked_at_before_the_scores(registry, cfg, optim):
 def test_a_head_that_the_checkpoint_did_not_fill_is_new_also_in_a_resumed_run(registry, cfg, optim):
     """SlowFast makes the optimizer before it loads."""
 
-    def load_checkpoint(path, model, data_parallel=True, optimizer=None, inflation=True):
-        state = pretrained if path == "fine-tune" else checkpoint["model"]
+    def load_checkpoint(
+        path_to_checkpoint,
+        model,
+        data_parallel=True,
+        optimizer=None,
+        inflation=True,
+        convert_from_caffe2=False,
+        epoch_reset=False,
+        clear_name_pattern=(),
+    ):
+        resumes = path_to_checkpoint == "resume"
+        state = checkpoint["model"] if resumes else pretrained
         shapes = {key: value.shape for key, value in model.state_dict().items()}
         state = {key: value for key, value in state.items() if value.shape == shapes[key]}
         model.load_state_dict(state, strict=False)
-        if path == "resume":
+        if resumes:
             optimizer.load_state_dict(checkpoint["optimizer"])
 
-    module = SimpleNamespace(load_checkpoint=load_checkpoint)
+    module = SimpleNamespace(load_checkpoint=load_checkpoint, normal_to_sub_bn=lambda a, b: a)
     weights.wrap_load_checkpoint(module)
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = "fine-tune"
 
     def begin(path):
         model = registry.get("Transformer")(cfg)
