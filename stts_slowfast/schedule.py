@@ -7,6 +7,7 @@ iteration.
 import logging
 import math
 import random
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -78,9 +79,9 @@ class Schedule:
         self.model, self.optimizer, self.max_epochs, self.seed = model, optimizer, max_epochs, seed
         self.pretrained = bool(pretrained)
         self.learns = any(True for _ in scorer_parameters(model))
-        self.base_lr = base_lr
+        self.base_lr = 0.0 if base_lr is None else base_lr
         self.epoch: float | None = None
-        self._rates: list[tuple[dict, float | Tensor]] = []
+        self._rates: list[tuple[dict[str, Any], float | Tensor]] = []
         inner = _with_hooks(optimizer)
         if self.learns:
             check_scorers(model)
@@ -128,7 +129,7 @@ class Schedule:
             self._begin()
         self.epoch = epoch
         noise = advance(self.model, min(epoch / self.max_epochs, 1.0), self.seed)
-        if not self.learns:
+        if not self.learns or noise is None:
             return {}
         if any("backbone" not in group or "held_back" not in group for group in groups):
             raise ValueError(
@@ -200,7 +201,7 @@ class Schedule:
                 self.max_epochs,
             )
 
-    def _rate(self, group: dict) -> float:
+    def _rate(self, group: dict[str, Any]) -> float:
         """A group's rate in ``optimizer.step()``."""
         lr = float(group["lr"])
         if not (group.get("backbone") and group.get("held_back")):
@@ -208,7 +209,7 @@ class Schedule:
         decay = group.get("layer_decay", 1.0)
         return backbone_lr(lr, self.epoch, settings_of(self.model), self.base_lr * decay)
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self.epoch is None:
             raise ValueError(
                 "optimizer.step() before the schedule's: call schedule.step(epoch) before each "
@@ -220,15 +221,15 @@ class Schedule:
             if rate != float(lr):
                 group["lr"] = lr.new_tensor(rate) if isinstance(lr, Tensor) else rate
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         for group, lr in self._rates:
             group["lr"] = lr
         self._rates = []
 
 
-def _with_hooks(optimizer: Optimizer) -> Optimizer:
+def _with_hooks(optimizer: Optimizer) -> Any:
     """The optimizer of PyTorch's inside what accelerate or SlowFast (LARS) put around it."""
-    inner = optimizer
+    inner: Any = optimizer
     while not hasattr(inner, "_optimizer_step_pre_hooks"):
         inner = getattr(inner, "optimizer", None) or getattr(inner, "optim", None)
         if inner is None:
@@ -344,8 +345,9 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
 def _check_obeyed(model: nn.Module) -> None:
     defaults = Settings.of_arguments()
     for module in modules_with_selectors(model).values():
-        settings = module.stts.settings
-        if not module.stts.training or not any(True for _ in module.stts.parameters()):
+        stts: Any = module.stts
+        settings = stts.settings
+        if not stts.training or not any(True for _ in stts.parameters()):
             continue
         asked = {
             "freeze_backbone_epochs": settings.freeze_backbone_epochs > 0,
@@ -359,8 +361,8 @@ def _check_obeyed(model: nn.Module) -> None:
                 "stts_slowfast.Schedule(model, optimizer, ...) and call its step(epoch) instead, "
                 "or attach with freeze_backbone_epochs=0, backbone_lr=1"
             )
-        if asked and not getattr(module.stts, "warned", False):
-            module.stts.warned = True
+        if asked and not getattr(stts, "warned", False):
+            stts.warned = True
             logger.warning(
                 "STTS: %s, the default, is for loops with a stts_slowfast.Schedule: without one a "
                 "trained backbone learns from the first step (freeze_backbone_epochs=0 says so)",

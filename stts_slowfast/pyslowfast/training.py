@@ -45,8 +45,8 @@ def _construct_optimizer(construct_optimizer, model, cfg):
     optimizer = construct_optimizer(model, cfg)
     optimizer.param_groups[:] = families.decay_by_layer(optimizer.param_groups, model, cfg)
     if enabled(cfg):
-        _split_as_saved(optimizer, model)
         optimizer.stts_training = run_state.Training(model, cfg)
+        _split_as_saved(optimizer, model)
         if shards.rank():
             # SlowFast seeds all processes alike, and all would perturb their scores alike.
             torch.manual_seed(cfg.RNG_SEED + 1_000_003 * shards.rank())
@@ -64,7 +64,7 @@ def _split_as_saved(optimizer, model) -> None:
         optimizer.param_groups[:] = run_groups(unsplit, model, names, saved)
 
     split()
-    optimizer.stts_split = split
+    optimizer.stts_training.split = split
     inner = getattr(optimizer, "optim", optimizer)  # of SlowFast's LARS
     inner.register_load_state_dict_pre_hook(lambda _, state: split(state))
 
@@ -77,12 +77,12 @@ def _note_epoch(get_epoch_lr, cur_epoch, cfg):
 
 def _set_rates_and_sigma(set_lr, optimizer, new_lr):
     training = getattr(optimizer, "stts_training", None)
-    run_state.note_step(training)
+    # Only in the first iteration are weights and optimizer state loaded.
     begins = training is not None and training.clock.epoch is not None and not training.schedule
-    # Only now are weights and optimizer state loaded.
     if begins and not any("held_back" in group for group in optimizer.param_groups):
-        optimizer.stts_split()
+        training.split()
     set_lr(optimizer, new_lr)
+    run_state.note_step(training)
     if training is None or training.clock.epoch is None:
         return
     if begins:

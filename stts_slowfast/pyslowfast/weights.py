@@ -155,6 +155,7 @@ class Loading:
 
     def _note_loaded(self, module: nn.Module, incompatible) -> None:
         self.missing = list(incompatible.missing_keys)
+        checkpoints.note_new(self.model, self.missing)  # a head for other classes, say
 
     def _check_optimizer(self, optimizer, state: dict) -> None:
         _check_optimizer(state, optimizer, self.cfg, self.purpose, self.path)
@@ -180,7 +181,6 @@ def _load(load_checkpoint, *args, **kwargs):
     if enabled(cfg):
         loading.check_loaded()
         note_trained(model)
-        checkpoints.note_new(loading.model, loading.missing)  # a head for other classes, say
     return epoch
 
 

@@ -167,21 +167,26 @@ def test_a_head_that_the_checkpoint_did_not_fill_is_new_also_in_a_resumed_run(re
     """SlowFast makes the optimizer before it loads."""
 
     def load_checkpoint(
-        path_to_checkpoint, model, data_parallel=True, optimizer=None,
-        inflation=True, convert_from_caffe2=False, epoch_reset=False, clear_name_pattern=(),
-    ):  # fmt: skip
-        path = path_to_checkpoint
-        state = pretrained if path == "fine-tune" else checkpoint["model"]
+        path_to_checkpoint,
+        model,
+        data_parallel=True,
+        optimizer=None,
+        inflation=True,
+        convert_from_caffe2=False,
+        epoch_reset=False,
+        clear_name_pattern=(),
+    ):
+        resumes = path_to_checkpoint == "resume"
+        state = checkpoint["model"] if resumes else pretrained
         shapes = {key: value.shape for key, value in model.state_dict().items()}
         state = {key: value for key, value in state.items() if value.shape == shapes[key]}
         model.load_state_dict(state, strict=False)
-        if path == "resume":
+        if resumes:
             optimizer.load_state_dict(checkpoint["optimizer"])
 
-    module = SimpleNamespace(
-        load_checkpoint=load_checkpoint, normal_to_sub_bn=lambda state, own: state
-    )
+    module = SimpleNamespace(load_checkpoint=load_checkpoint, normal_to_sub_bn=lambda a, b: a)
     weights.wrap_load_checkpoint(module)
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = "fine-tune"
 
     def begin(path):
         model = registry.get("Transformer")(cfg)
@@ -193,7 +198,6 @@ def test_a_head_that_the_checkpoint_did_not_fill_is_new_also_in_a_resumed_run(re
     pretrained = registry.get("Transformer")(cfg).state_dict()
     pretrained = {key: value for key, value in pretrained.items() if "stts." not in key}
     pretrained["head.weight"] = torch.zeros(5, 8)
-    cfg.TRAIN.CHECKPOINT_FILE_PATH = "fine-tune"
     model, optimizer = begin("fine-tune")
     rates = step(optim, optimizer, 0.0, cfg)
     assert rates == pytest.approx([0.0, cfg.SOLVER.BASE_LR * 0.5])
