@@ -1,15 +1,16 @@
 """The hooks on a model's modules by which its selectors run; ``hooks.py`` puts them there."""
 
+import copy
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from stts_slowfast import symbolic
-from stts_slowfast.calls import Calls, first_tensor, in_backward
+from stts_slowfast.calls import first_tensor, in_backward
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import Host, Tokens, hosted
-from stts_slowfast.selectors import Selector
+from stts_slowfast.selectors import Selector, Selectors
 from stts_slowfast.symbolic import tracer_of
 
 
@@ -30,7 +31,26 @@ def select(selector: Selector, tokens: Tokens) -> Tokens:
 
 
 class Hook:
-    """What all of our hooks on modules are."""
+    """What all of our hooks on modules are.
+
+    Args:
+        host: of the model.
+        model: that selectors are attached to. It is asked for them in each call: peft may have put
+            a copy there, which it trains (``modules_to_save``).
+    """
+
+    def __init__(self, host: Host, model: nn.Module):
+        self.host, self.model = host, model
+
+    def __deepcopy__(self, memo) -> "Hook":
+        # Its model is copied with it, but not by a copy of the selectors alone.
+        hook = copy.copy(self)
+        hook.model = memo.get(id(self.model), self.model)
+        return hook
+
+    def selectors(self, module: nn.Module) -> Selectors:
+        """The selectors in the call of a module, which in a traced graph are the module itself."""
+        return module if isinstance(module, Selectors) else self.model.stts
 
     @property
     def __name__(self) -> str:
@@ -44,30 +64,25 @@ class Hook:
 class OpenCallHook(Hook):
     """Forward pre-hook on the model: a call begins."""
 
-    def __init__(self, calls: Calls):
-        self.calls = calls
-
     def __call__(self, model: nn.Module, args: tuple) -> None:
-        self.calls.open()
+        self.selectors(model).calls.open()
 
 
-class CloseCallHook(OpenCallHook):
+class CloseCallHook(Hook):
     """Forward hook on the model, called also after an error: a call has ended."""
 
     def __call__(self, model: nn.Module, args: tuple, output) -> None:
-        self.calls.close()
+        self.selectors(model).calls.close()
 
 
 class EnterClipHook(Hook):
     """Forward pre-hook on the module by which a clip enters: reads the clip's grid."""
 
-    def __init__(self, host: Host, model: nn.Module, stts: nn.ModuleDict):
-        self.host, self.model, self.stts = host, model, stts
-
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
+        stts = self.selectors(module)
         if tracer := tracer_of(args, kwargs):
-            return _traced(tracer, _enter, self.stts, args, kwargs)
-        self.stts.calls.start(self.host.call_grid(self.model, args, kwargs))
+            return _traced(tracer, _enter, stts, args, kwargs)
+        stts.calls.start(self.host.call_grid(hosted(self.model), args, kwargs))
         return None
 
 
@@ -75,21 +90,20 @@ class SelectTokensHook(Hook):
     """Forward pre-hook that hands a block the tokens which its selectors keep.
 
     Args:
-        host: of the model.
-        stts: all selectors of the model, with their ``calls``.
+        host, model: see :class:`Hook`.
         number: of the block.
-        place: whether the block is ``behind`` a selection, and the ``last``.
+        behind, last: whether the block is behind a selection, and the last one.
     """
 
-    def __init__(self, host: Host, stts: nn.ModuleDict, number: int, behind: bool, last: bool):
-        self.host, self.stts, self.number = host, stts, number
-        self.behind, self.last = behind, last
-        self.selectors = selectors_before(stts, number)
+    def __init__(self, host: Host, model: nn.Module, number: int, behind: bool, last: bool):
+        super().__init__(host, model)
+        self.number, self.behind, self.last = number, behind, last
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        stts = self.selectors(block)
         if tracer := tracer_of(args, kwargs):
-            return _traced(tracer, _select, self.stts, args, kwargs, self.number)
-        host, calls = self.host, self.stts.calls
+            return _traced(tracer, _select, stts, args, kwargs, self.number)
+        host, calls = self.host, stts.calls
         thw = None
         if calls is not None:
             thw = calls.arrive(self.number, block, args, kwargs, self.behind)
@@ -101,7 +115,9 @@ class SelectTokensHook(Hook):
                 "say where they lie, though some were dropped before: something between two "
                 "blocks made their grid anew"
             )
-        selectors = getattr(block, "stts_replicas", self.selectors)
+        selectors = getattr(block, "stts_replicas", None)
+        if selectors is None:
+            selectors = selectors_before(stts, self.number)
         if selectors:
             args, kwargs = _on_device_of(selectors, args, kwargs)
         if thw is not None:
@@ -122,7 +138,7 @@ class SelectTokensHook(Hook):
             thw = [clip.thw for clip in several] if packed else several[0].thw
         if calls is not None:
             calls.advance(self.number, thw, self.last)
-        note(self.stts, thw)
+        note(stts, thw)
         return host.adapt_call(block, thw, args, kwargs)
 
 
@@ -141,21 +157,23 @@ def _on_device_of(selectors: Sequence[Selector], args: tuple, kwargs: dict) -> t
 class PropagateGridHook(Hook):
     """Forward hook that puts the grid which arrived at a block on what the block returns."""
 
-    def __init__(self, host: Host, stts: nn.ModuleDict, last: bool):
-        self.host, self.stts, self.last = host, stts, last
+    def __init__(self, host: Host, model: nn.Module, last: bool):
+        super().__init__(host, model)
+        self.last = last
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output):
+        stts = self.selectors(block)
         if tracer := tracer_of(args, kwargs):
             if self.last:
                 return None
-            traced = symbolic.call(tracer, _propagate, self.stts, args, kwargs, output)
+            traced = symbolic.call(tracer, _propagate, stts, args, kwargs, output)
             thw, x = traced[1], traced[0]  # tokens last: features of a block are its last node
             return x, thw
         thw = self.host.arrived(args, kwargs, None)
         if thw is None:
             return None
         marked = self.host.hand_on(output, thw)
-        note(self.stts, self.host.arrived(marked, {}, None) if isinstance(marked, tuple) else thw)
+        note(stts, self.host.arrived(marked, {}, None) if isinstance(marked, tuple) else thw)
         return None if self.last else marked  # nothing of ours comes behind the last block
 
 
@@ -163,22 +181,22 @@ class PropagateGridHook(Hook):
 # that the graph has, a copy or not.
 
 
-def _traced(tracer, function, stts: nn.ModuleDict, args: tuple, kwargs: dict, *more):
+def _traced(tracer, function, stts: Selectors, args: tuple, kwargs: dict, *more):
     traced = symbolic.call(tracer, function, stts, args, kwargs, *more)
     args = tuple(traced[0][i] for i in range(len(args)))
     return args, {name: traced[1][name] for name in kwargs}
 
 
-def _enter(stts: nn.ModuleDict, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _enter(stts: Selectors, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     stts.hooks["entry"](stts, args, kwargs)
     return args, kwargs
 
 
-def _select(stts: nn.ModuleDict, args: tuple, kwargs: dict, number: int) -> tuple[tuple, dict]:
+def _select(stts: Selectors, args: tuple, kwargs: dict, number: int) -> tuple[tuple, dict]:
     return stts.hooks[number](stts, args, kwargs)
 
 
-def note(stts: nn.ModuleDict, thw) -> None:
+def note(stts: Selectors, thw) -> None:
     """Notes the grid of the last pass, as far as it came, for ``dense.positions``."""
     grids = thw if isinstance(thw, list) else [thw]
     if any(isinstance(grid, Grid) and grid.is_selected for grid in grids) and not in_backward():
@@ -186,7 +204,7 @@ def note(stts: nn.ModuleDict, thw) -> None:
         stts.reached = parts if isinstance(thw, list) else parts[0]
 
 
-def _propagate(stts: nn.ModuleDict, args: tuple, kwargs: dict, output):
+def _propagate(stts: Selectors, args: tuple, kwargs: dict, output):
     return stts.hooks["grid"](stts, args, kwargs, output)
 
 
@@ -196,9 +214,6 @@ class DataParallelHook(Hook):
     ``nn.DataParallel`` copies modules anew for every forward pass, but not the hooks on them.
     """
 
-    def __init__(self, host: Host):
-        self.host = host
-
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if not getattr(model, "_is_replica", False):
             return
@@ -206,6 +221,6 @@ class DataParallelHook(Hook):
             block.stts_replicas = selectors_before(model.stts, number)
 
 
-def selectors_before(stts: nn.ModuleDict, number: int) -> tuple[Selector, ...]:
+def selectors_before(stts: Selectors, number: int) -> tuple[Selector, ...]:
     """The selectors in front of a block, in the order in which they run."""
     return tuple(selector for selector in stts.values() if selector.block == number)

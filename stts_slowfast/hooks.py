@@ -20,7 +20,7 @@ from stts_slowfast.block_hooks import (
 from stts_slowfast.calls import Calls
 from stts_slowfast.config import Settings, as_arguments
 from stts_slowfast.hosts import Host, find, hosted, modules_with_selectors, unwrap
-from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
+from stts_slowfast.selectors import Selector, Selectors, SpatialSelector, TemporalSelector
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def attach(
             those of both engines and ``SelectionCallback`` do.
 
     Returns:
-        The same model. ``model.stts`` is an ``nn.ModuleDict`` with keys such as ``time_0`` and
+        The same model. ``model.stts`` is read as a dict is, with keys such as ``time_0`` and
         ``space_4``, in the order in which they run; ``model.stts.settings`` what was asked for.
 
     Raises:
@@ -111,10 +111,8 @@ def _settings(node, num_blocks: int, grids, **arguments) -> tuple[Settings, dict
 
 def _make_selectors(
     host: Host, blocks: Sequence[nn.Module], settings: Settings, training: bool
-) -> nn.ModuleDict:
-    stts = nn.ModuleDict()
-    stts.settings = settings
-    stts.calls, stts.hooks, stts.reached = None, {}, None
+) -> Selectors:
+    stts = Selectors(settings)
     operator = {
         "sigma": settings.sigma,
         "sigma_decay": settings.sigma_decay,
@@ -157,31 +155,29 @@ def _where_it_computes(block: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device(device), dtype
 
 
-def _register(
-    model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: nn.ModuleDict
-) -> None:
+def _register(model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: Selectors) -> None:
     host.prepare(hosted(model), blocks)
     first = min((selector.block for selector in stts.values()), default=len(blocks))
     travels = type(host).hand_on is not Host.hand_on  # in the blocks' calls
     if not travels:
         stts.calls = Calls()
-        model.register_forward_pre_hook(OpenCallHook(stts.calls), prepend=True)
-        model.register_forward_hook(CloseCallHook(stts.calls), always_call=True)
+        model.register_forward_pre_hook(OpenCallHook(host, model), prepend=True)
+        model.register_forward_hook(CloseCallHook(host, model), always_call=True)
         entry = host.entry(hosted(model))
-        hook = stts.hooks["entry"] = EnterClipHook(host, hosted(model), stts)
+        hook = stts.hooks["entry"] = EnterClipHook(host, model)
         entry.register_forward_pre_hook(hook, with_kwargs=True)
     for number, block in enumerate(blocks):
         if not travels or selectors_before(stts, number):
             last = number == len(blocks) - 1
             hook = stts.hooks[number] = SelectTokensHook(
-                host, stts, number, behind=number > first, last=last
+                host, model, number, behind=number > first, last=last
             )
             block.register_forward_pre_hook(hook, with_kwargs=True)
         if travels and number >= first:
-            hook = PropagateGridHook(host, stts, last=number == len(blocks) - 1)
+            hook = PropagateGridHook(host, model, last=number == len(blocks) - 1)
             stts.hooks.setdefault("grid", hook)
             block.register_forward_hook(hook, with_kwargs=True)
-    model.register_forward_pre_hook(DataParallelHook(host))
+    model.register_forward_pre_hook(DataParallelHook(host, model))
 
 
 def _remove(model: nn.Module, host: Host, blocks: Sequence[nn.Module]) -> None:
@@ -260,9 +256,9 @@ def raise_on_nan(model: nn.Module) -> None:
             module.raise_on_nan()
 
 
-def selectors_of(model: nn.Module) -> nn.ModuleDict:
+def selectors_of(model: nn.Module) -> Selectors:
     stts = getattr(model, "stts", None)
-    if not isinstance(stts, nn.ModuleDict):
+    if not hasattr(stts, "settings"):
         raise ValueError(f"this {type(model).__name__} has no selectors: call attach(model, node)")
     return stts
 
