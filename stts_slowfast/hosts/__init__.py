@@ -223,8 +223,9 @@ def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     raise ValueError(
         f"{type(model).__name__} has no blocks to select tokens before{_inside(model)}: STTS works "
         "on models with `blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on "
-        "Video Swin, on VideoMAE, ViViT, V-JEPA 2 and TimeSformer of transformers, on timm's "
-        "VisionTransformer, and on what is registered in stts_slowfast.hosts.HOSTS"
+        "Video Swin, on VideoMAE, ViViT, V-JEPA 2, TimeSformer, VideoPrism, SigLIP, CLIP, DINOv2, "
+        "DINOv3 and Qwen's vision towers of transformers, on timm's VisionTransformer and Eva, and "
+        "on what is registered in stts_slowfast.hosts.HOSTS"
     )
 
 
@@ -265,6 +266,7 @@ from stts_slowfast.hosts import (  # noqa: E402, F401
     timm_vit,
     video_swin,
     videomae,
+    videoprism,
     vivit,
     vjepa2,
     vjepa2_official,

@@ -26,20 +26,25 @@ NAMES = (
 
 
 class CutDeepstack:
-    """Forward hook on the tower: features of earlier blocks, cut to the tokens that came out.
+    """The tower's ``forward`` behind a selection: features of earlier blocks, cut to what came out.
 
     The language model adds them to the tokens of the last block.
     """
 
-    def __call__(self, model: nn.Module, args: tuple, output):
-        features = getattr(output, "deepstack_features", None)
-        if not features:
-            return
-        grids = model.stts.calls.open_call().grids
-        last = grids[max(grids)]
-        for i, number in enumerate(model.deepstack_visual_indexes):
-            index = _among(last, grids[number], features[i].device)
-            features[i] = features[i][index]
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args, **kwargs):
+        """As the stock method."""
+        model = self.model
+        output = type(model).forward(model, *args, **kwargs)
+        if features := getattr(output, "deepstack_features", None):
+            grids = model.stts.calls.open_call().grids
+            last = grids[max(grids)]
+            for i, number in enumerate(model.deepstack_visual_indexes):
+                index = _among(last, grids[number], features[i].device)
+                features[i] = features[i][index]
+        return output
 
 
 @HOSTS.register()
@@ -65,12 +70,10 @@ class QwenVision(Host):
 
     def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         if hasattr(model, "deepstack_visual_indexes"):
-            model.register_forward_hook(CutDeepstack())
+            model.forward = CutDeepstack(model)
 
     def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        for key, hook in list(model._forward_hooks.items()):
-            if isinstance(hook, CutDeepstack):
-                del model._forward_hooks[key]
+        vars(model).pop("forward", None)
 
     def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> list[Grid]:
         sizes = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]

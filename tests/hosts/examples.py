@@ -80,6 +80,20 @@ def hf_frames(name, model="ForImageClassification", **more):
     return Example(made, clips, logits)
 
 
+def videoprism():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    size = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48}
+    size |= {"image_size": 32, "tubelet_size": [1, 8, 8], "num_frames": 8, "num_labels": 5}
+    config = transformers.VideoPrismVisionConfig(
+        num_spatial_layers=4, num_temporal_layers=1, **size
+    )
+    torch.manual_seed(9)
+    model = transformers.VideoPrismForVideoClassification(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return Example(model, torch.randn(2, 8, 3, 32, 32), lambda model, clips: model(clips).logits)
+
+
 def timm_vit(**more):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(5)
@@ -187,14 +201,14 @@ class ResearchViT(nn.Module):
         self.img_height = self.img_width = 32
         self.patch_embed = PatchEmbed(width)
         self.blocks = nn.ModuleList(block(width) for _ in range(4))
-        self.head = nn.Linear(width, 5)
+        self.head, self.rotary = nn.Linear(width, 5), issubclass(block, RotaryBlock)
 
     def forward(self, clips):
         _, _, frames, height, width = clips.shape
         x = self.patch_embed(clips)
         sizes = {"T": frames // 2, "H_patches": height // 8, "W_patches": width // 8}
         for block in self.blocks:
-            x = block(x, **sizes) if isinstance(block, RotaryBlock) else block(x)
+            x = block(x, **sizes) if self.rotary else block(x)
         return self.head(x.mean(1))
 
 
@@ -232,6 +246,7 @@ EXAMPLES = {
     "timesformer-divided": timesformer,
     "timesformer-joint": lambda: timesformer("joint_space_time"),
     "timesformer-space": lambda: timesformer("space_only"),
+    "videoprism": videoprism,
     "siglip": lambda: hf_frames("Siglip"),
     "clip": lambda: hf_frames("CLIP", "VisionModel"),
     "dinov2": lambda: hf_frames("Dinov2WithRegisters"),
