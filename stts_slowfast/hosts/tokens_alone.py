@@ -36,6 +36,11 @@ class TokensAlone(Host):
 
     def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
         x = args[0]
+        if thw is None:
+            raise ValueError(
+                "a block was called outside of a call of its model, so the grid of its tokens is "
+                "not known: call the model"
+            )
         frames, height, width = thw
         clips, count = (frames, height * width) if self.by_frame else (1, frames * height * width)
         if x.dim() != 3 or x.shape[1] != self.prefix + count or x.shape[0] % clips:
