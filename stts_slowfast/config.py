@@ -13,6 +13,7 @@ from stts_slowfast.scorers import SCORERS
 from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
 SIGMA_DECAYS = ("linear", "constant")
+TEACHERS = ("mixture", "saliency")
 
 
 def add_stts_config(cfg) -> None:
@@ -53,6 +54,10 @@ def add_stts_config(cfg) -> None:
     # things move on TimeSformer, whose attention over time is at one place of the windows.
     cfg.STTS.SPACE.SHARED = False
 
+    # What teaches learned scorers: mixture (training mixes candidates by OPERATOR's weights, which
+    # gradients pass through) or saliency (training chooses as a test does; the gradient of the
+    # tokens that pass says which candidates the loss depends on, and scorers learn to rank so).
+    cfg.STTS.TEACHER = "mixture"
     # How gradients pass through the choice: subset (exact, without noise), perturbed (the paper's
     # perturbed maximum), or what is registered in topk.OPERATORS.
     cfg.STTS.OPERATOR = "subset"
@@ -129,6 +134,7 @@ class Settings:
     space_scorer: str
     space_stride: int
     space_shared: bool
+    teacher: str
     sigma: float
     sigma_decay: str
     shrink: float
@@ -192,6 +198,7 @@ class Settings:
             ("STTS.OPERATOR", self.operator, OPERATORS),
         ):
             check_choice(key, value, [name for name, _ in registry])
+        check_choice("STTS.TEACHER", self.teacher, TEACHERS)
         check_choice("STTS.GRADIENT", self.gradient, GRADIENTS)
         check_choice("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
         for name in (

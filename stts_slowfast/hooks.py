@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def select(selector: Selector, tokens: Tokens) -> Tokens:
     """The tokens that a selector keeps, with the grid that says where they come from."""
     choice = selector.choose(tokens.grid)
-    grid = selector.take(tokens.grid, choice)
+    grid = selector.take(selector.teach(tokens.grid, choice), choice)
     if selector.dimension == "SPACE":
         thw = tokens.thw.crop(choice.kept, tuple(grid.shape[2:4]))
         return tokens._replace(grid=grid, thw=thw)
@@ -108,9 +108,9 @@ def attach(
             ``{0: 0.9}``; or a range to draw from in training, ``{0: (0.25, 0.9)}``.
         space: share of a frame's tokens that goes on, likewise: ``{4: 0.9}``.
         **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
-            ``space_scorer``, ``space_stride``, ``space_shared``, ``sigma``, ``shrink``,
-            ``num_samples``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr``
-            and ``freeze_backbone_epochs`` are for training loops that call ``schedule.step``, as
+            ``space_scorer``, ``space_stride``, ``space_shared``, ``teacher``, ``sigma``,
+            ``shrink``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr`` and
+            ``freeze_backbone_epochs`` are for training loops that call ``schedule.step``, as
             those of both engines and ``SelectionCallback`` do.
 
     Returns:
@@ -172,6 +172,7 @@ def _make_selectors(
     stts = nn.ModuleDict()
     stts.settings = settings
     operator = {
+        "teacher": settings.teacher,
         "sigma": settings.sigma,
         "sigma_decay": settings.sigma_decay,
         "shrink": settings.shrink,

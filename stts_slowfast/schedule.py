@@ -13,7 +13,7 @@ from torch import nn
 
 from stts_slowfast.config import Settings, check_training
 from stts_slowfast.hooks import raise_on_nan, settings_of
-from stts_slowfast.selectors import Selector
+from stts_slowfast.selectors import WHOLE, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,15 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
             draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
             module.set_budget(draw, width(fraction, module.shrink, seed))
     return noise
+
+
+def let_all_pass(model: nn.Module) -> None:
+    """Widens the budget of selectors that saliency teaches to all that arrives, until the next
+    :func:`set_progress`: while only they learn there is nothing else for an iteration to do.
+    """
+    for module in model.modules():
+        if isinstance(module, Selector) and module.teacher == "saliency":
+            module.wide = WHOLE
 
 
 def backbone_lr(lr: float, epoch: float, settings: Settings, base_lr: float) -> float:
@@ -213,6 +222,8 @@ def step(model: nn.Module, groups: list[dict], lr: float, epoch: float, cfg) -> 
         rate = backbone if group.get("backbone") else lr
         group["lr"] = rate * group.get("layer_decay", 1.0)
     noise = set_progress(model, min(epoch / cfg.SOLVER.MAX_EPOCH, 1.0), cfg.RNG_SEED)
+    if held_back and not backbone:
+        let_all_pass(model)
     learns = any(True for _ in _scorer_parameters(model))
     return {"sigma": noise, "backbone_lr": backbone} if learns else {}
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from stts_slowfast import saliency
 from stts_slowfast.config import (
     between,
     ends,
@@ -34,10 +35,12 @@ class Choice(NamedTuple):
         kept: indices of frames ``(B, k)``, or windows ``(B*T, 4)`` as top, left, height and width;
             in training, what the scores without noise keep.
         weights: float32 indicators over the candidates, for a soft choice; None for a hard one.
+        scores: float32 scores of the candidates, which saliency teaches; None if it does not.
     """
 
     kept: Tensor
     weights: Tensor | None
+    scores: Tensor | None = None
 
 
 class Selector(nn.Module):
@@ -45,7 +48,7 @@ class Selector(nn.Module):
 
     A selector works in two steps, so that what rides along with a grid can be selected with it:
     :meth:`choose` scores the grid, :meth:`take` applies the choice. In training a choice is soft,
-    in evaluation it is hard.
+    in evaluation it is hard; taught by saliency it is hard always, and :meth:`teach` comes between.
 
     Attributes:
         kept: what the last forward kept, for people who look (``hooks.selections``); nothing that
@@ -68,6 +71,7 @@ class Selector(nn.Module):
         num_samples: int = 500,
         gradient: str = "exact",
         operator: str = "subset",
+        teacher: str = "mixture",
     ):
         super().__init__()
         self.scorer = scorer
@@ -80,6 +84,7 @@ class Selector(nn.Module):
         self.num_samples = num_samples
         self.gradient = gradient
         self.operator = OPERATORS.get(operator)
+        self.teacher = teacher
         self.initial_sigma = float(sigma)
         self.sigma_decay = sigma_decay
         self.shrink = shrink
@@ -107,8 +112,11 @@ class Selector(nn.Module):
             self.draw = round(draw * WHOLE)
         self.wide = round(wide * WHOLE)
 
-    def goes_on(self, grid: Tensor) -> tuple[int, ...]:
-        """How many frames, or height and width of the window, go on of ``(B, T, H, W, C)`` now."""
+    def goes_on(self, grid: Tensor, widened: bool = True) -> tuple[int, ...]:
+        """How many frames, or height and width of the window, go on of ``(B, T, H, W, C)`` now.
+
+        Not ``widened``, it is as it will be when budgets have shrunk.
+        """
         if self.draw is None:
             raise ValueError(
                 f"STTS.{self.dimension}.KEEP of block {self.block} is {self.share_text}: give one "
@@ -122,13 +130,24 @@ class Selector(nn.Module):
         )
         if min(sizes) < 1:
             raise ValueError(nothing_left(self.dimension, least, self.block, thw))
-        if self.training and self.wide:
+        if self.training and self.wide and widened:
             wider = between(sizes, self.sizes(thw, 1.0), self.wide / WHOLE)
             sizes = tuple(a + (b - a) // self.step * self.step for a, b in zip(sizes, wider))
         return sizes
 
     def forward(self, grid: Tensor) -> Tensor:
-        return self.take(grid, self.choose(grid))
+        choice = self.choose(grid)
+        return self.take(self.teach(grid, choice), choice)
+
+    @property
+    def soft(self) -> bool:
+        """Whether a choice is a mixture now."""
+        return self.training and self.teacher == "mixture"
+
+    @property
+    def taught(self) -> bool:
+        """Whether saliency teaches the scorer now."""
+        return self.training and self.teacher == "saliency" and torch.is_grad_enabled()
 
     def raise_on_nan(self) -> None:
         """Raises where a forward pass since the last call had NaN scores; waits for the device.
@@ -201,11 +220,20 @@ class TemporalSelector(Selector):
         """Indices ``(B, k)``, and in training weights ``(B, k, T)``."""
         (k,) = self.goes_on(grid)
         with full_precision(grid):
-            scores = self.scorer(grid, k)
-            self.watch(scores)
-            scores = normalize(scores)
+            raw = self.scorer(grid.detach() if self.taught else grid, k)
+            self.watch(raw)
+            scores = normalize(raw)
             self.kept = kept = hard_topk(scores.detach(), k)
-            return Choice(kept, self.indicators(scores, k) if self.training else None)
+            weights = self.indicators(scores, k) if self.soft else None
+            return Choice(kept, weights, raw if self.taught else None)
+
+    def teach(self, grid: Tensor, choice: Choice) -> Tensor:
+        """The ``grid`` that arrives, whose gradient teaches the scores of a choice."""
+        if choice.scores is None:
+            return grid
+        frame = tuple(grid.shape[2:4])
+        kept = torch.zeros_like(choice.scores, dtype=torch.bool).scatter(1, choice.kept, True)
+        return saliency.teach(grid, choice.scores[..., None], kept[..., None], frame, frame)
 
     def take(self, frames: Tensor, choice: Choice) -> Tensor:
         """Applies a choice to ``frames`` ``(B, T, ...)``."""
@@ -256,31 +284,59 @@ class SpatialSelector(Selector):
 
     def choose(self, grid: Tensor) -> Choice:
         """Windows ``(B*T, 4)``, and in training weights ``(B*T, windows)``."""
-        batch, frames, _, width = grid.shape[:4]
+        frames, _, width = grid.shape[1:4]
         window = self.goes_on(grid)
-        steps = self._steps(grid)
+        steps = self._steps(grid, window)
         with full_precision(grid):
-            scores = self.scorer(grid, window, steps)  # (B*T, rows * columns)
-            self.watch(scores)
-            if self.shared:
-                scores = scores.unflatten(0, (batch, frames)).mean(dim=1)
-            scores = normalize(scores)
+            raw = self._scores(grid, window, steps)
+            scores = normalize(raw)
             best = self._per_frame(hard_topk(scores.detach(), 1).squeeze(1), frames)  # (B*T,)
             columns = (width - window[1]) // steps[1] + 1
             top = best.div(columns, rounding_mode="floor") * steps[0]
             left = best.remainder(columns) * steps[1]
             sides = [torch.full_like(top, side) for side in window]
             self.kept = kept = torch.stack([top, left, *sides], dim=1)
-            if not self.training:
-                return Choice(kept, None)
-            return Choice(kept, self._per_frame(self.indicators(scores, 1).squeeze(1), frames))
+            if self.taught and window != (target := self.goes_on(grid, widened=False)):
+                raw = self._scores(grid, target, self._steps(grid, target))
+            weights = None
+            if self.soft:
+                weights = self._per_frame(self.indicators(scores, 1).squeeze(1), frames)
+            return Choice(kept, weights, raw if self.taught else None)
+
+    def teach(self, grid: Tensor, choice: Choice) -> Tensor:
+        """The ``grid`` that arrives, whose gradient teaches the scores of a choice.
+
+        They are of the windows of budgets that have shrunk, of which a wide budget passes many.
+        """
+        if choice.scores is None:
+            return grid
+        batch = grid.shape[0]
+        window = self.goes_on(grid, widened=False)
+        steps = self._steps(grid, window)
+        inside = []
+        for axis in (0, 1):
+            first = torch.arange(0, grid.shape[2 + axis] - window[axis] + 1, steps[axis])
+            first = first.to(grid.device)
+            start, side = choice.kept[:, axis, None], choice.kept[:, axis + 2, None]
+            inside.append((first >= start) & (first + window[axis] <= start + side))
+        known = (inside[0][:, :, None] & inside[1][:, None]).flatten(1)  # (B*T, windows)
+        scores, known = (x.unflatten(0, (batch, -1)) for x in (choice.scores, known))
+        if self.shared:
+            known = known[:, :1]
+        return saliency.teach(grid, scores, known, window, steps)
+
+    def _scores(self, grid: Tensor, window: tuple[int, int], steps: tuple[int, int]) -> Tensor:
+        """Scores ``(B*T, rows * columns)`` of windows; ``(B, rows * columns)`` of shared ones."""
+        scores = self.scorer(grid.detach() if self.taught else grid, window, steps)
+        self.watch(scores)
+        return scores.unflatten(0, grid.shape[:2]).mean(dim=1) if self.shared else scores
 
     def take(self, grid: Tensor, choice: Choice) -> Tensor:
         """Applies a choice to ``grid`` ``(B, T, H, W, C)``."""
         window = self.goes_on(grid)
         if choice.weights is not None:
             weights = choice.weights.to(grid.dtype).unflatten(0, grid.shape[:2])
-            return _MixWindows.apply(grid, weights, window, self._steps(grid))
+            return _MixWindows.apply(grid, weights, window, self._steps(grid, window))
         batch, frames = grid.shape[:2]
         device = grid.device
         # Four index tensors that broadcast to (B, T, h, w): one copy, whatever the strides.
@@ -291,10 +347,9 @@ class SpatialSelector(Selector):
         columns = left[:, :, None] + torch.arange(window[1], device=device)  # (B, T, w)
         return grid[clips, times, rows[..., None], columns[..., None, :]]
 
-    def _steps(self, grid: Tensor) -> tuple[int, int]:
+    def _steps(self, grid: Tensor, window: tuple[int, int]) -> tuple[int, int]:
         rows, columns = (
-            window_stride(size, side, self.stride)
-            for size, side in zip(grid.shape[2:4], self.goes_on(grid))
+            window_stride(size, side, self.stride) for size, side in zip(grid.shape[2:4], window)
         )
         return rows, columns
 

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "stts_slowfast"
 FLOORS = [
     # A node's check names the scorers that there are.
     {"config", "extensions", "extras", "grid", "keys", "scorers", "topk", "video", "yamlfiles"},
+    {"saliency"},
     {"selectors"},
     {"backbones", "hosts"},
     {"hooks", "schedule", "fused", "checkpoints"},
