@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stts_slowfast.topk import full_precision
-
 
 def teach(
     tokens: Tensor,
@@ -39,10 +37,9 @@ def teach(
         stride: tokens between neighbouring windows along both axes.
         temperature: of the softmax.
     """
-    # Saved as they are: under autocast the softmax would be in float32, but not its input.
-    with full_precision(tokens):
-        scores = scores.float().masked_fill(~known, -torch.inf)
-        return _Teach.apply(tokens, scores, window, stride, temperature)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.masked_fill(~known, -torch.inf)
+    return _Teach.apply(tokens, scores, window, stride, temperature)
 
 
 class _Teach(torch.autograd.Function):
@@ -56,8 +53,9 @@ class _Teach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         tokens, scores = ctx.saved_tensors
-        # Half precision would lose small products.
-        saliency = (grad_output.float() * tokens.float()).sum(dim=4).abs()  # (B, T, H, W)
+        # In half precision small products would be lost.
+        products = grad_output.to(scores.dtype) * tokens.to(scores.dtype)
+        saliency = products.sum(dim=4).abs()  # (B, T, H, W)
         shares = F.avg_pool2d(saliency.flatten(0, 1)[:, None], ctx.window, ctx.stride)
         shares = shares.view(*saliency.shape[:2], -1)  # (B, T, d)
         if scores.shape[1] == 1:

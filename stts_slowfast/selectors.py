@@ -225,7 +225,7 @@ class TemporalSelector(Selector):
             scores = normalize(raw)
             self.kept = kept = hard_topk(scores.detach(), k)
             weights = self.indicators(scores, k) if self.soft else None
-            return Choice(kept, weights, raw if self.taught else None)
+            return Choice(kept, weights, raw if self.taught and raw.requires_grad else None)
 
     def teach(self, grid: Tensor, choice: Choice) -> Tensor:
         """The ``grid`` that arrives, whose gradient teaches the scores of a choice."""
@@ -301,7 +301,7 @@ class SpatialSelector(Selector):
             weights = None
             if self.soft:
                 weights = self._per_frame(self.indicators(scores, 1).squeeze(1), frames)
-            return Choice(kept, weights, raw if self.taught else None)
+            return Choice(kept, weights, raw if self.taught and raw.requires_grad else None)
 
     def teach(self, grid: Tensor, choice: Choice) -> Tensor:
         """The ``grid`` that arrives, whose gradient teaches the scores of a choice.
