@@ -1,6 +1,8 @@
 """Top-K selection: hard, and as two soft operators that gradients pass through."""
 
+import math
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from fvcore.common.registry import Registry
@@ -106,10 +108,9 @@ def subset(
 
     A subset ``S`` of ``k`` entries has the probability ``p(S) ~ exp(sum of its scores / sigma)``
     (conditional Bernoulli sampling; Chen, Dempster and Liu, Biometrika 81(3), 1994). Row ``i``,
-    column ``j`` is the probability that the i-th kept entry is ``j``: ``e_i(before j) w_j
-    e_{k-1-i}(after j) / e_k(all)`` with ``w = exp(scores / sigma)`` and elementary symmetric
-    polynomials ``e``, by their recurrence in logarithms and float64, ``O(d k)``. For ``k`` 1 it is
-    a softmax.
+    column ``j`` is the probability that the i-th kept entry is ``j``. For ``k`` 1 it is a softmax;
+    how it is computed for more is in :class:`_SubsetTopK`. It takes the same number of operations
+    whatever ``d`` and ``k``, ``O(B d (d + k))`` memory in float64, and its gradient is analytic.
 
     Args:
         scores: ``(B, d)``, any floating dtype.
@@ -117,7 +118,7 @@ def subset(
         sigma: temperature, a number or a 0-dim tensor. At or below ``SMALLEST_SIGMA`` selection is
             hard and the gradient is zero.
         num_samples: nothing is sampled.
-        gradient: it is exact, by autograd.
+        gradient: it is exact.
 
     Returns:
         float32 ``(B, k, d)`` indicators; every row sums to 1.
@@ -125,34 +126,121 @@ def subset(
     Raises:
         ValueError: for scores that are not 2-D or hold NaN, or ``k`` out of range.
     """
-    hard = F.one_hot(hard_topk(scores.detach(), k), scores.shape[1])  # (B, k, d)
+    _check(scores, k)
     with full_precision(scores):
         precise = scores.float() if scores.device.type == "mps" else scores.double()
         sigma = torch.as_tensor(sigma, dtype=precise.dtype, device=scores.device)
+        if k > 1:
+            return _SubsetTopK.apply(precise, sigma, k).float()
         soft_enough = sigma > SMALLEST_SIGMA
-        logits = precise / torch.where(soft_enough, sigma, 1.0)
-        logits = logits - logits.amax(dim=1, keepdim=True).detach()
-        if k == 1:
-            soft = logits.softmax(dim=1)[:, None]
-        else:
-            before = _log_symmetric(logits, k)  # (B, d, k)
-            after = _log_symmetric(logits.flip(1), k).flip(1, 2)
-            joint = before + after + logits[:, :, None]
-            # The first kept entry is one of all: its column adds up to e_k(all).
-            soft = (joint - joint[:, :, :1].logsumexp(dim=1, keepdim=True)).exp().transpose(1, 2)
+        soft = (precise / torch.where(soft_enough, sigma, 1.0)).softmax(dim=1)[:, None]
+        hard = F.one_hot(hard_topk(scores.detach(), k), scores.shape[1])
         return torch.where(soft_enough, soft, hard.to(soft.dtype)).float()
 
 
-def _log_symmetric(logits: Tensor, k: int) -> Tensor:
-    """Logarithms ``(B, d, k)`` of ``e_0 .. e_{k-1}`` of all entries before each."""
-    # As good as the logarithm of 0, and without its NaN gradients.
-    nothing = logits.new_full((len(logits), 1), -1e30)
-    row = torch.cat([torch.zeros_like(nothing), nothing.expand(-1, k - 1)], dim=1)
-    rows = [row]
-    for logit in logits[:, :-1].split(1, dim=1):
-        row = torch.logaddexp(row, torch.cat([nothing, row[:, :-1] + logit], dim=1))
-        rows.append(row)
-    return torch.stack(rows, dim=1)
+class _SubsetTopK(torch.autograd.Function):
+    """Exact indicators of subsets, by Fourier transforms of how many entries are kept before each.
+
+    Given that ``k`` entries are kept in all, the subset does not change if each entry is kept by
+    itself with probability ``p_j = sigmoid(score_j / sigma - tilt)``, for any ``tilt``; so
+    ``y_ij ~ P(i of those before j) p_j P(k-1-i of those after j)``. The number kept of several
+    entries has the characteristic function ``prod(1 + p (z - 1))`` on the unit circle; an odd
+    number of points has no ``z = -1``, where a factor could vanish. The tilt makes ``k`` likely,
+    so that rounding errors, which are absolute, stay at 1e-14 of the result.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, sigma, k):
+        d = scores.shape[1]
+        soft_enough = sigma > SMALLEST_SIGMA
+        sigma = torch.where(soft_enough, sigma, 1.0)
+        logits = scores / sigma
+        spokes, basis, conjugate, tilts, columns = _fourier(d, k, logits)
+        top = logits.topk(min(k + 1, d), dim=1)
+        hard = top.indices[:, :k].sort(dim=1).values
+        kept = (logits - _tilt(logits, top.values, k, tilts)).sigmoid()[:, :, None]  # (B, d, 1)
+        factors = F.pad(kept, (0, 0, 1, 1)) * spokes + 1  # (B, 1 + d + 1, P); 1 at both ends
+        products = torch.stack([factors[:, :-2], factors.flip(1)[:, :-2]]).cumprod(dim=2)
+        before, after = torch.view_as_real(products).flatten(3) @ basis  # (B, d, k) each
+        after = after.flip(1, 2)
+        joint = before * after * kept
+        total = joint.sum(dim=1, keepdim=True)
+        soft = joint / total  # (B, d, k)
+        ctx.save_for_backward(
+            kept, factors, products, before, after, soft, total, sigma, soft_enough
+        )
+        ctx.constants = spokes, conjugate
+        return torch.where(soft_enough, soft.transpose(1, 2), hard[:, :, None] == columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        kept, factors, products, before, after, soft, total, sigma, soft_enough = ctx.saved_tensors
+        spokes, conjugate = ctx.constants
+        grad = grad_output.transpose(1, 2)  # (B, d, k)
+        grad = grad - (grad * soft).sum(dim=1, keepdim=True)
+        own = (grad * soft).sum(dim=2, keepdim=True)  # through an entry's own probability
+        scaled = grad * (kept / total)
+        # Through the counts before and after: each entry is a factor of all products behind it.
+        flow = torch.stack([scaled * after, (scaled * before).flip(1, 2)]) @ conjugate
+        flow = torch.view_as_complex(flow.unflatten(3, (-1, 2))) * products  # (2, B, d, P)
+        passed = flow.cumsum(dim=2)
+        ahead = passed[:, :, -1:] - passed
+        slopes = (ahead[0] + ahead[1].flip(1)) * (spokes / factors[:, 1:-1])
+        slopes = slopes.real.sum(dim=2, keepdim=True) * kept
+        grad = ((own + slopes) * (1 - kept)).squeeze(2) / sigma
+        return torch.where(soft_enough, grad, 0.0), None, None
+
+
+def _tilt(logits: Tensor, top: Tensor, k: int, tilts: Tensor) -> Tensor:
+    """The candidate ``(B, 1)`` at which ``k`` of a row's entries are kept on average, or nearly.
+
+    The true one is within ``log(d) + 1`` of the k-th or the next largest logit, or anywhere
+    between the two if they are far apart: ``tilts`` ``(3, n)`` weighs both and adds a step.
+    """
+    nearest = top[:, k - 1 :] if k < logits.shape[1] else top[:, -1:].expand(-1, 2)
+    candidates = torch.addmm(tilts[2], nearest, tilts[:2])
+    count = (logits[:, :, None] - candidates[:, None]).sigmoid().sum(dim=1)
+    return candidates.gather(1, (count - k).abs().argmin(dim=1, keepdim=True))
+
+
+def _fourier(d: int, k: int, like: Tensor) -> tuple[Tensor, ...]:
+    """What depends on sizes alone, kept from call to call except for traced and captured ones.
+
+    Returns:
+        ``z - 1`` at the ``P`` points, ``(P,)`` complex; the transform ``(2P, k)`` from products,
+        real and imaginary parts in turn, to the probabilities of 0 to ``k - 1`` kept entries; the
+        transform back, conjugated; the tilts of :func:`_tilt`; ``arange(d)``.
+    """
+    if (
+        type(like) is not Tensor
+        or torch.compiler.is_compiling()
+        or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return _make_fourier(d, k, like.dtype, like.device)
+    return _kept_fourier(d, k, like.dtype, like.device)
+
+
+def _make_fourier(d: int, k: int, dtype, device) -> tuple[Tensor, ...]:
+    count = d // 2
+    points = torch.arange(count + 1, dtype=dtype, device=device)
+    angles = points * (2 * math.pi / (2 * count + 1))
+    spokes = torch.polar(torch.ones_like(angles), angles) - 1
+    turns = angles[:, None] * torch.arange(k, dtype=dtype, device=device)
+    # Points come in conjugate pairs, of which one is computed.
+    weights = (2 - (points == 0).to(dtype)) / (2 * count + 1)
+    basis = torch.stack([turns.cos(), turns.sin()], dim=1) * weights[:, None, None]  # (P, 2, k)
+    signs = torch.stack([torch.ones_like(weights), -torch.ones_like(weights)], dim=1)
+    conjugate = (basis * signs[:, :, None]).flatten(0, 1).t()
+    steps = torch.linspace(-math.log(d) - 1, math.log(d) + 1, 33, dtype=dtype, device=device)
+    ones, none = torch.ones_like(steps), torch.zeros_like(steps)
+    both = torch.stack([torch.cat([ones, none]), torch.cat([none, ones]), steps.repeat(2)])
+    middle = torch.tensor([[0.5], [0.5], [0.0]], dtype=dtype, device=device)
+    columns = torch.arange(d, device=device)
+    return spokes, basis.flatten(0, 1), conjugate, torch.cat([both, middle], dim=1), columns
+
+
+_kept_fourier = lru_cache(maxsize=64)(_make_fourier)
 
 
 def full_precision(tensor: Tensor):

@@ -204,6 +204,75 @@ def test_subset_equals_brute_force(d, k, sigma):
     torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-6, rtol=1e-5)
 
 
+def log_symmetric(logits, k):
+    """Logarithms (B, d, k) of e_0 .. e_{k-1} of all entries before each, one entry at a time."""
+    nothing = logits.new_full((len(logits), 1), -1e30)
+    row = torch.cat([torch.zeros_like(nothing), nothing.expand(-1, k - 1)], dim=1)
+    rows = [row]
+    for logit in logits[:, :-1].split(1, dim=1):
+        row = torch.logaddexp(row, torch.cat([nothing, row[:, :-1] + logit], dim=1))
+        rows.append(row)
+    return torch.stack(rows, dim=1)
+
+
+def recurrence(scores, k, sigma):
+    """The same distribution by the recurrence of symmetric polynomials, in logarithms."""
+    logits = scores / sigma
+    logits = logits - logits.amax(dim=1, keepdim=True).detach()
+    after = log_symmetric(logits.flip(1), k).flip(1, 2)
+    joint = log_symmetric(logits, k) + after + logits[:, :, None]
+    return (joint - joint[:, :, :1].logsumexp(dim=1, keepdim=True)).exp().transpose(1, 2)
+
+
+@pytest.mark.parametrize("d, k", [(96, 48), (96, 2), (65, 60)])
+@pytest.mark.parametrize("sigma", [1.0, 0.2, 0.001])
+@pytest.mark.parametrize("kind", ["spread", "tied", "equal", "far apart"])
+def test_subset_equals_the_recurrence(d, k, sigma, kind):
+    """Long clips, of scores for which the two differ most in what they could overflow."""
+    scores = torch.rand(2, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = {
+        "spread": scores,
+        "tied": (scores * 3).round() / 3,
+        "equal": torch.zeros_like(scores),
+        "far apart": (scores > 0.5).double(),
+    }[kind]
+    grad_output = torch.randn(2, k, d, generator=torch.Generator().manual_seed(1))
+    ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    out, expected = subset(ours, k, sigma), recurrence(theirs, k, sigma)
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=0)
+    out.backward(grad_output)
+    expected.backward(grad_output.double())
+    scale = float(theirs.grad.abs().max()) + 1e-6 / sigma
+    torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, atol=1e-6, rtol=0)
+
+
+class CountLaunches(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts operations that start a kernel on a device: views and checks on a CPU do not."""
+
+    NO_KERNEL = {
+        *("view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t"),
+        *("slice", "select", "detach", "unbind", "alias", "view_as_real", "view_as_complex"),
+        *("scalar_tensor", "isnan", "isfinite", "any", "all", "_local_scalar_dense"),
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name.split("::")[1] not in self.NO_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("d, k", [(8, 4), (96, 48), (33, 32)])
+def test_subset_takes_60_launches_whatever_the_clip(d, k):
+    scores, sigma = torch.rand(2, d, requires_grad=True), torch.tensor(0.2)
+    subset(scores, k, sigma)
+    with CountLaunches() as launches:
+        subset(scores, k, sigma).sum().backward()
+    assert launches.count <= 60 + 2  # the sum's own
+
+
 def test_subset_is_a_softmax_for_one():
     scores = torch.rand(2, 9)
     expected = (scores / 0.1).softmax(dim=1)[:, None]
