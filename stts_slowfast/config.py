@@ -256,15 +256,25 @@ def validate_stts(
     Settings.of_node(node).check(num_blocks, grids)
 
 
-def check_training(settings: Settings) -> None:
+def check_training(settings: Settings, held_back: bool = True) -> None:
     """Checks that scorers which learn would get a gradient; call it where training begins.
 
     Args:
         settings: of a model with scorers that learn.
+        held_back: whether the backbone is frozen at first, if the settings say so.
 
     Raises:
         ValueError: naming the key by which their gradient would be exactly 0.
     """
+    if settings.teacher == "saliency":
+        if settings.shrink or (held_back and settings.freeze_backbone_epochs):
+            return
+        raise ValueError(
+            "STTS.TEACHER is saliency, but STTS.SHRINK is 0 and the backbone is never frozen: "
+            "scorers are taught in iterations in which more than STTS.*.KEEP passes, and there "
+            "would be none; give SHRINK more than 0, or start from trained weights with "
+            "STTS.FREEZE_BACKBONE_EPOCHS above 0"
+        )
     if settings.sigma <= SMALLEST_SIGMA:
         raise ValueError(
             f"STTS.SIGMA is {settings.sigma:g}: in training the scorers would get no gradient and "

@@ -54,7 +54,8 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
 
     Both depend on nothing but the arguments: all processes have the same, and a resumed run is
     where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
-    budgets shrink, all go on by as much more than that as :func:`width` says.
+    budgets shrink, all go on by as much more than that as :func:`width` says, and saliency teaches
+    (``STTS.TEACHER``).
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
@@ -116,7 +117,7 @@ def param_groups(optimizer_groups: list[dict], model: nn.Module) -> list[dict]:
         as they are.
 
     Raises:
-        ValueError: for settings by which the scorers would get no gradient.
+        ValueError: for settings by which the scorers would get no gradient, however it begins.
     """
     scorers = {id(parameter) for parameter in _scorer_parameters(model)}
     if not scorers:
@@ -145,6 +146,9 @@ def begin(groups: list[dict], trained: bool, model: nn.Module, epochs: float) ->
         trained: whether the run starts from trained weights.
         model: with selectors, where groups say so.
         epochs: of the whole training.
+
+    Raises:
+        ValueError: for settings by which the scorers would get no gradient.
     """
     shrink = max((m.shrink for m in model.modules() if isinstance(m, Selector)), default=0.0)
     if shrink:
@@ -158,6 +162,7 @@ def begin(groups: list[dict], trained: bool, model: nn.Module, epochs: float) ->
     settings = settings_of(model)
     resumed = all("held_back" in group for group in groups)
     held_back = any(group["held_back"] for group in groups) if resumed else bool(trained)
+    check_training(settings, held_back)
     for group in groups:
         group["held_back"] = held_back
     origin = (

@@ -80,7 +80,8 @@ class Selector(nn.Module):
         self.low, self.high = (round(share * WHOLE) for share in self.share)
         # Where between them; nobody has drawn from a range yet.
         self.draw = 0 if self.low == self.high else None
-        self.wide = 0  # how far from there to all that arrives
+        # How far from there to all that arrives; saliency teaches nothing unless somebody sets it.
+        self.wide = None if teacher == "saliency" else 0
         self.num_samples = num_samples
         self.gradient = gradient
         self.operator = OPERATORS.get(operator)
@@ -122,6 +123,11 @@ class Selector(nn.Module):
                 f"STTS.{self.dimension}.KEEP of block {self.block} is {self.share_text}: give one "
                 f'share to test (--opts STTS.{self.dimension}.KEEP "[{self.share[1]:g}]"); to '
                 "train, set_progress(model, fraction) draws one before each iteration"
+            )
+        if self.taught and self.wide is None:
+            raise ValueError(
+                "STTS.TEACHER is saliency, but nobody has set a budget, which decides when it "
+                "teaches: call set_progress(model, fraction) before each iteration of training"
             )
         thw = grid.shape[1:4]
         least = (self.low if self.training else self.high) / WHOLE

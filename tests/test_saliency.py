@@ -213,6 +213,7 @@ def test_wide_budgets_compare_windows_inside_what_passes():
 
 def test_scorers_that_do_not_learn_choose_hard_and_are_not_taught():
     selector = TemporalSelector(8, 0, 0.5, scorer="uniform", teacher="saliency").train()
+    selector.set_budget(0.0)
     grid = torch.randn(1, 4, 2, 2, 8, requires_grad=True)
     assert selector.choose(grid).scores is None
     assert torch.equal(selector(grid), grid[:, [1, 3]])
@@ -227,7 +228,9 @@ def model(tiny_cfg):
     tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TEACHER = True, "saliency"
     tiny_cfg.STTS.SPACE.KEEP = [0.3]
     tiny_cfg.MODEL.DROPOUT_RATE = tiny_cfg.MVIT.DROPPATH_RATE = 0.0
-    return build_model(tiny_cfg).train()
+    model = build_model(tiny_cfg).train()
+    set_progress(model, 1.0)
+    return model
 
 
 CLIPS, LABELS = torch.randn(4, 3, 8, 32, 32), torch.arange(4)
@@ -295,6 +298,7 @@ def test_activation_checkpointing_has_the_same_gradients(tiny_cfg, model):
     tiny_cfg.MODEL.ACT_CHECKPOINT = True
     again = build_model(tiny_cfg).train()
     again.load_state_dict(model.state_dict())
+    set_progress(again, 1.0)
     plain = gradients(model)
     for name, gradient in gradients(again).items():
         torch.testing.assert_close(gradient, plain[name], msg=name)
@@ -322,6 +326,7 @@ def iteration_flops(model):
 def test_a_narrow_iteration_costs_its_share_of_flops():
     stock = timesformer.TimeSformer(32, 8, 8, 64, 4, 4, num_classes=5)
     model = attach(copy.deepcopy(stock), time={0: 0.5}, space={1: 0.3}, teacher="saliency")
+    set_progress(model, 1.0)
     costs = []
     for one in (model, stock):
         training = iteration_flops(one.train())
@@ -347,4 +352,27 @@ def test_all_tokens_pass_while_the_backbone_is_frozen(tiny_cfg, model):
             sizes.append([selector.goes_on(grid)[0] for selector in model.stts.values()])
         narrow = [4, 7]
         assert sizes == ([[8, 14], [8, 14], narrow] if teacher == "saliency" else [narrow] * 3)
-        set_progress(model, 0.0)
+
+
+@pytest.mark.parametrize("epochs, trained", [(1.0, True), (1.0, False), (0.0, True)])
+def test_a_training_in_which_nothing_would_be_taught_is_refused(tiny_cfg, epochs, trained):
+    tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TEACHER, tiny_cfg.STTS.SHRINK = True, "saliency", 0.0
+    tiny_cfg.STTS.FREEZE_BACKBONE_EPOCHS = epochs
+    model = build_model(tiny_cfg).train()
+
+    def start():
+        begin(param_groups([{"params": list(model.parameters())}], model), trained, model, 10)
+
+    if epochs and trained:
+        start()
+    else:
+        with pytest.raises(ValueError, match=r"TEACHER is saliency, but STTS.SHRINK is 0"):
+            start()
+
+
+def test_an_own_loop_that_sets_no_budget_is_refused(tiny_cfg):
+    tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TEACHER = True, "saliency"
+    model = build_model(tiny_cfg)
+    assert model.eval()(CLIPS).shape == model.train().requires_grad_(False)(CLIPS).shape
+    with pytest.raises(ValueError, match=r"nobody has set a budget.*call set_progress"):
+        model.requires_grad_(True)(CLIPS)
