@@ -373,6 +373,6 @@ def test_a_training_in_which_nothing_would_be_taught_is_refused(tiny_cfg, epochs
 def test_an_own_loop_that_sets_no_budget_is_refused(tiny_cfg):
     tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TEACHER = True, "saliency"
     model = build_model(tiny_cfg)
-    assert model.eval()(CLIPS).shape == model.train().requires_grad_(False)(CLIPS).shape
+    model.eval()(CLIPS)
     with pytest.raises(ValueError, match=r"nobody has set a budget.*call set_progress"):
-        model.requires_grad_(True)(CLIPS)
+        model.train()(CLIPS)
