@@ -55,8 +55,9 @@ def add_stts_config(cfg) -> None:
     cfg.STTS.SPACE.SHARED = False
 
     # What teaches learned scorers: mixture (training mixes candidates by OPERATOR's weights, which
-    # gradients pass through) or saliency (training chooses as a test does; the gradient of the
-    # tokens that pass says which candidates the loss depends on, and scorers learn to rank so).
+    # gradients pass through) or saliency (training chooses as a test does; in iterations in which
+    # all tokens pass, their gradient says on which candidates the loss depends, and scorers learn
+    # to rank so). All pass while the backbone is frozen and, ever more rarely, during SHRINK.
     cfg.STTS.TEACHER = "mixture"
     # How gradients pass through the choice: subset (exact, without noise), perturbed (the paper's
     # perturbed maximum), or what is registered in topk.OPERATORS.
@@ -271,8 +272,8 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
             return
         raise ValueError(
             "STTS.TEACHER is saliency, but STTS.SHRINK is 0 and the backbone is never frozen: "
-            "scorers are taught in iterations in which more than STTS.*.KEEP passes, and there "
-            "would be none; give SHRINK more than 0, or start from trained weights with "
+            "scorers are taught in iterations in which all tokens pass, and there would be none; "
+            "give SHRINK more than 0, or start from trained weights with "
             "STTS.FREEZE_BACKBONE_EPOCHS above 0"
         )
     if settings.sigma <= SMALLEST_SIGMA:

@@ -13,9 +13,7 @@ from torch.nn import functional as F
 def teach(
     tokens: Tensor,
     scores: Tensor,
-    known: Tensor,
-    window: tuple[int, int],
-    stride: tuple[int, int],
+    candidates: tuple[tuple[int, int], tuple[int, int]] | None,
     temperature: float = 1.0,
 ) -> Tensor:
     """Returns ``tokens``; in the backward pass their gradient teaches ``scores``.
@@ -28,42 +26,39 @@ def teach(
     since its gradient is 0 or was rounded to it, teaches nothing.
 
     Args:
-        tokens: ``(B, T, H, W, C)``, before any is dropped.
+        tokens: ``(B, T, H, W, C)``, all of which pass: of what is dropped the gradient is 0.
         scores: ``(B, T, d)``, one for each of the ``d`` windows of a frame, row by row; or
             ``(B, 1, d)`` for windows that all frames share.
-        known: bool, of the shape of ``scores``: which candidates pass with all their tokens. Only
-            among those is compared: of what is dropped the gradient knows nothing.
-        window: height and width of a window in tokens; of ``tokens`` to score whole frames.
-        stride: tokens between neighbouring windows along both axes.
+        candidates: height and width of a window in tokens, and the tokens between neighbouring
+            windows along both axes; of whole frames all four are the frame's. None for no lesson:
+            the scores' gradient is then 0, which DDP, unlike no gradient, expects.
         temperature: of the softmax.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = scores.masked_fill(~known, -torch.inf)
-    return _Teach.apply(tokens, scores, window, stride, temperature)
+    return _Teach.apply(tokens, scores, candidates, temperature)
 
 
 class _Teach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens, scores, window, stride, temperature):
-        ctx.save_for_backward(tokens, scores)
-        ctx.window, ctx.stride, ctx.temperature = window, stride, temperature
+    def forward(ctx, tokens, scores, candidates, temperature):
+        ctx.save_for_backward(scores, *([] if candidates is None else [tokens]))
+        ctx.candidates, ctx.temperature = candidates, temperature
         return tokens.view_as(tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        tokens, scores = ctx.saved_tensors
+        scores, *tokens = ctx.saved_tensors
+        if ctx.candidates is None:
+            return grad_output, torch.zeros_like(scores), None, None
         # In half precision small products would be lost.
-        products = grad_output.to(scores.dtype) * tokens.to(scores.dtype)
+        products = grad_output.to(scores.dtype) * tokens[0].to(scores.dtype)
         saliency = products.sum(dim=4).abs()  # (B, T, H, W)
-        shares = F.avg_pool2d(saliency.flatten(0, 1)[:, None], ctx.window, ctx.stride)
+        shares = F.avg_pool2d(saliency.flatten(0, 1)[:, None], *ctx.candidates)
         shares = shares.view(*saliency.shape[:2], -1)  # (B, T, d)
         if scores.shape[1] == 1:
             shares = shares.mean(dim=1, keepdim=True)
-        shares, logits = shares.flatten(1), scores.flatten(1) / ctx.temperature
-        shares = torch.where(logits.isneginf(), 0.0, shares)
-        total = shares.sum(dim=1, keepdim=True)  # (B, 1)
-        error = logits.softmax(dim=1) - shares / total
-        grad = torch.where(total > 0, error / ctx.temperature, 0.0)
-        scale = saliency.sum(dim=(1, 2, 3)).mean()
-        return grad_output, (grad * scale).view_as(scores), None, None, None
+        total = shares.sum(dim=(1, 2), keepdim=True)
+        chances = (scores / ctx.temperature).flatten(1).softmax(dim=1).view_as(scores)
+        grad = torch.where(total > 0, (chances - shares / total) / ctx.temperature, 0.0)
+        return grad_output, grad * saliency.sum(dim=(1, 2, 3)).mean(), None, None

@@ -32,7 +32,7 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
     return initial * (1.0 - fraction) if decay == "linear" else initial
 
 
-def width(fraction: float, shrink: float, seed: int) -> float:
+def width(fraction: float, shrink: float, seed: int, between: bool = True) -> float:
     """How far a budget is from what it shrinks to, 0 to 1, after a fraction of training.
 
     Drawn, all steps as likely, up to a widest that shrinks from 1 to 0. The narrow ones tell the
@@ -42,11 +42,15 @@ def width(fraction: float, shrink: float, seed: int) -> float:
         fraction: 0 to 1 of training done.
         shrink: ``STTS.SHRINK``.
         seed: of the draw, the run's.
+        between: whether there are steps between 0 and 1. Without, it is 1 the more rarely: for
+            saliency, which teaches only when all tokens pass.
     """
     if fraction >= shrink:
         return 0.0
-    widest = round(SHRINK_STEPS * (1.0 - fraction / shrink))
-    return random.Random(f"{seed} {fraction!r}").randint(0, widest) / SHRINK_STEPS
+    draw = random.Random(f"{seed} {fraction!r}")
+    if not between:
+        return float(draw.random() < 1.0 - fraction / shrink)
+    return draw.randint(0, round(SHRINK_STEPS * (1.0 - fraction / shrink))) / SHRINK_STEPS
 
 
 def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
@@ -54,8 +58,8 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
 
     Both depend on nothing but the arguments: all processes have the same, and a resumed run is
     where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
-    budgets shrink, all go on by as much more than that as :func:`width` says, and saliency teaches
-    (``STTS.TEACHER``).
+    budgets shrink, all go on by as much more than that as :func:`width` says; if all tokens pass,
+    saliency teaches (``STTS.TEACHER``).
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
@@ -76,7 +80,8 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
             noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
             module.sigma.fill_(noise)
             draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
-            module.set_budget(draw, width(fraction, module.shrink, seed))
+            between = module.teacher != "saliency"
+            module.set_budget(draw, width(fraction, module.shrink, seed, between))
     return noise
 
 

@@ -35,7 +35,7 @@ class Choice(NamedTuple):
         kept: indices of frames ``(B, k)``, or windows ``(B*T, 4)`` as top, left, height and width;
             in training, what the scores without noise keep.
         weights: float32 indicators over the candidates, for a soft choice; None for a hard one.
-        scores: float32 scores of the candidates, which saliency teaches; None if it does not.
+        scores: of the candidates, as the scorer gave them.
     """
 
     kept: Tensor
@@ -80,8 +80,8 @@ class Selector(nn.Module):
         self.low, self.high = (round(share * WHOLE) for share in self.share)
         # Where between them; nobody has drawn from a range yet.
         self.draw = 0 if self.low == self.high else None
-        # How far from there to all that arrives; saliency teaches nothing unless somebody sets it.
-        self.wide = None if teacher == "saliency" else 0
+        # How far from there to all that arrives. Saliency needs somebody to say when it teaches.
+        self.wide = None if teacher == "saliency" and list(scorer.parameters()) else 0
         self.num_samples = num_samples
         self.gradient = gradient
         self.operator = OPERATORS.get(operator)
@@ -116,7 +116,7 @@ class Selector(nn.Module):
     def goes_on(self, grid: Tensor, widened: bool = True) -> tuple[int, ...]:
         """How many frames, or height and width of the window, go on of ``(B, T, H, W, C)`` now.
 
-        Not ``widened``, it is as it will be when budgets have shrunk.
+        Not ``widened``, how many will when budgets have shrunk.
         """
         if self.draw is None:
             raise ValueError(
@@ -124,7 +124,7 @@ class Selector(nn.Module):
                 f'share to test (--opts STTS.{self.dimension}.KEEP "[{self.share[1]:g}]"); to '
                 "train, set_progress(model, fraction) draws one before each iteration"
             )
-        if self.taught and self.wide is None:
+        if self.wide is None and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "STTS.TEACHER is saliency, but nobody has set a budget, which decides when it "
                 "teaches: call set_progress(model, fraction) before each iteration of training"
@@ -152,8 +152,15 @@ class Selector(nn.Module):
 
     @property
     def taught(self) -> bool:
-        """Whether saliency teaches the scorer now."""
-        return self.training and self.teacher == "saliency" and torch.is_grad_enabled()
+        """Whether saliency teaches the scorer now: only if it sees all that could be dropped."""
+        return self.training and self.teacher == "saliency" and self.wide == WHOLE
+
+    def teach(self, grid: Tensor, choice: Choice) -> Tensor:
+        """The ``grid`` that arrives, of which the gradient teaches the scores of a choice."""
+        if not self.training or self.teacher != "saliency":
+            return grid
+        lesson = self.candidates(grid) if self.taught else None
+        return saliency.teach(grid, choice.scores, lesson)
 
     def raise_on_nan(self) -> None:
         """Raises where a forward pass since the last call had NaN scores; waits for the device.
@@ -186,6 +193,10 @@ class Selector(nn.Module):
         if self.nan_seen is None:
             self.nan_seen = torch.zeros((), dtype=torch.bool, pin_memory=scores.is_cuda)
         self.nan_seen.copy_(self.nan_scores, non_blocking=True)
+
+    def seen(self, grid: Tensor) -> Tensor:
+        """What the scorer scores. A lesson of saliency is the scorer's, not the backbone's."""
+        return grid.detach() if self.teacher == "saliency" else grid
 
     def indicators(self, scores: Tensor, k: int) -> Tensor:
         """Soft choice ``(N, k, d)`` of the top ``k`` of normalised ``scores`` ``(N, d)``."""
@@ -226,20 +237,15 @@ class TemporalSelector(Selector):
         """Indices ``(B, k)``, and in training weights ``(B, k, T)``."""
         (k,) = self.goes_on(grid)
         with full_precision(grid):
-            raw = self.scorer(grid.detach() if self.taught else grid, k)
+            raw = self.scorer(self.seen(grid), self.goes_on(grid, widened=not self.taught)[0])
             self.watch(raw)
             scores = normalize(raw)
             self.kept = kept = hard_topk(scores.detach(), k)
-            weights = self.indicators(scores, k) if self.soft else None
-            return Choice(kept, weights, raw if self.taught and raw.requires_grad else None)
+            return Choice(kept, self.indicators(scores, k) if self.soft else None, raw[..., None])
 
-    def teach(self, grid: Tensor, choice: Choice) -> Tensor:
-        """The ``grid`` that arrives, whose gradient teaches the scores of a choice."""
-        if choice.scores is None:
-            return grid
-        frame = tuple(grid.shape[2:4])
-        kept = torch.zeros_like(choice.scores, dtype=torch.bool).scatter(1, choice.kept, True)
-        return saliency.teach(grid, choice.scores[..., None], kept[..., None], frame, frame)
+    def candidates(self, grid: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Whole frames: a window's height and width, and the tokens between two."""
+        return tuple(grid.shape[2:4]), tuple(grid.shape[2:4])
 
     def take(self, frames: Tensor, choice: Choice) -> Tensor:
         """Applies a choice to ``frames`` ``(B, T, ...)``."""
@@ -290,52 +296,33 @@ class SpatialSelector(Selector):
 
     def choose(self, grid: Tensor) -> Choice:
         """Windows ``(B*T, 4)``, and in training weights ``(B*T, windows)``."""
-        frames, _, width = grid.shape[1:4]
-        window = self.goes_on(grid)
+        frames, height, width = grid.shape[1:4]
+        window = self.goes_on(grid, widened=not self.taught)
         steps = self._steps(grid, window)
         with full_precision(grid):
-            raw = self._scores(grid, window, steps)
-            scores = normalize(raw)
+            raw = self.scorer(self.seen(grid), window, steps)  # (B*T, rows * columns)
+            self.watch(raw)
+            raw = raw.unflatten(0, grid.shape[:2])
+            if self.shared:
+                raw = raw.mean(dim=1, keepdim=True)
+            scores = normalize(raw.flatten(0, 1))
             best = self._per_frame(hard_topk(scores.detach(), 1).squeeze(1), frames)  # (B*T,)
             columns = (width - window[1]) // steps[1] + 1
             top = best.div(columns, rounding_mode="floor") * steps[0]
             left = best.remainder(columns) * steps[1]
+            if self.taught:  # all passes
+                window, top, left = (height, width), torch.zeros_like(top), torch.zeros_like(left)
             sides = [torch.full_like(top, side) for side in window]
             self.kept = kept = torch.stack([top, left, *sides], dim=1)
-            if self.taught and window != (target := self.goes_on(grid, widened=False)):
-                raw = self._scores(grid, target, self._steps(grid, target))
             weights = None
             if self.soft:
                 weights = self._per_frame(self.indicators(scores, 1).squeeze(1), frames)
-            return Choice(kept, weights, raw if self.taught and raw.requires_grad else None)
+            return Choice(kept, weights, raw)
 
-    def teach(self, grid: Tensor, choice: Choice) -> Tensor:
-        """The ``grid`` that arrives, whose gradient teaches the scores of a choice.
-
-        They are of the windows of budgets that have shrunk, of which a wide budget passes many.
-        """
-        if choice.scores is None:
-            return grid
-        batch = grid.shape[0]
+    def candidates(self, grid: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        """A window's height and width once budgets have shrunk, and the tokens between two."""
         window = self.goes_on(grid, widened=False)
-        steps = self._steps(grid, window)
-        inside = []
-        for axis in (0, 1):
-            first = torch.arange(0, grid.shape[2 + axis] - window[axis] + 1, steps[axis])
-            first = first.to(grid.device)
-            start, side = choice.kept[:, axis, None], choice.kept[:, axis + 2, None]
-            inside.append((first >= start) & (first + window[axis] <= start + side))
-        known = (inside[0][:, :, None] & inside[1][:, None]).flatten(1)  # (B*T, windows)
-        scores, known = (x.unflatten(0, (batch, -1)) for x in (choice.scores, known))
-        if self.shared:
-            known = known[:, :1]
-        return saliency.teach(grid, scores, known, window, steps)
-
-    def _scores(self, grid: Tensor, window: tuple[int, int], steps: tuple[int, int]) -> Tensor:
-        """Scores ``(B*T, rows * columns)`` of windows; ``(B, rows * columns)`` of shared ones."""
-        scores = self.scorer(grid.detach() if self.taught else grid, window, steps)
-        self.watch(scores)
-        return scores.unflatten(0, grid.shape[:2]).mean(dim=1) if self.shared else scores
+        return window, self._steps(grid, window)
 
     def take(self, grid: Tensor, choice: Choice) -> Tensor:
         """Applies a choice to ``grid`` ``(B, T, H, W, C)``."""
