@@ -13,7 +13,7 @@ from stts_slowfast.scorers import SCORERS
 from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
 SIGMA_DECAYS = ("linear", "constant")
-TEACHERS = ("mixture", "saliency")
+TEACHERS = ("mixture", "saliency", "both")
 
 
 def add_stts_config(cfg) -> None:
@@ -55,9 +55,10 @@ def add_stts_config(cfg) -> None:
     cfg.STTS.SPACE.SHARED = False
 
     # What teaches learned scorers: mixture (training mixes candidates by OPERATOR's weights, which
-    # gradients pass through) or saliency (training chooses as a test does; in iterations in which
-    # all tokens pass, their gradient says on which candidates the loss depends, and scorers learn
-    # to rank so). All pass while the backbone is frozen and, ever more rarely, during SHRINK.
+    # gradients pass through); saliency (training chooses as a test does; in iterations in which all
+    # tokens pass, their gradient says on which candidates the loss depends, and scorers learn to
+    # rank so); or both (saliency in those iterations, mixture in all others). All tokens pass while
+    # the backbone is frozen and, ever more rarely, during SHRINK.
     cfg.STTS.TEACHER = "mixture"
     # How gradients pass through the choice: subset (exact, without noise), perturbed (the paper's
     # perturbed maximum), or what is registered in topk.OPERATORS.
@@ -267,15 +268,16 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
     Raises:
         ValueError: naming the key by which their gradient would be exactly 0.
     """
-    if settings.teacher == "saliency":
-        if settings.shrink or (held_back and settings.freeze_backbone_epochs):
-            return
+    all_pass = settings.shrink or (held_back and settings.freeze_backbone_epochs)
+    if settings.teacher != "mixture" and not all_pass:
         raise ValueError(
-            "STTS.TEACHER is saliency, but STTS.SHRINK is 0 and the backbone is never frozen: "
-            "scorers are taught in iterations in which all tokens pass, and there would be none; "
+            f"STTS.TEACHER is {settings.teacher}, but STTS.SHRINK is 0 and the backbone never "
+            "frozen: saliency teaches in iterations in which all tokens pass, and there would be none; "
             "give SHRINK more than 0, or start from trained weights with "
             "STTS.FREEZE_BACKBONE_EPOCHS above 0"
         )
+    if settings.teacher == "saliency":
+        return
     if settings.sigma <= SMALLEST_SIGMA:
         raise ValueError(
             f"STTS.SIGMA is {settings.sigma:g}: in training the scorers would get no gradient and "

@@ -50,7 +50,8 @@ def width(fraction: float, shrink: float, seed: int, between: bool = True) -> fl
     draw = random.Random(f"{seed} {fraction!r}")
     if not between:
         return float(draw.random() < 1.0 - fraction / shrink)
-    return draw.randint(0, round(SHRINK_STEPS * (1.0 - fraction / shrink))) / SHRINK_STEPS
+    widest = round(SHRINK_STEPS * (1.0 - fraction / shrink))
+    return draw.randint(0, widest) / SHRINK_STEPS
 
 
 def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
@@ -80,7 +81,7 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
             noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
             module.sigma.fill_(noise)
             draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
-            between = module.teacher != "saliency"
+            between = module.teacher == "mixture"
             module.set_budget(draw, width(fraction, module.shrink, seed, between))
     return noise
 
@@ -90,7 +91,7 @@ def let_all_pass(model: nn.Module) -> None:
     :func:`set_progress`: while only they learn there is nothing else for an iteration to do.
     """
     for module in model.modules():
-        if isinstance(module, Selector) and module.teacher == "saliency":
+        if isinstance(module, Selector) and module.teacher != "mixture":
             module.wide = WHOLE
 
 

@@ -81,7 +81,7 @@ class Selector(nn.Module):
         # Where between them; nobody has drawn from a range yet.
         self.draw = 0 if self.low == self.high else None
         # How far from there to all that arrives. Saliency needs somebody to say when it teaches.
-        self.wide = None if teacher == "saliency" and list(scorer.parameters()) else 0
+        self.wide = None if teacher != "mixture" and list(scorer.parameters()) else 0
         self.num_samples = num_samples
         self.gradient = gradient
         self.operator = OPERATORS.get(operator)
@@ -126,8 +126,9 @@ class Selector(nn.Module):
             )
         if self.wide is None and self.training and torch.is_grad_enabled():
             raise ValueError(
-                "STTS.TEACHER is saliency, but nobody has set a budget, which decides when it "
-                "teaches: call set_progress(model, fraction) before each iteration of training"
+                f"STTS.TEACHER is {self.teacher}, but nobody has set a budget, and saliency "
+                "teaches when all tokens pass: call set_progress(model, fraction) before each "
+                "iteration of training"
             )
         thw = grid.shape[1:4]
         least = (self.low if self.training else self.high) / WHOLE
@@ -148,16 +149,16 @@ class Selector(nn.Module):
     @property
     def soft(self) -> bool:
         """Whether a choice is a mixture now."""
-        return self.training and self.teacher == "mixture"
+        return self.training and self.teacher != "saliency" and not self.taught
 
     @property
     def taught(self) -> bool:
         """Whether saliency teaches the scorer now: only if it sees all that could be dropped."""
-        return self.training and self.teacher == "saliency" and self.wide == WHOLE
+        return self.training and self.teacher != "mixture" and self.wide == WHOLE
 
     def teach(self, grid: Tensor, choice: Choice) -> Tensor:
         """The ``grid`` that arrives, of which the gradient teaches the scores of a choice."""
-        if not self.training or self.teacher != "saliency":
+        if not self.training or self.soft:
             return grid
         lesson = self.candidates(grid) if self.taught else None
         return saliency.teach(grid, choice.scores, lesson)
@@ -196,7 +197,7 @@ class Selector(nn.Module):
 
     def seen(self, grid: Tensor) -> Tensor:
         """What the scorer scores. A lesson of saliency is the scorer's, not the backbone's."""
-        return grid.detach() if self.teacher == "saliency" else grid
+        return grid.detach() if self.training and not self.soft else grid
 
     def indicators(self, scores: Tensor, k: int) -> Tensor:
         """Soft choice ``(N, k, d)`` of the top ``k`` of normalised ``scores`` ``(N, d)``."""

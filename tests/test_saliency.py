@@ -13,7 +13,7 @@ from stts_slowfast import saliency
 from stts_slowfast.backbones import timesformer
 from stts_slowfast.hooks import attach, selections
 from stts_slowfast.schedule import begin, param_groups, set_progress, step
-from stts_slowfast.selectors import SpatialSelector, TemporalSelector
+from stts_slowfast.selectors import WHOLE, SpatialSelector, TemporalSelector
 from stts_slowfast.standalone.model import build_model
 
 FRAME = (4, 6)
@@ -213,7 +213,7 @@ def model(tiny_cfg):
     tiny_cfg.STTS.SPACE.KEEP = [0.3]
     tiny_cfg.MODEL.DROPOUT_RATE = tiny_cfg.MVIT.DROPPATH_RATE = 0.0
     model = build_model(tiny_cfg).train()
-    set_progress(model, 1.0)
+    set_progress(model, 0.9)
     return model
 
 
@@ -249,16 +249,41 @@ def test_scorers_are_taught_when_all_tokens_pass_and_have_a_gradient_always(mode
         )  # a bias shifts all scores
 
 
-def test_the_backbone_learns_from_the_hard_choice_alone(model):
-    found = gradients(model)
+def test_with_both_teachers_training_mixes_unless_all_tokens_pass(model):
     for selector in model.stts.values():
-        selector.teacher = "nobody"
-        selector.scorer.requires_grad_(False)
-    model.zero_grad()
-    F.cross_entropy(model(CLIPS), LABELS).backward()
-    for name, parameter in model.named_parameters():
-        if not name.startswith("stts."):
-            assert torch.equal(parameter.grad, found[name]), name
+        selector.teacher = "both"
+        selector.set_budget(0.0, 1.0)
+    lesson = gradients(model)
+    for selector in model.stts.values():
+        selector.teacher = "saliency"
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, lesson[name]), name
+    mixed = []
+    for teacher in ("both", "mixture"):
+        for selector in model.stts.values():
+            selector.teacher = teacher
+            selector.set_budget(0.0, 0.0)
+        mixed.append(gradients(model))
+    for name, gradient in mixed[0].items():
+        assert torch.equal(gradient, mixed[1][name]), name
+    assert mixed[0]["stts.space_2.scorer.network.score.0.weight"].any()
+
+
+def test_the_backbone_learns_from_the_hard_choice_alone(model):
+    for wide in (0.0, 1.0):
+        for selector in model.stts.values():
+            selector.train().set_budget(0.0, wide)
+        found = gradients(model)
+        if wide:
+            for selector in model.stts.values():
+                selector.low = selector.high = WHOLE
+        for selector in model.stts.values():
+            selector.eval()
+        model.zero_grad()
+        F.cross_entropy(model(CLIPS), LABELS).backward()
+        for name, parameter in model.named_parameters():
+            if not name.startswith("stts."):
+                assert torch.equal(parameter.grad, found[name]), name
 
 
 def test_a_grad_scaler_gives_back_the_same_gradients(model):
@@ -331,7 +356,7 @@ def test_a_narrow_iteration_costs_its_share_of_flops():
 def test_all_tokens_pass_while_the_backbone_is_frozen(tiny_cfg, model):
     tiny_cfg.STTS.SHRINK, tiny_cfg.STTS.FREEZE_BACKBONE_EPOCHS = 0.0, 2.0
     tiny_cfg.SOLVER.MAX_EPOCH = 10
-    for teacher in ("saliency", "mixture"):
+    for teacher in ("saliency", "both", "mixture"):
         tiny_cfg.STTS.TEACHER = teacher
         model = build_model(tiny_cfg).train()
         groups = param_groups([{"params": list(model.parameters())}], model)
@@ -342,7 +367,7 @@ def test_all_tokens_pass_while_the_backbone_is_frozen(tiny_cfg, model):
             step(model, groups, 0.1, epoch, tiny_cfg)
             sizes.append([selector.goes_on(grid)[0] for selector in model.stts.values()])
         narrow = [4, 7]
-        assert sizes == ([[8, 14], [8, 14], narrow] if teacher == "saliency" else [narrow] * 3)
+        assert sizes == ([[8, 14], [8, 14], narrow] if teacher != "mixture" else [narrow] * 3)
 
 
 @pytest.mark.parametrize("epochs, trained", [(1.0, True), (1.0, False), (0.0, True)])
