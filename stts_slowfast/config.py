@@ -272,8 +272,8 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
     if settings.teacher != "mixture" and not all_pass:
         raise ValueError(
             f"STTS.TEACHER is {settings.teacher}, but STTS.SHRINK is 0 and the backbone never "
-            "frozen: saliency teaches in iterations in which all tokens pass, and there would be none; "
-            "give SHRINK more than 0, or start from trained weights with "
+            "frozen: saliency teaches in iterations in which all tokens pass, and there would be "
+            "none; give SHRINK more than 0, or start from trained weights with "
             "STTS.FREEZE_BACKBONE_EPOCHS above 0"
         )
     if settings.teacher == "saliency":
