@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -294,15 +296,30 @@ def test_a_grad_scaler_gives_back_the_same_gradients(model):
         torch.testing.assert_close(scaled[name] / 2.0**12, gradient, msg=name)
 
 
-@pytest.mark.parametrize("wide", [0.0, 1.0])
-def test_a_compiled_model_has_the_same_gradients(wide):
+@pytest.mark.parametrize("wide, backend", [(0.0, "eager"), (1.0, "aot_eager")])
+def test_a_compiled_model_has_the_same_gradients(wide, backend):
     stock = timesformer.TimeSformer(32, 8, 8, 16, 2, 2, num_classes=5)
     model = attach(stock, time={0: 0.5}, space={1: 0.3}, teacher="saliency").train()
     for selector in model.stts.values():
         selector.set_budget(0.0, wide)
     plain = gradients(model)
     torch._dynamo.reset()
-    again = gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    again = gradients(model, torch.compile(model, fullgraph=True, backend=backend))
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, msg=name)
+
+
+def test_ddp_finds_every_gradient(model, tmp_path):
+    plain = gradients(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp = nn.parallel.DistributedDataParallel(model)  # raises if it waits for a gradient
+        for wide in (1.0, 0.0, 0.0):
+            for selector in model.stts.values():
+                selector.set_budget(0.0, wide)
+            again = gradients(model, ddp)
+    finally:
+        dist.destroy_process_group()
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, msg=name)
 
