@@ -52,8 +52,8 @@ class _Teach(torch.autograd.Function):
         if ctx.candidates is None:
             return grad_output, torch.zeros_like(scores), None, None
         # In half precision small products would be lost.
-        products = grad_output.to(scores.dtype) * tokens[0].to(scores.dtype)
-        saliency = products.sum(dim=4).abs()  # (B, T, H, W)
+        products = grad_output.to(scores.dtype) * tokens[0]
+        saliency = products.sum(dim=4, dtype=scores.dtype).abs()  # (B, T, H, W)
         shares = F.avg_pool2d(saliency.flatten(0, 1)[:, None], *ctx.candidates)
         shares = shares.view(*saliency.shape[:2], -1)  # (B, T, d)
         if scores.shape[1] == 1:
