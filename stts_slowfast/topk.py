@@ -2,7 +2,6 @@
 
 import math
 from contextlib import nullcontext
-from functools import lru_cache
 
 import torch
 from fvcore.common.registry import Registry
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stts_slowfast.constants import sized_constant
 from stts_slowfast.keys import check_choice
 
 # What STTS.OPERATOR names: functions of (scores (B, d), k, sigma, num_samples, gradient) that give
@@ -155,7 +155,7 @@ class _SubsetTopK(torch.autograd.Function):
         soft_enough = sigma > SMALLEST_SIGMA
         sigma = torch.where(soft_enough, sigma, 1.0)
         logits = scores / sigma
-        spokes, basis, conjugate, tilts, columns = _fourier(d, k, logits)
+        spokes, basis, conjugate, tilts, columns = _fourier(logits, d, k)
         top = logits.topk(min(k + 1, d), dim=1)
         hard = top.indices[:, :k].sort(dim=1).values
         kept = (logits - _tilt(logits, top.values, k, tilts)).sigmoid()[:, :, None]  # (B, d, 1)
@@ -204,24 +204,15 @@ def _tilt(logits: Tensor, top: Tensor, k: int, tilts: Tensor) -> Tensor:
     return candidates.gather(1, (count - k).abs().argmin(dim=1, keepdim=True))
 
 
-def _fourier(d: int, k: int, like: Tensor) -> tuple[Tensor, ...]:
-    """What depends on sizes alone, kept from call to call except for traced and captured ones.
+@sized_constant
+def _fourier(d: int, k: int, *, dtype, device) -> tuple[Tensor, ...]:
+    """What :class:`_SubsetTopK` computes with.
 
     Returns:
         ``z - 1`` at the ``P`` points, ``(P,)`` complex; the transform ``(2P, k)`` from products,
         real and imaginary parts in turn, to the probabilities of 0 to ``k - 1`` kept entries; the
         transform back, conjugated; the tilts of :func:`_tilt`; ``arange(d)``.
     """
-    if (
-        type(like) is not Tensor
-        or torch.compiler.is_compiling()
-        or (like.is_cuda and torch.cuda.is_current_stream_capturing())
-    ):
-        return _make_fourier(d, k, like.dtype, like.device)
-    return _kept_fourier(d, k, like.dtype, like.device)
-
-
-def _make_fourier(d: int, k: int, dtype, device) -> tuple[Tensor, ...]:
     count = d // 2
     points = torch.arange(count + 1, dtype=dtype, device=device)
     angles = points * (2 * math.pi / (2 * count + 1))
@@ -238,9 +229,6 @@ def _make_fourier(d: int, k: int, dtype, device) -> tuple[Tensor, ...]:
     middle = torch.tensor([[0.5], [0.5], [0.0]], dtype=dtype, device=device)
     columns = torch.arange(d, device=device)
     return spokes, basis.flatten(0, 1), conjugate, torch.cat([both, middle], dim=1), columns
-
-
-_kept_fourier = lru_cache(maxsize=64)(_make_fourier)
 
 
 def full_precision(tensor: Tensor):

@@ -9,8 +9,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "stts_slowfast"
 FLOORS = [
     # A node's check names the scorers that there are.
-    {"config", "extensions", "extras", "grid", "keys", "scorers", "topk", "video", "yamlfiles"},
-    {"saliency"},
+    {
+        "config",
+        "constants",
+        "extensions",
+        "extras",
+        "grid",
+        "keys",
+        "saliency",
+        "scorers",
+        "topk",
+        "video",
+        "yamlfiles",
+    },
     {"selectors"},
     {"backbones", "hosts"},
     {"hooks", "schedule", "fused", "checkpoints"},

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, arange, cat, einsum, eye, nn
 from torch.nn import functional as F
 
+from stts_slowfast.constants import sized_constant
 from stts_slowfast.fused import cpu
 from stts_slowfast.fused.views import Request, View
 from stts_slowfast.grid import Grid
@@ -95,15 +96,17 @@ class AttentionView(View):
             out = out + q
         elif residual == "patches" and not cls_alone:
             # One pass and no copy: the cls token's share of the residual is multiplied by zero.
-            patches = (arange(q.shape[1], device=q.device) > 0).to(out.dtype)
-            out = out.addcmul(q.to(out.dtype), patches[:, None, None])
+            out = out.addcmul(q.to(out.dtype), _all_but_cls(out, out.shape[1]))
         return self.output(out.flatten(2)), _moved(thw, q_thw)
 
     def attend(self, q, k, v, thw, q_thw: tuple, k_thw: tuple) -> Tensor:
         """Attention with its position term, of ``(B, N, heads, D)``, likewise laid out."""
         if not self.has_positions():
             return _attend(q, k, v, self.softmax_scale())
-        query, key, value = self._fold(q, k * self.softmax_scale(), v, thw, q_thw, k_thw)
+        k = k * self.softmax_scale()
+        dtype = cpu.compute_dtype(q)  # once, instead of in each product
+        q, k, v = (t.to(dtype) for t in (q, k, v))
+        query, key, value = self._fold(q, k, v, thw, q_thw, k_thw)
         return _attend(query, key, value, 1.0)[..., : q.shape[3]]
 
     def attend_spelt_out(self, q, k, v, thw, q_thw: tuple, k_thw: tuple) -> Tensor:
@@ -143,7 +146,7 @@ class AttentionView(View):
         if pools[0] is None:
             return cpu.linear(x, *projection, norm), thw
         cls = int(self.has_cls())
-        places, grid, stride = _read(thw, pools[0], x.device)
+        places, grid, stride = _read(thw, pools[0], x)
         if places is None:
             y = cpu.linear(x, *projection, norm)
             first, y = y.split([cls, x.shape[1] - cls], dim=1)
@@ -152,7 +155,7 @@ class AttentionView(View):
             y = cpu.linear(x, *projection, norm, places + cls)
         y = y.unflatten(1, grid).permute(0, 4, 1, 2, 3)  # channels-last in memory
         if isinstance(pools[0], nn.Conv3d):
-            weight = cat([pool.weight.repeat(self.num_heads, 1, 1, 1, 1) for pool in pools])
+            weight = cat([pool.weight for pool in pools for _ in range(self.num_heads)])
             y = cpu.depthwise(y, weight.to(y.dtype), stride, pools[0].padding)
         else:
             y = pools[0](y)
@@ -168,18 +171,14 @@ class AttentionView(View):
         ``q (B, N, heads, D)`` gains its products with the table rows of every key place along
         each axis, ``k`` the one-hot of its place along each axis, ``v`` zeros.
         """
-        cls = int(self.has_cls())
-        products, places = [], []
+        cls, axes, products = int(self.has_cls()), [], []
         for axis, product in self._products(q, thw, q_thw, k_thw):
+            axes.append(axis)
             products.append(product)
-            shape = [1, 1, 1, k_thw[axis]]
-            shape[axis] = k_thw[axis]
-            place = eye(k_thw[axis], dtype=k.dtype, device=k.device).view(shape)
-            places.append(place.expand(*k_thw, k_thw[axis]))
-        extra = sum(t.shape[-1] for t in places)
+        extra = sum(k_thw[axis] for axis in axes)
         pad = -(q.shape[3] + extra) % 8
         products = F.pad(cat(products, dim=5).flatten(1, 3), (0, pad, 0, 0, cls, 0))
-        places = F.pad(cat(places, dim=3).flatten(0, 2), (0, pad, cls, 0))  # (N, extra + pad)
+        places = _one_hot_places(k, k_thw, tuple(axes), pad, cls)
         places = places[None, :, None].expand(*k.shape[:3], -1)
         return cat([q, products], dim=3), cat([k, places], dim=3), F.pad(v, (0, extra + pad))
 
@@ -206,7 +205,7 @@ class AttentionView(View):
             # The grid that the table was made for: a cropped one reads the part of it in reach.
             whole = max(whole, (len(table) + 1) // 2 * min(strides))
         q_whole, k_whole = (_pooled_size(whole, pool, axis) for pool in pools)
-        distances = self.distances(q_whole, k_whole, table.device)[:q_size, :k_size].long()
+        distances = _distances(table, self.distances, q_whole, k_whole, q_size, k_size)
         return _interpolate(table, 2 * max(q_whole, k_whole) - 1)[distances]
 
 
@@ -267,25 +266,57 @@ def _pooled_size(size: int, pool: nn.Module | None, axis: int) -> int:
     return (size + kernel // 2 * 2 - kernel) // stride + 1
 
 
-def _read(thw: tuple, pool: nn.Module, device) -> tuple[Tensor | None, tuple, tuple]:
+@sized_constant
+def _all_but_cls(tokens: int, *, dtype, device) -> Tensor:
+    """``(N, 1, 1)``: 0 for the first token, 1 for the others."""
+    return (arange(tokens, device=device) > 0).to(dtype)[:, None, None]
+
+
+@sized_constant
+def _one_hot_places(thw: tuple, axes: tuple, pad: int, cls: int, *, dtype, device) -> Tensor:
+    """One-hot of the place of each token along ``axes``, side by side, ``(cls + T*H*W, ...+pad)``.
+
+    Cls tokens are in front, and have no place.
+    """
+    places = []
+    for axis in axes:
+        shape = [1, 1, 1, thw[axis]]
+        shape[axis] = thw[axis]
+        places.append(eye(thw[axis], dtype=dtype, device=device).view(shape).expand(*thw, -1))
+    return F.pad(cat(places, dim=3).flatten(0, 2), (0, pad, cls, 0))
+
+
+@sized_constant
+def _distances(distances, q_whole: int, k_whole: int, q_size: int, k_size: int, *, dtype, device):
+    """The table's rows ``(q_size, k_size)`` by a host's formula, a function of both whole sizes."""
+    return distances(q_whole, k_whole, device)[:q_size, :k_size].long()
+
+
+def _read(thw: tuple, pool: nn.Module, like: Tensor) -> tuple[Tensor | None, tuple, tuple]:
     """The places of the tokens that a pooling reads, their grid, and its stride over that grid.
 
     A convolution of kernel 3 and stride 8 reads three rows in eight: with only those left, it is
     one of stride 3 (the first window's padding stays the padding). None where all are read.
     """
     kernels, strides = geometry(pool)
-    skips = [stride > kernel for kernel, stride in zip(kernels, strides)]
+    skips = tuple(stride > kernel for kernel, stride in zip(kernels, strides))
     if not isinstance(pool, nn.Conv3d) or not any(skips):
         return None, thw, strides
-    rows = [
-        _rows_read(size, kernel, stride, device) if skip else arange(size, device=device)
-        for size, kernel, stride, skip in zip(thw, kernels, strides, skips)
-    ]
-    places = (rows[0][:, None] * thw[1] + rows[1])[:, :, None] * thw[2] + rows[2]  # (t, h, w)
+    places = _places_read(like, thw, kernels, strides)
     strides = tuple(
         kernel if skip else stride for kernel, stride, skip in zip(kernels, strides, skips)
     )
     return places.flatten(), tuple(places.shape), strides
+
+
+@sized_constant
+def _places_read(thw: tuple, kernels: tuple, strides: tuple, *, dtype, device) -> Tensor:
+    """The places ``(t, h, w)`` that a pooling reads of a grid, whatever the ``dtype``."""
+    rows = [
+        _rows_read(size, kernel, stride, device) if stride > kernel else arange(size, device=device)
+        for size, kernel, stride in zip(thw, kernels, strides)
+    ]
+    return (rows[0][:, None] * thw[1] + rows[1])[:, :, None] * thw[2] + rows[2]
 
 
 def _rows_read(size: int, kernel: int, stride: int, device) -> Tensor:

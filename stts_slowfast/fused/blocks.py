@@ -87,7 +87,9 @@ class BlockView(View):
         return self.fused(x, thw, self._cls_alone())
 
     def fused(self, x: Tensor, thw, cls_alone: bool = False):
-        y, norm = (x, self.norm1) if cpu.in_pieces(x) else (self.norm1(x), None)
+        y, norm = x, self.norm1
+        if not cpu.in_pieces(x):  # cast once, instead of in each projection
+            y, norm = self.norm1(x).to(cpu.compute_dtype(x)), None
         out, thw_new = self.attn.fused(y, thw, norm, cls_alone)
         project, in_attention = self.projection()
         if project is not None and in_attention:
@@ -95,9 +97,11 @@ class BlockView(View):
             project = None
         drop = getattr(self, self.stochastic)
         x = (x[:, :1] if cls_alone else self._skip(x, tuple(thw))) + drop(out)
-        ones = x.new_ones(len(x), 1, 1)
-        scale = drop(ones)  # what stochastic depth multiplies each clip with
-        scale = None if scale is ones else scale
+        scale = None
+        if drop.training:
+            ones = x.new_ones(len(x), 1, 1)
+            scale = drop(ones)  # what stochastic depth multiplies each clip with
+            scale = None if scale is ones else scale
         first, _, second, *_ = self.mlp_layers(self)
         return cpu.residual_mlp(x, self.norm2, first, second, project, scale), thw_new
 

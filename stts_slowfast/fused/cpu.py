@@ -37,7 +37,7 @@ def linear(
     if norm is None or not in_pieces(x):
         x = x if places is None else x.index_select(1, places)
         return F.linear(x if norm is None else norm(x), weight, bias)
-    dtype = _dtype(x)
+    dtype = compute_dtype(x)
     tokens = len(x) * (x.shape[1] if places is None else len(places))
     rows = max(min(AT_ONCE // x.shape[2], tokens), 1)
     layer = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -61,7 +61,7 @@ def residual_mlp(
     Args:
         scale: ``(B, 1, 1)``, stochastic depth; None for 1.
     """
-    dtype = _dtype(x)
+    dtype = compute_dtype(x)
     layers = [first.weight, first.bias, second.weight, second.bias]
     layers += [None, None] if project is None else [project.weight, project.bias]
     layers = [None if t is None else t.to(dtype) for t in layers]
@@ -79,8 +79,8 @@ def depthwise(x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tenso
     return F.conv3d(x, weight, None, stride, padding, groups=x.shape[1])
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer of ``x`` computes in."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer of ``x``, or its attention, computes in."""
     device = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(device):  # the meta device has no autocast
         return x.dtype
