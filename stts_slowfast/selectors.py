@@ -139,7 +139,8 @@ class Selector(nn.Module):
             raise ValueError(nothing_left(self.dimension, least, self.block, thw))
         if self.training and self.wide and widened:
             wider = between(sizes, self.sizes(thw, 1.0), self.wide / WHOLE)
-            sizes = tuple(a + (b - a) // self.step * self.step for a, b in zip(sizes, wider))
+            step = 1 if self.taught else self.step
+            sizes = tuple(a + (b - a) // step * step for a, b in zip(sizes, wider))
         return sizes
 
     def forward(self, grid: Tensor) -> Tensor:
