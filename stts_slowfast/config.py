@@ -83,6 +83,9 @@ def add_stts_config(cfg) -> None:
     # For so many epochs the backbone's rate is 0 and only the scorers learn.
     cfg.STTS.FREEZE_BACKBONE_EPOCHS = 3.0
 
+    # Inside SlowFast, RandAugment on bytes instead of PIL's images: faster, the same draws, at most
+    # a grey level apart at each operation. The standalone runner always does so.
+    cfg.STTS.FAST_AUGMENT = False
     # Exact fused attention in MViT blocks: faster, the same numbers.
     cfg.STTS.FUSED_ATTENTION = True
     # After a selection, relative positions use the true distances in the video; False stretches

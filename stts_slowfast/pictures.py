@@ -132,7 +132,7 @@ def to_pictures(cfg, clip: Tensor) -> Tensor:
     """Undoes the normalisation: (3, T, H, W) float -> (T, H, W, 3) uint8, RGB."""
     is_bgr = cfg.DATA.REVERSE_INPUT_CHANNEL ^ (cfg.TEST.DATASET == "ssv2")
     clip = clip.flip(0) if is_bgr else clip
-    mean, std = (torch.tensor(value).view(3, 1, 1, 1) for value in (cfg.DATA.MEAN, cfg.DATA.STD))
+    mean, std = (torch.tensor(value).view(-1, 1, 1, 1) for value in (cfg.DATA.MEAN, cfg.DATA.STD))
     return (clip * std + mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
 
 

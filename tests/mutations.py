@@ -61,6 +61,30 @@ MUTATIONS = {
         "while not self.limit and",
         "tests/video/test_reader.py -k bounded",
     ),
+    "mixup-pairs-neighbours": Mutation(
+        "standalone/mixup.py",
+        "clips.flip(0).mul_(1.0 - share)",
+        "clips.roll(1, 0).mul_(1.0 - share)",
+        "tests/standalone/test_mixup.py -k slowfasts",
+    ),
+    "outputs-that-are-no-numbers": Mutation(
+        "standalone/predictions.py",
+        "if bool(logits.isfinite().all()):",
+        "if True:",
+        "tests/standalone/test_testing.py -k no_numbers",
+    ),
+    "unreadable-videos-in-a-study": Mutation(
+        "tools/evaluate.py",
+        "self.loader.bad.require_all(self.allow_missing)",
+        "pass",
+        "tests/tools/test_study.py -k unreadable",
+    ),
+    "a-range-not-checked": Mutation(
+        "standalone/defaults.py",
+        "check_ranges(cfg, _RANGES)",
+        "pass",
+        "tests/standalone/test_ranges.py -k by_its_keys_name",
+    ),
     "a-study-decodes-again": Mutation(
         "tools/study.py",
         "with progress, quiet_logs(), remembering(size):",
@@ -140,7 +164,7 @@ MUTATIONS = {
         f"{PROCESSES} -k draw_apart",
     ),
     "evaluation-in-autocast": Mutation(
-        "standalone/testing.py",
+        "standalone/predictions.py",
         "with torch.autocast(clips.device.type, enabled=False):",
         "with torch.autocast(clips.device.type, torch.bfloat16):",
         f"{ENGINE} -k leave_autocast",
@@ -375,7 +399,7 @@ MUTATIONS = {
         "tests/pyslowfast/test_shards.py -k one_of_many",
     ),
     "parts-are-cut-before-what-looks-beyond": Mutation(
-        "standalone/augment.py",
+        "video/image_ops.py",
         "if box and not afar:",
         "if box:",
         "tests/standalone/test_transforms.py -k part_of_an_augmented",
@@ -404,16 +428,46 @@ MUTATIONS = {
         "",
         f"{CHECK} -k runner_looks",
     ),
-    "transport-streams-end-anywhere": Mutation(
+    "keyframes-are-believed": Mutation(
         "video/times.py",
+        "if (packet.is_keyframe and not picture.entry) or",
+        "if",
+        "tests/video/test_exact_frames.py -k nostss",
+    ),
+    "not-coded-pictures-are-frames": Mutation(
+        "video/bitstream.py",
+        "if kind == 2 or not bits.u(1):",
+        "if kind == 2:",
+        "tests/video/test_exact_frames.py -k nvop",
+    ),
+    "the-order-of-showing-is-believed": Mutation(
+        "video/times.py",
+        "(np.diff(orders[places]) > 0).all() and",
+        "",
+        "tests/video/test_exact_frames.py -k times_of_decoding",
+    ),
+    "a-seek-is-believed": Mutation(
+        "video/exact.py",
+        "or checksum(frame) != index.sums[number])",
+        ")",
+        "tests/video/test_exact_frames.py -k other_pixels",
+    ),
+    "clips-begin-between-two-frames": Mutation(
+        "video/rules.py",
+        "if num_video_frames > num_frames * sampling_rate:",
+        "if not num_video_frames:",
+        "tests/video/test_rules.py",
+    ),
+    "transport-streams-end-anywhere": Mutation(
+        "video/ending.py",
         'return b"GGG" not in ends',
         "return False",
         "tests/video/test_reader.py -k end_early",
     ),
     "checksum-not-verified": Mutation(
         "checkpoints/files.py",
-        "if checksum != _sha256(content):",
-        "if False:",
+        "return checksum == _sha256(content)",
+        "return True",
         f"{FILES} -k flipped_byte",
     ),
     "links-not-followed": Mutation(

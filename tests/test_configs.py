@@ -12,16 +12,13 @@ from stts_slowfast import backbones
 from stts_slowfast.config import plan
 from stts_slowfast.hooks import selections
 from stts_slowfast.schedule import begin, step
-from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.defaults import get_cfg, load_config
 from stts_slowfast.standalone.flops import count_gflops
+from stts_slowfast.standalone.mixup import batch_mixer
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.standalone.optim import build_optimizer, check_solver, lr_at
-from stts_slowfast.standalone.transforms import (
-    batch_mixer,
-    prepare,
-    train_transform,
-    view_transform,
-)
+from stts_slowfast.standalone.optim import build_optimizer, lr_at
+from stts_slowfast.standalone.ranges import check_solver
+from stts_slowfast.standalone.transforms import prepare, train_transform, view_transform
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -45,7 +42,7 @@ def expected_steps(name):
     """Frames, or the window's side, before and after each selector, as the file's name says."""
     keep = re.search(r"T0_(0\.\d)", name).group(1)
     if "SWIN" in name:
-        return {"time_0": (16, SWIN_FRAMES[keep])}
+        return {"time_0": (16, 8 if name in RECOMMENDED else SWIN_FRAMES[keep])}
     if "32x3" in name:
         return {"time_0": (16, 14), "space_6": (14, 13)}
     if "96x4" in name:
@@ -53,15 +50,46 @@ def expected_steps(name):
     return MVIT_B[keep]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "MVIT_B" in name or "SWIN" in name])
-def test_rows_of_the_paper_are_learned_as_in_the_paper(name):
+PAPER = [name for name in NAMES if "/STTS_" in name]
+RECOMMENDED = [name for name in NAMES if "/RECOMMENDED_" in name]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipe_is_whole(name):
     node = load(name).STTS
     assert (node.OPERATOR, node.SIGMA, node.SIGMA_DECAY) == ("perturbed", 0.1, "linear")
     assert (node.NUM_SAMPLES, node.BACKBONE_LR, node.SHRINK) == (500, 0.1, 0.0)
+    assert (node.TIME.SCORER, node.SPACE.SCORER, node.SPACE.SHARED) == ("learned", "learned", False)
+    frozen = node.FREEZE_BACKBONE_EPOCHS
+    assert frozen == (0.0 if "SWIN" in name else 3.0)
 
 
-def test_there_is_a_file_for_every_published_row():
-    assert len(FILES) == 28
+# What a family needs beside the defaults; docs/recipes.md says why.
+BESIDE_DEFAULTS = {
+    "TIMESFORMER": {"SPACE.SHARED": True, "FREEZE_BACKBONE_EPOCHS": 0.0},
+    "SWIN": {"TIME.KEEP": [0.5], "SPACE.BLOCKS": []},
+}
+
+
+@pytest.mark.parametrize("name", RECOMMENDED)
+def test_the_recommended_recipe_is_what_enable_alone_gives(name):
+    family = next((family for family in BESIDE_DEFAULTS if family in name), None)
+    opts = ["STTS.ENABLE", True]
+    for key, value in BESIDE_DEFAULTS.get(family, {}).items():
+        opts += [f"STTS.{key}", value]
+    node = load(name).STTS
+    stock = load(name, "STTS.ENABLE", False)
+    stock.STTS = get_cfg().STTS
+    stock.merge_from_list(opts)
+    if not stock.STTS.SPACE.BLOCKS:
+        node.SPACE.KEEP = stock.STTS.SPACE.KEEP  # nothing reads it
+    assert node == stock.STTS
+
+
+def test_there_is_a_file_for_every_published_row_and_one_recommended_for_every_family():
+    assert len(PAPER) == 28 and len(FILES) == 28 + len(RECOMMENDED)
+    families = {re.match(r"Kinetics/RECOMMENDED_(MVITv2|[A-Z]+)", name)[1] for name in RECOMMENDED}
+    assert families == {"MVIT", "MVITv2", "VIT", "TIMESFORMER", "SWIN"}
     assert {path.parent.name for path in FILES} == {"Kinetics", "SSv2"}
 
 
@@ -144,7 +172,7 @@ REDUCED = {
 
 def reduced(name):
     cfg = load(name)
-    family = "VIT_B" if "STTS_VIT_B" in name else cfg.MODEL.MODEL_NAME
+    family = "VIT_B" if "_VIT_B" in name else cfg.MODEL.MODEL_NAME
     width = ("VIDEO_SWIN.EMBED_DIM", 4 * cfg.VIDEO_SWIN.NUM_HEADS[0])
     small = (*REDUCED[family], *(width if family == "VideoSwin" else ()))
     size = 32 if family == "VideoSwin" else 64  # patches of 16 pixels need the larger clip

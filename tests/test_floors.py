@@ -115,7 +115,8 @@ def test_only_the_guest_names_what_is_slowfasts(path):
 
 @EVERY_FILE
 def test_only_hooks_puts_hooks_on_blocks(path):
-    if room(path) not in ("hooks", "pictures"):  # pictures show scores
+    # Pictures show scores; predictions look for the layer in which NaN comes up.
+    if room(path) not in ("hooks", "pictures") and path.stem != "predictions":
         assert "register_forward" not in path.read_text()
 
 

@@ -1,6 +1,7 @@
 """Wheel and sdist as they are built: what is in them, and that configs are found by name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import stts_slowfast
 
 pytest.importorskip("setuptools")
 ROOT = Path(__file__).parents[1]
@@ -46,6 +49,16 @@ def test_configs_travel_in_wheel_and_sdist(built):
     assert {f"stts_slowfast/{name}" for name in ours} <= sdist
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").rglob("*.py")}
     assert modules <= wheel and modules <= sdist
+    assert "stts_slowfast/py.typed" in wheel & sdist
+
+
+def test_the_version_is_the_packages(built):
+    (wheel,) = built.glob("*.whl")
+    (sdist,) = built.glob("*.tar.gz")
+    assert wheel.name.startswith(f"stts_slowfast-{stts_slowfast.__version__}-")
+    assert sdist.name == f"stts_slowfast-{stts_slowfast.__version__}.tar.gz"
+    versions = re.findall(r"^## \[(.+?)\] - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == stts_slowfast.__version__
 
 
 def test_the_wheel_loads_configs_by_name(built, tmp_path):

@@ -22,6 +22,11 @@ START, END = "<!-- model zoo -->\n", "<!-- end of model zoo -->\n"
 
 # Published top-1 (%) and GFLOPs of one view, or None; then the notes that explain the row.
 PUBLISHED = {
+    "Kinetics/RECOMMENDED_MVIT_B_16x4_T0_0.9_S4_0.9": (None, None, "h"),
+    "Kinetics/RECOMMENDED_MVITv2_S_16x4_T0_0.9_S4_0.9": (None, None, "h"),
+    "Kinetics/RECOMMENDED_VIT_B_16x4_T0_0.9_S4_0.9": (None, None, "h"),
+    "Kinetics/RECOMMENDED_TIMESFORMER_8x32_T0_0.9_S4_0.9": (None, None, "h"),
+    "Kinetics/RECOMMENDED_SWIN_T_32x2_T0_0.5": (None, None, "h"),
     "Kinetics/STTS_MVIT_B_16x4_T0_0.9_S4_0.9": (78.1, 56.4, ""),
     "Kinetics/STTS_MVIT_B_16x4_T0_0.8_S4_0.9": (77.9, 47.2, ""),
     "Kinetics/STTS_MVIT_B_16x4_T0_0.6_S4_0.9": (77.5, 38.1, "a"),
@@ -92,6 +97,7 @@ Where the two disagree, and what else to know:
   that of the released models, which were trained again after the paper. Parameters are the paper's
   for one model, whatever its number of frames and classes.
 - **g** Pre-trained on ImageNet-21K.
+- **h** The recommended recipe; nothing is published for it. The others are the paper's.
 """
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -21,6 +22,8 @@ from torch import Tensor
 from stts_slowfast.backbones.names import State
 from stts_slowfast.extras import MissingPackageError, need
 
+logger = logging.getLogger(__name__)
+
 # --- reading ------------------------------------------------------------------------------------
 
 
@@ -28,7 +31,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """Reads a checkpoint onto the CPU: PyTorch's kind, or ``.safetensors``.
 
     Every record of PyTorch's files has a CRC-32, as in any zip archive, and what we write has a
-    SHA-256 of all it holds besides, since the archive's own lists have none: both are verified.
+    SHA-256 of all it holds besides: both are verified. If the first hold and the last does not,
+    somebody has changed what we wrote and saved it again: that is logged, and read.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -39,8 +43,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
         with g_pathmgr.open(path, "rb") as f:
-            read = _read_safetensors if path.endswith(".safetensors") else _read_pytorch
-            checkpoint = read(f)
+            if path.endswith(".safetensors"):
+                checkpoint = _read_safetensors(f)
+            else:
+                checkpoint = _read_pytorch(f, path)
     except Exception as error:
         if isinstance(error, MissingPackageError):
             raise
@@ -59,11 +65,12 @@ class _DamagedError(Exception):
     """The file is not what was once written."""
 
 
-def _read_pytorch(f) -> object:
+def _read_pytorch(f, path: str) -> object:
     if f.read(1) == b"":
         raise _DamagedError("it is empty: its writing was interrupted, or the disk was full")
     f.seek(0)
-    if zipfile.is_zipfile(f):
+    archived = zipfile.is_zipfile(f)
+    if archived:
         with zipfile.ZipFile(f) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -71,13 +78,19 @@ def _read_pytorch(f) -> object:
     f.seek(0)
     checkpoint = torch.load(f, map_location="cpu", weights_only=True)
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("checksum"), str):
-        _verify(checkpoint, checkpoint.pop("checksum"))
+        checksum = checkpoint.pop("checksum")
+        if not _holds(checkpoint, checksum):
+            if not archived:
+                raise _DamagedError(_BROKEN)
+            logger.warning("%s was edited after it was written: its bytes are whole", path)
     return checkpoint
 
 
-def _verify(content, checksum: str) -> None:
-    if checksum != _sha256(content):
-        raise _DamagedError("its checksum does not hold, the file is damaged")
+_BROKEN = "its checksum does not hold, the file is damaged"
+
+
+def _holds(content, checksum: str) -> bool:
+    return checksum == _sha256(content)
 
 
 def _read_safetensors(f) -> dict:
@@ -86,8 +99,10 @@ def _read_safetensors(f) -> dict:
     length = int.from_bytes(data[:8], "little")
     notes = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     text = notes.get("stts_slowfast", "{}")
-    if "sha256" in notes:
-        _verify([text, dict(sorted(state.items()))], notes["sha256"])
+    if "sha256" in notes and not _holds([text, dict(sorted(state.items()))], notes["sha256"]):
+        raise _DamagedError(
+            f"{_BROKEN}, or was edited with the sha256 of its metadata left as it was"
+        )
     return {**json.loads(text), "model_state": state}
 
 

@@ -20,7 +20,7 @@ HOOKS = {
         "compat.imports.explain_missing_packages",
     ],
     "slowfast.datasets.decoder": ["decoder.mend_decoder"],
-    "slowfast.datasets.kinetics": ["badvideos.mend_bad_videos"],
+    "slowfast.datasets.kinetics": ["badvideos.mend_bad_videos", "augment.wrap_augment"],
     "slowfast.models.attention": ["fused.register"],
     "slowfast.models.build": ["shards.wrap_build_model"],
     "slowfast.datasets.loader": ["compat.tools.mend_visualization"],

@@ -7,12 +7,13 @@ worker keeps the last file open, and goes on through it as it is asked: one pass
 import functools
 import inspect
 import math
+import operator
 
 import torch
 
 from stts_slowfast.pyslowfast.clips import WaitingClip
 from stts_slowfast.pyslowfast.compat import mend
-from stts_slowfast.video import Video
+from stts_slowfast.video import Video, frames_between
 from stts_slowfast.video.files import identity
 
 
@@ -92,8 +93,9 @@ def decode_clips(
     Returns:
         A uint8 tensor ``(frames of the clip, H, W, 3)`` for each clip, in the order of time (for
         a view of testing a `WaitingClip`, for SlowFast will crop it and no more); the
-        frames per second; False, for the whole video was not decoded; and for each clip its first
-        and last frame and the distance to the clip before.
+        frames per second; False; and for each clip its first and last frame and the distance to
+        the clip before. Of a video shorter than its clips: all its frames; the frames per second;
+        True; None.
 
     Raises:
         VideoError: where the video cannot be read; SlowFast's ``decode`` turns it into None.
@@ -120,22 +122,26 @@ def decode_clips(
                 use_offset=use_offset,
             )
 
-        def frames(start: float, end: float, size: float, count: int) -> tuple[range, list[int]]:
-            """All frames of a clip, and those that are taken out of it."""
-            last = min(math.floor(end), video.num_frames - 1)
-            whole = torch.arange(min(math.ceil(start), last), last + 1)
+        def frames(start: float, end: float, size: float, count: int) -> list[list[int]] | None:
+            """All frames of a clip, and those that are taken out of it; None if it has none."""
+            slots = frames_between(start, end, video.num_frames, video.ticks)
+            if not slots:
+                return None
+            whole = torch.tensor(video.frames_at(slots))
             taken = decoder.temporal_sampling(whole, 0, size - 1, count) if sparse else whole
-            return range(int(whole[0]), last + 1), sorted(set(taken.tolist()))
+            return [whole.tolist(), sorted(set(taken.tolist()))]
 
-        own = spans(clip_idx)
-        clips = [
-            frames(start, end, size, count)
-            for (start, end, _), size, count in zip(own, sizes, num_frames)
-        ]
-        later = []  # a view's file will be asked for the next views too
-        if clip_idx >= 0 and sparse:
+        # Of a video that is shorter than its clips SlowFast decodes all frames, and chooses itself.
+        own, clips, later = None, [], []
+        if video.num_frames > sum(map(operator.mul, num_frames, sampling_rate)):
+            own = spans(clip_idx)
+            clips = [frames(*span[:2], *rest) for span, *rest in zip(own, sizes, num_frames)]
+        if not clips or None in clips:
+            everything = video.frames_at(range(video.num_frames))
+            own, clips = None, [[everything, sorted(set(everything))]]
+        elif clip_idx >= 0 and sparse:  # a view's file will be asked for the next views too
             for number in range(clip_idx + 1, num_clips_uniform):
-                later += frames(*spans(number)[0, :2], sizes[0], num_frames[0])[1]
+                later += (frames(*spans(number)[0, :2], sizes[0], num_frames[0]) or [[], []])[1]
         tensors = [file.read(whole, taken, later) for whole, taken in clips]
         if not sparse:
             tensors = [clip.now() for clip in tensors]
@@ -149,7 +155,7 @@ def decode_clips(
         finding = "damaged", video.damage
     if clip_idx < 0:
         file.close()
-    return tensors, fps, False, own
+    return tensors, fps, own is None, own
 
 
 class _File:
@@ -163,7 +169,7 @@ class _File:
         self.video, self.short_side = video, short_side
         self.images, self.coming = {}, iter(())
 
-    def read(self, whole: range, taken: list[int], later: list[int]) -> WaitingClip:
+    def read(self, whole: list[int], taken: list[int], later: list[int]) -> WaitingClip:
         """(frames of the clip, H, W, 3) uint8, with the frames ``taken`` (ascending) in place."""
         self.images = {n: image for n, image in self.images.items() if n >= whole[0]}
         if not self._reach(taken):

@@ -9,22 +9,27 @@ def wrap(module, name: str, wrapper) -> None:
 
     Launchers import functions by name (``from slowfast.utils.misc import launch_job``), possibly
     before a hook of ours can run, so modules that hold the stock function get the new one too.
+    Several wrappers of one function call each other, the last one first.
     """
     stock = getattr(module, name)
-    if hasattr(stock, "stock"):
+    if is_wrapped(stock, wrapper):
         return
 
     @functools.wraps(stock)
     def guest(*args, **kwargs):
         return wrapper(stock, *args, **kwargs)
 
-    replace(module, name, guest)
-
-
-def replace(module, name: str, guest) -> None:
-    """Puts ``guest`` in the place of ``module.name``, which becomes ``guest.stock``."""
-    guest.stock = stock = getattr(module, name)
+    guest.stock, guest.wrapper = stock, wrapper
     setattr(module, name, guest)
     for other in list(sys.modules.values()):
         if getattr(other, "__dict__", {}).get(name) is stock:
             setattr(other, name, guest)
+
+
+def is_wrapped(function, wrapper=None) -> bool:
+    """Whether a function is replaced: by this wrapper, or by any."""
+    while hasattr(function, "stock"):
+        if wrapper in (None, function.wrapper):
+            return True
+        function = function.stock
+    return False

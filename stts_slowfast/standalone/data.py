@@ -13,17 +13,13 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
-from iopath.common.file_io import g_pathmgr
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stts_slowfast.keys import check_choice
-from stts_slowfast.standalone.lists import Entry, VideoList, list_kinetics, list_ssv2
+from stts_slowfast.standalone.lists import NO_LABEL, Entry, VideoList, list_kinetics, list_ssv2
 from stts_slowfast.standalone.stops import in_reader
 from stts_slowfast.standalone.transforms import (
-    batch_mixer,
     cut_views,
     decoded_side,
     prepare,
@@ -34,16 +30,15 @@ from stts_slowfast.standalone.transforms import (
 )
 from stts_slowfast.video import (
     VideoError,
-    clip_size,
-    clip_span,
-    frame_indices,
+    clip_frames,
     open_video,
     segment_indices,
     within,
 )
 from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, too_many
+from stts_slowfast.video.images import read_image
 
-__all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "batch_mixer", "build_loader", "prepare"]
+__all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "build_loader", "prepare"]
 
 
 # ---- reading a video ------------------------------------------------------------------------
@@ -62,13 +57,12 @@ def read_kinetics(cfg, entry: Entry, split: str, short_side: int, rng):
         target_fps += rng.uniform(0, data.TRAIN_JITTER_FPS)
     threads = 0 if cfg.DATA_LOADER.ENABLE_MULTI_THREAD_DECODE else 1
     with open_video(entry.path, threads=threads, rotate=data.ROTATE) as video:
-        size = clip_size(data.NUM_FRAMES, data.SAMPLING_RATE, video.fps, target_fps)
-        views = cfg.TEST.NUM_ENSEMBLE_VIEWS
-        spans = [
-            clip_span(video.num_frames, size, clip, views, data.USE_OFFSET_SAMPLING, rng)
+        rule = video.num_frames, video.fps, data.NUM_FRAMES, data.SAMPLING_RATE, target_fps
+        views, offset = cfg.TEST.NUM_ENSEMBLE_VIEWS, data.USE_OFFSET_SAMPLING
+        clips = [
+            video.frames_at(clip_frames(*rule, clip, views, offset, video.ticks, rng))
             for clip in (range(views) if test else [-1])
         ]
-        clips = [frame_indices(*span, data.NUM_FRAMES, video.num_frames) for span in spans]
         wanted = sorted(set().union(*clips))
         images = list(video.iterate(wanted, short_side))
         return images, _places(wanted, clips), video.damage
@@ -79,7 +73,7 @@ def read_ssv2(cfg, entry: Entry, split: str, short_side: int, rng):
     reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
     indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train", rng)
     wanted = sorted(set(indices))
-    images = [_read_image(entry.frames[index]) for index in wanted]
+    images = [read_image(entry.frames[index]) for index in wanted]
     clips = cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1  # all of the same frames
     return images, _places(wanted, [indices]) * clips, ""
 
@@ -87,15 +81,6 @@ def read_ssv2(cfg, entry: Entry, split: str, short_side: int, rng):
 def _places(wanted: list[int], clips: list[list[int]]) -> list[list[int]]:
     place = {index: number for number, index in enumerate(wanted)}
     return [[place[index] for index in clip] for clip in clips]
-
-
-def _read_image(path: str) -> np.ndarray:
-    try:
-        with g_pathmgr.open(path, "rb") as file:
-            return np.array(Image.open(file).convert("RGB"))[..., ::-1]
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken images
-        reason = getattr(error, "strerror", None) or "it is no image, or a broken one"
-        raise VideoError(path, reason) from error
 
 
 # What stands in TRAIN.DATASET and TEST.DATASET: how to list videos, and how to read one.
@@ -126,6 +111,13 @@ class ClipDataset(Dataset):
             raise ValueError(
                 f"the {split} list in DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} "
                 "names no videos"
+            )
+        unlabelled = int((self.videos.labels == NO_LABEL).sum())
+        if unlabelled and split != "test":
+            raise ValueError(
+                f"{unlabelled} of the {len(self.videos)} videos of the {split} list in "
+                f"DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} have no label: only a test "
+                "list can do without"
             )
         if split == "test":
             self.crops = test_crops(cfg)

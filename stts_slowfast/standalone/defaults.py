@@ -5,6 +5,7 @@ only SlowFast can do is refused by name instead of being ignored.
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from fvcore.common.config import CfgNode
 from stts_slowfast.backbones import add_configs, settle
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.keys import all_keys, nested, read_tree
+from stts_slowfast.standalone.ranges import check_machines, check_ranges
 from stts_slowfast.yamlfiles import find_config, read_yaml
 
-# The keys, the nodes with more that are passed over, what is refused, and what may be None.
-_KEYS, _PASSED_OVER, _ONLY_IN_SLOWFAST, _OPTIONAL = yaml.safe_load_all(
+logger = logging.getLogger(__name__)
+
+# The keys, the nodes with more that are passed over, what is refused, what may be None, what
+# nothing reads, and the ranges of the rest.
+_KEYS, _PASSED_OVER, _ONLY_IN_SLOWFAST, _OPTIONAL, _NOT_READ, _RANGES = yaml.safe_load_all(
     Path(__file__).with_name("slowfast_keys.yaml").read_text()
 )
 _C = CfgNode({**{name: {} for name in _PASSED_OVER}, **_KEYS})
@@ -44,8 +49,8 @@ def load_config(path: str, opts: Sequence = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: for an unknown key, a value of the wrong type, and what only SlowFast can do;
-            it names the key.
+        ValueError: for an unknown key, a value of the wrong type or out of its range, and what
+            only SlowFast can do; it names the key.
     """
     path = find_config(path)
     if len(opts) % 2:
@@ -59,13 +64,18 @@ def load_config(path: str, opts: Sequence = ()) -> CfgNode:
         values = read_tree(tree, _C, where, _OPTIONAL)
         cfg.merge_from_other_cfg(values)
         given.update(all_keys(values))
-    check_supported(cfg)
+    check_values(cfg)
     settle(cfg, given)
+    check_values(cfg)
+    _say_what_is_not_read(cfg, given)
     return cfg
 
 
-def check_supported(cfg: CfgNode) -> None:
-    """Raises ``ValueError`` for a key whose value asks for what only SlowFast can do."""
+def check_values(cfg: CfgNode) -> None:
+    """Raises ``ValueError`` for a key whose value lies out of its range, does not fit to another
+    key's, or asks for what only SlowFast can do."""
+    check_ranges(cfg, _RANGES)
+    check_machines(cfg)
     for key, what in _ONLY_IN_SLOWFAST.items():
         value, default = (functools.reduce(dict.get, key.split("."), node) for node in (cfg, _C))
         if value != default:
@@ -73,3 +83,10 @@ def check_supported(cfg: CfgNode) -> None:
                 f"{key} is {value!r}: {what} is only in SlowFast itself; leave it at {default!r}, "
                 "or run with --engine slowfast"
             )
+
+
+def _say_what_is_not_read(cfg: CfgNode, given: set[str]) -> None:
+    for key, why in _NOT_READ.items():
+        value, default = (functools.reduce(dict.get, key.split("."), node) for node in (cfg, _C))
+        if key in given and value != default:
+            logger.warning("%s is %r, which nothing reads: %s", key, value, why)

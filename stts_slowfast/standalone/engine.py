@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stts_slowfast.keys import check_choice
 from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone import optim, resume
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
@@ -20,14 +19,13 @@ from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.places import INIT_METHOD
 from stts_slowfast.standalone.processes import launch
+from stts_slowfast.standalone.ranges import check_solver
 from stts_slowfast.standalone.report import Board
 from stts_slowfast.standalone.stops import Interrupted, Stop
 from stts_slowfast.standalone.testing import run_test
 from stts_slowfast.standalone.training import Training
 
 logger = logging.getLogger(__name__)
-
-LOSSES = ("cross_entropy", "soft_cross_entropy")
 
 # Called after each batch with "train", "val" or "test", the model, and the batch on its device:
 # (clips, labels, video_index, view_index). With several processes it is pickled.
@@ -98,9 +96,8 @@ def test(
 
 
 def _train(cfg, fabric: Fabric, stop: Stop, watch: Watch | None, strict: bool) -> dict:
-    optim.check_solver(cfg)
+    check_solver(cfg)
     optim.scale_lr_by_shards(cfg)
-    check_choice("MODEL.LOSS_FUNC", cfg.MODEL.LOSS_FUNC, LOSSES)
     seed_everything(cfg.RNG_SEED, verbose=False)
     _tell_machine(cfg, fabric, "Training")
     if fabric.is_global_zero:

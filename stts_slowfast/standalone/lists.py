@@ -14,7 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from iopath.common.file_io import g_pathmgr
 
+_MARK = "\ufeff"  # what editors put before UTF-8, the byte-order mark
+
 __all__ = ["Entry", "VideoList", "list_kinetics", "list_ssv2"]
+
+# The label of a video whose line has none, or -1. (-1 itself is that of what cannot be read.)
+NO_LABEL = -2
 
 
 class Entry(NamedTuple):
@@ -78,7 +83,7 @@ class VideoList:
 
 
 def list_kinetics(cfg, split: str) -> VideoList:
-    """Reads ``{split}.csv``: a line ``path label`` for each video (label 0 where there is none)."""
+    """Reads ``{split}.csv``: a line ``path label`` for each video (``NO_LABEL`` if none, or -1)."""
     path = _data_file(cfg, f"{split}.csv", "a line 'path label' for each video")
     separator, labels = cfg.DATA.PATH_LABEL_SEPARATOR, array("q")
     if not separator:
@@ -87,12 +92,14 @@ def list_kinetics(cfg, split: str) -> VideoList:
     def paths() -> Iterator[str]:
         for number, line in _lines(path):
             fields = line.split(separator)
+            if len(fields) == 3 and not fields[1].strip().isdecimal():
+                fields = line.rsplit(separator, 1)  # else SlowFast's "path number label"
             if len(fields) > 3:
                 raise ValueError(
                     f"{path} line {number}: {line!r} has {len(fields)} fields: give path and label "
                     f"with DATA.PATH_LABEL_SEPARATOR ({separator!r}) between and nowhere else"
                 )
-            text = fields[-1] if len(fields) > 1 else "0"
+            text = fields[-1] if len(fields) > 1 else "-1"
             labels.append(_label(cfg, text, f"{path} line {number}"))
             yield fields[0]
 
@@ -171,7 +178,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     with g_pathmgr.open(path, "r") as file:
         try:
             for number, line in enumerate(file, 1):
-                if line := line.strip():
+                if line := line.removeprefix(_MARK if number == 1 else "").strip():
                     yield number, line
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
@@ -181,7 +188,7 @@ def _read_json(cfg, name: str, kind: type, content: str):
     path = _data_file(cfg, name, content)
     with g_pathmgr.open(path, "r") as file:
         try:
-            found = json.load(file)
+            found = json.loads(file.read().removeprefix(_MARK))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, kind):
@@ -198,6 +205,8 @@ def _label(cfg, text: str | int, where: str) -> int:
         label = None
     if label is None:
         raise ValueError(f"{where}: the label {text!r} is not a whole number")
+    if label == -1:
+        return NO_LABEL
     if not 0 <= label < cfg.MODEL.NUM_CLASSES:
         raise ValueError(
             f"{where}: the label is {label} but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, "

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import slowfast_state
 from stts_slowfast.hosts import find_blocks
-from stts_slowfast.keys import check_choice
 from stts_slowfast.schedule import param_groups
 
 
@@ -55,47 +54,12 @@ def scale_lr_by_shards(cfg) -> None:
             cfg.SOLVER[key] *= cfg.NUM_SHARDS
 
 
-def check_solver(cfg) -> None:
-    """Raises ``ValueError`` for a ``SOLVER`` node that no run can follow."""
-    solver = cfg.SOLVER
-    check_choice("SOLVER.LR_POLICY", solver.LR_POLICY, _POLICIES)
-    check_choice("SOLVER.OPTIMIZING_METHOD", solver.OPTIMIZING_METHOD, _OPTIMIZERS)
-    if solver.MAX_EPOCH < 1:
-        raise ValueError(f"SOLVER.MAX_EPOCH is {solver.MAX_EPOCH}: train for at least 1 epoch")
-    if not 0.0 < solver.LAYER_DECAY <= 1.0:
-        raise ValueError(f"SOLVER.LAYER_DECAY is {solver.LAYER_DECAY}: it lies above 0 and up to 1")
-    if solver.LR_POLICY == "cosine":
-        if solver.COSINE_END_LR >= solver.BASE_LR:
-            raise ValueError(
-                f"SOLVER.COSINE_END_LR is {solver.COSINE_END_LR:g}: it must lie below "
-                f"SOLVER.BASE_LR, which is {solver.BASE_LR:g}"
-            )
-        if solver.COSINE_AFTER_WARMUP and solver.WARMUP_EPOCHS >= solver.MAX_EPOCH:
-            raise ValueError(
-                f"SOLVER.WARMUP_EPOCHS is {solver.WARMUP_EPOCHS:g}: it must lie below "
-                f"SOLVER.MAX_EPOCH, which is {solver.MAX_EPOCH}"
-            )
-    elif not solver.STEPS or solver.STEPS[0] != 0 or len(solver.STEPS) != len(solver.LRS):
-        raise ValueError(
-            f"SOLVER.STEPS is {list(solver.STEPS)} and SOLVER.LRS is {list(solver.LRS)}: the steps "
-            "begin with 0, and every step has a rate"
-        )
-
-
 # --- optimizer ----------------------------------------------------------------------------------
-
-# Names alone: torch.optim's classes have many arguments that SlowFast leaves at their defaults.
-_OPTIMIZERS = ("sgd", "adam", "adamw", "mt_adamw")
 
 
 def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
-    """The optimizer of a config; its groups are :func:`groups`, split by ``schedule.param_groups``.
-
-    Raises:
-        ValueError: for an unknown ``SOLVER.OPTIMIZING_METHOD``.
-    """
+    """A config's optimizer; its groups are :func:`groups`, split by ``schedule.param_groups``."""
     solver = cfg.SOLVER
-    check_choice("SOLVER.OPTIMIZING_METHOD", solver.OPTIMIZING_METHOD, _OPTIMIZERS)
     split = param_groups(groups(model, cfg), model)
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZING_METHOD == "sgd":

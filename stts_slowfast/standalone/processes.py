@@ -16,8 +16,7 @@ from multiprocessing import connection
 
 from torch.nn.parallel import DistributedDataParallel
 
-from stts_slowfast.keys import check_choice
-from stts_slowfast.standalone.defaults import check_supported
+from stts_slowfast.standalone.defaults import check_values
 from stts_slowfast.standalone.fabric import DDPStrategy, Fabric, MixedPrecision, Precision
 from stts_slowfast.standalone.places import INIT_METHOD, Place, check_gpus, find_places, open_store
 from stts_slowfast.standalone.report import log_to
@@ -58,7 +57,7 @@ def launch(
     """
     cfg = cfg.clone()
     cfg.defrost()
-    check_machine(cfg)
+    check_values(cfg)
     places = find_places(cfg, init_method, processes)
     check_gpus(cfg, places[0])
     if len(places) == 1:
@@ -233,33 +232,3 @@ def open_fabric(cfg, place: Place) -> Fabric:
     )
     fabric.launch()
     return fabric
-
-
-_LEAST = [
-    ("", "LOG_PERIOD", 1),
-    ("", "NUM_SHARDS", 1),
-    ("TRAIN", "EVAL_PERIOD", 1),
-    ("TRAIN", "CHECKPOINT_PERIOD", 1),
-    ("AUG", "NUM_SAMPLE", 1),
-    ("DATA", "SAMPLING_RATE", 0),
-    ("DATA", "TARGET_FPS", 0),
-]
-
-
-def check_machine(cfg) -> None:
-    """Raises ``ValueError`` for what no run on this machine can do."""
-    check_supported(cfg)
-    for node, name, least in _LEAST:
-        key, value = f"{node}.{name}" if node else name, (cfg[node] if node else cfg)[name]
-        if value < least or value == 0:
-            limit = f"at least {least}" if least else "above 0"
-            raise ValueError(f"{key} is {value}: it must be {limit}")
-    if len(cfg.DATA.TRAIN_JITTER_SCALES) != 2:
-        raise ValueError(
-            f"DATA.TRAIN_JITTER_SCALES is {cfg.DATA.TRAIN_JITTER_SCALES}: give the range's two ends"
-        )
-    if not 0 <= cfg.SHARD_ID < cfg.NUM_SHARDS:
-        raise ValueError(
-            f"SHARD_ID is {cfg.SHARD_ID} but NUM_SHARDS is {cfg.NUM_SHARDS}: shards count from 0"
-        )
-    check_choice("TRAIN.MIXED_PRECISION_DTYPE", cfg.TRAIN.MIXED_PRECISION_DTYPE, PRECISIONS)

@@ -1,5 +1,6 @@
 """The checkpoints in OUTPUT_DIR: where they lie, what a run starts from, what is tested."""
 
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from stts_slowfast.checkpoints import (
     load_weights,
     own_weights,
     read_checkpoint,
+    write_whole,
 )
 
 logger = logging.getLogger(__name__)
@@ -46,12 +48,15 @@ class Start:
     scaler_state: dict | None = None
 
 
+def _of_task(cfg, name: str) -> str:
+    return f"{cfg.TASK}_{name}" if cfg.TASK else name
+
+
 def checkpoint_path(cfg, epoch: int, iteration: int = 0) -> str:
     """Where the checkpoint after ``epoch`` epochs lies, or after iterations of the next one."""
-    task = f"{cfg.TASK}_" if cfg.TASK else ""
     name = f"checkpoint_epoch_{epoch:05d}.pyth"
     name = _WITHIN.format(epoch, iteration) if iteration else name
-    return os.path.join(cfg.OUTPUT_DIR, "checkpoints", task + name)
+    return os.path.join(cfg.OUTPUT_DIR, "checkpoints", _of_task(cfg, name))
 
 
 def checkpoints(cfg, within: bool = True) -> list[str]:
@@ -59,7 +64,7 @@ def checkpoints(cfg, within: bool = True) -> list[str]:
     folder = os.path.dirname(checkpoint_path(cfg, 0))
     if not g_pathmgr.isdir(folder):
         return []
-    task = re.escape(f"{cfg.TASK}_" if cfg.TASK else "")
+    task = re.escape(_of_task(cfg, ""))
     kinds = r"checkpoint_epoch_(\d+)" + (r"|within_epoch_(\d+)_iteration_(\d+)" if within else "")
     whole = re.compile(rf"{task}(?:{kinds})\.pyth")
     found = filter(None, map(whole.fullmatch, g_pathmgr.ls(folder)))
@@ -80,6 +85,34 @@ def remove_unfinished(cfg) -> None:
         for name in os.listdir(folder):
             if name.startswith(".partial-"):
                 os.remove(os.path.join(folder, name))
+
+
+def past_validations(cfg, start: Start) -> dict[int, dict[str, float]]:
+    """The errors of each epoch that the run in OUTPUT_DIR has validated before it goes on.
+
+    They have a file of their own: a checkpoint is written before its epoch's validation.
+    """
+    path = _validations_path(cfg)
+    own = start.path and os.path.dirname(start.path) == os.path.dirname(checkpoint_path(cfg, 0))
+    if not own or not g_pathmgr.isfile(path):
+        return {}
+    with g_pathmgr.open(path) as file:
+        past = {int(epoch): errors for epoch, errors in json.load(file).items()}
+    return {epoch: errors for epoch, errors in past.items() if epoch < start.epoch}
+
+
+def write_validations(cfg, validations: dict[int, dict[str, float]]) -> None:
+    """Writes what :func:`past_validations` reads."""
+
+    def write(partial: str) -> None:
+        with open(partial, "w") as file:
+            json.dump(validations, file)
+
+    write_whole(_validations_path(cfg), write)
+
+
+def _validations_path(cfg) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, _of_task(cfg, "validations.json"))
 
 
 def starting_point(cfg, model: nn.Module, strict: bool = False) -> Start:

@@ -8,16 +8,15 @@ import torch
 from iopath.common.file_io import g_pathmgr
 from torch import Tensor, nn
 
-from stts_slowfast.keys import check_choice
 from stts_slowfast.standalone import report
 from stts_slowfast.standalone.data import UNREADABLE, BadVideos, build_loader, prepare
 from stts_slowfast.standalone.fabric import Fabric
+from stts_slowfast.standalone.lists import NO_LABEL
+from stts_slowfast.standalone.predictions import predict
 from stts_slowfast.standalone.report import Board, Timer
 from stts_slowfast.standalone.stops import Stop
 
 logger = logging.getLogger(__name__)
-
-ENSEMBLES = ("sum", "max")
 
 
 def run_test(cfg, fabric: Fabric, model: nn.Module, board: Board, stop: Stop, watch) -> dict:
@@ -31,7 +30,6 @@ def run_test(cfg, fabric: Fabric, model: nn.Module, board: Board, stop: Stop, wa
     Returns:
         See ``engine.test``.
     """
-    check_choice("DATA.ENSEMBLE_METHOD", cfg.DATA.ENSEMBLE_METHOD, ENSEMBLES)
     for number in numbers_of_clips(cfg):
         cfg.TEST.NUM_ENSEMBLE_VIEWS = number
         loader = build_loader(cfg, "test", fabric.global_rank, fabric.world_size)
@@ -46,7 +44,7 @@ def run_test(cfg, fabric: Fabric, model: nn.Module, board: Board, stop: Stop, wa
             stop.check()
             batch = fabric.to_device(batch)
             with torch.no_grad():
-                logits = float32_logits(model, prepare(batch[0], cfg))
+                logits = predict(model, prepare(batch[0], cfg), data.videos, batch[2])
             views.add(logits.softmax(-1).cpu(), *(part.cpu() for part in batch[1:]))
             timer.toc()
             busy.append((len(batch[0]), timer.stats()["dt_net"]))
@@ -70,17 +68,7 @@ def run_test(cfg, fabric: Fabric, model: nn.Module, board: Board, stop: Stop, wa
 def numbers_of_clips(cfg) -> list[int]:
     """The numbers of clips to test with, one after the other."""
     numbers = list(cfg.TEST.NUM_TEMPORAL_CLIPS) or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
-    numbers = [1, 3, 5, 7, 10] if numbers == [-1] else numbers
-    if min(numbers) < 1:
-        key = "NUM_TEMPORAL_CLIPS" if cfg.TEST.NUM_TEMPORAL_CLIPS else "NUM_ENSEMBLE_VIEWS"
-        raise ValueError(f"TEST.{key} is {cfg.TEST[key]}: test at least 1 clip of every video")
-    return numbers
-
-
-def float32_logits(model: nn.Module, clips: Tensor) -> Tensor:
-    """Validation and testing leave autocast, as in SlowFast."""
-    with torch.autocast(clips.device.type, enabled=False):
-        return model(clips.float()).float()
+    return [1, 3, 5, 7, 10] if numbers == [-1] else numbers
 
 
 class Views:
@@ -89,7 +77,7 @@ class Views:
     Attributes:
         seen: (videos, views) whether a view was tested.
         predictions: (videos, classes).
-        labels: (videos,); ``UNREADABLE`` where a video cannot be read.
+        labels: (videos,); ``UNREADABLE`` if a video cannot be read, ``NO_LABEL`` if it has none.
     """
 
     def __init__(self, cfg, num_videos: int, num_views: int):
@@ -125,25 +113,57 @@ def _result(cfg, fabric: Fabric, views: Views, bad: BadVideos) -> dict:
     missing = int((~views.seen).sum())
     if missing:
         logger.warning("%d of %d views were not tested", missing, views.seen.numel())
-    if bool((views.labels == UNREADABLE).all()):
-        raise ValueError(
-            f"none of the {len(views.labels)} test videos can be read: is DATA.PATH_PREFIX "
-            f"({cfg.DATA.PATH_PREFIX!r}) right?"
-        )
+    require_readable(cfg, views.labels)
     bad.require_all(cfg.TEST.ALLOW_MISSING)
     found = bad.count()
-    top1, top5 = (100.0 - each.item() for each in report.errors(views.predictions, views.labels))
-    accuracy = {"top1_acc": top1, "top5_acc": top5}
-    if found["unreadable"]:  # which count as wrong above
-        readable = views.labels != UNREADABLE
-        errors = report.errors(views.predictions[readable], views.labels[readable])
-        for name, error in zip(("top1_acc_readable", "top5_acc_readable"), errors):
-            accuracy[name] = 100.0 - error.item()
+    accuracy = accuracies(views.predictions, views.labels)
+    if unlabelled := int((views.labels == NO_LABEL).sum()):
+        found["unlabelled"] = unlabelled
     if fabric.is_global_zero:
-        stats = {name: f"{value:.2f}" for name, value in accuracy.items()} | found
-        report.log_json_stats({"split": "test_final", **stats}, cfg.OUTPUT_DIR)
-        if name := cfg.TEST.SAVE_RESULTS_PATH:
-            with g_pathmgr.open(os.path.join(cfg.OUTPUT_DIR, name), "wb") as file:
-                pickle.dump([views.predictions, views.labels], file)
+        write_scores(cfg, views, accuracy)
+        stats = {name: f"{value:.2f}" for name, value in accuracy.items() if value is not None}
+        report.log_json_stats({"split": "test_final", **stats, **found}, cfg.OUTPUT_DIR)
     videos, num_views = views.seen.shape
     return {**accuracy, **found, "num_videos": videos, "num_views": num_views}
+
+
+def require_readable(cfg, labels: Tensor) -> None:
+    """Raises ``ValueError`` if no video has another label than ``UNREADABLE``."""
+    if bool((labels == UNREADABLE).all()):
+        raise ValueError(
+            f"none of the {len(labels)} test videos can be read: is DATA.PATH_PREFIX "
+            f"({cfg.DATA.PATH_PREFIX!r}) right?"
+        )
+
+
+def accuracies(predictions: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """``top1_acc`` and ``top5_acc`` in percent of the videos that have a label; None if none has.
+
+    An unreadable one counts as wrong. If there are any, ``top1_acc_readable`` and
+    ``top5_acc_readable`` leave them out.
+    """
+    labelled = labels != NO_LABEL
+    parts = {"": labelled}
+    if bool((labels == UNREADABLE).any()):
+        parts["_readable"] = labelled & (labels != UNREADABLE)
+    found = {}
+    for ending, part in parts.items():
+        errors = report.errors(predictions[part], labels[part]) if bool(part.any()) else [None] * 2
+        for name, error in zip(("top1_acc", "top5_acc"), errors):
+            found[name + ending] = None if error is None else 100.0 - error.item()
+    return found
+
+
+def write_scores(cfg, views: Views, accuracy: dict) -> None:
+    """Writes the pickle ``[predictions, labels]``, if asked for or if there is no accuracy."""
+    name = cfg.TEST.SAVE_RESULTS_PATH
+    if not name and accuracy["top1_acc"] is None:
+        name = "scores.pkl"
+        logger.warning(
+            "the test list has no labels, so there is no accuracy: the videos' scores are in %s",
+            os.path.join(cfg.OUTPUT_DIR, name),
+        )
+    if name:
+        labels = views.labels.clamp(min=-1)  # both kinds of videos without a class
+        with g_pathmgr.open(os.path.join(cfg.OUTPUT_DIR, name), "wb") as file:
+            pickle.dump([views.predictions, labels], file)

@@ -16,11 +16,12 @@ from stts_slowfast import schedule
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.standalone import optim, report, resume
-from stts_slowfast.standalone.data import batch_mixer, build_loader, prepare
+from stts_slowfast.standalone.data import build_loader, prepare
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
+from stts_slowfast.standalone.mixup import batch_mixer
+from stts_slowfast.standalone.predictions import predict
 from stts_slowfast.standalone.report import Board, LossWatch, Meter, Timer
 from stts_slowfast.standalone.stops import Interrupted, Stop
-from stts_slowfast.standalone.testing import float32_logits
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,11 @@ class Training:
         self.train_loader = self._loader("train")
         self.val_loader = self._loader("val")
         self.mixer = batch_mixer(cfg)
+        if self.mixer and cfg.MIXUP.PROB and self.train_loader.batch_size * cfg.AUG.NUM_SAMPLE < 2:
+            raise ValueError(
+                f"MIXUP.ENABLE is True but TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} leaves 1 clip a "
+                "process, which has no other to be mixed with: give it 2 at least"
+            )
         fabric.to_device(model)
         self.optimizer = optim.build_optimizer(model, cfg)
         if start.optimizer_state:
@@ -53,7 +59,7 @@ class Training:
             fabric.strategy.precision.load_state_dict(start.scaler_state)
         start.optimizer_state = start.scaler_state = None  # memory
         self.losses = LossWatch(cfg)
-        self.least = {"min_top1_err": 100.0, "min_top5_err": 100.0}
+        self.validations = resume.past_validations(cfg, start)
         self.last, self.within = start.path, [start.path] if start.iteration else []
         self.saved_at = time.monotonic()
         self.length = len(self.train_loader)
@@ -192,7 +198,7 @@ class Training:
             self.stop.check()
             batch = self.fabric.to_device(batch)
             clips = prepare(batch[0], self.cfg)
-            logits = float32_logits(self.model, clips)
+            logits = predict(self.model, clips, self.val_loader.dataset.videos, batch[2])
             if not iteration:
                 self.board.show(self.cfg, self.model, clips, epoch)
             errors = torch.stack(report.errors(logits, batch[1])).tolist()
@@ -214,14 +220,19 @@ class Training:
         totals = torch.tensor(meter.totals, device=self.fabric.device)
         meter.totals = self.fabric.all_reduce(totals, reduce_op="sum").tolist()
         self.errors = meter.means()
-        for key, value in self.errors.items():
-            self.least[f"min_{key}"] = min(self.least[f"min_{key}"], value)
+        self.validations[epoch] = self.errors
+        if self.fabric.is_global_zero:
+            resume.write_validations(self.cfg, self.validations)
+        least = {
+            f"min_{key}": min(past[key] for past in self.validations.values())
+            for key in self.errors
+        }
         stats = {
             "_type": "val_epoch",
             "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
             "time_diff": time.perf_counter() - start,
             **self.errors,
-            **self.least,
+            **least,
             **self.val_loader.bad.count(),
             **report.memory(),
             **report.ram(),

@@ -1,7 +1,7 @@
-"""Transforms of clips in training and testing, and the mixing of mini-batches, as in SlowFast.
+"""Transforms of clips in training and testing, as in SlowFast.
 
-All but `batch_mixer` work on one clip and treat its frames alike, in uint8 as long as they can.
-What is random draws from PyTorch's and Python's generators, which data.py seeds for every item.
+All work on one clip and treat its frames alike, in uint8 as long as they can. What is random draws
+from PyTorch's and Python's generators, which data.py seeds for every item.
 """
 
 import functools
@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torchvision import tv_tensors
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from stts_slowfast.standalone.augment import RandAugment, RandomErasing, cut
+from stts_slowfast.standalone.augment import RandAugment, RandomErasing
 
 
 def scale_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
@@ -56,8 +55,7 @@ class _RandomCrop:
     """Scales the short side to a random size, and crops anywhere."""
 
     def __init__(self, scales: tuple[int, int], size: int, inverse: bool):
-        self.scales, self.inverse = scales, inverse
-        self.crop = v2.RandomCrop(size)
+        self.scales, self.size, self.inverse = scales, size, inverse
 
     def __call__(self, clip: torch.Tensor) -> torch.Tensor:
         low, high = self.scales
@@ -65,7 +63,10 @@ class _RandomCrop:
             size = round(1 / random.uniform(1 / high, 1 / low))
         else:
             size = round(random.uniform(low, high))
-        return self.crop(scale_short_side(clip, size))
+        clip = scale_short_side(clip, size)
+        # Never at the very end, as in SlowFast.
+        top, left = (random.randrange(max(n - self.size, 1)) for n in clip.shape[-2:])
+        return clip[..., top : top + self.size, left : left + self.size]
 
 
 def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -80,7 +81,9 @@ def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
     policy = None
     if augment and cfg.AUG.AA_TYPE:
         policy = RandAugment(cfg.AUG.AA_TYPE, cfg.AUG.INTERPOLATION)
-    if train and (cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE or cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE):
+    relative = cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE or cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE
+    # SlowFast's Ssv2 looks at them with AUG.ENABLE alone.
+    if train and relative and (augment or cfg.TRAIN.DATASET.lower() != "ssv2"):
         steps.append(_RandomResizedCrop(cfg, policy))
     else:
         scales = tuple(cfg.DATA.TRAIN_JITTER_SCALES)
@@ -106,26 +109,26 @@ class _RandomResizedCrop:
     """
 
     def __init__(self, cfg, policy: RandAugment | None):
-        if cfg.DATA.TRAIN_JITTER_MOTION_SHIFT:
-            raise ValueError(
-                "DATA.TRAIN_JITTER_MOTION_SHIFT is True: only SlowFast can, set it False"
-            )
-        self.policy, self.size = policy or cut, cfg.DATA.TRAIN_CROP_SIZE
+        self.policy, self.size = policy, cfg.DATA.TRAIN_CROP_SIZE
         self.scale = tuple(cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE) or (0.8, 1.0)
         self.ratio = tuple(cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE) or (3 / 4, 4 / 3)
 
     def __call__(self, clip: torch.Tensor) -> torch.Tensor:
         box = RandomResizedCrop.get_params(clip, self.scale, self.ratio)
-        return F.resize(self.policy(clip, box), [self.size, self.size], antialias=False)
+        top, left, height, width = box
+        if self.policy:
+            clip = self.policy(clip, box)
+        else:
+            clip = clip[..., top : top + height, left : left + width]
+        return F.resize(clip, [self.size, self.size], antialias=False)
 
 
 def test_crops(cfg) -> list[UniformCrop]:
-    """The NUM_SPATIAL_CROPS crops of testing; the centre where there is one."""
+    """The NUM_SPATIAL_CROPS crops of testing; the centre if there is one, on SSv2 the start."""
     crops, size, scale = cfg.TEST.NUM_SPATIAL_CROPS, cfg.DATA.TEST_CROP_SIZE, view_scale(cfg)
-    if not 1 <= crops <= 3:
-        raise ValueError(f"TEST.NUM_SPATIAL_CROPS is {crops}: use 1 (centre), 2 or 3")
     _check_crop("TRAIN_JITTER_SCALES", scale, "TEST_CROP_SIZE", size)
-    return [UniformCrop(scale, size, place) for place in ([1] if crops == 1 else range(crops))]
+    alone = [0 if cfg.TEST.DATASET.lower() == "ssv2" else 1]
+    return [UniformCrop(scale, size, place) for place in (alone if crops == 1 else range(crops))]
 
 
 def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -186,9 +189,10 @@ def prepare(clips: torch.Tensor, cfg) -> torch.Tensor:
 
 
 def _normalized(clips: torch.Tensor, cfg) -> torch.Tensor:
-    """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed."""
+    """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed; by one number a
+    channel, or one for all."""
     mean, std = (
-        torch.tensor(values, dtype=torch.float32).view(3, 1, 1, 1)
+        torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)
         for values in (cfg.DATA.MEAN, cfg.DATA.STD)
     )
     if cfg.DATA.REVERSE_INPUT_CHANNEL:
@@ -199,7 +203,7 @@ def _normalized(clips: torch.Tensor, cfg) -> torch.Tensor:
 def view_scale(cfg) -> int:
     """The short side in testing: the crop itself where several lie side by side, or a frame
     around the one crop (``kinetics.Kinetics.__getitem__``, ``ssv2.Ssv2.__getitem__``)."""
-    if cfg.TEST.NUM_SPATIAL_CROPS > 1 or cfg.TEST.DATASET == "ssv2":
+    if cfg.TEST.NUM_SPATIAL_CROPS > 1 or cfg.TEST.DATASET.lower() == "ssv2":
         return cfg.DATA.TEST_CROP_SIZE
     return cfg.DATA.TRAIN_JITTER_SCALES[0]
 
@@ -226,33 +230,3 @@ def _check_crop(scale_key: str, scale: int, size_key: str, size: int) -> None:
             f"DATA.{scale_key} begins at {scale} but DATA.{size_key} is {size}: "
             "frames must not be scaled below the crop"
         )
-
-
-def batch_mixer(cfg) -> Callable | None:
-    """Mixup (arXiv 1710.09412), cutmix (1905.04899) and label smoothing of a mini-batch.
-
-    Returns None where MIXUP.ENABLE is False, else a function of clips (B, 3, T, H, W) float and
-    labels (B,) long to clips and soft labels (B, NUM_CLASSES) float32.
-    """
-    if not cfg.MIXUP.ENABLE:
-        return None
-    node, num_classes = cfg.MIXUP, cfg.MODEL.NUM_CLASSES
-    mixup = v2.MixUp(alpha=node.ALPHA, num_classes=num_classes) if node.ALPHA > 0 else None
-    cutmix = (
-        v2.CutMix(alpha=node.CUTMIX_ALPHA, num_classes=num_classes)
-        if node.CUTMIX_ALPHA > 0
-        else None
-    )
-
-    def mix(clips: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        soft = torch.nn.functional.one_hot(labels, num_classes).float()
-        if mixup or cutmix:
-            use_cutmix = not mixup or (cutmix and torch.rand(()) < node.SWITCH_PROB)
-            if torch.rand(()) < node.PROB:
-                video = tv_tensors.Video(clips)  # else a batch of clips is not let in
-                video, soft = (cutmix if use_cutmix else mixup)(video, soft)
-                clips = video.as_subclass(torch.Tensor)
-        smoothing = node.LABEL_SMOOTH_VALUE
-        return clips, soft * (1 - smoothing) + smoothing / num_classes
-
-    return mix

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from stts_slowfast import backbones, selections
 from stts_slowfast.pictures import WHOLE, kept_regions
 from stts_slowfast.standalone.data import UNREADABLE, build_loader, prepare
+from stts_slowfast.standalone.predictions import predict
+from stts_slowfast.standalone.testing import Views, accuracies, require_readable
 from stts_slowfast.tools import makedata
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # clips, labels, video_index, view_index
@@ -19,9 +21,14 @@ CACHE_BYTES = 2**30
 
 
 class TestClips:
-    """The batches of a config's test list; what fits in memory is read once."""
+    """The batches of a config's test list; what fits in memory is read once.
+
+    A whole pass raises ``ValueError`` for videos that cannot be read, as ``stts run`` does, unless
+    TEST.ALLOW_MISSING.
+    """
 
     def __init__(self, cfg):
+        self.allow_missing = cfg.TEST.ALLOW_MISSING
         self.loader = build_loader(cfg, "test")
         self.videos = self.loader.dataset.videos
         self.num_views = self.loader.dataset.num_views
@@ -40,7 +47,12 @@ class TestClips:
             if size <= CACHE_BYTES:
                 batches.append(batch)
             yield batch
+        self.loader.bad.require_all(self.allow_missing)
         self.cached = batches if size <= CACHE_BYTES else None
+
+    def count(self) -> dict[str, int]:
+        """How many videos are ``unreadable`` and ``damaged``, after a whole pass."""
+        return self.loader.bad.count()
 
 
 @dataclass
@@ -128,66 +140,59 @@ def share_inside(box, region) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    cfg, model: nn.Module, clips: Iterable[Batch], videos, advance: Callable[[], None]
-) -> dict:
+def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None]) -> dict:
     """Runs a model over all views of a test list.
 
     Args:
         cfg: its config.
         model: on the device that it shall run on; with or without selectors.
-        clips: batches, such as `TestClips`.
-        videos: the list's entries, by video_index.
+        clips: of that list.
         advance: called after each batch.
 
     Returns:
         ``top1`` and ``top5`` in percent of videos, the views' predictions put together as
         DATA.ENSEMBLE_METHOD says; ``agreement``, the share of pairs of views of a video that
         predict the same class (None for one view); ``clips_per_s`` through the model alone, the
-        first batch left out; and what `Places` sums up.
+        first batch left out; what `Places` sums up; ``unreadable`` and ``damaged`` videos. An
+        unreadable video counts as wrong, and for nothing else: ``top1_readable`` and
+        ``top5_readable``, which are there if there are such videos, leave it out.
+
+    Raises:
+        ValueError: for unreadable videos (`TestClips`), or outputs that are not finite.
     """
     device = next(model.parameters()).device
     model.eval()
     places, busy = Places.of(cfg), []
     whole = dict.fromkeys(range(len(places.frames)), WHOLE)
-    found = []
-    for batch in clips:
-        inputs = prepare(batch[0].to(device), cfg)
-        start = _now(device)
-        logits = model(inputs)
-        busy.append((len(inputs), _now(device) - start))
-        found.append((logits.float().softmax(1).cpu(), *batch[1:]))
-        kept = selections(model) if cfg.STTS.ENABLE else None
-        for item, video in enumerate(batch[2].tolist()):
-            regions = whole if kept is None else kept_regions(cfg, kept, item)
-            places.add(cfg, regions, os.path.basename(videos[video].path))
+    views = Views(cfg, len(clips.videos), clips.num_views)
+    predicted, of_video = [], []
+    for clip, labels, numbers, view in clips:
+        scores = torch.zeros(len(clip), cfg.MODEL.NUM_CLASSES)
+        readable = labels != UNREADABLE
+        if bool(readable.any()):
+            inputs, seen = prepare(clip[readable].to(device), cfg), numbers[readable]
+            start = _now(device)
+            logits = predict(model, inputs, clips.videos, seen)
+            busy.append((len(inputs), _now(device) - start))
+            scores[readable] = logits.softmax(1).cpu()
+            predicted.append(scores[readable].argmax(1))
+            of_video.append(seen)
+            kept = selections(model) if cfg.STTS.ENABLE else None
+            for item, video in enumerate(seen.tolist()):
+                regions = whole if kept is None else kept_regions(cfg, kept, item)
+                places.add(cfg, regions, os.path.basename(clips.videos[video].path))
+        views.add(scores, labels, numbers, view)
         advance()
-    scores, labels, numbers, _ = (torch.cat(parts) for parts in zip(*found))
+    require_readable(cfg, views.labels)
+    found = accuracies(views.predictions, views.labels)
     busy = busy[1:] or busy
     return {
-        **accuracy(scores, labels, numbers, cfg.DATA.ENSEMBLE_METHOD),
-        "agreement": agreement(scores.argmax(1), numbers),
+        **{name.replace("_acc", ""): round(value, 3) for name, value in found.items()},
+        "agreement": agreement(torch.cat(predicted), torch.cat(of_video)),
         "clips_per_s": round(sum(n for n, _ in busy) / sum(seconds for _, seconds in busy), 2),
         **places.summary(),
+        **clips.count(),
     }
-
-
-def accuracy(scores: Tensor, labels: Tensor, videos: Tensor, ensemble: str) -> dict:
-    """Top-1 and top-5 in percent of videos, from scores (N, classes) of views."""
-    order, index = videos.unique(return_inverse=True)
-    total = torch.zeros(len(order), scores.shape[1])
-    if ensemble == "sum":
-        total.index_add_(0, index, scores)
-    else:
-        total.scatter_reduce_(0, index[:, None].expand_as(scores), scores, "amax")
-    # A view of a video that cannot be read counts as wrong, whichever of its views that is.
-    of_video = torch.full((len(order),), torch.iinfo(torch.int64).max)
-    of_video.scatter_reduce_(0, index, labels, "amin")
-    if bool((of_video == UNREADABLE).all()):
-        raise ValueError("none of the test videos can be read: is DATA.PATH_PREFIX right?")
-    hits = total.topk(min(5, total.shape[1]), dim=1).indices == of_video[:, None]
-    top1, top5 = (100 * hits[:, :k].any(1).double().mean().item() for k in (1, 5))
-    return {"top1": round(top1, 3), "top5": round(top5, 3)}
 
 
 def agreement(predicted: Tensor, videos: Tensor) -> float | None:

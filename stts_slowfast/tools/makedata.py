@@ -245,7 +245,8 @@ def _timesformer(stride: int) -> dict:
 
 def _vit(stride: int) -> dict:
     patches = [2, stride, stride]
-    node = {"PATCH_KERNEL": patches, "PATCH_STRIDE": patches, "PATCH_PADDING": [0, 0, 0]}
+    node: dict = {"PATCH_KERNEL": patches, "PATCH_STRIDE": patches}
+    node |= {"PATCH_PADDING": [0, 0, 0]}
     node |= {"EMBED_DIM": 64, "DEPTH": 3, "NUM_HEADS": 4, "SEP_POS_EMBED": True}
     return {"MVIT": {**node, "DROPPATH_RATE": 0.0}}
 

@@ -21,6 +21,7 @@ from stts_slowfast import backbones, build_model, load_config, load_weights
 from stts_slowfast.checkpoints import check, own_weights, read_checkpoint
 from stts_slowfast.config import validate_stts
 from stts_slowfast.standalone.data import ClipDataset
+from stts_slowfast.standalone.lists import NO_LABEL
 from stts_slowfast.tools.cli import add_opts
 from stts_slowfast.tools.evaluate import CACHE_BYTES, TestClips, evaluate, find_truth
 from stts_slowfast.tools.tables import ENDINGS, SCORERS, table, write_json, write_results
@@ -93,6 +94,7 @@ def main(args: argparse.Namespace) -> int:
         ValueError: for a budget, scorer, config or checkpoint that cannot be used.
     """
     cfg = load_config(args.cfg, args.opts)
+    cfg.OUTPUT_DIR = args.out  # of the list of videos that cannot be read
     recipe = load_config(args.cfg, [*args.opts, *args.recipe])
     path = find_checkpoint(cfg, args.checkpoint)
     rows = plan_rows(cfg, args)
@@ -101,6 +103,8 @@ def main(args: argparse.Namespace) -> int:
     results = run_rows(cfg, recipe, path, rows, args.out)
     write_results(args.out, results)
     print(table(results))
+    if lost := max(row["unreadable"] for row in results):
+        print(f"{lost} of the test videos cannot be read, and count as wrong in all rows")
     print(f"wrote {', '.join(os.path.join(args.out, f'study.{end}') for end in ENDINGS)}")
     return 0
 
@@ -218,6 +222,11 @@ def run_rows(cfg, recipe, path: str, rows: Sequence[Row], out: str) -> list[dict
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
     clips = TestClips(cfg)
+    if bool((clips.videos.labels == NO_LABEL).any()):
+        raise ValueError(
+            f"the test list in DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} has videos "
+            "without a label: a study compares accuracies, so give every one its class"
+        )
     tested = [digest(path), clips.videos.digest(), repr(find_truth(cfg))]
     trained = [ClipDataset(recipe, "train").videos.digest()] if any(r.trained for r in rows) else []
     device = "cuda" if cfg.NUM_GPUS > 0 and torch.cuda.is_available() else "cpu"
@@ -273,7 +282,7 @@ def measure(cfg, row: Row, path: str, clips: TestClips, device, progress, task) 
     gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
     torch.manual_seed(cfg.RNG_SEED)
     model.to(device)
-    found = evaluate(cfg, model, clips, clips.videos, lambda: progress.advance(task))
+    found = evaluate(cfg, model, clips, lambda: progress.advance(task))
     names = {"name": row.name, "dimension": row.dimension}
     return {**names, **asdict(row), "gflops": round(gflops, 5), **found}
 
@@ -305,6 +314,8 @@ def read_row(path: str, key: str) -> dict | None:
         with open(path) as file:
             result = json.load(file)
     except FileNotFoundError:
+        return None
+    if result.get("unreadable", 1):  # its videos may have been repaired; once they were not counted
         return None
     return result if result.pop("key") == key else None
 

@@ -16,6 +16,7 @@ NUMBERS = ("top1", "top5", "gflops", "clips_per_s", "agreement", "frame_recall",
 COLUMNS = (
     *("name", "dimension", "time", "space", "scorer", "trained", "seed"),
     *NUMBERS,
+    *("unreadable", "damaged"),
 )
 
 

@@ -14,9 +14,7 @@ from stts_slowfast.tools.filmstrip import Shown, center_crop, write_dimmed
 from stts_slowfast.video import (
     Video,
     VideoError,
-    clip_size,
-    clip_span,
-    frame_indices,
+    clip_frames,
     segment_indices,
 )
 
@@ -157,10 +155,12 @@ def read_views(cfg, path: str, number: int) -> list[View]:
         if ssv2:  # every view would be the same
             clips = [segment_indices(video.num_frames, data.NUM_FRAMES)]
         else:
-            size = clip_size(data.NUM_FRAMES, data.SAMPLING_RATE, video.fps, data.TARGET_FPS)
+            rule = video.num_frames, video.fps, data.NUM_FRAMES, data.SAMPLING_RATE, data.TARGET_FPS
             offset = number == 1 or data.USE_OFFSET_SAMPLING
-            spans = [clip_span(video.num_frames, size, v, number, offset) for v in range(number)]
-            clips = [frame_indices(*span, data.NUM_FRAMES, video.num_frames) for span in spans]
+            clips = [
+                video.frames_at(clip_frames(*rule, view, number, offset, video.ticks))
+                for view in range(number)
+            ]
         wanted = sorted(set().union(*clips))
         frames = video.decode(wanted, decoded_side(cfg, scale))
     frames = frames.flip(-1) if ssv2 else frames  # its images are read as BGR

@@ -3,24 +3,32 @@
 `Video` knows files and nothing of rules; the rules know numbers and nothing of files::
 
     with Video("clip.mp4") as video:
-        size = clip_size(num_frames=16, sampling_rate=4, fps=video.fps)
-        start, end = clip_span(video.num_frames, size)
-        frames = video.decode(frame_indices(start, end, 16, video.num_frames))  # (16, H, W, 3)
+        slots = clip_frames(video.num_frames, video.fps, num_frames=16, sampling_rate=4)
+        frames = video.decode(video.frames_at(slots))  # (16, H, W, 3)
 """
 
 from stts_slowfast.video.files import VideoError, within
 from stts_slowfast.video.reader import Video, VideoInfo, decode_clip, probe
 from stts_slowfast.video.remember import open_video, remembering
-from stts_slowfast.video.rules import clip_size, clip_span, frame_indices, segment_indices
+from stts_slowfast.video.rules import (
+    clip_frames,
+    clip_size,
+    clip_span,
+    frame_indices,
+    frames_between,
+    segment_indices,
+)
 
 __all__ = [
     "Video",
     "VideoError",
     "VideoInfo",
+    "clip_frames",
     "clip_size",
     "clip_span",
     "decode_clip",
     "frame_indices",
+    "frames_between",
     "open_video",
     "probe",
     "remembering",

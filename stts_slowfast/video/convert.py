@@ -2,11 +2,13 @@
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 
 
 class Converter:
-    """Frames to RGB images (H, W, 3) uint8, turned and scaled; all of the size of the first."""
+    """Frames to RGB images (H, W, 3) uint8, turned, mirrored and scaled; all of the size of the
+    first."""
 
     def __init__(self, short_side: int, rotate: bool, reformatter: VideoReformatter):
         self.short_side, self.rotate = short_side, rotate
@@ -14,16 +16,32 @@ class Converter:
         self.sides = None
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        turns = round(frame.rotation / 90) % 4 if self.rotate else 0
+        swapped, down, across = orientation(frame) if self.rotate else (False, 1, 1)
         if self.sides is None:
             scale = min(1.0, self.short_side / min(frame.height, frame.width) or 1.0)
             sides = round(frame.height * scale), round(frame.width * scale)
-            self.sides = sides[::-1] if turns % 2 else sides
-        height, width = self.sides[::-1] if turns % 2 else self.sides
+            self.sides = sides[::-1] if swapped else sides
+        height, width = self.sides[::-1] if swapped else self.sides
         frame = self.reformatter.reformat(frame, width, height, "rgb24", **_ONE_THREAD)
         plane = frame.planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, : width * 3]
-        return np.rot90(rows.reshape(height, width, 3), turns)
+        image = rows.reshape(height, width, 3)
+        return (image.swapaxes(0, 1) if swapped else image)[::down, ::across]
+
+
+def orientation(frame: av.VideoFrame) -> tuple[bool, int, int]:
+    """How a frame is shown: whether rows and columns change places, and the direction (1 or -1) in
+    which the rows and the columns that this makes are passed through. All eight orientations."""
+    if not frame.rotation and not len(frame.side_data):
+        return False, 1, 1
+    matrix = next((each for each in frame.side_data if each.type == Type.DISPLAYMATRIX), None)
+    if matrix is None:
+        return False, 1, 1
+    # A stored pixel (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    swapped = abs(b) + abs(c) > abs(a) + abs(d)
+    across, down = (c, b) if swapped else (a, d)
+    return swapped, -1 if down < 0 else 1, -1 if across < 0 else 1
 
 
 def _one_thread() -> dict:

@@ -1,7 +1,6 @@
 """`Video`: an open video file, and any of its frames in one pass."""
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import NamedTuple
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
+from stts_slowfast.video import exact
+from stts_slowfast.video.bitstream import packet_reader
 from stts_slowfast.video.convert import Converter
 from stts_slowfast.video.files import (
     Source,
@@ -20,17 +21,9 @@ from stts_slowfast.video.files import (
     open_source,
     source_name,
 )
-from stts_slowfast.video.times import Memory, Times, from_index, from_packets
-
-av.logging.set_level(av.logging.PANIC)  # what goes wrong is raised as a VideoError, with its file
-
-# Codecs whose decoders, told so, pass over a packet that no other needs, and give all other frames
-# as they would have. (VP9's do not pass over; AV1's lose frames; HEVC's take a picture for unneeded
-# that a higher temporal layer may need.)
-_CAN_SKIP = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
-# What FFmpeg says of damage, after which it makes pixels up. It complains of more in whole files:
-# of references that frames before a keyframe lack, for one.
-_DAMAGE = re.compile("error while decoding|damaged|Error splitting|overread|no frame", re.I)
+from stts_slowfast.video.log import quiet
+from stts_slowfast.video.stream import Stream
+from stts_slowfast.video.times import Memory, Times, from_index, from_packets, steady
 
 _memory = Memory()
 
@@ -49,18 +42,23 @@ class Video:
     """An open video: how many frames it has, and any of them.
 
     ``source`` is a path (opened by iopath's ``g_pathmgr``), the file's bytes, or a seekable binary
-    file. Nothing is decoded on opening: the time stamps of packets say exactly which frame is the
-    i-th, whatever the container claims about frame count, start time, frame rate or B-frames; where
-    it has an index of all packets, not even they are read. Frames are numbered as a decoding from
-    the first to the last would yield them.
+    file. Frame i is what a decoding from the first frame to the last yields as number i, however it
+    is asked for. Of files whose packets bear out what the container claims nothing is decoded on
+    opening: time stamps say which frame is the i-th; if the container has an index of all packets,
+    few of them are read. All other files are decoded once, and what they decoded to is remembered.
 
     Args:
         threads: decoding threads (0: as many as FFmpeg sees fit).
-        rotate: turn frames as the display matrix says, as players do.
+        rotate: turn and mirror frames as the display matrix says, as players do.
 
-    ``num_decoded`` counts the frames that the decoder gave out so far. ``damage`` says what is
-    wrong with the file as far as it was read ("" if nothing is): frames that it promises are
-    missing, or could not be decoded as they were meant.
+    Attributes:
+        num_frames: never changes.
+        fps: frames per second, of a file of variable rate their average; ``duration``: seconds.
+        ticks: units of the stream's time base a frame.
+        clock: (num_frames,) when each is shown, in such units, or None if the rate is even.
+        damage: what is wrong with the file as far as it was read ("" if nothing is): frames that it
+            promises are missing, or could not be decoded as they were meant.
+        num_decoded: frames that the decoder gave out so far.
 
     Raises VideoError when there is nothing to decode.
     """
@@ -69,16 +67,17 @@ class Video:
         self, source: Source, name: str | None = None, threads: int = 1, rotate: bool = True
     ):
         self.name = name or source_name(source)
-        self.threads, self.rotate = threads, rotate
-        self.num_decoded = 0
-        self.damage = ""
+        self.rotate = rotate
         self._reformatter = VideoReformatter()  # one for all frames: making one is slow
-        self._container = None
+        self._kept: list[av.VideoFrame] = []
         keep_pages()
         self._file, self._owns_file = open_source(source, self.name)
+        self._stream = Stream(self._file, self.name, threads)
         try:
-            self._open()
-            self._find_times(identity(source))
+            with quiet():
+                self._stream.open()
+                self._find_times(identity(source))
+            self._find_rate()
         except VideoError:
             self.close()
             raise
@@ -95,9 +94,8 @@ class Video:
 
     def close(self) -> None:
         """Closes the container, and the file if it was opened here."""
-        if self._container is not None:
-            self._container.close()
-            self._container = None
+        self._kept = []
+        self._stream.close()
         if self._owns_file:
             self._file.close()
 
@@ -128,15 +126,38 @@ class Video:
         """As `decode`, image after image (H, W, 3) as the pass goes on: of frames that are given in
         ascending order, each once. All have the size of the first."""
         convert = Converter(short_side, self.rotate, self._reformatter)
+        frames = self._wanted(wanted)
         try:
-            for frame in self._wanted(wanted):
-                yield convert(frame)
+            while True:
+                with quiet():
+                    frame = next(frames, None)
+                    image = None if frame is None else convert(frame)
+                if image is None:
+                    return
+                yield image
         except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
             raise self._explain(error) from error
 
+    def frames_at(self, slots: Iterable[int]) -> list[int]:
+        """Frames that are on the screen in the middle of ``slots``, which cut the video's length
+        into ``num_frames`` equal parts: the same numbers, unless its rate varies."""
+        return frames_at(slots, self.clock, self.ticks)
+
     @property
     def num_frames(self) -> int:
-        return self._times.num_frames
+        return self._index.num_frames
+
+    @property
+    def num_decoded(self) -> int:
+        return self._stream.num_decoded
+
+    @property
+    def damage(self) -> str:
+        return self._stream.damage
+
+    @damage.setter
+    def damage(self, damage: str) -> None:
+        self._stream.damage = damage
 
     @property
     def info(self) -> VideoInfo:
@@ -146,183 +167,123 @@ class Video:
 
     # -- opening
 
-    def _open(self) -> None:
-        self._file.seek(0)
-        self._container = av.open(self._file, "r", metadata_errors="ignore")
-        if not self._container.streams.video:
-            raise VideoError(self.name, "it has no video stream")
-        self._stream = self._container.streams.best("video") or self._container.streams.video[0]
-        if self._stream.codec_context is None:
-            raise VideoError(self.name, "this build of FFmpeg cannot decode its codec")
-        self._stream.codec_context.thread_count = self.threads
-        # Not by frames: PyAV 18 can hang where a decoder with frame threads is let go early.
-        self._stream.thread_type = "SLICE" if self.threads != 1 else "NONE"
-
-    def _reopen(self) -> None:
-        self._container.close()
-        self._open()
-
     def _find_times(self, key: tuple | None) -> None:
-        """Sets ``_times``, ``fps`` and ``duration``."""
-        self._times = _memory.get(key)
-        if self._times is None:
-            where, size = self._file.tell(), self._file.seek(0, os.SEEK_END)
-            self._file.seek(where)  # where the container left it
-            self._times = from_index(self._stream, size) or self._read_times()
-            _memory.put(key, self._times)
-        self._blame(self._times.damage)
-        self.fps, self.duration = self._rate()
+        self._key, self._index = key, _memory.get(key)
+        if self._index is None:
+            self._index = from_index(self._stream) or from_packets(self._stream)
+            if self._index is None:
+                self._index, self._kept = exact.decode_all(self._stream)
+            _memory.put(key, self._index)
+        self._stream.blame(self._index.damage)
 
-    def _read_times(self) -> Times:
-        self._reopen()
-        times = from_packets(self._container, self._stream, self._file)
-        self._blame(times.damage)
-        if not times.timed:
-            times.num_frames = self._count()
-            times.damage = self.damage
-        return times
-
-    def _count(self) -> int:
-        """Counts the frames by decoding them all."""
-        self._reopen()
-        count = sum(1 for _ in self._frames(self._container.demux(self._stream)))
-        if not count:
-            raise VideoError(self.name, "none of its frames can be decoded")
-        return count
-
-    def _rate(self) -> tuple[float, float]:
-        """Frames per second, and seconds."""
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        pts = self._times.pts
-        if not rate and len(pts) > 1:
-            seconds = float((int(pts[-1]) - int(pts[0])) * self._stream.time_base)
-            rate = (len(pts) - 1) / seconds if seconds > 0 else 0
-        fps = float(rate) if rate else 30.0  # a single picture has no rate; any will do
-        return fps, self.num_frames / fps
+    def _find_rate(self) -> None:
+        stream, times, count = self._stream.stream, self._index.times, self.num_frames
+        rate, unit = stream.average_rate or stream.guessed_rate, stream.time_base
+        self.fps, self.clock = float(rate) if rate else 0.0, None
+        if times is not None and count > 1:
+            clock = times - times[0]
+            step = 1 / (self.fps * unit) if self.fps else 0
+            # What the container claims, if no frame is off by half of one.
+            if (np.abs(clock - np.arange(count) * float(step)) > float(step) / 2).any():
+                self.fps = float((count - 1) / (int(clock[-1]) * unit))
+                self.clock = None if steady(clock) else clock
+        self.fps = self.fps or 30.0  # a single picture has no rate; any will do
+        self.ticks = unit.denominator / self.fps / unit.numerator
+        self.duration = count / self.fps
 
     # -- decoding
 
-    def _frames(self, packets: Iterable[av.Packet], wanted=None) -> Iterator[av.VideoFrame]:
-        """Decoded frames; past a broken packet it goes on. With ``wanted`` time stamps, frames that
-        neither are among them nor needed for others may be left out."""
-        context = self._stream.codec_context
-        skip = wanted is not None and context.name in _CAN_SKIP
-        for packet in packets:
-            if skip:
-                leave_out = packet.pts is not None and packet.pts not in wanted
-                context.skip_frame = "NONREF" if leave_out else "DEFAULT"
-            errors, _ = av.logging.get_last_error()
-            try:
-                frames = packet.decode()
-            except av.InvalidDataError as error:
-                self._blame(f"a packet cannot be decoded: {error.strerror}")
-                continue
-            self._blame_messages(errors)
-            for frame in frames:
-                self.num_decoded += 1
-                yield frame
-
     def _wanted(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
         """The frames ``wanted`` (ascending, each once)."""
-        found = 0
-        if self._times.timed and self._learn(wanted):
-            for frame in self._by_time(wanted):
-                found += 1
-                yield frame
-            if found == len(wanted):
+        index, left = self._index, list(wanted)
+        if isinstance(index, Times):
+            if index.exact is None and self._learn(left):
+                self._stream.spoilt = ""
+                yield from self._by_time(left)
+            if not left:
                 return
-        if self._times.timed:  # some packets yield no frame
-            self._times.timed, self._times.num_frames = False, self._count()
-        yield from self._by_count(wanted[found:])
+            if index.exact is None:
+                found, self._kept = exact.decode_all(self._stream)
+                index.settle(found, self._stream)
+                _memory.put(self._key, index)
+            left, index = index.numbers[left].tolist(), index.exact
+        if left and left[-1] >= index.spoilt_from:
+            self._stream.blame(index.spoilt)
+        if self._kept:
+            yield from (self._kept[number] for number in left)
+        else:
+            yield from exact.read(self._stream, index, left)
 
     def _learn(self, wanted: list[int]) -> bool:
-        """Reads the time stamps that the container's index does not tell, of the groups needed."""
-        times = self._times
+        """Reads the time stamps that the container's index does not tell, of the groups needed;
+        False if they contradict it."""
+        times, read = self._index, None
         for run in times.unread(wanted):
-            stamps = ((p.dts, p.pts) for p in self._seek(run[0]) if p.size)
+            read = read or packet_reader(self._stream.stream)
+            packets = (packet for packet in self._seek(run[0]) if packet.size)
             for group in run:
                 start, end = times.bounds(group)
-                if not times.learn(group, list(islice(stamps, end - start))):
-                    self._relearn()
-                    return self._times.timed
+                if not times.learn(group, list(islice(packets, end - start)), read):
+                    return False
         return True
 
-    def _relearn(self) -> None:
-        """The container's index is wrong: reads all packets."""
-        times = self._read_times()
-        vars(self._times).update(vars(times))  # also for who remembers them
-
-    def _by_time(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
-        """The frames ``wanted`` up to the first that cannot be found."""
-        times, left = self._times, wanted
-        while left:
+    def _by_time(self, left: list[int]) -> Iterator[av.VideoFrame]:
+        """The frames ``left``, which are removed as they are found, up to the first that is not
+        where it should be, or until there is damage: what that spoils is known once the file is
+        decoded from its start."""
+        times = self._index
+        while left and not self._stream.spoilt:
             origin = last = times.origin(left[0])
             # From one group on, and through the next ones as long as something in them is wanted.
             count = 0
             while count < len(left) and times.origin(left[count]) <= last + 1:
                 last = times.group(left[count])
                 count += 1
-            stamps = times.pts[left[:count]].tolist()
-            yield from self._stretch(origin, stamps)
-            if stamps:
+            remaining = len(left) - count
+            yield from self._stretch(origin, left, count)
+            if len(left) > remaining:
                 return
-            left = left[count:]
 
-    def _stretch(self, origin: int, stamps: list[int]) -> Iterator[av.VideoFrame]:
-        """Frames with the ascending ``stamps``, which are removed as they are found."""
-        last, wanted = stamps[-1], set(stamps)
-        for frame in self._frames(self._seek(origin), wanted):
+    def _stretch(self, origin: int, left: list[int], count: int) -> Iterator[av.VideoFrame]:
+        """The first ``count`` frames of ``left``, decoded from the group ``origin`` on."""
+        times, key = self._index, self._index.keys[origin]
+        start, end = times.bounds(origin)
+        number = start + int(np.searchsorted(times.pts[start:end], key))
+        stamps = times.pts[left[:count]].tolist()
+        wanted, in_order = set(stamps), not self._stream.can_skip
+        for frame in self._stream.frames(self._seek(origin), wanted):
+            if frame.pts is None or self._stream.spoilt:
+                return
+            if frame.pts < key:
+                continue  # the container began earlier
+            if in_order:  # as no frame is passed over
+                if number >= times.num_frames or frame.pts != times.pts[number]:
+                    return
+                number += 1
             if frame.pts in wanted:
                 if frame.pts != stamps[0]:
-                    return  # out of order
-                del stamps[0]
-                yield self._checked(frame)
-            if not stamps or frame.pts is None or frame.pts > last:
+                    return
+                del stamps[0], left[0]
+                yield frame
+            if not stamps or frame.pts > stamps[-1]:
                 return
-
-    def _by_count(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
-        # Where the count turned out smaller than the packets promised, the last frame stands in.
-        left = [min(index, self._times.num_frames - 1) for index in wanted]
-        self._reopen()
-        for number, frame in enumerate(self._frames(self._container.demux(self._stream))):
-            while left and left[0] == number:
-                del left[0]
-                yield self._checked(frame)
-            if not left:
-                return
-        raise VideoError(self.name, "frames that were there before cannot be decoded now")
-
-    def _checked(self, frame: av.VideoFrame) -> av.VideoFrame:
-        if frame.is_corrupt:
-            self._blame("the decoder marks a frame as corrupt")
-        return frame
 
     def _seek(self, group: int) -> Iterator[av.Packet]:
         """Packets from the keyframe of ``group`` on, or from an earlier one where the container
         does not find it."""
-        times = self._times
+        times = self._index
         tries = ((each, target) for each in range(group, -1, -1) for target in times.targets(each))
         for earlier, target in tries:
+            packets = self._stream.seek(target)
             try:
-                self._container.seek(target, stream=self._stream)
-                packets = self._container.demux(self._stream)
-                first = next(packets)
+                first = next(packets, None) if packets else None
             except av.FFmpegError:
+                break
+            if first is None:
                 break
             if first.is_keyframe and times.begins(earlier, first):
                 return chain([first], packets)
-        self._reopen()
-        return self._container.demux(self._stream)
-
-    # -- what is wrong
-
-    def _blame(self, damage: str) -> None:
-        self.damage = self.damage or damage
-
-    def _blame_messages(self, errors: int) -> None:
-        count, last = av.logging.get_last_error()
-        if count != errors and last and _DAMAGE.search(last[2]):
-            self._blame(f"the decoder says: {last[2].strip()}")
+        return self._stream.packets()
 
     def _explain(self, error: Exception) -> VideoError:
         self._file.seek(0, os.SEEK_END)
@@ -330,6 +291,14 @@ class Video:
             return VideoError(self.name, "the file is empty")
         reason = getattr(error, "strerror", None) or str(error)
         return VideoError(self.name, f"{reason} (is it truncated, or not a video?)")
+
+
+def frames_at(slots: Iterable[int], clock: np.ndarray | None, ticks: float) -> list[int]:
+    """See `Video.frames_at`."""
+    if clock is None:
+        return list(slots)
+    middles = (np.asarray(list(slots), np.float64) + 0.5) * ticks
+    return (np.searchsorted(clock, middles, "right") - 1).clip(0).tolist()
 
 
 def probe(source: Source) -> VideoInfo:

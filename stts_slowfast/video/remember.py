@@ -1,12 +1,12 @@
 """Videos whose frames are decoded once, where the same few are read again and again."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from stts_slowfast.video.files import identity
-from stts_slowfast.video.reader import Video
+from stts_slowfast.video.reader import Video, frames_at
 from stts_slowfast.video.times import Memory
 
 _memory = Memory(0)
@@ -38,7 +38,7 @@ class RememberedVideo:
 
     Attributes:
         images: frames (H, W, 3) uint8 by number and short side.
-        num_frames, fps, damage: as `Video` tells them.
+        num_frames, fps, ticks, frames_at, damage: as `Video` tells them.
     """
 
     def __init__(self, key: tuple, path: str, threads: int, rotate: bool):
@@ -70,6 +70,10 @@ class RememberedVideo:
             _memory.put(self._key, self)
         return [self.images[index, short_side] for index in wanted]
 
+    def frames_at(self, slots: Iterable[int]) -> list[int]:
+        return frames_at(slots, self.clock, self.ticks)
+
     def _ask(self, video: Video) -> None:
-        self.num_frames, self.fps = video.num_frames, video.fps
+        self.num_frames, self.fps, self.ticks = video.num_frames, video.fps, video.ticks
+        self.clock = video.clock
         self.damage = self.damage or video.damage

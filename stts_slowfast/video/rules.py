@@ -53,6 +53,58 @@ def frame_indices(start: float, end: float, num_frames: int, num_video_frames: i
     return positions.long().tolist()
 
 
+def frames_between(
+    start: float, end: float, num_video_frames: int, ticks: float | None = None
+) -> range:
+    """The frames that SlowFast decodes for a clip: those shown from ``start`` on up to ``end``.
+
+    It asks for them by time stamps, ``ticks`` units of the file's time base a frame, of which it
+    takes whole ones: a start that is behind a frame by less than a unit is that frame. None: units
+    as small as you like. Empty if no frame is shown in the meantime.
+    """
+    if ticks is None:
+        first, last = math.ceil(start), math.floor(end)
+    else:
+        low, high = int(start * ticks), int(end * ticks)
+        first, last = max(int(low / ticks) - 1, 0), int(high / ticks) + 1
+        while math.floor(first * ticks + 0.5) < low:
+            first += 1
+        while math.floor(last * ticks + 0.5) > high:
+            last -= 1
+    return range(first, min(last, num_video_frames - 1) + 1)
+
+
+def clip_frames(
+    num_video_frames: int,
+    fps: float,
+    num_frames: int,
+    sampling_rate: float,
+    target_fps: float = 30.0,
+    clip_idx: int = -1,
+    num_clips: int = 1,
+    use_offset: bool = False,
+    ticks: float | None = None,
+    rng=random,
+) -> list[int]:
+    """The frames of a clip (``decoder.decode``); arguments as of `clip_size`, `clip_span` and
+    `frames_between`.
+
+    SlowFast decodes the clip's frames alone if the video has more than ``num_frames *
+    sampling_rate``, and takes its frames evenly from the first of them on. Of a shorter video it
+    decodes all frames, and takes them evenly from the start itself, which may lie between two.
+    """
+    size = clip_size(num_frames, sampling_rate, fps, target_fps)
+
+    def span() -> tuple[float, float]:
+        return clip_span(num_video_frames, size, clip_idx, num_clips, use_offset, rng)
+
+    if num_video_frames > num_frames * sampling_rate:
+        decoded = frames_between(*span(), num_video_frames, ticks)
+        if decoded:
+            return [decoded[i] for i in frame_indices(0, size - 1, num_frames, len(decoded))]
+    return frame_indices(*span(), num_frames, num_video_frames)
+
+
 def segment_indices(
     num_video_frames: int, num_frames: int, train: bool = False, rng=random
 ) -> list[int]:

@@ -5,9 +5,11 @@ Whatever order B-frames put packets in, a group's packets are shown as one stret
 of earlier groups come before, also where the group is open and begins with frames shown before its
 keyframe. So sorting one group's time stamps numbers its frames exactly, and the containers that
 keep an index of all packets (mp4, mov) need only the groups read that are asked for.
+
+That holds for files whose packets are what the container says of them: each is asked (`bitstream`)
+before its time is believed. A file with one that is not has no `Times` but an `ExactIndex`.
 """
 
-import os
 from array import array
 from collections import OrderedDict
 from typing import BinaryIO
@@ -15,7 +17,12 @@ from typing import BinaryIO
 import av
 import numpy as np
 
-UNKNOWN = np.iinfo(np.int64).min
+from stts_slowfast.video.bitstream import PacketReader, packet_reader, reorder_depth
+from stts_slowfast.video.ending import ends_early, file_size
+from stts_slowfast.video.exact import UNKNOWN, ExactIndex
+from stts_slowfast.video.log import errors
+from stts_slowfast.video.stream import Stream
+
 # FFmpeg's flags of an index entry; the second is for packets that an edit list leaves out.
 _KEYFRAME, _DISCARD = 1, 2
 REMEMBERED_BYTES = 32 * 2**20
@@ -29,18 +36,25 @@ class Times:
         starts: (groups,) number of each group's first frame.
         keys: (groups,) its keyframe's time stamp, UNKNOWN as above.
         decoded: (groups,) its time of decoding where the container's index tells it, else None.
-        timed: False where time stamps cannot be relied on, so that frames have to be counted.
-        num_frames: of the file; 0 until they are counted.
+        num_frames: of the file; never changes.
+        times: (frames,) when each is shown, up to a constant, as far as is known.
         damage: what is missing ("" if nothing is).
+        exact: what decoding the file gave, once something did not agree with the above; and
+        numbers: (frames,) the frames' numbers in it.
     """
 
-    def __init__(self, pts, starts, keys, decoded=None, damage: str = ""):
+    def __init__(self, pts, starts, keys, decoded=None, damage: str = "", times=None):
         self.pts, self.starts, self.keys, self.decoded = pts, starts, keys, decoded
-        self.num_frames, self.timed, self.damage = len(pts), len(pts) > 0, damage
+        self.num_frames, self.damage = len(pts), damage
+        self.times = pts if times is None else times
+        self.exact: ExactIndex | None = None
+        self.numbers = None
 
     @property
     def nbytes(self) -> int:
-        return self.pts.nbytes + 3 * self.starts.nbytes
+        exact = self.exact.nbytes + self.numbers.nbytes if self.exact else 0
+        own = self.pts.nbytes if self.times is self.pts else 2 * self.pts.nbytes
+        return own + 3 * self.starts.nbytes + exact
 
     def group(self, frame: int) -> int:
         """The group in whose stretch of numbers a frame lies."""
@@ -81,108 +95,160 @@ class Times:
         last = group + 1 == len(self.starts)
         return int(self.starts[group]), len(self.pts) if last else int(self.starts[group + 1])
 
-    def learn(self, group: int, stamps: list[tuple[int, int]]) -> bool:
-        """Takes down a group's times of decoding and of showing, packet by packet; False where
-        they contradict the index, each other, or what is known of their neighbours."""
+    def learn(self, group: int, packets: list[av.Packet], read: PacketReader) -> bool:
+        """Takes down the times of a group's packets; False where they contradict the index, each
+        other, what is known of their neighbours, or what ``read`` finds in them."""
         start, end = self.bounds(group)
-        if len(stamps) != end - start or stamps[0][0] != self.decoded[group]:
+        found = _Packets(read)
+        whole = all([found.add(packet) for packet in packets]) and len(found.pts) == end - start
+        if not whole or packets[0].dts != self.decoded[group] or len(found.keys) != 1:
             return False
-        if any(shown is None for _, shown in stamps):
+        pts = found.shown()
+        if pts is None:
             return False
-        pts = np.sort(np.array([shown for _, shown in stamps], np.int64))
         before = self.pts[start - 1] if start else UNKNOWN
         after = self.pts[end] if end < len(self.pts) else UNKNOWN
-        if (np.diff(pts) <= 0).any() or before >= pts[0] or (after != UNKNOWN and after <= pts[-1]):
+        if before >= pts[0] or (after != UNKNOWN and after <= pts[-1]):
             return False
-        self.pts[start:end], self.keys[group] = pts, stamps[0][1]
+        self.pts[start:end], self.keys[group] = pts, found.keys[0]
         return True
 
+    def settle(self, exact: ExactIndex, stream: Stream) -> None:
+        """Something did not agree: from now on frames are those of ``exact``. Their count stays,
+        and so do the numbers of those that were read before: where the decoder gives fewer frames
+        than there are packets, the one before stands in for each that it does not give."""
+        numbers = np.arange(self.num_frames)
+        if exact.num_frames != self.num_frames:
+            shown = _shown_times(stream)
+            if exact.times is not None and len(shown) == self.num_frames:
+                numbers = np.searchsorted(exact.times, shown, "right") - 1
+            numbers = numbers.clip(0, exact.num_frames - 1)
+        self.exact, self.numbers = exact, numbers
 
-def from_index(stream: av.video.stream.VideoStream, size: int) -> Times | None:
+
+class _Packets:
+    """What the packets of a stream say, one after the other in the order of decoding."""
+
+    def __init__(self, read: PacketReader):
+        self.read, self.depth = read, reorder_depth(read)
+        self.pts, self.orders, self.keys, self.left_out = (array("q") for _ in range(4))
+        self.place, self.first = -1, True
+
+    def add(self, packet: av.Packet) -> bool:
+        """False if the packet is not what its container says."""
+        picture = self.read(memoryview(packet))
+        place = -1 if packet.pos is None else packet.pos
+        if picture is None or packet.pts is None or place < self.place:
+            return False
+        if (packet.is_keyframe and not picture.entry) or (self.first and not picture.closed):
+            return False
+        self.place, self.first = place, False
+        if picture.entry and packet.is_keyframe:
+            self.keys.append(packet.pts)
+        if packet.is_discard:
+            self.left_out.append(packet.pts)
+        elif picture.shown:
+            self.pts.append(packet.pts)
+            self.orders.append(UNKNOWN if picture.order is None else picture.order)
+        return True
+
+    def shown(self) -> np.ndarray | None:
+        """The times in the order of showing, each once; None if the decoder will have another."""
+        pts, orders = np.array(self.pts, np.int64), np.array(self.orders, np.int64)
+        if not len(pts):
+            return None
+        places = np.argsort(pts, kind="stable")
+        pts = pts[places]
+        left_out = np.array(self.left_out, np.int64)
+        if (np.diff(pts) <= 0).any() or ((left_out >= pts[0]) & (left_out <= pts[-1])).any():
+            return None
+        if orders[0] == UNKNOWN:  # a gap may be of lost frames, without which others are lost too
+            return pts if steady(pts) else None
+        # A frame that is shown earlier than it is decoded waits for as many others.
+        waits = (np.arange(len(pts)) - np.argsort(places)).max()
+        return pts if (np.diff(orders[places]) > 0).all() and waits <= (self.depth or 0) else None
+
+
+def from_index(stream: Stream) -> Times | None:
     """From the container's own index; None where it has none of all packets, or where the file
-    (of ``size`` bytes) is not what the index says."""
-    entries = getattr(stream, "index_entries", None)  # PyAV 14 does not show them
-    if not entries or "mp4" not in stream.container.format.name or len(entries) != stream.frames:
+    is not what the index says."""
+    entries = getattr(stream.stream, "index_entries", None)  # PyAV 14 does not show them
+    name, read = stream.container.format.name, packet_reader(stream.stream)
+    if not entries or "mp4" not in name or len(entries) != stream.stream.frames or not read:
         return None
+    rows = [(each.timestamp, each.flags, each.pos) for each in entries]
+    decoded, flags, places = np.array(rows, np.int64).T
     last = entries[len(entries) - 1]
-    flags = np.array([entry.flags for entry in entries])
-    if last.pos + last.size > size or not flags[0] & _KEYFRAME or (flags & _DISCARD).any():
+    if last.pos + last.size > file_size(stream.file) or not flags[0] & _KEYFRAME:
+        return None
+    if (flags & _DISCARD).any() or (np.diff(places) <= 0).any() or not steady(decoded):
+        return None
+    depth, first = reorder_depth(read), read(_bytes_at(stream.file, places[0], entries[0].size))
+    if depth is None or first is None or not first.closed or not _one_frame(stream.stream):
         return None
     starts = np.flatnonzero(flags & _KEYFRAME)
-    decoded = np.array([entries[int(start)].timestamp for start in starts], np.int64)
     unknown = np.full(len(entries), UNKNOWN)
-    return Times(unknown, starts, unknown[: len(starts)].copy(), decoded)
+    return Times(
+        unknown, starts, unknown[: len(starts)].copy(), decoded[starts].copy(), times=decoded
+    )
 
 
-def from_packets(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, file: BinaryIO
-) -> Times:
-    """By reading all packets out of ``file``, none of which is kept."""
-    errors, _ = av.logging.get_last_error()
-    pts, keys = array("q"), array("q")
-    previous, count, rising, reliable, broken = UNKNOWN, 0, True, True, ""
+def _one_frame(stream: av.video.stream.VideoStream) -> bool:
+    """Whether its standard has a frame in every packet, so that they need not all be asked."""
+    codec = stream.codec_context.codec
+    name = getattr(codec, "canonical_name", codec.name)
+    return codec.intra_only or name in ("h264", "hevc", "av1", "vp9")
+
+
+def steady(times: np.ndarray) -> bool:
+    """Whether ascending times are even: none is off by as much as half a frame."""
+    span = int(times[-1] - times[0])
+    even = times[0] + np.arange(len(times)) * (span / max(len(times) - 1, 1))
+    return bool((np.abs(times - even) * 2 * (len(times) - 1) <= span).all())
+
+
+def from_packets(stream: Stream) -> Times | None:
+    """By reading all packets, none of which is kept; None if they do not tell what the file decodes
+    to. Notes damage."""
+    errors_before, _ = errors()
+    packets = stream.packets()
+    read = packet_reader(stream.stream)
+    found, count, last, reliable = _Packets(read) if read else None, 0, 0, read is not None
     try:
-        for packet in container.demux(stream):
+        for packet in packets:
             if not packet.size:
                 continue
-            reliable = reliable and packet.pts is not None and (count > 0 or packet.is_keyframe)
-            count += 1
+            count, last = count + 1, last if packet.dts is None else packet.dts
             if packet.is_corrupt:
-                reliable, broken = False, "a packet is marked as corrupt"
-            if not reliable:
-                continue
-            rising, previous = rising and packet.pts > previous, packet.pts
-            if not packet.is_discard:
-                pts.append(packet.pts)
-            if packet.is_keyframe:
-                keys.append(packet.pts)
+                reliable = False
+                stream.blame("a packet is marked as corrupt")
+            reliable = reliable and found.add(packet)
     except av.FFmpegError as error:
         if not count:
             raise
-        broken = f"it breaks off: {error.strerror}"
-    damage = _ends_early(container, stream, count, file, errors) or broken
-    # AVI has no times of showing: for H.264 and HEVC FFmpeg makes them up in the order of packets.
-    reorders = stream.codec_context.has_b_frames and container.format.name == "avi"
-    ordered = np.sort(np.array(pts, np.int64))
-    if not reliable or not len(ordered) or (np.diff(ordered) == 0).any() or (rising and reorders):
-        return Times(*[np.empty(0, np.int64)] * 3, damage=damage)
-    keys = np.sort(np.array(keys, np.int64))
-    return Times(ordered, np.searchsorted(ordered, keys), keys, damage=damage)
+        stream.blame(f"it breaks off: {error.strerror}")
+    early = ends_early(stream, count, last, errors_before)
+    if early:
+        stream.damage = early
+    pts = found.shown() if reliable else None
+    if pts is None:
+        return None
+    keys = np.sort(np.array(found.keys, np.int64))
+    return Times(pts, np.searchsorted(pts, keys), keys, damage=stream.damage)
 
 
-def _ends_early(container, stream, count: int, file: BinaryIO, errors: int) -> str:
-    """Whether a file holds less than it promises: clearly less than the frames of its header, or
-    at all less than the bytes of its parts."""
-    if stream.frames and count < 0.98 * stream.frames - 1:
-        return f"it ends early: {count} of {stream.frames} frames are there"
-    number, said = av.logging.get_last_error()
-    if number != errors and "ended prematurely" in said[2]:  # Matroska's elements have sizes
-        return "it ends early: in the middle of what its header promises"
-    where, size = file.tell(), file.seek(0, os.SEEK_END)
-    torn = _is_torn(container.format.name, file, size)
+def _shown_times(stream: Stream) -> np.ndarray:
+    """Times of all packets whose frames are shown."""
+    packets = (each for each in stream.packets() if each.size and not each.is_discard)
+    return np.unique([each.pts for each in packets if each.pts is not None])
+
+
+def _bytes_at(file: BinaryIO, place: int, size: int) -> bytes:
+    where = file.tell()
+    file.seek(int(place))
+    data = file.read(size)
     file.seek(where)  # where the container left it
-    entries = getattr(stream, "index_entries", None) or ()
-    if torn or any(entry.pos + entry.size > size for entry in entries):
-        return f"it ends early: its last part goes on beyond its {size} bytes"
-    return ""
-
-
-def _is_torn(name: str, file: BinaryIO, size: int) -> bool:
-    """Whether the last chunk of an AVI, or the last packet of a transport stream, is not whole."""
-    end = 0
-    if name == "mpegts":
-        file.seek(max(size - 3 * 204, 0))
-        tail = file.read()
-        # The byte that begins a packet; of 192, the first four are a time.
-        ends = (tail[-first::-length][:3] for first, length in ((188, 188), (188, 192), (204, 204)))
-        return b"GGG" not in ends
-    while name == "avi" and end < size:
-        file.seek(end)
-        kind, length = file.read(4), file.read(4)
-        if kind != b"RIFF":
-            return False
-        end += 8 + int.from_bytes(length, "little")
-    return end > size
+    return data
 
 
 class Memory:

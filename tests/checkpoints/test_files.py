@@ -1,4 +1,5 @@
 import errno
+import logging
 import os
 import shutil
 import socket
@@ -91,6 +92,26 @@ def test_every_flipped_byte_is_told_or_harmless(tmp_path):
             assert torch.equal(found["model_state"].pop("a"), weights["model_state"]["a"]), place
             assert found == {**weights, "model_state": {}}, place
     assert told > 100
+
+
+def test_an_edited_checkpoint_is_read_and_said_to_be_edited(tmp_path, caplog):
+    """Weights averaged, and saved again: whole bytes, though not those that were written."""
+    path = tmp_path / "averaged.pyth"
+    save({"model_state": {"a": torch.arange(8.0)}, "epoch": 3}, path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model_state"]["a"] /= 2
+    torch.save(checkpoint, path)
+    with caplog.at_level(logging.WARNING):
+        found = read_checkpoint(path)
+    assert torch.equal(found["model_state"]["a"], torch.arange(8.0) / 2) and found["epoch"] == 3
+    assert "checksum" not in found
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path} was edited after it was written: its bytes are whole"
+    data = bytearray(path.read_bytes())  # damaged besides
+    data[data.index(torch.arange(8.0).div(2).numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="the file is damaged"):
+        read_checkpoint(path)
 
 
 def test_files_from_before_zip_archives_are_read(tmp_path):

@@ -1,4 +1,4 @@
-"""The README's example of each host, run as it stands, on a small model instead of the weights."""
+"""The documentation's example of each host, run as it is, with a small model instead of weights."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).parents[2] / "README.md"
-SECTION = README.read_text().split("## One attach, every host")[1].split("\n## ")[0]
+PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
+SECTION = PAGE.read_text().split("## One attach, every host")[1].split("\n## ")[0]
 IMPORTS, *EXAMPLES = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 
 

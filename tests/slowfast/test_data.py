@@ -24,11 +24,11 @@ def decode(checkout):
     from slowfast.datasets import decoder
     from slowfast.datasets.video_container import get_video_container
 
-    def call(path, backend, num_clips=1, **kwargs):
+    def call(path, backend, num_clips=1, rate=RATE, **kwargs):
         arguments = {"video_meta": {}, "target_fps": 30, "max_spatial_scale": 0, **kwargs}
         container = get_video_container(str(path), False, backend)
         return decoder.decode(
-            container, [RATE] * num_clips, [SIZE] * num_clips, backend=backend, **arguments
+            container, [rate] * num_clips, [SIZE] * num_clips, backend=backend, **arguments
         )
 
     return call
@@ -88,11 +88,14 @@ def test_short_videos_repeat_their_last_frame(checkout, decode, backend, tmp_pat
 
 
 @BACKENDS
-def test_several_clips_of_one_video(checkout, counting, decode, backend):
-    frames, spans, _ = decode(counting, backend, num_clips=2, clip_idx=-1)
+@pytest.mark.parametrize(("rate", "before"), [(RATE, True), (2, False)])
+def test_several_clips_of_one_video(checkout, counting, decode, backend, rate, before):
+    """Of a video that is shorter than they are together SlowFast decodes all frames, and takes the
+    one before each start; else it decodes from the one behind."""
+    frames, spans, _ = decode(counting, backend, num_clips=2, rate=rate, clip_idx=-1)
     assert [len(clip) for clip in frames] == [SIZE, SIZE]
     for clip, (start, *_) in zip(frames, spans):
-        assert levels(clip)[0] == int(np.ceil(start))
+        assert levels(clip)[0] == int(np.floor(start) if before else np.ceil(start))
 
 
 @pytest.fixture

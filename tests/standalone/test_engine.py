@@ -13,6 +13,7 @@ from stts_slowfast.standalone import engine, report, resume
 from stts_slowfast.standalone.data import ClipLoader
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.stops import Interrupted
+from stts_slowfast.standalone.training import Training
 
 
 @pytest.fixture
@@ -101,6 +102,38 @@ def test_fine_tuning_holds_the_backbone_back(run, cfg, tmp_path):
     assert rates == [False, False, True, True, True, True, True]
 
 
+def test_the_least_errors_survive_a_stop(run, cfg, tmp_path, monkeypatch):
+    errors = iter([[60.0, 50.0], [20.0, 10.0], [90.0, 80.0], [40.0, 30.0]] + [[70.0, 60.0]] * 2)
+    monkeypatch.setattr(report.Meter, "means", lambda meter: dict(zip(meter.names, next(errors))))
+
+    def validate_alone(training, epoch, first=0):
+        training.save(epoch + 1)
+        training.validate(epoch)
+        if epoch == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "train_epoch", validate_alone)
+    cfg.SOLVER.MAX_EPOCH, stop_after = 4, 1
+    with pytest.raises(Interrupted):
+        engine.train(cfg)
+    stop_after = 9
+    engine.train(cfg)
+    stats = run.json_stats("val_epoch")
+    assert [s["min_top1_err"] for s in stats] == [60.0, 20.0, 20.0, 20.0]
+    assert [s["min_top5_err"] for s in stats] == [50.0, 10.0, 10.0, 10.0]
+    # From an earlier checkpoint on, or anew in the same folder, what came later does not count.
+    for epoch in (4, 3, 2):
+        (run.folder / "checkpoints" / f"checkpoint_epoch_{epoch:05d}.pyth").unlink()
+    stop_after = 1
+    with pytest.raises(Interrupted):
+        engine.train(cfg)
+    cfg.TRAIN.AUTO_RESUME, stop_after = False, 0
+    with pytest.raises(Interrupted):
+        engine.train(cfg)
+    stats = run.json_stats("val_epoch")[4:]
+    assert [s["min_top1_err"] for s in stats] == [60.0, 70.0]
+
+
 def assert_equal(first, second):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
@@ -145,7 +178,7 @@ def test_a_finished_run_only_validates_on_the_same_clips(run, cfg, seed):
 
 
 def test_training_shuffles_anew_in_every_epoch(cfg):
-    cfg.TRAIN.BATCH_SIZE = 1
+    cfg.TRAIN.BATCH_SIZE, cfg.MIXUP.ENABLE = 1, False
     watch = Watch()
     engine.train(cfg, watch=watch)
     order = [int(batch[2]) for batch in watch.of("train")]
@@ -294,11 +327,17 @@ def test_a_last_checkpoint_without_its_epoch_is_refused(run, cfg):
         engine.train(cfg)
 
 
+def test_a_clip_alone_is_not_mixed(cfg):
+    cfg.TRAIN.BATCH_SIZE = 1
+    with pytest.raises(ValueError, match=r"MIXUP\.ENABLE is True but TRAIN\.BATCH_SIZE 1"):
+        engine.train(cfg)
+
+
 def test_a_test_without_clips_is_refused(run, cfg):
     cfg.TEST.NUM_ENSEMBLE_VIEWS = 0
     with pytest.raises(ValueError, match=r"TEST\.NUM_ENSEMBLE_VIEWS is 0"):
         engine.test(cfg)
-    cfg.TEST.NUM_TEMPORAL_CLIPS = [2, 0]
+    cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_TEMPORAL_CLIPS = 1, [2, 0]
     with pytest.raises(ValueError, match=r"TEST\.NUM_TEMPORAL_CLIPS is \[2, 0\]"):
         engine.test(cfg)
 

@@ -58,22 +58,6 @@ def test_rates_grow_with_the_number_of_machines(cfg):
     assert after == pytest.approx([4 * lr for lr in before])
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("LR_POLICY", "exp", r"SOLVER\.LR_POLICY is 'exp': use one of cosine, steps"),
-        ("OPTIMIZING_METHOD", "lion", r"SOLVER\.OPTIMIZING_METHOD is 'lion'"),
-        ("COSINE_END_LR", 0.1, r"SOLVER\.COSINE_END_LR is 0\.1: it must lie below"),
-        ("LAYER_DECAY", 1.5, r"SOLVER\.LAYER_DECAY is 1\.5"),
-        ("MAX_EPOCH", 0, r"SOLVER\.MAX_EPOCH is 0"),
-    ],
-)
-def test_unusable_solvers_are_explained(cfg, key, value, message):
-    cfg.SOLVER[key] = value
-    with pytest.raises(ValueError, match=message):
-        optim.check_solver(cfg)
-
-
 def _names(model, groups):
     names = {id(parameter): name for name, parameter, _ in optim.slowfast_parameters(model)}
     return [[names[id(parameter)] for parameter in group["params"]] for group in groups]

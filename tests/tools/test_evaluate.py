@@ -1,29 +1,9 @@
-"""Accuracy, agreement and recall are what they are called."""
+"""Agreement and recall are what they are called."""
 
 import pytest
 import torch
 
-from stts_slowfast.standalone.data import UNREADABLE
 from stts_slowfast.tools import evaluate, makedata
-
-
-def test_views_of_a_video_are_put_together():
-    # Video 4 is right by its sum alone, video 7 by its highest score alone.
-    scores = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.5, 0.4], [0.8, 0.1, 0.1], [0.0, 0.55, 0.45]])
-    videos, labels = torch.tensor([4, 4, 7, 7]), torch.tensor([1, 1, 0, 0])
-    assert evaluate.accuracy(scores, labels, videos, "sum") == {"top1": 100.0, "top5": 100.0}
-    scores[1, 1] = 0.45
-    assert evaluate.accuracy(scores, labels, videos, "max")["top1"] == 50.0
-    labels = torch.tensor([2, 2, 0, UNREADABLE])
-    assert evaluate.accuracy(scores, labels, videos, "sum") == {"top1": 0.0, "top5": 50.0}
-    with pytest.raises(ValueError, match="PATH_PREFIX"):
-        evaluate.accuracy(scores, torch.full((4,), UNREADABLE), videos, "sum")
-
-
-def test_top5_counts_the_five_best():
-    scores = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0]] * 2)
-    found = evaluate.accuracy(scores, torch.tensor([4, 5]), torch.tensor([0, 1]), "sum")
-    assert found == {"top1": 0.0, "top5": 50.0}
 
 
 def test_agreement_is_of_pairs_of_views():

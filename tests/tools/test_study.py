@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stts_slowfast import build_model, load_config
+from stts_slowfast import build_model, load_config, load_weights
 from stts_slowfast.checkpoints import read_checkpoint, save_checkpoint
 from stts_slowfast.standalone import engine
 from stts_slowfast.tools import cli, makedata, run, study
@@ -190,6 +190,73 @@ def test_a_row_follows_what_its_lists_say_not_where_they_lie(folder, tmp_path):
     wrong = [line.replace(" 1", " 2") if line.endswith(" 1\n") else line for line in lines]
     (data / "test.csv").write_text("".join(wrong))
     assert rows(*opts) != before
+
+
+@pytest.fixture
+def spoilt(folder, tmp_path):
+    """``spoilt(edit)``: the data with an edited test list; ``--opts`` words for it."""
+
+    def make(edit):
+        data = tmp_path / "data"
+        shutil.copytree(folder, data)
+        lines = (data / "test.csv").read_text().splitlines()
+        (data / "test.csv").write_text("\n".join(edit(lines)) + "\n")
+        places = ["DATA.PATH_TO_DATA_DIR", str(data), "DATA.PATH_PREFIX", str(data / "videos")]
+        return ["--opts", *places]
+
+    return make
+
+
+def test_unreadable_videos_are_refused_or_counted(folder, tmp_path, spoilt, capsys):
+    """As by ``stts run``; and nothing else of a row is taken from their black clips."""
+    out = tmp_path / "out"
+    more = ["--time", "0.5", "--space", "--both", "--scorers", "uniform"]
+    opts = spoilt(lambda lines: ["gone.mp4 0", *lines[1:]])
+    assert cli.main(words(folder, out, *more, *opts)) == 2
+    told = capsys.readouterr().err
+    assert "1 of the test videos cannot be read" in told and "gone.mp4" in told
+    assert not (out / "study.json").exists()
+    opts += ["TEST.ALLOW_MISSING", "True"]
+    assert cli.main(words(folder, out, *more, *opts)) == 0
+    assert "1 of the test videos cannot be read, and count as wrong" in capsys.readouterr().out
+    rows = json.loads((out / "study.json").read_text())
+    assert cli.main(words(folder, tmp_path / "rest", *more, *spoilt_rest(opts))) == 0
+    rest = json.loads((tmp_path / "rest" / "study.json").read_text())
+    for row, readable in zip(rows, rest):
+        assert (row["unreadable"], row["damaged"]) == (1, 0)
+        assert row["top1"] == pytest.approx(row["top1_readable"] * 15 / 16, abs=1e-2)
+        assert row["top1_readable"] == pytest.approx(readable["top1"], abs=1e-2)
+        for key in ("agreement", "frames_kept", "tokens_kept", "frame_recall", "box_recall"):
+            assert row[key] == readable[key]
+    with open(out / "study.csv") as file:
+        assert [row["unreadable"] for row in csv.DictReader(file)] == ["1", "1"]
+
+
+def spoilt_rest(opts):
+    """The same list without its first line."""
+    path = Path(opts[2], "test.csv")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    return opts
+
+
+def test_a_study_needs_labels(folder, tmp_path, spoilt, capsys):
+    opts = spoilt(lambda lines: [lines[0].split()[0], *lines[1:]])
+    assert cli.main(words(folder, tmp_path / "out", "--scorers", "uniform", *opts)) == 2
+    assert "has videos without a label" in capsys.readouterr().err
+
+
+def test_a_study_refuses_outputs_that_are_no_numbers(folder, tmp_path, capsys):
+    checkpoint = read_checkpoint(folder / "plain.pyth")
+    checkpoint["model_state"]["norm.weight"][0] = float("inf")
+    cfg = load_config(str(folder / "config.yaml"), ["STTS.ENABLE", False])
+    model = build_model(cfg)
+    load_weights(model, checkpoint)
+    save_checkpoint(str(folder / "inf.pyth"), model, cfg, 1)
+    more = ("--time", "--space", "--both")
+    assert cli.main(words(folder, tmp_path / "out", *more, checkpoint="inf.pyth")) == 2
+    told = capsys.readouterr().err
+    assert "test_0000.mp4 are no numbers: the weights norm.weight hold" in told
+    assert not (tmp_path / "out" / "study.json").exists()
 
 
 def test_shares_of_several_blocks_leave_the_budget(folder):

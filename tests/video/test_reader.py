@@ -479,3 +479,28 @@ def test_frames_outside_the_video_are_an_error(tmp_path):
 def test_error_survives_pickling():
     error = pickle.loads(pickle.dumps(VideoError("a.mp4", "broken")))
     assert (error.name, error.reason) == ("a.mp4", "broken")
+
+
+@pytest.mark.parametrize("name", ["song.mp3", "song.m4a"])
+def test_the_cover_of_a_sound_file_is_no_video(tmp_path, name):
+    path = tmp_path / name
+    codec = "libmp3lame" if name.endswith("mp3") else "aac"
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    with av.open(str(path), "w", format="mp3" if name.endswith("mp3") else "mp4") as container:
+        sound = container.add_stream(codec, rate=44100)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 32, 48, "yuvj420p"
+        cover.disposition = 0x0400  # attached picture
+        image = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
+        pictures = [*cover.encode(image), *cover.encode()]
+        for number in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
+            frame.sample_rate, frame.pts = 44100, 1024 * number
+            container.mux(sound.encode(frame))
+        container.mux(pictures)
+        container.mux(sound.encode())
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(VideoError, match="no video stream, only the cover picture"):
+        Video(path)

@@ -1,10 +1,22 @@
 """Clips are sampled as SlowFast defines it."""
 
+import json
 import random
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
-from stts_slowfast.video import clip_size, clip_span, frame_indices, segment_indices
+from stts_slowfast.video import (
+    clip_frames,
+    clip_size,
+    clip_span,
+    frame_indices,
+    frames_between,
+    segment_indices,
+)
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def test_clip_size_follows_the_target_rate():
@@ -51,3 +63,32 @@ def test_segments_give_their_middle_frame_in_testing():
 def test_segments_give_a_random_frame_in_training():
     draws = np.array([segment_indices(41, 8, train=True, rng=random.Random(i)) for i in range(99)])
     assert (draws.min(0) == np.arange(8) * 5).all() and (draws.max(0) == np.arange(8) * 5 + 5).all()
+
+
+def test_a_start_between_two_frames_is_the_next_one():
+    """Clips of a video that is longer than they are begin with a frame that is decoded."""
+    assert clip_frames(300, 30.0, 4, 16, clip_idx=1, num_clips=5) == [48, 69, 90, 110]
+    assert clip_frames(300, 30.0, 4, 16, clip_idx=0, num_clips=5) == [0, 21, 42, 63]
+
+
+def test_a_video_no_longer_than_its_clip_is_sampled_from_the_start_itself():
+    """Which lies between two frames if the clip covers less of it: 15 frames a second."""
+    assert clip_frames(60, 15.0, 4, 16, clip_idx=1, num_clips=5) == [5, 15, 26, 36]
+
+
+def test_starts_are_counted_in_units_of_the_time_base():
+    assert frames_between(4.8, 9.2, 100) == range(5, 10)
+    assert frames_between(4.8, 9.2, 100, ticks=512) == range(5, 10)
+    assert frames_between(4.001, 9.999, 100, ticks=512) == range(4, 10)
+    assert frames_between(4.8, 9.2, 100, ticks=1) == range(4, 10)
+    assert frames_between(4.8, 9.2, 8) == range(5, 8)
+    assert not frames_between(4.2, 4.8, 100)
+
+
+def test_clips_are_slowfasts():
+    """As its own ``decode`` drew them (tests/slowfast/test_clips.py wrote the table)."""
+    for row in json.loads((FIXTURES / "slowfast_clips.json").read_text()):
+        case = dict(row["case"])
+        fps, (numerator, denominator) = float(Fraction(*case.pop("fps"))), case.pop("time_base")
+        case.update(fps=fps, ticks=denominator / fps / numerator, rng=random.Random(row["seed"]))
+        assert clip_frames(**case) == row["frames"], row

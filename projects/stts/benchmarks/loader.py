@@ -42,7 +42,15 @@ TITLES = {
 # ---- films ----------------------------------------------------------------------------------
 
 
-def write_film(path: Path, frames: int, height: int, width: int, grain: float, **options) -> None:
+def write_film(
+    path: Path,
+    frames: int,
+    height: int,
+    width: int,
+    grain: float,
+    codec: str = "libx264",
+    **options,
+) -> None:
     """Objects that turn and drift over a background that a hand-held camera pans: textures with
     the spectrum of natural images, and grain; encoded as x264 does by default (B-frames)."""
     rng = np.random.default_rng(0)
@@ -58,7 +66,7 @@ def write_film(path: Path, frames: int, height: int, width: int, grain: float, *
         )[0]
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options=options)
+        stream = container.add_stream(codec, rate=30, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for number in range(frames):
             t = number / 30
@@ -129,8 +137,13 @@ def slowfast_ways(folder: Path) -> dict:
         items = dataset("test", crops)
         return lambda number: [items[view] for view in range(VIEWS * crops)]
 
-    train = dataset("train")
-    return {"views": views(1), "crops": views(3), "train": lambda number: train[0]}
+    train, ways = dataset("train"), {"views": views(1), "crops": views(3)}
+    ways["train"] = lambda number: train[0]
+    if "FAST_AUGMENT" in train.cfg.get("STTS", {}):
+        fast = dataset("train")
+        fast.cfg.STTS.FAST_AUGMENT = True
+        ways["fast"] = lambda number: fast[0]
+    return ways
 
 
 def standalone_ways(folder: Path) -> dict:
@@ -226,10 +239,10 @@ def compare(title: str, ways: dict, rounds: int, average=statistics.median) -> N
         print(f"  {name:<58} {value:8.1f} ms  {first / value:5.1f}x", flush=True)
 
 
-def baseline(folder: Path) -> Path:
-    """The package as it was at the commit BASELINE."""
+def baseline(folder: Path, commit: str = BASELINE) -> Path:
+    """The package as it was at a commit."""
     archive, root = folder / "baseline.tar", Path(__file__).resolve().parents[3]
-    command = ["git", "archive", "-o", archive, BASELINE, "stts_slowfast"]
+    command = ["git", "archive", "-o", archive, commit, "stts_slowfast"]
     subprocess.run(command, cwd=root, check=True)
     with tarfile.open(archive) as tar:
         tar.extractall(folder / "baseline", filter="data")
@@ -240,9 +253,9 @@ def baseline(folder: Path) -> Path:
 
 
 def wanted_frames() -> list[list[int]]:
-    from stts_slowfast.video import clip_span, frame_indices
+    from stts_slowfast.video import clip_frames
 
-    return [frame_indices(*clip_span(FRAMES, 64, n, VIEWS), 16, FRAMES) for n in range(VIEWS)]
+    return [clip_frames(FRAMES, 30.0, 16, 4, clip_idx=n, num_clips=VIEWS) for n in range(VIEWS)]
 
 
 def decoder_ways(path: str, threads: int) -> dict:
@@ -345,6 +358,8 @@ def main() -> None:
             if table == "decoders":
                 continue
             ways = {row: lambda n, w=worker, t=table: w(t, n) for row, worker in workers.items()}
+            if table == "train" and "SlowFast" in workers:
+                ways["SlowFast, STTS.FAST_AUGMENT True"] = lambda n: workers["SlowFast"]("fast", n)
             training = table == "train"
             rounds = arguments.rounds * (8 if training else 1)
             compare(
@@ -354,6 +369,8 @@ def main() -> None:
                 for row in list(rows)[1:]:
                     print(f"\n{TITLES[table]}, {row}:", file=sys.stderr, flush=True)
                     workers[row](table, 1, profile=True)
+                    if table == "train" and row == "SlowFast":
+                        workers[row]("fast", 1, profile=True)
         if "decoders" in arguments.tables:
             for threads in (1, 2):
                 torch.set_num_threads(threads)

@@ -142,7 +142,7 @@ def checkpoint(cfg) -> str:
 def test(cfg, path: str, clips) -> float:
     """Top-1 in percent."""
     model, _ = load(cfg, path)
-    return evaluate(cfg, model, clips, clips.videos, lambda: None)["top1"]
+    return evaluate(cfg, model, clips, lambda: None)["top1"]
 
 
 @torch.no_grad()

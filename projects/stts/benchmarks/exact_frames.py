@@ -1,0 +1,97 @@
+"""Times what it costs that frame i is frame i: this reader beside the one that believed containers.
+
+    PYTHONPATH=. OMP_NUM_THREADS=1 python projects/stts/benchmarks/exact_frames.py
+
+Core-milliseconds for a training clip (16 frames, every fourth, from a drawn start) and for the
+frames of 10 views: of a file that the process has not met ("cold") and of one that it has
+("warm"). The reader as it was at the commit BASELINE and today's live in a process each and take
+turns; a row is the least of its rounds, for others keep the cores busy.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import loader
+
+BASELINE = "a56a37f"
+# UCF-101 and HMDB-51 are MPEG-4 part 2 in AVI, some 320x240 at 25 or 30 frames a second.
+FILMS = {
+    "H.264 in mp4, 10 s of 456x256": ("film.mp4", 300, 256, 456, "libx264", {"g": "250"}),
+    "the same of 32x16 pixels": (
+        "tiny.mp4",
+        300,
+        16,
+        32,
+        "libx264",
+        {"g": "250"},
+    ),
+    "H.264 in Matroska, 10 s of 456x256": ("film.mkv", 300, 256, 456, "libx264", {"g": "250"}),
+    "MPEG-4 in AVI, 7 s of 320x240": ("plain.avi", 210, 240, 320, "mpeg4", {"g": "60"}),
+    "the same with B-frames": ("b.avi", 210, 240, 320, "mpeg4", {"g": "60", "bf": "2"}),
+}
+WAYS = "a clip, cold", "a clip, warm", "10 views, cold", "10 views, warm"
+
+
+def serve(folder: str) -> None:
+    """Reads a line ``name way number`` after the other; prints how long it took."""
+    from stts_slowfast.video import Video, reader
+
+    for line in sys.stdin:
+        name, way, number = line.split()
+        if way in "02":
+            reader._memory.clear()
+        start = time.process_time()
+        with Video(os.path.join(folder, name)) as video:
+            room, rng = video.num_frames - 64, random.Random(int(number))
+            starts = [rng.randrange(room)] if way in "01" else range(0, room, room // 10)
+            video.decode(sorted({begin + 4 * i for begin in starts for i in range(16)}))
+        print(1000 * (time.process_time() - start), flush=True)
+
+
+def start(package: Path, folder: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, __file__, "--serve", folder],
+        env={**os.environ, "PYTHONPATH": f"{package}:{Path(__file__).parent}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        return serve(arguments.serve)
+    with tempfile.TemporaryDirectory() as folder:
+        before = loader.baseline(Path(folder), BASELINE)
+        for name, frames, height, width, codec, options in FILMS.values():
+            path = Path(folder) / name
+            loader.write_film(path, frames, height, width, 2.0, codec, **options)
+        readers = [start(package, folder) for package in (before, Path(__file__).parents[3])]
+        print("| | | before, ms | today, ms | ratio |\n| --- | --- | ---: | ---: | ---: |")
+        for film, (name, *_) in FILMS.items():
+            for way, title in enumerate(WAYS):
+                times = [[], []]
+                for number in range(arguments.rounds + 2):
+                    for reader, values in zip(readers, times):
+                        print(name, way, number, file=reader.stdin, flush=True)
+                        values.append(float(reader.stdout.readline()))
+                old, new = map(min, times)
+                row = f"| {film} | {title} | {old:.1f} | {new:.1f} | {new / old:.2f} |"
+                print(row, flush=True)
+        for reader in readers:
+            reader.stdin.close()
+            reader.wait()
+
+
+if __name__ == "__main__":
+    main()
