@@ -108,6 +108,14 @@ def test_a_clip_of_small_loss_teaches_as_much_as_another_and_one_without_any_not
     assert torch.equal(scores.grad, torch.zeros_like(scores))  # and no NaN
 
 
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
+def test_an_overflow_shows_in_the_lesson(broken):
+    """A GradScaler looks for it in every gradient, and skips the step."""
+    tokens, scores, *rest = case()
+    (saliency.teach(tokens, scores, *rest).sum() * broken).backward()
+    assert not scores.grad.isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_teaches_the_same(dtype):
     found = []
