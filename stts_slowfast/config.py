@@ -294,6 +294,27 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
         )
 
 
+def check_testing(node) -> None:
+    """Checks that a node names one budget, as a test takes; call it before any training.
+
+    Args:
+        node: ``cfg.STTS`` of a run that tests.
+
+    Raises:
+        ValueError: naming the range, and how to train with it and test without.
+    """
+    for dimension in ("TIME", "SPACE"):
+        keep = node[dimension].KEEP if node[dimension].BLOCKS else ()
+        ranges = [share for share in keep if isinstance(share, (list, tuple)) and len(share) == 2]
+        if any(low != high for low, high in ranges):
+            high = ",".join(f"{share[1] if share in ranges else share:g}" for share in keep)
+            raise ValueError(
+                f"STTS.{dimension}.KEEP is {list(keep)}, a range, and TEST.ENABLE is True: give "
+                f'one share to test (--opts STTS.{dimension}.KEEP "[{high}]"); to train with the '
+                "range, set TEST.ENABLE False, and test afterwards with TRAIN.ENABLE False"
+            )
+
+
 def plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, tuple]]:
     """What each selector will do: its key to the grid before and the grid after it.
 
@@ -336,6 +357,11 @@ def _plan(settings: Settings, grids, end: int) -> dict[str, tuple[tuple, tuple]]
 def nothing_left(dimension: str, keep: float, block: int, grid: Sequence[int]) -> str:
     """The sentence for a share that selects nothing out of ``grid``, ``(T, H, W)``."""
     frames, height, width = grid
+    if dimension == "TIME" and frames == 1:
+        return (
+            f"STTS.TIME.KEEP {keep:g} leaves no frame: one token frame arrives at block {block}, "
+            "as of an image, and it cannot be dropped; set STTS.TIME.BLOCKS []"
+        )
     found = f"{frames} frames" if dimension == "TIME" else f"{height}x{width} tokens"
     least = 1 / frames if dimension == "TIME" else 1 / min(height, width) ** 2
     unit = "frame" if dimension == "TIME" else "window"

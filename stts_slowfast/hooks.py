@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stts_slowfast import fused
 from stts_slowfast.config import Settings, as_arguments
-from stts_slowfast.hosts import Host, Tokens, find, hosted, unwrap
+from stts_slowfast.hosts import Host, Tokens, find, hosted, modules_with_selectors, unwrap
 from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
 
 logger = logging.getLogger(__name__)
@@ -118,14 +118,15 @@ def attach(
         ``space_4``, in the order in which they run; ``model.stts.settings`` what was asked for.
 
     Raises:
-        ValueError: where the model has selectors already, has no blocks that can be selected
-            before, or what is asked for is not valid for it.
+        ValueError: if the model, or a module in it, has selectors already; if it has no blocks that
+            can be selected before; or if what is asked for is not valid for it.
         TypeError: for arguments beside a node, none at all, or one of an unknown name.
     """
-    if isinstance(getattr(model, "stts", None), nn.ModuleDict):
+    for path, module in modules_with_selectors(model).items():
+        inside = f" in its {path}" if path else ""
         raise ValueError(
-            f"this {type(model).__name__} has selectors already ({', '.join(model.stts)}): "
-            "call detach(model) first"
+            f"this {type(model).__name__} has selectors already{inside} "
+            f"({', '.join(module.stts)}): call detach(model) first"
         )
     host, blocks = find(model)
     settings, steps = _settings(node, len(blocks), grids, time=time, space=space, **keywords)

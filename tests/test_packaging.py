@@ -1,10 +1,11 @@
-"""Wheel and sdist as they are built: what is in them, and that configs are found by name."""
+"""Wheel and sdist as they are built, what is in them; an editable install whose checkout moves."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -15,6 +16,8 @@ import stts_slowfast
 
 pytest.importorskip("setuptools")
 ROOT = Path(__file__).parents[1]
+FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+FILES += ("build_backend.py", "stts_slowfast_autoload.py")
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +27,11 @@ def built(tmp_path_factory):
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("stts_slowfast", "configs"):
         shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=ignored)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, sources)
     out = sources.parent / "dist"
     program = (
-        "from setuptools import build_meta as b\n"
+        "import sys; sys.path.insert(0, '.'); import build_backend as b\n"
         f"b.build_sdist({str(out)!r}), b.build_wheel({str(out)!r})\n"
     )
     out.mkdir()
@@ -48,8 +51,9 @@ def test_configs_travel_in_wheel_and_sdist(built):
         sdist = {member.name.partition("/")[2] for member in archive if member.isfile()}
     assert {f"stts_slowfast/{name}" for name in ours} <= sdist
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").rglob("*.py")}
-    assert modules <= wheel and modules <= sdist
-    assert "stts_slowfast/py.typed" in wheel & sdist
+    modules.add("stts_slowfast_autoload.py")
+    assert {"stts_slowfast_autoload.pth", "stts_slowfast/py.typed"} <= wheel
+    assert modules <= wheel and modules | {"build_backend.py", "stts_slowfast/py.typed"} <= sdist
 
 
 def test_the_version_is_the_packages(built):
@@ -77,3 +81,77 @@ def test_the_wheel_loads_configs_by_name(built, tmp_path):
         text=True,
     )
     assert done.stdout.split() == [str(site / "stts_slowfast" / "__init__.py"), "True"], done.stderr
+
+
+IMPORT = "import torch; print('torch', torch.__version__)"
+
+
+@pytest.fixture
+def editable(tmp_path_factory):
+    """A virtual environment that sees this one's packages, into which a copy of the sources is
+    installed with ``pip install -e``; the copy; and how to run Python in it."""
+    folder = tmp_path_factory.mktemp("editable")
+    sources, python = folder / "checkout", folder / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    # After the environment's own packages, and without the links of an editable install there.
+    (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "stts_slowfast", sources / "stts_slowfast", ignore=ignored)
+    for name in FILES:
+        shutil.copy(ROOT / name, sources)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TORCH_DEVICE"))}
+
+    def run(*words) -> subprocess.CompletedProcess:
+        command = [str(python), *map(str, words)]
+        return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+
+    quiet = ("--quiet", "--disable-pip-version-check", "--no-index", "--no-deps")
+    done = run("-m", "pip", "install", *quiet, "--no-build-isolation", "-e", sources)
+    if done.returncode:
+        pytest.skip(f"pip cannot install here: {done.stderr.strip()[-300:]}")
+    return sources, run
+
+
+DEFAULTS = "from fvcore.common.config import CfgNode\n_C = CfgNode()\nget_cfg = _C.clone\n"
+DEFAULTS += "def assert_and_infer_cfg(cfg):\n    return cfg\n"
+
+
+def test_a_config_may_be_read_before_torch_is_imported(editable):
+    sources, run = editable
+    folder = sources.with_name("slowfast") / "config"
+    folder.mkdir(parents=True)
+    (folder / "defaults.py").write_text(DEFAULTS)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").write_text("")
+    read = "from slowfast.config.defaults import get_cfg; cfg = get_cfg(); "
+    read += "cfg.merge_from_list(['STTS.ENABLE', 'True']); print(cfg.STTS.ENABLE)"
+    done = run("-c", read)
+    assert done.stdout.strip() == "True", done.stderr
+    done = run("-c", f"import torch; {read}")
+    assert done.stdout.strip() == "True", done.stderr
+    # Whoever does not import SlowFast has nothing of ours but that one module.
+    names = run("-c", "import sys; print([name for name in sys.modules if 'stts' in name])").stdout
+    assert "stts_slowfast_autoload" in names and "'stts_slowfast'" not in names
+    done = run("-c", "import os; os.environ['STTS_AUTOLOAD'] = '0'; " + read)
+    assert "Non-existent key: STTS" in done.stderr
+
+
+def test_import_torch_survives_a_checkout_that_is_moved_or_broken(editable):
+    sources, run = editable
+    done = run("-c", f"{IMPORT}; import sys; print('stts_slowfast.pyslowfast' in sys.modules)")
+    assert done.stdout.split()[::2] == ["torch", "True"], done.stderr
+    broken = sources / "stts_slowfast" / "pyslowfast" / "autoload.py"
+    broken.write_text("def register(:")  # half of an upgrade
+    done = run("-c", IMPORT)
+    assert done.stdout.startswith("torch") and "stts_slowfast" not in done.stderr, done.stderr
+    sources.rename(sources.with_name("moved"))
+    package = sources.with_name("slowfast")
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    done = run("-c", f"{IMPORT}; import slowfast")
+    assert done.stdout.startswith("torch"), done.stderr
+    (told,) = [line for line in done.stderr.splitlines() if "stts_slowfast" in line]
+    assert "SlowFast runs without it (ModuleNotFoundError" in told
+    assert run("-m", "pip", "uninstall", "--quiet", "--yes", "stts-slowfast").returncode == 0
+    assert not list(sources.parent.glob("venv/lib/python*/site-packages/stts_slowfast*"))

@@ -14,46 +14,43 @@ import torch
 from stts_slowfast.standalone.defaults import load_config
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
+from stts_slowfast.tools.published import TABLE, Published
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path(__file__).with_name("README.md")
 # The zoo stands between these two lines of the page.
 START, END = "<!-- model zoo -->\n", "<!-- end of model zoo -->\n"
 
-# Published top-1 (%) and GFLOPs of one view, or None; then the notes that explain the row.
-PUBLISHED = {
-    "Kinetics/RECOMMENDED_MVIT_B_16x4_T0_0.9_S4_0.9": (None, None, "h"),
-    "Kinetics/RECOMMENDED_MVITv2_S_16x4_T0_0.9_S4_0.9": (None, None, "h"),
-    "Kinetics/RECOMMENDED_VIT_B_16x4_T0_0.9_S4_0.9": (None, None, "h"),
-    "Kinetics/RECOMMENDED_TIMESFORMER_8x32_T0_0.9_S4_0.9": (None, None, "h"),
-    "Kinetics/RECOMMENDED_SWIN_T_32x2_T0_0.5": (None, None, "h"),
-    "Kinetics/STTS_MVIT_B_16x4_T0_0.9_S4_0.9": (78.1, 56.4, ""),
-    "Kinetics/STTS_MVIT_B_16x4_T0_0.8_S4_0.9": (77.9, 47.2, ""),
-    "Kinetics/STTS_MVIT_B_16x4_T0_0.6_S4_0.9": (77.5, 38.1, "a"),
-    "Kinetics/STTS_MVIT_B_16x4_T0_0.5_S4_0.7": (76.6, 23.3, "a"),
-    "Kinetics/STTS_MVIT_B_16x4_T0_0.4_S4_0.6": (75.6, 12.1, "a"),
-    "Kinetics/STTS_MVIT_B_32x3_T0_0.9_S6_0.9": (None, None, "c"),
-    "Kinetics/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9": (None, None, "c"),
-    "Kinetics/STTS_VIT_B_16x4_T0_0.9_S4_0.9": (None, None, "c"),
-    "Kinetics/STTS_TIMESFORMER_8x32_T0_0.9_S4_0.9": (None, None, "c"),
-    "Kinetics/STTS_TIMESFORMER_96x4_T0_0.5_S4_0.9": (None, None, "c"),
-    "Kinetics/STTS_SWIN_B_32x2_T0_0.9": (81.9, 252.5, "b"),
-    "Kinetics/STTS_SWIN_B_32x2_T0_0.8": (81.6, 223.4, "b"),
-    "Kinetics/STTS_SWIN_B_32x2_T0_0.6": (81.4, 181.4, "b"),
-    "Kinetics/STTS_SWIN_B_32x2_T0_0.5": (81.1, 121.6, "b"),
-    "Kinetics/STTS_SWIN_B_32x2_T0_0.4": (80.7, 91.4, "b"),
+# The configurations with selection, and the notes that explain their rows.
+SELECTION = {
+    "Kinetics/RECOMMENDED_MVIT_B_16x4_T0_0.9_S4_0.9": "h",
+    "Kinetics/RECOMMENDED_MVITv2_S_16x4_T0_0.9_S4_0.9": "h",
+    "Kinetics/RECOMMENDED_VIT_B_16x4_T0_0.9_S4_0.9": "h",
+    "Kinetics/RECOMMENDED_TIMESFORMER_8x32_T0_0.9_S4_0.9": "h",
+    "Kinetics/RECOMMENDED_SWIN_T_32x2_T0_0.5": "h",
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.9_S4_0.9": "",
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.8_S4_0.9": "",
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.6_S4_0.9": "a",
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.5_S4_0.7": "a",
+    "Kinetics/STTS_MVIT_B_16x4_T0_0.4_S4_0.6": "a",
+    "Kinetics/STTS_MVIT_B_32x3_T0_0.9_S6_0.9": "c",
+    "Kinetics/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9": "c",
+    "Kinetics/STTS_VIT_B_16x4_T0_0.9_S4_0.9": "c",
+    "Kinetics/STTS_TIMESFORMER_8x32_T0_0.9_S4_0.9": "c",
+    "Kinetics/STTS_TIMESFORMER_96x4_T0_0.5_S4_0.9": "c",
+    **{f"Kinetics/STTS_SWIN_B_32x2_T0_{keep}": "b" for keep in (0.9, 0.8, 0.6, 0.5, 0.4)},
     **{
-        f"Kinetics/STTS_SWIN_{size}_32x2_T0_{keep}": (None, None, "c")
+        f"Kinetics/STTS_SWIN_{size}_32x2_T0_{keep}": "c"
         for size in "ST"
         for keep in (0.9, 0.8, 0.6, 0.5, 0.4)
     },
-    "SSv2/STTS_MVIT_B_16x4_T0_0.9_S4_0.9": (None, None, "d"),
-    "SSv2/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9": (None, None, "d"),
-    "SSv2/STTS_TIMESFORMER_8_T0_0.9_S4_0.9": (None, None, "c"),
+    "SSv2/STTS_MVIT_B_16x4_T0_0.9_S4_0.9": "d",
+    "SSv2/STTS_MVITv2_S_16x4_T0_0.9_S4_0.9": "d",
+    "SSv2/STTS_TIMESFORMER_8_T0_0.9_S4_0.9": "c",
 }
 
-# The same for the backbones without selection: name, a config to build it from, top-1, GFLOPs,
-# millions of parameters, notes.
+# The backbones without selection: name, a config to build it from, published top-1 (%), GFLOPs of
+# one view and millions of parameters, notes.
 BACKBONES = [
     ("MViT-B 16x4", "Kinetics/STTS_MVIT_B_16x4_T0_0.9_S4_0.9", 78.4, 70.5, 36.6, ""),
     ("MViT-B 32x3", "Kinetics/STTS_MVIT_B_32x3_T0_0.9_S6_0.9", 80.4, None, None, "e"),
@@ -120,10 +117,10 @@ def show(value: float | None, digits: int | None = None) -> str:
 
 def selection_row(name: str) -> str:
     """The row of a configuration with selection."""
-    top1, published, notes = PUBLISHED[name]
+    (result,) = TABLE.get(name, {}).get("kinetics", (Published(None, ""),))
     gflops, params = measure(name, True)
-    cells = [f"[{name}](../../configs/{name}.yaml)", show(top1, 1), show(published)]
-    return " | ".join(["", *cells, show(gflops, 2), show(params, 2), notes, ""]).strip()
+    cells = [f"[{name}](../../configs/{name}.yaml)", show(result.top1, 1), show(result.gflops)]
+    return " | ".join(["", *cells, show(gflops, 2), show(params, 2), SELECTION[name], ""]).strip()
 
 
 def backbone_row(row: tuple) -> str:
@@ -150,7 +147,7 @@ def page() -> str:
         "| params (M), measured | notes |"
     )
     lines.append("| --- | --- | --- | --- | --- | --- |")
-    for name in PUBLISHED:
+    for name in SELECTION:
         lines.append(tell(selection_row(name)))
     before, _, rest = PAGE.read_text().partition(START)
     after = rest.partition(END)[2]

@@ -62,7 +62,7 @@ def wrap_augment(kinetics) -> None:
 
 def is_asked(cfg) -> bool:
     """Whether a config asks for it."""
-    return bool(cfg.STTS.get("FAST_AUGMENT", False))
+    return "STTS" in cfg and bool(cfg.STTS.get("FAST_AUGMENT", False))
 
 
 class Images:

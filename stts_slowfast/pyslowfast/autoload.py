@@ -1,9 +1,9 @@
 """Waits until SlowFast is imported, then lets the plugin take hold: nothing else happens here.
 
-PyTorch calls `register` at the end of every ``import torch`` (entry point ``torch.backends``), in
-spawned children too, whether SlowFast will be used or not. So this file needs the standard library
-and wrapt alone, takes microseconds once they are imported, and never raises. ``STTS_AUTOLOAD=0``
-switches it off.
+PyTorch calls `stts_slowfast_autoload.register` at the end of every ``import torch`` (entry point
+``torch.backends``), in spawned children too, whether SlowFast will be used or not. So this file
+needs the standard library and wrapt alone, and takes microseconds once they are imported; what it
+raises is caught there. ``STTS_AUTOLOAD=0`` switches it off.
 """
 
 import importlib
@@ -11,44 +11,44 @@ import os
 import sys
 from functools import partial
 
+from stts_slowfast.pyslowfast import compat
+
 # What happens after which module has been imported: functions of this package that take the module.
-HOOKS = {
-    "detectron2": ["compat.imports.mend_pkg_resources"],
-    "slowfast": [
-        "compat.imports.mend_vision_imports",
-        "compat.imports.mend_ava_evaluation",
-        "compat.imports.explain_missing_packages",
-    ],
-    "slowfast.datasets.decoder": ["decoder.mend_decoder"],
-    "slowfast.datasets.kinetics": ["badvideos.mend_bad_videos", "augment.wrap_augment"],
+# What this package adds to SlowFast; patches of SlowFast itself are in `compat.PATCHES`.
+OURS = {
+    "slowfast": ["compat.check_switch"],
+    "slowfast.datasets.build": ["lists.wrap_build_dataset"],
+    "slowfast.datasets.kinetics": ["augment.wrap_augment"],
     "slowfast.models.attention": ["fused.register"],
-    "slowfast.models.build": ["shards.wrap_build_model"],
-    "slowfast.datasets.loader": ["compat.tools.mend_visualization"],
-    "slowfast.models.optimizer": ["training.wrap_optimizer", "compat.tools.mend_mt_adamw"],
-    "slowfast.models.ptv_model_builder": ["compat.tools.mend_ptv_mvit"],
-    "slowfast.models.video_model_builder": [
-        "plugin.wrap_models",
-        "compat.devices.mend_cuda_synchronize",
-    ],
-    "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint"],
+    "slowfast.models.build": ["plugin.wrap_build_model"],
+    "slowfast.models.optimizer": ["training.wrap_optimizer"],
+    "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint", "plugin.wrap_load_test"],
     "slowfast.utils.logging": ["training.wrap_log"],
-    "slowfast.utils.meters": ["badvideos.wrap_meters", "compat.tools.mend_ava_test"],
     "slowfast.utils.misc": ["shards.wrap_launch_job", "training.wrap_losses"],
-    "slowfast.utils.parser": ["compat.tools.mend_load_config"],
-    "slowfast.visualization.tensorboard_vis": [
-        "training.wrap_tensorboard",
-        "compat.tools.mend_layer_weights",
-    ],
-    "slowfast.visualization.utils": ["compat.tools.mend_demo", "compat.tools.mend_activations"],
-    # Last: where the others cannot be waited for, SlowFast does not know the node STTS either.
+    "slowfast.visualization.tensorboard_vis": ["training.wrap_tensorboard"],
+    **{
+        name: ["loops.wrap_jobs"]
+        for module in ("tools.train_net", "tools.test_net")
+        for name in compat.ALIASES[module]
+    },
+    # If the others cannot be waited for, SlowFast does not know the node STTS either.
     "slowfast.config.defaults": [
         "plugin.add_config",
         "settings.add_our_keys",
         "settings.read_our_nodes",
         "guard.wrap_config",
-        "compat.config.mend_prefetch_key",
+        "plugin.wrap_config",
     ],
 }
+
+
+def _merged(first: dict, second: dict) -> dict[str, list[str]]:
+    return {name: [*first.get(name, ()), *second.get(name, ())] for name in {**first, **second}}
+
+
+HOOKS = _merged(OURS, compat.hooks())
+# Last, so that the config is the last to be waited for.
+HOOKS["slowfast.config.defaults"] = HOOKS.pop("slowfast.config.defaults")
 
 # How the functions of HOOKS fared: their errors, None for success. What is not here never ran.
 results: dict[str, Exception | None] = {}
@@ -73,17 +73,14 @@ def register_hooks() -> None:
     if _registered:
         return
     _registered = True
-    try:
-        from wrapt import register_post_import_hook
+    from wrapt import register_post_import_hook
 
-        for module_name, functions in HOOKS.items():
-            if _is_half_imported(module_name):
-                _half_imported[module_name] = functions
-                continue
-            for function in functions:
-                register_post_import_hook(partial(_hook, function), module_name)
-    except Exception as error:
-        _complain("cannot wait for SlowFast", error)
+    for module_name, functions in HOOKS.items():
+        if _is_half_imported(module_name):
+            _half_imported[module_name] = functions
+            continue
+        for function in functions:
+            register_post_import_hook(partial(_hook, function), module_name)
 
 
 def finish() -> None:

@@ -1,155 +1,211 @@
 """Videos that cannot be read inside SlowFast: waited for only so long, written down, never scored.
 
 In training and validation SlowFast takes another one. In testing it asks for the same a hundred
-times and ends without its name; here black frames with the label ``UNREADABLE`` take its place, and
-the test ends with the list, or with both accuracies where ``TEST.ALLOW_MISSING``.
+times and ends without its name; here black frames take its place, the meter hears of it, and the
+test ends with the list, or with both accuracies if ``TEST.ALLOW_MISSING``. Each loop over
+SlowFast's ``Kinetics`` has an account of its own, which ends with it.
 """
 
+import contextlib
+from contextvars import ContextVar, copy_context
 from functools import partial
 
 import numpy as np
 import torch
 
-from stts_slowfast.pyslowfast import decoder as reader
-from stts_slowfast.pyslowfast.compat import mend
+from stts_slowfast.pyslowfast import reading
+from stts_slowfast.pyslowfast.compat import patch
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.video import VideoError, within
-from stts_slowfast.video.badvideos import (
-    UNREADABLE,
-    BadVideos,
-    Finding,
-    require_none,
-    written,
-)
+from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, require_none, written
 from stts_slowfast.video.files import require_regular
 
-# The dataset and the path that this process reads now; the test set that it tests by.
-_now = {}
+KINDS = {"unreadable": 1, "damaged": 2}
+# How a worker tells the meter, through the batch: no list holds this label, which is taken out
+# again before SlowFast sees it.
+NOT_READ = torch.iinfo(torch.int64).min
 _BLACK = object()  # stands for the container of a test video that cannot be read
 
+_reads: "ContextVar[Reads | None]" = ContextVar("stts_reads", default=None)
 
-@mend
-def mend_bad_videos(kinetics) -> bool:
+
+class Reads:
+    """What the loop over a dataset finds about its videos, in all its workers.
+
+    Attributes:
+        kinds: (items,) uint8 in shared memory, a sum of `KINDS` for each item of the dataset.
+        known: path to reason, of the unreadable ones that this process met.
+        line: what the epoch's or the test's line of ``json_stats`` gains.
+    """
+
+    def __init__(self, dataset):
+        self.cfg, self.mode, self.dataset = dataset.cfg, dataset.mode, dataset
+        self.paths = dataset._path_to_videos
+        self.kinds = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
+        self.bad = BadVideos(dataset.cfg, dataset.mode)
+        self.known: dict[str, str] = {}
+        self.line: dict = {}
+
+    def note(self, path: str, kind: str, reason: str) -> None:
+        """Writes down what was found about a file."""
+        if kind == "unreadable":
+            self.known[path] = reason
+        index = self.paths.index(path)
+        self.kinds[index] |= KINDS[kind]
+        epoch = int(self.dataset.epoch) if self.mode == "train" else None
+        self.bad.add([Finding(index, path, kind, reason)], epoch)
+
+    def settle(self, item: reading.Item, found):
+        """What ``__getitem__`` returns, with the label `NOT_READ` for black frames.
+
+        Raises:
+            VideoError: if SlowFast has given up, after a hundred videos.
+        """
+        if found is None:
+            reason = self.known.get(item.path, "SlowFast gives up")
+            raise VideoError(item.path, f"{reason}; nor could {len(self.known) - 1} others")
+        if not item.blank:
+            return found
+        frames, _, *rest = found
+        return frames, NOT_READ, *rest
+
+    def everywhere(self) -> dict[str, set[str]]:
+        """Paths by kind, of all processes of the run. Each of them must call it."""
+        own = {
+            kind: {self.paths[n] for n in torch.nonzero(self.kinds & bit).flatten().tolist()}
+            for kind, bit in KINDS.items()
+        }
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return own
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, own)
+        return {kind: set().union(*(part[kind] for part in parts)) for kind in KINDS}
+
+    def count(self) -> None:
+        """Puts into `line` how many videos of each kind there are, if there are any."""
+        self.line = {kind: len(paths) for kind, paths in self.everywhere().items() if paths}
+
+
+@patch("bad_videos")
+def patch_bad_videos(kinetics) -> bool:
     """Kinetics' opening and decoding of files (``slowfast/datasets/kinetics.py``)."""
-    if hasattr(kinetics.Kinetics.__getitem__, "stock"):
-        return False
-    wrap(kinetics.Kinetics, "_construct_loader", _note_test_set)
-    wrap(kinetics.Kinetics, "__getitem__", _get_item)
+    reading.wrap_items(kinetics)
     wrap(kinetics.container, "get_video_container", _open)
     wrap(kinetics.decoder, "decode", _decode)
     return True
 
 
-def wrap_meters(meters) -> None:
-    """``TestMeter`` of ``slowfast/utils/meters.py``: what cannot be read counts as wrong."""
-    wrap(meters.TestMeter, "update_stats", _update_stats)
-    wrap(meters.TestMeter, "finalize_metrics", _finalize)
-
-
-def stats(given: dict, folder: str | None) -> dict:
+def stats(given: dict) -> dict:
     """What an epoch's or a test's line of ``json_stats`` gains."""
-    if given.get("split") == "test_final":
-        return _now.get("accuracy", {})
-    if folder and str(given.get("_type")).endswith("_epoch"):
-        return {kind: len(written(folder, kind)) for kind in ("unreadable", "damaged")}
-    return {}
+    reads = _reads.get()
+    ends = given.get("split") == "test_final" or str(given.get("_type")).endswith("_epoch")
+    return reads.line if reads is not None and ends else {}
 
 
-def _note_test_set(construct_loader, dataset):
-    construct_loader(dataset)
-    dataset.bad = BadVideos(dataset.cfg, dataset.mode)
-    dataset.unreadable = {}  # path: reason, as far as this process knows
-    if dataset.mode == "test":
-        _now["test"] = dataset
+@contextlib.contextmanager
+def account(loader, meter, mode: str):
+    """While a loop of SlowFast's reads a dataset, what cannot be read is accounted for.
 
-
-def _get_item(getitem, dataset, index):
-    _now["dataset"] = dataset
+    Args:
+        loader: of any dataset; that of others than ``Kinetics`` itself is left alone.
+        meter: what the loop counts with; its methods are SlowFast's again afterwards.
+        mode: ``train``, ``val`` or ``test``.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if not reading.is_kinetics(dataset) or dataset.mode != mode:
+        yield
+        return
+    if mode == "test" and getattr(meter, "multi_label", True):
+        yield
+        return
+    reads = dataset.stts_reads = Reads(dataset)
+    token = _reads.set(reads)
+    methods = {"log_epoch_stats": _log_epoch}
+    if mode == "test":
+        reads.missing = set()
+        methods = {"update_stats": _update_stats, "finalize_metrics": _finalize}
+    for name, ours in methods.items():
+        setattr(meter, name, partial(ours, getattr(meter, name), meter, reads))
     try:
-        frames, label, *rest = getitem(dataset, index)
+        yield
     finally:
-        _now.pop("dataset")
-    return frames, UNREADABLE if _now.get("black") else label, *rest
+        _reads.reset(token)
+        del dataset.stts_reads
+        for name in methods:
+            vars(meter).pop(name, None)
 
 
 def _open(get_video_container, path, *args, **kwargs):
-    dataset = _now.get("dataset")
-    if dataset is None:
+    item = reading.item()
+    if item is None or item.reads is None:
         return get_video_container(path, *args, **kwargs)
-    _now.update(path=path, black=False)
-    if path not in dataset.unreadable:
+    reads, item.path, item.blank, item.finding = item.reads, path, False, None
+    if path not in reads.known:
         try:
             require_regular(path)
-            seconds = dataset.cfg.DATA.READ_TIMEOUT
+            seconds = reads.cfg.DATA.READ_TIMEOUT
             return within(seconds, path, partial(get_video_container, path, *args, **kwargs))
         except Exception as error:
-            _note("unreadable", getattr(error, "reason", str(error)))
-    if dataset.mode == "test":
+            reads.note(path, "unreadable", getattr(error, "reason", str(error)))
+    if reads.mode == "test":
         return _BLACK
-    raise VideoError(path, dataset.unreadable[path])
+    raise VideoError(path, reads.known[path])
 
 
 def _decode(decode, container, *args, **kwargs):
-    dataset = _now.get("dataset")
-    if dataset is None:
+    item = reading.item()
+    if item is None or item.reads is None:
         return decode(container, *args, **kwargs)
-    found, path = (None, None, None), _now["path"]
+    found, cfg = (None, None, None), item.reads.cfg
     if container is not _BLACK:
-        reader.finding = None
         try:
-            call = partial(decode, container, *args, **kwargs)
-            found = within(dataset.cfg.DATA.READ_TIMEOUT, path, call)
+            # The thread that reads is told of the item too.
+            call = partial(copy_context().run, decode, container, *args, **kwargs)
+            found = within(cfg.DATA.READ_TIMEOUT, item.path, call)
         except VideoError as error:
-            reader.abandon()
-            reader.finding = "unreadable", error.reason
-        if found[0] is None and not reader.finding:
-            reader.finding = "unreadable", "SlowFast's decoder gives nothing"
-        if reader.finding:
-            _note(*reader.finding)
-    if found[0] is not None or dataset.mode != "test":
+            item.leave_file()  # to the thread that still waits for it
+            item.finding = "unreadable", error.reason
+        if found[0] is None and not item.finding:
+            item.finding = "unreadable", "SlowFast's decoder gives nothing"
+        if item.finding:
+            item.reads.note(item.path, *item.finding)
+    if found[0] is not None or item.reads.mode != "test":
         return found
-    _now["black"] = True
-    side = dataset.cfg.DATA.TEST_CROP_SIZE
-    frames = torch.zeros(dataset.cfg.DATA.NUM_FRAMES, side, side, 3, dtype=torch.uint8)
+    item.blank = True
+    side = cfg.DATA.TEST_CROP_SIZE
+    frames = torch.zeros(cfg.DATA.NUM_FRAMES, side, side, 3, dtype=torch.uint8)
     return [frames], np.zeros((1, 3)), [0]
 
 
-def _note(kind: str, reason: str) -> None:
-    dataset, path = _now["dataset"], _now["path"]
-    if kind == "unreadable":
-        dataset.unreadable[path] = reason
-    epoch = int(dataset.epoch) if dataset.mode == "train" else None
-    index = dataset._path_to_videos.index(path)
-    dataset.bad.add([Finding(index, path, kind, reason)], epoch)
+def _log_epoch(log_epoch_stats, meter, reads, cur_epoch):
+    reads.count()
+    return log_epoch_stats(cur_epoch)
 
 
-def _update_stats(update_stats, meter, preds, labels, clip_ids):
-    """A video that is unreadable in one view is so in all, whichever comes last."""
+def _update_stats(update_stats, meter, reads, preds, labels, clip_ids):
+    """A video that is unreadable in one view is so in all, whichever comes last: it has no label,
+    so that no prediction is right."""
     videos = clip_ids // meter.num_clips
-    if not hasattr(meter, "unreadable"):
-        meter.unreadable = set()
-    meter.unreadable |= set(videos[labels == UNREADABLE].tolist())
-    gone = torch.tensor([video in meter.unreadable for video in videos.tolist()])
+    reads.missing |= set(videos[labels == NOT_READ].tolist())
+    gone = torch.tensor([video in reads.missing for video in videos.tolist()], dtype=torch.bool)
     meter.video_labels[videos[gone]] = UNREADABLE
-    update_stats(meter, preds, labels.masked_fill(gone, UNREADABLE), clip_ids)
+    return update_stats(preds, labels.masked_fill(gone, UNREADABLE), clip_ids)
 
 
-def _finalize(finalize_metrics, meter, ks=(1, 5)):
-    missing, dataset = sorted(getattr(meter, "unreadable", ())), _now.get("test")
-    if dataset is None:
-        return finalize_metrics(meter, ks)
-    folder, paths = dataset.cfg.OUTPUT_DIR, dataset._path_to_videos[:: meter.num_clips]
-    damaged = written(folder, "damaged").keys() & set(paths)
-    _now["accuracy"] = {"unreadable": len(missing), "damaged": len(damaged)}
+def _finalize(finalize_metrics, meter, reads, ks=(1, 5)):
+    reads.count()
+    missing, paths = sorted(reads.missing), reads.paths[:: meter.num_clips]
     if missing:
+        folder = reads.cfg.OUTPUT_DIR
         reasons = written(folder, "unreadable")
-        if len(missing) == len(paths) or not dataset.cfg.TEST.ALLOW_MISSING:
+        if len(missing) == len(paths) or not reads.cfg.TEST.ALLOW_MISSING:
             require_none({paths[n]: reasons.get(paths[n], "unknown") for n in missing}, folder)
         from slowfast.utils.metrics import topks_correct
 
-        readable = meter.video_labels != UNREADABLE
+        readable = torch.ones(len(paths), dtype=torch.bool)
+        readable[missing] = False
         correct = topks_correct(meter.video_preds[readable], meter.video_labels[readable], ks)
         for k, count in zip(ks, correct):
             share = 100.0 * count / readable.sum()
-            _now["accuracy"][f"top{k}_acc_readable"] = f"{share:.2f}"
-    return finalize_metrics(meter, ks)
+            reads.line[f"top{k}_acc_readable"] = f"{share:.2f}"
+    return finalize_metrics(ks)

@@ -8,17 +8,20 @@ import functools
 import inspect
 import math
 import operator
+from contextvars import ContextVar
 
 import torch
 
+from stts_slowfast.pyslowfast import reading
 from stts_slowfast.pyslowfast.clips import WaitingClip
-from stts_slowfast.pyslowfast.compat import mend
+from stts_slowfast.pyslowfast.compat import patch
+from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.video import Video, frames_between
 from stts_slowfast.video.files import identity
 
 
-@mend
-def mend_decoder(decoder) -> bool:
+@patch("decoder")
+def patch_decoder(decoder) -> bool:
     """Both values of ``DATA.DECODING_BACKEND`` (``slowfast/datasets/decoder.py``).
 
     SlowFast's ``decode`` stays: the order of the clips, the augmentation of raw frames, the choice
@@ -32,34 +35,39 @@ def mend_decoder(decoder) -> bool:
     pyav_works = "start_end_delta_time" in decoder.pyav_decode.__code__.co_varnames
     if torchvision_works and pyav_works:
         return False
-    stock_decode, stock_torchvision = decoder.decode, decoder.torchvision_decode
-    decode_clips_now = functools.partial(decode_clips, decoder, sparse=False)
+    stock_torchvision = decoder.torchvision_decode
 
     @functools.wraps(stock_torchvision)
     def torchvision_decode(video_handle, *args, **kwargs):
         if torchvision_works and isinstance(video_handle, bytes):
             return stock_torchvision(video_handle, *args, **kwargs)
-        return decode_clips_now(video_handle, *args, **kwargs)
+        return decode_clips(decoder, video_handle, *args, sparse=_sparse.get(), **kwargs)
 
-    @functools.wraps(stock_decode)
-    def decode(*args, **kwargs):
-        call = inspect.signature(stock_decode).bind(*args, **kwargs)
-        augmented = any(call.arguments.get(f"{how}_prob", 0.0) > 0 for how in _AUGMENTATIONS)
-        sampled_alone = len(call.arguments["num_frames"]) == 1 and not augmented
-        if call.arguments.get("backend", "pyav") == "pyav" and not pyav_works:
-            # SlowFast's PyAV backend does not scale.
-            call.arguments.update(backend="torchvision", max_spatial_scale=0)
-        decode_clips_now.keywords["sparse"] = sampled_alone
-        frames, *others = stock_decode(*call.args, **call.kwargs)
-        if frames is not None and call.arguments.get("clip_idx", -1) < 0:  # augmented, not cropped
-            frames = [clip.now() if isinstance(clip, WaitingClip) else clip for clip in frames]
-        return frames, *others
-
-    torchvision_decode.stock = stock_torchvision
-    decoder.torchvision_decode, decoder.decode = torchvision_decode, decode
+    torchvision_decode.stock = torchvision_decode.wrapper = stock_torchvision
+    decoder.torchvision_decode = torchvision_decode
+    wrap(decoder, "decode", functools.partial(_decode, pyav_works))
     return True
 
 
+def _decode(pyav_works: bool, stock_decode, *args, **kwargs):
+    call = inspect.signature(stock_decode).bind(*args, **kwargs)
+    augmented = any(call.arguments.get(f"{how}_prob", 0.0) > 0 for how in _AUGMENTATIONS)
+    if call.arguments.get("backend", "pyav") == "pyav" and not pyav_works:
+        # SlowFast's PyAV backend does not scale.
+        call.arguments.update(backend="torchvision", max_spatial_scale=0)
+    token = _sparse.set(len(call.arguments["num_frames"]) == 1 and not augmented)
+    try:
+        frames, *others = stock_decode(*call.args, **call.kwargs)
+    finally:
+        _sparse.reset(token)
+    item = reading.item()
+    if frames is not None and not (item and item.crops_alone()):
+        frames = [clip.now() if isinstance(clip, WaitingClip) else clip for clip in frames]
+    return frames, *others
+
+
+# Whether those frames of the clip that is decoded now may stay black which are not taken.
+_sparse: ContextVar[bool] = ContextVar("stts_sparse", default=False)
 # What SlowFast may do to all frames of a clip, before it takes some of them.
 _AUGMENTATIONS = ("time_diff", "gaussian")
 
@@ -98,13 +106,13 @@ def decode_clips(
         True; None.
 
     Raises:
-        VideoError: where the video cannot be read; SlowFast's ``decode`` turns it into None.
+        VideoError: if the video cannot be read; SlowFast's ``decode`` turns it into None.
     """
-    global finding
+    item = reading.item()
+    files = item.files if item else reading.Files()
     rules = sampling_rate, num_frames, num_clips_uniform, target_fps, use_offset
-    file = None
     try:
-        file = _open_file(source, (*map(repr, rules), max_spatial_scale))
+        file = _open_file(files, source, (*map(repr, rules), max_spatial_scale))
         video = file.video
         sizes = [
             max(1.0, rate * frames / target_fps * video.fps)
@@ -147,14 +155,14 @@ def decode_clips(
             tensors = [clip.now() for clip in tensors]
         fps = video.fps
     except Exception as error:
-        finding = "unreadable", getattr(error, "reason", str(error))
-        if file:
-            file.close()
+        if item:
+            item.finding = "unreadable", getattr(error, "reason", str(error))
+        files.close()
         raise
-    if video.damage:
-        finding = "damaged", video.damage
-    if clip_idx < 0:
-        file.close()
+    if video.damage and item:
+        item.finding = "damaged", video.damage
+    if clip_idx < 0 or not item:
+        files.close()
     return tensors, fps, own is None, own
 
 
@@ -191,26 +199,10 @@ class _File:
         return all(number in self.images for number in taken)
 
     def close(self) -> None:
-        global _last
         self.video.close()
-        if _last is not None and _last[2] is self:
-            _last = None
 
 
-# The file that this process read last, and how: what it was opened from, the rules, the open file.
-_last: tuple | None = None
-# What `decode_clips` found of it that should be known: unreadable or damaged, and why.
-finding: tuple[str, str] | None = None
-
-
-def abandon() -> None:
-    """Leaves the last file to the thread that still waits for it."""
-    global _last
-    _last = None
-
-
-def _open_file(source, rules: tuple) -> _File:
-    global _last
+def _open_file(files: reading.Files, source, rules: tuple) -> _File:
     path, threads = None, 1
     if not isinstance(source, bytes):
         # PyAV's container has been opened, and asked for threads, by SlowFast: take both over.
@@ -220,12 +212,11 @@ def _open_file(source, rules: tuple) -> _File:
         path = source.name
         source.close()
     key = source if path is None else identity(path)
-    if _last is not None and key is not None and _last[0] == key and _last[1] == (*rules, threads):
-        return _last[2]
-    if _last is not None:
-        _last[2].close()
+    rules = *rules, threads
+    if files.last is not None and key is not None and files.last[:2] == (key, rules):
+        return files.last[2]
+    files.close()
     # SlowFast does not turn videos; a checkpoint is tested as it was trained.
     video = Video(source if path is None else path, threads=threads, rotate=False)
-    file = _File(video, rules[-1])
-    _last = key, (*rules, threads), file
-    return file
+    files.last = key, rules, _File(video, rules[-2])
+    return files.last[2]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from stts_slowfast import backbones
 from stts_slowfast.hosts import find_blocks
 from stts_slowfast.keys import check_choice
+from stts_slowfast.pyslowfast import compat
 from stts_slowfast.pyslowfast.weights import note_trained
 
 # What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
@@ -54,21 +55,29 @@ class SlowFastModel(nn.Module):
         return logits if self.training else ACTIVATIONS[self.head_act](logits)
 
 
-def register(registry) -> None:
-    """Adds the families that ``MODEL_REGISTRY`` does not have; does nothing where it has them.
+def offer(registry, cfg) -> None:
+    """Registers the family that a config names, if ``MODEL_REGISTRY`` has nothing of that name.
 
-    Not those whose ``MODEL.MODEL_NAME`` goes on behind a colon: a registry holds whole names.
+    Not before it is asked for: the name may be that of a model of the user's own. Not those whose
+    ``MODEL.MODEL_NAME`` goes on behind a colon: a registry holds whole names.
     """
-    for name, _ in backbones.FAMILIES:
-        if name not in registry and f"{name}:" != backbones.hf.PREFIX:
-            registry.register(_builder(name))
+    name = cfg.MODEL.MODEL_NAME
+    if registry is not None and name in backbones.FAMILIES and name not in registry:
+        registry.register(FamilyBuilder(name))
+        compat.report(asked=True)
 
 
-def _builder(name: str):
-    def build(cfg) -> SlowFastModel:
+class FamilyBuilder:
+    """What the registry holds of one of our families: called with a config, it builds the model."""
+
+    def __init__(self, name: str):
+        self.__name__ = name  # the registry's key
+
+    def __call__(self, cfg) -> SlowFastModel:
         if cfg.DETECTION.ENABLE:
             raise ValueError(
-                f"DETECTION.ENABLE is True, but {name} has no RoI head: use MODEL.MODEL_NAME MViT"
+                f"DETECTION.ENABLE is True, but {self.__name__} has no RoI head: use "
+                "MODEL.MODEL_NAME MViT"
             )
         # Only now, for it imports torchvision's models.
         from stts_slowfast.checkpoints import load_pretrained
@@ -80,8 +89,10 @@ def _builder(name: str):
             note_trained(model)
         return model
 
-    build.__name__ = name  # the registry's key
-    return build
+
+def is_ours(model: nn.Module) -> bool:
+    """Whether a model is of one of our families, rather than SlowFast's or the user's own."""
+    return isinstance(model, SlowFastModel)
 
 
 def decay_by_layer(groups: list[dict], model: nn.Module, cfg) -> list[dict]:

@@ -6,6 +6,7 @@ own, so that one of them failing leaves the others.
 
 from torch import nn
 
+from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.pyslowfast import autoload
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.selectors import Selector
@@ -39,10 +40,10 @@ def confirm(cfg) -> None:
 
 
 def check_selectors(model: nn.Module, cfg) -> None:
-    """Refuses a model without the selectors that a config asks for.
+    """Refuses a model that has not exactly the selectors that a config asks for.
 
     Args:
-        model: wrapped (DDP) or not.
+        model: with selectors anywhere in it: in a DDP wrapper, in a wrapper of the user's.
         cfg: with ``STTS``, or without.
 
     Raises:
@@ -55,16 +56,22 @@ def check_selectors(model: nn.Module, cfg) -> None:
         for dimension in ("TIME", "SPACE")
         for block in cfg.STTS[dimension].BLOCKS
     ]
+    holders = modules_with_selectors(model)
+    found = [
+        key
+        for holder in holders.values()
+        for key, module in holder.stts.items()
+        if isinstance(module, Selector)
+    ]
+    if sorted(found) == sorted(wanted) and len(holders) <= 1:
+        return
     inner = getattr(model, "module", model)
-    stts = getattr(inner, "stts", None)
-    attached = stts.items() if isinstance(stts, nn.ModuleDict) else ()
-    found = [key for key, module in attached if isinstance(module, Selector)]
-    if sorted(found) != sorted(wanted) or (wanted and stts is None):
-        raise RuntimeError(
-            f"STTS.ENABLE is True and asks for the selectors {', '.join(wanted)}, but this "
-            f"{type(inner).__name__} has {', '.join(found) or 'none'}: build it with this config "
-            f"by slowfast.models.build_model(cfg), {OFF}"
-        )
+    places = f", in {len(holders)} modules of it" if len(holders) > 1 else ""
+    raise RuntimeError(
+        f"STTS.ENABLE is True and asks for the selectors {', '.join(wanted) or 'none'}, but this "
+        f"{type(inner).__name__} has {', '.join(found) or 'none'}{places}: build it with this "
+        f"config by slowfast.models.build_model(cfg), {OFF}"
+    )
 
 
 def _assert_config(assert_and_infer_cfg, cfg):

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from stts_slowfast.pyslowfast import autoload
+from stts_slowfast.pyslowfast import autoload, compat
 
 
 def find_launcher() -> str | None:
@@ -66,7 +66,7 @@ def run(argv: list[str]) -> None:
     command = [sys.executable, "-m", "stts_slowfast.pyslowfast.launch", launcher, *argv]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, command, environment(launcher))
+    os.execve(sys.executable, command, {**environment(launcher), compat.BY_US: "1"})
 
 
 def main(launcher: str, argv: list[str]) -> None:

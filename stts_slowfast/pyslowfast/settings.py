@@ -1,5 +1,6 @@
 """SlowFast's config, whose nodes of ours are read, and refused, as the standalone runner does."""
 
+import copy
 from collections.abc import Mapping
 from types import SimpleNamespace
 
@@ -10,7 +11,11 @@ from stts_slowfast.pyslowfast import autoload, plugin
 from stts_slowfast.yamlfiles import read_yaml
 
 # Keys of ours in nodes of SlowFast's, as the standalone runner's slowfast_keys.yaml has them.
-OUR_KEYS = {"DATA": {"READ_TIMEOUT": 120.0}, "TEST": {"ALLOW_MISSING": False}}
+OUR_KEYS = {
+    "DATA": {"READ_TIMEOUT": 120.0},
+    "TEST": {"ALLOW_MISSING": False},
+    "TRAIN": {"MIXED_PRECISION_DTYPE": ""},
+}
 
 
 class Config(CfgNode):
@@ -23,6 +28,16 @@ class Config(CfgNode):
     # yacs compares the classes of nodes, and those below are plain.
     _decode_cfg_value = CfgNode._decode_cfg_value
 
+    def __deepcopy__(self, memo) -> "Config":
+        memo[id(self)] = copied = Config()
+        dict.update(copied, {name: copy.deepcopy(value, memo) for name, value in self.items()})
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce__(self):
+        """A config in a file, or on its way to another process, is of SlowFast's own class."""
+        return CfgNode, (), vars(self), None, iter(self.items())
+
     def merge_from_file(self, cfg_filename, *args, **kwargs) -> None:
         self._merge(read_yaml(cfg_filename, *args, **kwargs), f" in {cfg_filename}")
 
@@ -30,7 +45,7 @@ class Config(CfgNode):
         self._merge(cfg_other, "")
 
     def merge_from_list(self, cfg_list) -> None:
-        ours, theirs = our_nodes(), []
+        ours, theirs = self._ours(), []
         for place in range(0, len(cfg_list), 2):
             pair = cfg_list[place : place + 2]
             node, _, name = str(pair[0]).partition(".")
@@ -40,8 +55,14 @@ class Config(CfgNode):
                 theirs += pair
         super().merge_from_list(theirs)
 
-    def _merge(self, tree, where: str) -> None:
+    def _ours(self) -> CfgNode:
+        """The nodes that this package adds, but those whose name is a node of a fork's own here."""
         ours = our_nodes()
+        kept = {n: node for n, node in ours.items() if self.get(n, node).keys() == node.keys()}
+        return CfgNode(kept)
+
+    def _merge(self, tree, where: str) -> None:
+        ours = self._ours()
         read = read_tree({name: tree[name] for name in ours if name in tree}, ours, where)
         if lacking := [name for name in read if name not in self]:
             raise RuntimeError(
@@ -66,7 +87,8 @@ def add_our_keys(defaults) -> None:
     """Adds what the standalone runner has in nodes of SlowFast's."""
     for node, keys in OUR_KEYS.items():
         for name, default in keys.items():
-            defaults._C[node].setdefault(name, default)
+            if node in defaults._C:
+                defaults._C[node].setdefault(name, default)
 
 
 def our_nodes() -> CfgNode:

@@ -1,4 +1,5 @@
-"""``--num_shards`` with one process a machine is one run: SlowFast joins only where NUM_GPUS > 1.
+"""``--num_shards`` with one process a machine is one run, for SlowFast joins only if NUM_GPUS > 1;
+so are the processes that torchrun started, which SlowFast does not look at.
 
 SlowFast asks ``cfg.NUM_GPUS > 1`` wherever it means "are there other processes?": samplers,
 gradients, errors, predictions, checkpoints. So in such a run that key holds :class:`OneOfMany`.
@@ -15,25 +16,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs import config as yacs
 
-from stts_slowfast.pyslowfast import precision
-from stts_slowfast.pyslowfast.guard import check_selectors, confirm
+from stts_slowfast.pyslowfast import compat, precision, run_state, torchrun
+from stts_slowfast.pyslowfast.compat.devices import quiet_synchronize
+from stts_slowfast.pyslowfast.guard import confirm
 from stts_slowfast.pyslowfast.wrap import wrap
 
 logger = logging.getLogger(__name__)
-
-# The function that this process runs for SlowFast's launcher: train, test, visualize, ...
-_job = ""
 
 
 class OneOfMany(int):
     """``NUM_GPUS`` of 0 or 1 in a run of several processes: greater than 1 all the same.
 
-    In arithmetic it is 1, the processes of this machine. Its truth and its equality are those of
-    the number that was given, so that ``if cfg.NUM_GPUS:`` asks for a GPU as before.
+    In arithmetic it is the number of processes of this machine, 1 unless torchrun started more. Its
+    truth and its equality are those of the number that was given, so that ``if cfg.NUM_GPUS:`` asks
+    for a GPU as before.
     """
 
-    def __new__(cls, given: int):
-        number = super().__new__(cls, 1)
+    def __new__(cls, given: int, processes: int = 1):
+        number = super().__new__(cls, processes)
         number.given = given
         return number
 
@@ -61,7 +61,7 @@ class OneOfMany(int):
     __str__ = __repr__
 
     def __reduce__(self):
-        return OneOfMany, (self.given,)
+        return OneOfMany, (self.given, int(self))
 
 
 # Checkpoints hold cfg.dump().
@@ -74,63 +74,58 @@ def wrap_launch_job(misc) -> None:
     wrap(misc, "launch_job", _launch)
 
 
-def job() -> str:
-    """What this process runs for SlowFast's launcher: ``train``, ``test``, ...; else empty."""
-    return _job
-
-
 def rank() -> int:
     """This process's number among all of a run."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def wrap_build_model(build) -> None:
-    """``slowfast.models.build.build_model``, through which every tool gets its model."""
-    wrap(build, "build_model", _build_model)
-
-
-def _build_model(build_model, cfg, *args, **kwargs) -> nn.Module:
-    confirm(cfg)
-    model = _built(build_model, cfg, *args, **kwargs)
-    check_selectors(model, cfg)
-    return model
-
-
-def _built(stock, cfg, *args, **kwargs) -> nn.Module:
+def build(build_model, cfg, *args, **kwargs) -> nn.Module:
     """SlowFast's ``build_model``, and DDP on a CPU, which that does not know."""
     if not isinstance(cfg.NUM_GPUS, OneOfMany) or cfg.NUM_GPUS:
-        return stock(cfg, *args, **kwargs)
+        return build_model(cfg, *args, **kwargs)
     alone = cfg.clone()
     alone.NUM_GPUS = 0
     contrastive = cfg.MODEL.MODEL_NAME == "ContrastiveModel"
     unused = cfg.MODEL.DETACH_FINAL_FC or contrastive  # as SlowFast has it on GPUs
-    return DistributedDataParallel(stock(alone, *args, **kwargs), find_unused_parameters=unused)
+    return DistributedDataParallel(
+        build_model(alone, *args, **kwargs), find_unused_parameters=unused
+    )
 
 
 def _launch(launch_job, cfg, init_method, func, daemon=False):
-    if cfg.NUM_SHARDS > 1 and cfg.NUM_GPUS <= 1:
-        cfg = _join(cfg, init_method)
-        return _run(func, cfg=cfg)
+    ours, started = compat.asks_for_us(cfg), torchrun.process()
+    if ours and started:
+        torchrun.check(cfg, started)
+        cfg = cfg.clone()
+        cfg.NUM_SHARDS, cfg.SHARD_ID = started.shards, started.shard
+        _join(cfg, "env://", started.local_rank, started.local_world)
+        return run(func, cfg=cfg)
+    if ours and cfg.NUM_SHARDS > 1 and cfg.NUM_GPUS <= 1:
+        cfg = cfg.clone()
+        _join(cfg, init_method)
+        return run(func, cfg=cfg)
     # Unpickling it in a child of its own loads this package there.
-    return launch_job(cfg, init_method, functools.partial(_run, func), daemon)
+    return launch_job(cfg, init_method, functools.partial(run, func), daemon)
 
 
-def _run(func, cfg):
+def run(func, cfg):
     """Runs one of a launcher's jobs, in whichever process."""
-    global _job
+    compat.report(compat.asks_for_us(cfg))
     confirm(cfg)
-    _job = getattr(func, "__name__", "")
-    try:
-        with precision.autocast(cfg):
-            return func(cfg=cfg)
-    finally:
-        _job = ""
+    with run_state.started(cfg, func), precision.autocast(cfg), quiet_synchronize(cfg):
+        return func(cfg=cfg)
 
 
-def _join(cfg, init_method: str):
-    """Meets the other shards, once a process, and gives the config of a run of several.
+def _join(cfg, init_method: str, local_rank: int = 0, processes: int = 1) -> None:
+    """Meets the other processes, once, and makes the config that of a run of several.
 
-    Training, testing and whatever follows happen in one process a shard, so the group stays.
+    Training, testing and whatever follows happen in the same processes, so the group stays.
+
+    Args:
+        cfg: with NUM_SHARDS and SHARD_ID; changed in place.
+        init_method: where they meet.
+        local_rank: which of its machine's processes this is.
+        processes: how many its machine has.
 
     Raises:
         ValueError: for a shard that the run does not have.
@@ -142,18 +137,19 @@ def _join(cfg, init_method: str):
         )
     if not dist.is_initialized():
         if cfg.NUM_GPUS:
-            torch.cuda.set_device(0)
-        logger.info("Shard %d of %d meets at %s", cfg.SHARD_ID, cfg.NUM_SHARDS, init_method)
+            # A launcher may show each process its own GPU alone.
+            torch.cuda.set_device(local_rank if torch.cuda.device_count() > local_rank else 0)
+        rank, world = cfg.SHARD_ID * processes + local_rank, cfg.NUM_SHARDS * processes
+        logger.info("Process %d of %d meets the others at %s", rank, world, init_method)
         dist.init_process_group(
             backend=cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo",
             init_method=init_method,
-            world_size=cfg.NUM_SHARDS,
-            rank=cfg.SHARD_ID,
+            world_size=world,
+            rank=rank,
         )
         atexit.register(_leave)
-    cfg = cfg.clone()
-    cfg.NUM_GPUS = OneOfMany(cfg.NUM_GPUS)
-    return cfg
+    if cfg.NUM_GPUS <= 1:
+        cfg.NUM_GPUS = OneOfMany(cfg.NUM_GPUS, processes)
 
 
 def _leave() -> None:

@@ -1,6 +1,5 @@
 """SlowFast's training loop with STTS: parameter groups, sigma, both rates, and their log."""
 
-import weakref
 from decimal import Decimal
 
 import torch
@@ -8,15 +7,11 @@ import torch
 from stts_slowfast import backbones, schedule
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.pictures import picture
-from stts_slowfast.pyslowfast import badvideos, families, shards, weights
+from stts_slowfast.pyslowfast import badvideos, families, run_state, shards, weights
 from stts_slowfast.pyslowfast.guard import check_selectors, confirm, enabled
 from stts_slowfast.pyslowfast.wrap import wrap
 
 SHOWN = 4  # clips of a validation in TensorBoard
-
-# What the run in this process stands at: `epoch` from get_epoch_lr, `rates` for the log. SlowFast
-# trains one model a process.
-_now = {}
 
 
 def wrap_optimizer(optimizer_module) -> None:
@@ -50,7 +45,7 @@ def _construct_optimizer(construct_optimizer, model, cfg):
     optimizer.param_groups[:] = families.decay_by_layer(optimizer.param_groups, model, cfg)
     if enabled(cfg):
         optimizer.param_groups[:] = schedule.param_groups(optimizer.param_groups, model)
-        optimizer.stts_run, optimizer.stts_begun = (weakref.ref(model), cfg), False
+        optimizer.stts_training = run_state.Training(model, cfg)
         if shards.rank():
             # SlowFast seeds all processes alike, and all would perturb their scores alike.
             torch.manual_seed(cfg.RNG_SEED + 1_000_003 * shards.rank())
@@ -58,50 +53,56 @@ def _construct_optimizer(construct_optimizer, model, cfg):
 
 
 def _note_epoch(get_epoch_lr, cur_epoch, cfg):
-    _now["epoch"] = cur_epoch
+    if enabled(cfg):
+        run_state.clock(cfg).epoch = cur_epoch
     return get_epoch_lr(cur_epoch, cfg)
 
 
 def _set_rates_and_sigma(set_lr, optimizer, new_lr):
     set_lr(optimizer, new_lr)
-    _now["rates"] = {}
-    model_ref, cfg = getattr(optimizer, "stts_run", (None, None))
-    if cfg is None or "epoch" not in _now:
+    training = getattr(optimizer, "stts_training", None)
+    run_state.note_step(training)
+    if training is None or training.clock.epoch is None:
         return
-    _now["model"] = model_ref
-    model, groups = model_ref(), optimizer.param_groups
-    if not optimizer.stts_begun:  # not before now are weights and optimizer state loaded
+    model, cfg, groups = training.model, training.cfg, optimizer.param_groups
+    if not training.begun:  # not before now are weights and optimizer state loaded
         schedule.begin(groups, weights.is_trained(model), model, cfg.SOLVER.MAX_EPOCH)
-        optimizer.stts_begun = True
-    _now["rates"] = schedule.step(model, groups, new_lr, _now["epoch"], cfg)
+        training.begun = True
+    training.rates = schedule.step(model, groups, new_lr, training.clock.epoch, cfg)
 
 
 def _check_losses(check_nan_losses, loss):
-    model = _now["model"]() if "model" in _now else None
-    if model is not None:
-        raise_on_nan(model)
+    training = run_state.training()
+    if training is not None:
+        raise_on_nan(training.model)
     return check_nan_losses(loss)
 
 
+def _rates() -> dict[str, float]:
+    training = run_state.training()
+    return training.rates if training is not None else {}
+
+
 def _log_with_rates(log_json_stats, stats, output_dir=None):
-    stats = {**stats, **badvideos.stats(stats, output_dir)}
+    stats = {**stats, **badvideos.stats(stats)}
     if str(stats.get("_type", "")).startswith("train_"):
         # SlowFast cuts floats to five places, too few for a rate that falls to 1e-6.
-        rates = {key: Decimal(f"{rate:.6g}") for key, rate in _now.get("rates", {}).items()}
+        rates = {key: Decimal(f"{rate:.6g}") for key, rate in _rates().items()}
         stats = {**stats, **rates}
     return log_json_stats(stats, output_dir)
 
 
 def _add_scalars(add_scalars, writer, data_dict, *args, **kwargs):
     if "Train/lr" in data_dict:
-        rates = {f"Train/{key}": rate for key, rate in _now.get("rates", {}).items()}
+        rates = {f"Train/{key}": rate for key, rate in _rates().items()}
         data_dict = {**data_dict, **rates}
     return add_scalars(writer, data_dict, *args, **kwargs)
 
 
 def _plot_with_pictures(plot_eval, writer, preds, labels, global_step=None):
     plot_eval(writer, preds, labels, global_step)
-    model, cfg = _now["model"]() if "model" in _now else None, writer.cfg
+    training, cfg = run_state.training(), writer.cfg
+    model = training.model if training is not None else None
     # A test has no step.
     if global_step is None or model is None or cfg.MODEL.MODEL_NAME not in backbones.FAMILIES:
         return

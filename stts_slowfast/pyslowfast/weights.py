@@ -1,85 +1,206 @@
-"""What SlowFast loads into a model: whether it is of that model, and that a run starts trained."""
+"""What SlowFast loads into a model: whether it is of that model, and that a run starts trained.
 
+What is checked is what SlowFast has read and loaded, by hooks in its own loading: a second reading
+of the file could fail where the first did not, and the check would be gone.
+"""
+
+import contextlib
 import inspect
-import weakref
+import os
+import re
+from contextvars import ContextVar
 
 import torch
 import yaml
 from fvcore.common.config import CfgNode
 from torch import nn
+from yacs import config as yacs
 
 from stts_slowfast import checkpoints
+from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.keys import all_keys
-from stts_slowfast.pyslowfast.guard import enabled
+from stts_slowfast.pyslowfast import run_state
+from stts_slowfast.pyslowfast.guard import OFF, enabled
 from stts_slowfast.pyslowfast.wrap import wrap
 
 _ABSENT = object()
 
-_trained = weakref.WeakSet()
-_configs = weakref.WeakKeyDictionary()
+_SCORER = re.compile(r"(^|\.)stts\.(time|space)_\d+\.")
+
+# The loading that goes on in this thread.
+_loading: ContextVar["Loading | None"] = ContextVar("loading", default=None)
 
 
 def wrap_load_checkpoint(checkpoint) -> None:
-    """``slowfast.utils.checkpoint.load_checkpoint``, through which every checkpoint comes."""
+    """``slowfast.utils.checkpoint.load_checkpoint``, through which every checkpoint comes, and
+    ``normal_to_sub_bn``, to which it gives the weights it has read."""
     wrap(checkpoint, "load_checkpoint", _load)
+    wrap(checkpoint, "normal_to_sub_bn", _note_read)
 
 
 def note_config(model: nn.Module, cfg) -> None:
-    """Notes with which config SlowFast built a model: its loader is not told."""
-    if "STTS" in cfg:
-        _configs[model] = cfg
+    """Notes with which config SlowFast built a model with selectors: its loader is not told."""
+    _inner(model).__dict__["stts_config"] = cfg
+
+
+def config_of(model: nn.Module):
+    """What :func:`note_config` noted, else the config that SlowFast's own model holds, else that of
+    the job that runs, else None."""
+    held, job = _inner(model).__dict__, run_state.running()
+    found = held.get("stts_config"), held.get("cfg"), job.cfg if job else None
+    # Under `cfg` a model of the user's own may hold anything.
+    return next((cfg for cfg in found if isinstance(cfg, yacs.CfgNode)), None)
 
 
 def note_trained(model: nn.Module) -> None:
     """Notes that a model, wrapped by DDP or not, has weights of an earlier training."""
-    _trained.add(_inner(model))
+    _inner(model).__dict__["stts_trained"] = True
 
 
 def is_trained(model: nn.Module) -> bool:
     """Whether :func:`note_trained` was told of this model."""
-    return _inner(model) in _trained
+    return _inner(model).__dict__.get("stts_trained", False)
 
 
 def _inner(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
 
 
+class Loading:
+    """One call of ``load_checkpoint``: what was asked for, read and loaded.
+
+    Attributes:
+        read: whether the file could be read.
+        missing: names of the model's weights that were not loaded.
+    """
+
+    def __init__(self, asked: dict, cfg):
+        self.path, self.optimizer, self.cfg = asked["path_to_checkpoint"], asked["optimizer"], cfg
+        self.patterns = asked["clear_name_pattern"]
+        self.model = _inner(asked["model"])
+        # Weights of other kinds, and 2D ones that are inflated, have other names and shapes.
+        self.plain = not asked["inflation"] and not asked["convert_from_caffe2"]
+        self.read, self.missing = False, []
+        if self.optimizer is None:
+            self.purpose = "test"
+        elif asked["epoch_reset"] or self.path == cfg.TRAIN.CHECKPOINT_FILE_PATH:
+            self.purpose = "finetune"
+        else:
+            self.purpose = "resume"
+
+    @contextlib.contextmanager
+    def watched(self):
+        """While SlowFast loads: its reading, its model and its optimizer call back."""
+        token = _loading.set(self)
+        hooks = [self.model.register_load_state_dict_post_hook(self._note_loaded)]
+        optimizer = getattr(self.optimizer, "optim", self.optimizer)  # inside SlowFast's LARS
+        if optimizer is not None and enabled(self.cfg):
+            hooks.append(optimizer.register_load_state_dict_pre_hook(self._check_optimizer))
+        try:
+            yield
+        finally:
+            _loading.reset(token)
+            for hook in hooks:
+                hook.remove()
+
+    def note_read(self, state: dict) -> None:
+        """Refuses weights that are not of the model, as soon as SlowFast has read them."""
+        self.read = True
+        if self.plain:
+            checkpoints.check(self.model, self._own(state), self.cfg, self.purpose, self.path)
+
+    def _own(self, state: dict) -> dict:
+        """The part of the weights that is of the module with selectors, by the names in it."""
+        path = next(iter(modules_with_selectors(self.model)), "")
+        if not path:
+            return state
+        for pattern in self.patterns:
+            state = {key.replace(pattern, "", 1): value for key, value in state.items()}
+        return {
+            key.removeprefix(f"{path}."): value
+            for key, value in state.items()
+            if key.startswith(f"{path}.")
+        }
+
+    def check_loaded(self) -> None:
+        """Refuses scorers that learn, that are to be used, and that got no weights.
+
+        Raises:
+            ValueError: naming them.
+        """
+        random = [key for key in self.missing if _SCORER.search(key)]
+        if random and self.purpose != "finetune":
+            raise ValueError(
+                f"from {self.path} no weights were loaded for {len(random)} parameters of the "
+                f"scorers ({', '.join(random[:2])}, ...), which would choose at random: train them "
+                "first (TRAIN.CHECKPOINT_FILE_PATH), or set STTS.TIME.SCORER and STTS.SPACE.SCORER "
+                f"uniform, random or change, which need no weights, {OFF}"
+            )
+
+    def explain(self, error: Exception) -> None:
+        """Raises the error of a file that could not be read with its name.
+
+        Raises:
+            RuntimeError: naming the file, and the checkpoint before it if there is one.
+        """
+        way = "give another file"
+        if self.purpose == "resume":
+            way = "move it away to begin anew"
+            if before := _checkpoint_before(self.path):
+                way = f"move it away to resume from {before}"
+        raise RuntimeError(
+            f"{self.path} cannot be read ({type(error).__name__}: {error}), as a file that was not "
+            f"written to its end: {way}"
+        ) from error
+
+    def _note_loaded(self, module: nn.Module, incompatible) -> None:
+        self.missing = list(incompatible.missing_keys)
+
+    def _check_optimizer(self, optimizer, state: dict) -> None:
+        _check_optimizer(state, optimizer, self.cfg, self.purpose, self.path)
+
+
 def _load(load_checkpoint, *args, **kwargs):
     call = inspect.signature(load_checkpoint).bind(*args, **kwargs)
     call.apply_defaults()
-    asked = call.arguments
-    cfg = _configs.get(_inner(asked["model"]))
-    # Files of other kinds, and 2D ones that are inflated, are left to SlowFast.
-    if cfg is not None and not asked["inflation"] and not asked["convert_from_caffe2"]:
-        state = _read(asked["path_to_checkpoint"])
-        if state is not None:
-            _check(state, cfg, asked)
-    epoch = load_checkpoint(*args, **kwargs)
-    note_trained(asked["model"])
+    model = call.arguments["model"]
+    cfg = config_of(model)
+    if cfg is None or "STTS" not in cfg:
+        epoch = load_checkpoint(*args, **kwargs)
+        note_trained(model)
+        return epoch
+    loading = Loading(call.arguments, cfg)
+    try:
+        with loading.watched():
+            epoch = load_checkpoint(*args, **kwargs)
+    except Exception as error:
+        if not loading.read and loading.plain and enabled(cfg):
+            loading.explain(error)
+        raise
+    if enabled(cfg):
+        loading.check_loaded()
+        note_trained(model)
     return epoch
 
 
-def _read(path: str) -> dict | None:
-    """A local checkpoint's contents, its tensors left on disk; None where SlowFast may complain."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        return None
-    return state if isinstance(state, dict) else None
+def _note_read(normal_to_sub_bn, checkpoint_sd, model_sd):
+    if loading := _loading.get():
+        loading.note_read(checkpoint_sd)
+    return normal_to_sub_bn(checkpoint_sd, model_sd)
 
 
-def _check(state: dict, cfg, asked: dict) -> None:
-    path, model, optimizer = asked["path_to_checkpoint"], asked["model"], asked["optimizer"]
-    goes_on = optimizer is not None and not asked["epoch_reset"] and "epoch" in state
-    if optimizer is None:
-        purpose = "test"
-    elif goes_on and path != cfg.TRAIN.CHECKPOINT_FILE_PATH:
-        purpose = "resume"
-    else:
-        purpose = "finetune"
-    checkpoints.check(model, state, cfg, purpose, path)
-    if goes_on and enabled(cfg):
-        _check_optimizer(state, optimizer, cfg, purpose, path)
+def _checkpoint_before(path: str) -> str | None:
+    """The checkpoint before one in its folder, by name; None if there is none."""
+    folder, name = os.path.split(path)
+    with contextlib.suppress(OSError):
+        names = sorted(each for each in os.listdir(folder) if "checkpoint" in each and each < name)
+        return os.path.join(folder, names[-1]) if names else None
+
+
+def _config_in(path: str) -> str | None:
+    """The config in a checkpoint, for a message; None if the file is not read this simply."""
+    with contextlib.suppress(Exception):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["cfg"]
 
 
 def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> None:
@@ -88,17 +209,16 @@ def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> No
     Raises:
         ValueError: naming the keys of ``STTS`` that have changed, and the way out.
     """
-    theirs = state.get("optimizer_state", {})
-    found = [len(group["params"]) for group in theirs.get("param_groups", ())]
+    found = [len(group["params"]) for group in state.get("param_groups", ())]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if found == sizes and _fits(theirs.get("state", {}), optimizer):
+    if found == sizes and _fits(state.get("state", {}), optimizer):
         return
     way = (
         "choose another OUTPUT_DIR, or set TRAIN.AUTO_RESUME False"
         if purpose == "resume"
         else "set TRAIN.CHECKPOINT_EPOCH_RESET True to start from its weights alone"
     )
-    changed = "; ".join(_changed_keys(state.get("cfg"), cfg))
+    changed = "; ".join(_changed_keys(_config_in(path), cfg))
     raise ValueError(
         f"{path} holds the state of an optimizer for other parameters (groups of {found}, where "
         f"this run has {sizes}), so that run cannot go on: "

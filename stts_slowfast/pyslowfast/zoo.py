@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast.pyslowfast import autoload, launch
+from stts_slowfast.pyslowfast.compat.flops import recomputing_nothing
 
 
 def read_config(path: str, opts=()):
@@ -63,7 +64,11 @@ class Pathways(nn.Module):
         self.two = cfg.MODEL.ARCH in cfg.MODEL.MULTI_PATHWAY_ARCH
 
     def forward(self, clips: Tensor) -> Tensor:
-        return self.model(self.pathways(clips) if self.two else [clips])
+        inputs = self.pathways(clips) if self.two else [clips]
+        if not torch.jit.is_tracing():
+            return self.model(inputs)
+        with recomputing_nothing():
+            return self.model(inputs)
 
     def pathways(self, clips: Tensor) -> list[Tensor]:
         """Slow and fast, as ``datasets.utils.pack_pathway_output`` samples them."""

@@ -18,6 +18,7 @@ from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.tools import benchdata
 from stts_slowfast.tools.benchrows import ENGINES, Row, build_all, markdown, parse_row
+from stts_slowfast.tools.published import Published
 from stts_slowfast.tools.tables import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -238,7 +239,7 @@ def table(rows: list[Row], batch_size: int) -> str:
         cells += [f"{row.parameters / 1e6:.2f}", f"{row.gflops:.2f}", f"{clips} x {crops}"]
         cells += [f"{clips * crops * row.gflops:.2f}"]
         if known:
-            cells += ["{:.1f} ({})".format(*row.published) if row.published else ""]
+            cells += [_published(row.published) if row.published else ""]
         for mode in modes:
             speed, spread = clips_per_second(row.seconds[mode], batch_size)
             ratio = speed / clips_per_second(base.seconds[mode], batch_size)[0]
@@ -248,6 +249,12 @@ def table(rows: list[Row], batch_size: int) -> str:
                 cells += [f"{row.memory[mode] / base.memory[mode]:.2f}"]
         lines.append(cells)
     return markdown(lines)
+
+
+def _published(result: Published) -> str:
+    """``78.4 of 5 x 1 (its source)``: the views are those of the published number."""
+    views = " of {} x {}".format(*result.views) if result.views else ""
+    return f"{result.top1:.1f}{views} ({result.source})"
 
 
 def clips_per_second(seconds: list[float], batch_size: int) -> tuple[float, float]:

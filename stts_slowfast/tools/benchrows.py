@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stts_slowfast.tools.published import Published, published
+
 ENGINES = ("standalone", "slowfast")
 
 
@@ -24,8 +26,7 @@ class Row:
         parameters: how many.
         gflops: multiply-adds of one clip in evaluation, in 1e9, as fvcore counts them.
         views: clips and crops of a video in testing, such as (10, 3).
-        published: top-1 in percent that a table beside the config gives it as it stands, and that
-            table's file.
+        published: what was published for the very config, unchanged.
         seconds: by mode, the time of every measured step of one batch.
         memory: by mode, the most bytes of the model's and one step's tensors at a time.
     """
@@ -38,7 +39,7 @@ class Row:
     parameters: int = 0
     gflops: float = 0.0
     views: tuple[int, int] = (1, 1)
-    published: tuple[float, str] | None = None
+    published: Published | None = None
     seconds: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
@@ -87,8 +88,8 @@ def build(row: Row, device: str) -> tuple[nn.Module, dict[str, torch.Size]]:
 
         model = build_model(cfg)
     row.views = (cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_SPATIAL_CROPS)
-    changed = row.opts or row.frames is not None
-    row.published = None if changed else published(row.config)
+    if not row.opts and row.frames is None:
+        row.published = published(row.config, cfg.TEST.DATASET, row.views)
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {"train": cfg.DATA.TRAIN_CROP_SIZE, "eval": cfg.DATA.TEST_CROP_SIZE}
     shapes = {
@@ -129,37 +130,3 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *rest = lines
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rest]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def published(config: str) -> tuple[float, str] | None:
-    """Top-1 that a Markdown table gives a config: MODEL_ZOO.md or README.md in a folder above it.
-
-    SlowFast's MODEL_ZOO.md names configs by folder and stem, our README by file name.
-    """
-    path = Path(config).resolve()
-    for folder in path.parents:
-        for name in ("MODEL_ZOO.md", "README.md"):
-            if (folder / name).is_file():
-                top1 = _in_table((folder / name).read_text(errors="replace"), path.stem)
-                if top1 is not None:
-                    return top1, name
-    return None
-
-
-def _in_table(text: str, stem: str) -> float | None:
-    """The top-1 of the first row that names a config; of several top-1 columns the last."""
-    whole = re.compile(rf"(?<![\w]){re.escape(stem)}(?:\.yaml)?(?![\w.])")
-    columns: list[int] = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if not line.lstrip().startswith("|"):
-            columns = []
-        elif not columns:
-            columns = [n for n, cell in enumerate(cells) if re.search(r"top-?1\b", cell.lower())]
-            columns = columns or [-1]
-        elif whole.search(line) and columns != [-1]:
-            try:
-                return float(cells[columns[-1]])
-            except (ValueError, IndexError):
-                continue
-    return None

@@ -1,10 +1,11 @@
-"""``stts doctor``: what is there for a run inside SlowFast, what was mended, what is missing."""
+"""``stts doctor``: what is there for a run inside SlowFast, what was patched, what is missing."""
 
 import argparse
 import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from typing import NamedTuple
@@ -15,8 +16,8 @@ from rich.table import Table
 
 from stts_slowfast.pyslowfast import compat, launch
 
-OK, MENDED, OFF, MISSING = "OK", "mended", "off", "missing"
-COLOURS = {OK: "green", MENDED: "cyan", OFF: "yellow", MISSING: "red"}
+OK, PATCHED, OFF, MISSING = "OK", "patched", "off", "missing"
+COLOURS = {OK: "green", PATCHED: "cyan", OFF: "yellow", MISSING: "red"}
 
 # What SlowFast imports of the two packages that PyPI does not have as it needs them.
 NEEDED_NAMES = {
@@ -132,24 +133,29 @@ def commit(root: str) -> str:
 
 
 def start(launcher: str) -> list[Check]:
-    """Starts the launcher as far as its ``--help``: every import it needs, every mend it got."""
+    """Starts the launcher as far as its ``--help``: every import it needs, every patch it got."""
     command = [sys.executable, "-m", launch.__name__, launcher, "--help"]
     env = launch.environment(launcher)
-    env.pop("STTS_COMPAT", None)  # also where mends are off, to know which are needed
+    # Also if patches are off, to know which are needed.
+    env = {**env, "STTS_COMPAT": "", "STTS_COMPAT_VERBOSE": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    mends = [mend(name, done.stderr) for name in compat.MENDS]
+    patches = [patch(name, done.stderr) for name in compat.PATCHES]
     if done.returncode == 0:
-        return [*mends, Check("tools/run_net.py", OK, "all its imports work")]
+        return [*patches, Check("tools/run_net.py", OK, "all its imports work")]
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     remedies = [line for line in lines if line.startswith("stts_slowfast: SlowFast needs")]
     error = next((line for line in reversed(lines) if "Error" in line), "it failed")
-    return [*mends, Check("tools/run_net.py", MISSING, error, " ".join(remedies))]
+    return [*patches, Check("tools/run_net.py", MISSING, error, " ".join(remedies))]
 
 
-def mend(name: str, log: str) -> Check:
-    """Whether a mend is needed and made, by the log of a process that started SlowFast."""
-    if f"mended {name}:" not in log:
-        return Check(f"mend {name}", OK, "not needed")
-    if os.environ.get("STTS_COMPAT") == "0":
-        return Check(f"mend {name}", MISSING, "needed, but STTS_COMPAT=0", "unset STTS_COMPAT")
-    return Check(f"mend {name}", MENDED, compat.MENDS[name])
+def patch(name: str, log: str) -> Check:
+    """Whether a patch is needed and made, by the log of a process that started SlowFast."""
+    about = f"{compat.PATCHES[name].obstacle}. Acts on: {compat.PATCHES[name].acts}"
+    told = re.search(r"patched SlowFast in memory: ([\w, ]+) \(", log)
+    needed = told is not None and name in told.group(1).split(", ")
+    if name in compat.switched_off():
+        back = "unset STTS_COMPAT, or take the name out of it"
+        return Check(f"patch {name}", MISSING if needed else OFF, about, back)
+    if not needed:
+        return Check(f"patch {name}", OK, f"not needed here. {about}")
+    return Check(f"patch {name}", PATCHED, about)

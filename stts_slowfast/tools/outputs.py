@@ -48,9 +48,9 @@ class Output:
         return epochs, [values[epoch] for epoch in epochs]
 
     def final(self, key: str) -> float | None:
-        """A number of the last test."""
-        found = [line[key] for line in self.stats if line.get("split") == "test_final"]
-        return float(found[-1]) if found else None
+        """A number of the last test; None if there was none, or its list had no labels."""
+        found = [line.get(key) for line in self.stats if line.get("split") == "test_final"]
+        return float(found[-1]) if found and found[-1] is not None else None
 
 
 def read_output(folder: str) -> Output:

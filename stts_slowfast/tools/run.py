@@ -51,10 +51,13 @@ def main(args: argparse.Namespace) -> int | None:
 
     # All files are read before the first one runs, so that a typo in the last shows at once.
     configs = [load_config(path, args.opts) for path in args.cfg]
+    from stts_slowfast.config import check_testing
     from stts_slowfast.standalone import engine as runner
     from stts_slowfast.standalone.data import ClipDataset
 
     for cfg in configs:
+        if cfg.TEST.ENABLE and cfg.STTS.ENABLE:
+            check_testing(cfg.STTS)
         if cfg.TRAIN.ENABLE and cfg.TEST.ENABLE:
             ClipDataset(cfg, "test")  # a list that is missing shows now, not after the training
     for cfg in configs:

@@ -12,11 +12,14 @@ class Converter:
 
     def __init__(self, short_side: int, rotate: bool, reformatter: VideoReformatter):
         self.short_side, self.rotate = short_side, rotate
-        self.reformatter = reformatter
-        self.sides = None
+        self.reformatter, self.orientation = reformatter, (False, 1, 1)
+        self.sides = self.rotation = None
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        swapped, down, across = orientation(frame) if self.rotate else (False, 1, 1)
+        # Who asks a frame for its side data makes a circle: it is kept until garbage is collected.
+        if self.rotate and frame.rotation != self.rotation:
+            self.rotation, self.orientation = frame.rotation, orientation(frame)
+        swapped, down, across = self.orientation
         if self.sides is None:
             scale = min(1.0, self.short_side / min(frame.height, frame.width) or 1.0)
             sides = round(frame.height * scale), round(frame.width * scale)
@@ -32,8 +35,6 @@ class Converter:
 def orientation(frame: av.VideoFrame) -> tuple[bool, int, int]:
     """How a frame is shown: whether rows and columns change places, and the direction (1 or -1) in
     which the rows and the columns that this makes are passed through. All eight orientations."""
-    if not frame.rotation and not len(frame.side_data):
-        return False, 1, 1
     matrix = next((each for each in frame.side_data if each.type == Type.DISPLAYMATRIX), None)
     if matrix is None:
         return False, 1, 1

@@ -42,13 +42,31 @@ class ConvNet(nn.Module):
         self.conv = nn.Conv3d(3, 8, 3)
 
 
+MODEL_REGISTRY = Registry("MODEL")
+
+
+class Builders:
+    """``get(name)(cfg)`` builds a registered model as SlowFast's ``build_model`` does, wrapped."""
+
+    def get(self, name: str):
+        def build_model(cfg, gpu_id=None):
+            return MODEL_REGISTRY.get(name)(cfg)
+
+        module = SimpleNamespace(build_model=build_model)
+        plugin.wrap_build_model(module)
+        module.build_model.__wrapped__ = MODEL_REGISTRY._obj_map.get(name)
+        return module.build_model
+
+    def register(self, kind) -> None:
+        MODEL_REGISTRY.register(kind)
+
+
 @pytest.fixture
-def registry():
-    registry = Registry("MODEL")
-    registry.register(Transformer)
-    registry.register(ConvNet)
-    plugin.wrap_models(SimpleNamespace(MODEL_REGISTRY=registry))
-    return registry
+def registry(monkeypatch):
+    monkeypatch.setattr(MODEL_REGISTRY, "_obj_map", {})
+    MODEL_REGISTRY.register(Transformer)
+    MODEL_REGISTRY.register(ConvNet)
+    return Builders()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from stts_slowfast.pyslowfast.compat import tools
 @pytest.fixture
 def process():
     utils = SimpleNamespace(process_cv2_inputs=lambda frames, cfg: [f.shape[:2] for f in frames])
-    tools.mend_demo(utils)
+    tools.patch_demo(utils)
     return utils.process_cv2_inputs
 
 

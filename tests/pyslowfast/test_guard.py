@@ -1,5 +1,6 @@
 """Every hook fails, or never runs, in turn: where STTS.ENABLE is True the run stops, else not."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -8,15 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
-from stts_slowfast.pyslowfast import autoload, guard, shards
+from stts_slowfast.pyslowfast import autoload, guard, plugin
 
 REPO = Path(__file__).parents[2]
-HOOKS = [function for functions in autoload.HOOKS.values() for function in functions]
+# A file under several names has the same ones.
+HOOKS = list(dict.fromkeys(itertools.chain(*autoload.HOOKS.values())))
 
 # A package with SlowFast's names, which a run passes in SlowFast's order.
 SLOWFAST = {
     "detectron2/__init__.py": "",
+    "detectron2/model_zoo/__init__.py": "",
     "slowfast/__init__.py": "",
     "slowfast/config/__init__.py": "",
     "slowfast/config/defaults.py": """
@@ -25,13 +29,24 @@ _C = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 1, "RNG_SEED": 0, "MODEL": {"MODEL_NA
               "TRAIN": {"ENABLE": True, "MIXED_PRECISION": False},
               "MASK": {"ENABLE": False}, "DETECTION": {"ENABLE": False},
               "MVIT": {"REV": {"ENABLE": False}}, "SOLVER": {"LAYER_DECAY": 1.0, "BASE_LR": 0.1},
-              "DATA": {}, "TEST": {}, "MULTIGRID": {"LONG_CYCLE": False, "SHORT_CYCLE": False}})
+              "DATA": {}, "TEST": {"ENABLE": True},
+              "MULTIGRID": {"LONG_CYCLE": False, "SHORT_CYCLE": False}})
 def get_cfg():
     return _C.clone()
 def assert_and_infer_cfg(cfg):
     return cfg
 """,
     "slowfast/datasets/__init__.py": "",
+    "slowfast/datasets/rand_augment.py": """
+class AugmentOp:
+    def __call__(self, images): ...
+""",
+    "slowfast/datasets/utils.py": """
+def aug_frame(cfg, frames): ...
+def _frame_to_list_img(frames): ...
+def _list_img_to_frames(images): ...
+""",
+    "slowfast/datasets/build.py": "def build_dataset(dataset_name, cfg, split): ...",
     "slowfast/datasets/decoder.py": """
 class io: _read_video_from_memory = None
 def decode(backend="pyav"): ...
@@ -75,9 +90,16 @@ def construct_optimizer(model, cfg):
 def get_epoch_lr(cur_epoch, cfg): return 1.0
 def set_lr(optimizer, new_lr): ...
 """,
-    # Mends are switched off here, so what they mend need not be there.
-    "slowfast/datasets/kinetics.py": "",
+    # Patches are switched off here, so what they are for need not be there.
+    "slowfast/datasets/kinetics.py": """
+from slowfast.datasets import decoder
+class Kinetics:
+    def __getitem__(self, index): ...
+    def _frame_to_list_img(self, frames): ...
+    def _list_img_to_frames(self, images): ...
+""",
     "slowfast/datasets/loader.py": "",
+    "slowfast/datasets/ptv_datasets.py": "",
     "slowfast/models/ptv_model_builder.py": "",
     "slowfast/utils/__init__.py": "",
     "slowfast/utils/meters.py": """
@@ -87,7 +109,11 @@ class TestMeter:
 """,
     "slowfast/utils/parser.py": "",
     "slowfast/visualization/utils.py": "",
-    "slowfast/utils/checkpoint.py": "def load_checkpoint(path_to_checkpoint, model): return 0",
+    "slowfast/utils/checkpoint.py": """
+def load_checkpoint(path_to_checkpoint, model): return 0
+def load_test_checkpoint(cfg, model): ...
+def normal_to_sub_bn(checkpoint_sd, model_sd): ...
+""",
     "slowfast/utils/logging.py": "def log_json_stats(stats, output_dir=None): ...",
     "slowfast/utils/misc.py": """
 def launch_job(cfg, init_method, func, daemon=False):
@@ -102,13 +128,12 @@ class TensorboardWriter:
     def plot_eval(self, preds, labels, global_step=None): ...
     def plot_weights_and_activations(self, weight_activation_dict): ...
 """,
-    "tools/run_net.py": "",
+    "tools/train_net.py": "",
+    "tools/test_net.py": "",
 }
 
 MODULES = [
-    name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-    for name in SLOWFAST
-    if not name.startswith("tools")
+    name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in SLOWFAST
 ]
 
 # Runs as `child` in a process forked for each way to fail: importing torch takes seconds.
@@ -205,17 +230,18 @@ def test_a_run_with_selection_stops_where_a_hook_does_not_run(runs, hook, how):
     if hook == "plugin.add_config":  # then SlowFast does not know the key
         assert "STTS is given" in stages["opts"] and name in stages["opts"]
         return
-    # Training and testing build their models here; wherever else we look, it is told as well.
-    assert name in stages["build"] and "set STTS.ENABLE False" in stages["build"]
+    # Every stage but the hook's own tells of it.
     own = {
+        "plugin.wrap_build_model": {"build"},
         "guard.wrap_config": {"config"},
         "shards.wrap_launch_job": {"launch"},
         "training.wrap_optimizer": {"optimizer"},
     }
-    silent = {stage for stage in ("config", "launch", "optimizer") if not stages[stage]}
+    every = {"config", "launch", "build", "optimizer"}
+    silent = {stage for stage in every if not stages[stage]}
     assert silent == own.get(hook, set())
-    told = {stage for stage in ("config", "launch", "optimizer") if name in stages[stage]}
-    assert told == {"config", "launch", "optimizer"} - silent
+    for stage in every - silent:
+        assert name in stages[stage] and "set STTS.ENABLE False" in stages[stage]
 
 
 @pytest.mark.parametrize("how", ["fails", "never ran"])
@@ -234,19 +260,17 @@ def test_an_optimizer_wants_the_selectors_of_its_config(registry, cfg):
     with pytest.raises(RuntimeError, match=r"asks for .* time_0, space_1, but .* has none"):
         guard.check_selectors(model, cfg)
     model = registry.get("Transformer")(cfg)
-    guard.check_selectors(SimpleNamespace(module=model), cfg)
+    guard.check_selectors(nn.DataParallel(model), cfg)
     cfg.STTS.SPACE.BLOCKS = [0]
     with pytest.raises(RuntimeError, match="space_0, but this Transformer has time_0, space_1"):
         guard.check_selectors(model, cfg)
 
 
 def test_a_model_built_past_the_registry_is_refused(registry, cfg):
-    build = SimpleNamespace(build_model=lambda cfg, gpu_id=None: registry.get("Transformer")(cfg))
-    shards.wrap_build_model(build)
     cfg.NUM_GPUS = 0
-    assert list(build.build_model(cfg, gpu_id=None).stts) == ["time_0", "space_1"]
+    assert list(registry.get("Transformer")(cfg, gpu_id=None).stts) == ["time_0", "space_1"]
     stock = registry.get("Transformer").__wrapped__
     past = SimpleNamespace(build_model=lambda cfg: stock(cfg))
-    shards.wrap_build_model(past)
+    plugin.wrap_build_model(past)
     with pytest.raises(RuntimeError, match="has none: build it with this config"):
         past.build_model(cfg)

@@ -1,13 +1,13 @@
-"""The wrapped registry and the refusals, on stand-ins for SlowFast."""
-
-from types import SimpleNamespace
+"""Models as they are built, and the refusals, on stand-ins for SlowFast."""
 
 import pytest
 import torch
 from torch import nn
 
 from stts_slowfast import hooks
+from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.pyslowfast import plugin
+from tests.pyslowfast.conftest import MODEL_REGISTRY
 
 
 def test_built_models_get_their_selectors(registry, cfg):
@@ -24,25 +24,50 @@ def test_disabled_models_are_stock(registry, cfg):
     assert not any(block._forward_pre_hooks for block in model.blocks)
 
 
-def test_registered_classes_stay_classes(registry, cfg):
-    assert isinstance(registry.get("Transformer")(cfg), registry.get("Transformer"))
-    assert isinstance(registry.get("Transformer")(cfg), registry.get("Transformer").__wrapped__)
-    assert registry.get("Transformer").__name__ == "Transformer"
+def test_a_part_that_a_model_takes_from_the_registry_has_its_selectors_once(registry, cfg):
+    class Wrapper(nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+            self.net = MODEL_REGISTRY.get("Transformer")(cfg)
+            assert not hasattr(self.net, "stts")
+
+        def forward(self, x):
+            return self.net(x)
+
+    registry.register(Wrapper)
+    cfg.MODEL.MODEL_NAME = "Wrapper"
+    model = registry.get("Wrapper")(cfg)
+    assert len(modules_with_selectors(model)) == 1
+    assert model.eval()(torch.randn(2, 4 * 36, 8)).shape == (2, 2 * 25, 8)
 
 
-def test_models_registered_later_are_wrapped_too(registry, cfg):
-    registry.register(type("Late", (registry.get("Transformer").__wrapped__,), {}))
-    assert hasattr(registry.get("Late")(cfg), "stts")
+def test_two_models_with_blocks_are_refused(registry, cfg):
+    class Twins(nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+            self.one, self.two = (MODEL_REGISTRY.get("Transformer")(cfg) for _ in range(2))
+
+    registry.register(Twins)
+    cfg.MODEL.MODEL_NAME = "Twins"
+    with pytest.raises(ValueError, match=r"'Twins' has 2 modules with blocks \(one, two\)"):
+        registry.get("Twins")(cfg)
 
 
-def test_wrapping_twice_wraps_once(registry, cfg):
-    plugin.wrap_models(SimpleNamespace(MODEL_REGISTRY=registry))
-    assert list(registry.get("Transformer")(cfg).stts) == ["time_0", "space_1"]
+def test_selectors_are_there_before_the_model_is_moved_or_wrapped(registry, cfg):
+    def build_model(cfg, gpu_id=None, *, keyed=1):
+        model = MODEL_REGISTRY.get(cfg.MODEL.MODEL_NAME)(cfg)
+        assert list(model.stts) == ["time_0", "space_1"]
+        return nn.DataParallel(model), gpu_id, keyed
+
+    copied = plugin._with_selectors(build_model)
+    model, *rest = copied(cfg, 3, keyed=4)
+    assert rest == [3, 4] and list(model.module.stts) == ["time_0", "space_1"]
+    assert build_model.__globals__ is globals()
 
 
 def test_a_model_without_blocks_is_refused(registry, cfg):
     cfg.MODEL.MODEL_NAME = "ConvNet"
-    with pytest.raises(ValueError, match=r"MODEL.MODEL_NAME 'ConvNet'.*has no blocks"):
+    with pytest.raises(ValueError, match=r"MODEL.MODEL_NAME 'ConvNet' is no video transf"):
         registry.get("ConvNet")(cfg)
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from stts_slowfast.pyslowfast import training, weights
+from stts_slowfast.pyslowfast import run_state, training, weights
 
 
 @pytest.fixture
-def optim(monkeypatch):
+def optim():
     """SlowFast's optimizer module, in short."""
 
     def construct_optimizer(model, cfg):
@@ -21,7 +21,7 @@ def optim(monkeypatch):
         for group in optimizer.param_groups:
             group["lr"] = new_lr * group["layer_decay"]
 
-    monkeypatch.setattr(training, "_now", {})
+    run_state.note_step(None)
     module = SimpleNamespace(
         construct_optimizer=construct_optimizer,
         get_epoch_lr=lambda cur_epoch, cfg: cfg.SOLVER.BASE_LR,
@@ -98,7 +98,10 @@ def test_a_resumed_run_is_held_back_as_it_was(registry, cfg, optim, trained):
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_model_is_trained_once_a_checkpoint_was_loaded_into_it(wrapped):
-    checkpoint = SimpleNamespace(load_checkpoint=lambda path, model, data_parallel=True: 7)
+    checkpoint = SimpleNamespace(
+        load_checkpoint=lambda path, model, data_parallel=True: 7,
+        normal_to_sub_bn=lambda *states: states,
+    )
     weights.wrap_load_checkpoint(checkpoint)
     model = nn.Linear(1, 1)
     outer = nn.DataParallel(model) if wrapped else model
@@ -146,7 +149,8 @@ def test_a_loss_is_not_looked_at_before_the_scores(registry, cfg, optim):
     with pytest.raises(RuntimeError, match="NaN losses"):
         misc.check_nan_losses(torch.tensor(torch.nan))
     model = registry.get("Transformer")(cfg)
-    step(optim, optim.construct_optimizer(model, cfg), 1.0, cfg)
+    optimizer = optim.construct_optimizer(model, cfg)
+    step(optim, optimizer, 1.0, cfg)
     with pytest.raises(RuntimeError, match="NaN losses"):
         misc.check_nan_losses(torch.tensor(torch.nan))
     model.stts["space_1"].nan_scores = torch.tensor(True)

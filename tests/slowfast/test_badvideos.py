@@ -1,17 +1,21 @@
 """Videos that cannot be read inside SlowFast are named, written down, and count as wrong."""
 
+import contextlib
 import json
 import os
+import pickle
 import random
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 
 @pytest.fixture
-def dataset(get_cfg, bad_lists):
+def alone(get_cfg, bad_lists):
+    """A dataset that no loop of SlowFast's reads."""
     from slowfast.datasets import build_dataset
 
     def make(mode, *opts):
@@ -19,6 +23,26 @@ def dataset(get_cfg, bad_lists):
         return build_dataset("kinetics", get_cfg(*places, *opts), mode)
 
     return make
+
+
+@pytest.fixture
+def dataset(alone):
+    """A dataset as a loop of SlowFast's reads it; ``meter`` is what the loop counts with."""
+    from stts_slowfast.pyslowfast import badvideos
+
+    with contextlib.ExitStack() as loops:
+
+        def make(mode, *opts, meter=None):
+            data = alone(mode, *opts)
+            counts = {} if mode == "test" else {"log_epoch_stats": print}
+            meter = meter or SimpleNamespace(
+                multi_label=False, update_stats=print, finalize_metrics=print, **counts
+            )
+            loader = SimpleNamespace(dataset=data)
+            loops.enter_context(badvideos.account(loader, meter, mode))
+            return data
+
+        yield make
 
 
 def records(folder) -> dict[str, dict]:
@@ -32,13 +56,18 @@ BACKENDS = pytest.mark.parametrize("backend", ["pyav", "torchvision"])
 
 
 @BACKENDS
-def test_a_test_video_that_cannot_be_read_has_no_label(dataset, bad_lists, backend):
+def test_a_test_video_that_cannot_be_read_is_marked(dataset, bad_lists, backend):
+    from stts_slowfast.pyslowfast.badvideos import NOT_READ
+
     data = dataset("test", "DATA.DECODING_BACKEND", backend)
     views = data._num_clips
     items = [data[index] for index in range(len(data))]
-    assert [item[1] for item in items] == [1] * views + [-1] * views + [1] * views + [
-        -1
-    ] * views + [1] * views
+    marks = [1, NOT_READ, 1, NOT_READ, 1]
+    assert [item[1] for item in items] == [mark for mark in marks for _ in range(views)]
+    unread = [number for number in range(len(data)) if data.stts_reads.kinds[number]]
+    assert {data._path_to_videos[n].rpartition("/")[2] for n in unread} == {
+        "broken.mp4", "half.mp4"
+    }  # fmt: skip
     assert [item[2] for item in items] == list(range(len(data)))
     batch = torch.utils.data.default_collate(items)
     assert batch[0][0].shape == (5 * views, 3, 8, 32, 32)
@@ -86,8 +115,8 @@ def test_a_pipe_and_a_hung_file_do_not_stop_a_test(dataset, bad_lists, backend, 
         return video(*args, **kwargs)
 
     monkeypatch.setattr(decoder, "Video", hung)
-    labels = [data[index][1] for index in range(3 * views)]
-    assert labels == [-1] * 2 * views + [1] * views
+    read = [data[index][1] == 1 for index in range(3 * views)]
+    assert read == [False] * 2 * views + [True] * views
     assert time.monotonic() - start < 3.0
     reasons = {name: record["reason"] for name, record in records(bad_lists).items()}
     assert "no regular file" in reasons.pop("broken.mp4")
@@ -104,7 +133,6 @@ def test_damage_is_written_down(dataset, bad_lists, monkeypatch):
             return super().iterate(*args)
 
     monkeypatch.setattr(decoder, "Video", Damaged)
-    monkeypatch.setattr(decoder, "_last", None)
     data = dataset("test")
     assert data[0][1] == 1
     assert records(bad_lists)["val_0.mp4"]["kind"] == "damaged"
@@ -125,17 +153,34 @@ def fill(meter, labels):
         meter.update_stats(predictions[part], torch.tensor(labels)[part], clips)
 
 
-@pytest.mark.parametrize("views", [[-1, 1], [1, -1], [-1, -1]])
-def test_unreadable_in_a_view_is_unreadable(checkout, views):
-    tested = meter()
-    fill(tested, [1, 1, *views, 0, 0, 1, 1])
-    assert tested.video_labels.tolist() == [1, -1, 0, 1]
+@pytest.mark.parametrize("views", [[0, 1], [1, 0], [0, 0]])
+def test_unreadable_in_a_view_is_unreadable(dataset, views):
+    from stts_slowfast.pyslowfast.badvideos import NOT_READ
+
+    tested = meter(5)
+    dataset("test", meter=tested)
+    views = [1 if read else NOT_READ for read in views]
+    fill(tested, [1, 1, *views, 0, 0, 1, 1, 1, 1])
+    assert tested.video_labels.tolist() == [1, -1, 0, 1, 1]
+
+
+def test_a_label_of_minus_one_is_no_unreadable_video(dataset, caplog):
+    tested = meter(5)
+    dataset("test", meter=tested)
+    fill(tested, [-1] * 6 + [1] * 4)
+    caplog.set_level("INFO")
+    tested.finalize_metrics()
+    assert tested.video_labels.tolist() == [-1, -1, -1, 1, 1]
+    assert tested.stats == {"split": "test_final", "top1_acc": "40.00", "top5_acc": "40.00"}
+    assert "unreadable" not in caplog.messages[-1]
 
 
 def test_a_test_ends_with_the_list_or_with_both_accuracies(dataset, bad_lists, caplog):
-    data = dataset("test", "TEST.NUM_ENSEMBLE_VIEWS", "1", "TEST.NUM_SPATIAL_CROPS", "1")
-    labels = [data[index][1] for index in range(5)]
     tested = meter(5, 1)
+    data = dataset(
+        "test", "TEST.NUM_ENSEMBLE_VIEWS", "1", "TEST.NUM_SPATIAL_CROPS", "1", meter=tested
+    )
+    labels = [data[index][1] for index in range(5)]
     fill(tested, labels)
     with pytest.raises(ValueError, match=r"(?s)^2 of the test videos .*broken\.mp4: .*half\.mp4: "):
         tested.finalize_metrics()
@@ -144,9 +189,58 @@ def test_a_test_ends_with_the_list_or_with_both_accuracies(dataset, bad_lists, c
     tested.finalize_metrics()
     assert tested.stats["top1_acc"] == "60.00"
     line = json.loads(caplog.messages[-1].partition("json_stats: ")[2])
-    assert line["unreadable"] == 2 and line["damaged"] == 0
+    assert line["unreadable"] == 2 and "damaged" not in line
     assert (line["top1_acc"], line["top1_acc_readable"]) == ("60.00", "100.00")
-    nothing = meter(5, 1)
-    fill(nothing, [-1] * 5)
+
+
+def test_a_test_of_nothing_readable_is_refused(dataset):
+    from stts_slowfast.pyslowfast.badvideos import NOT_READ
+
+    tested = meter(5, 1)
+    one = "TEST.NUM_ENSEMBLE_VIEWS", "1", "TEST.NUM_SPATIAL_CROPS", "1"
+    dataset("test", "TEST.ALLOW_MISSING", True, *one, meter=tested)
+    fill(tested, [NOT_READ] * 5)
     with pytest.raises(ValueError, match="5 of the test videos"):
-        nothing.finalize_metrics()
+        tested.finalize_metrics()
+
+
+def test_meter_and_dataset_are_slowfasts_again_after_the_loop(alone):
+    from stts_slowfast.pyslowfast import badvideos
+
+    data, tested = alone("test"), meter(5)
+    with badvideos.account(SimpleNamespace(dataset=data), tested, "test"):
+        assert "update_stats" in vars(tested) and hasattr(data, "stts_reads")
+    assert not {"update_stats", "finalize_metrics"} & vars(tested).keys()
+    assert not hasattr(data, "stts_reads")
+    assert pickle.loads(pickle.dumps(data))._labels == data._labels
+
+
+def test_without_a_loop_that_counts_slowfast_gives_up_as_it_does(alone):
+    data = alone("test")
+    data._num_retries = 2
+    views = data._num_clips
+    assert data[0][1] == 1 and data[views] is None
+
+
+def test_a_dataset_of_the_users_own_is_left_alone(get_cfg, bad_lists):
+    """One whose list is built otherwise, and one for another task."""
+    from slowfast.datasets.kinetics import Kinetics
+
+    from stts_slowfast.pyslowfast import badvideos, reading
+
+    class Own(Kinetics):
+        def _construct_loader(self):
+            self._path_to_videos = [str(bad_lists / "broken.mp4"), PATH]
+            self._labels, self._spatial_temporal_idx = [3, 5], [0, 0]
+            self._video_meta = {0: {}, 1: {}}
+            self.epoch = 0.0
+
+    PATH = (bad_lists / "val.csv").read_text().split()[0]
+    data = Own(get_cfg("OUTPUT_DIR", str(bad_lists / "out")), "val")
+    counted = SimpleNamespace(log_epoch_stats=print)
+    with badvideos.account(SimpleNamespace(dataset=data), counted, "val"):
+        assert counted.log_epoch_stats is print and not hasattr(data, "stts_reads")
+        assert data[1][1] == 5 and data[0][1] == 5
+        frames = data[1][0][0]
+    assert type(frames) is torch.Tensor and not reading.is_kinetics(data)
+    assert not (bad_lists / "out" / "bad_videos.jsonl").exists()

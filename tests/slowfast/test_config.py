@@ -68,10 +68,27 @@ def test_a_node_given_twice_is_refused(get_cfg, tmp_path):
         get_cfg().merge_from_file(str(path))
 
 
-def test_copies_and_pickles_read_as_the_config_does(get_cfg):
-    cfg = pickle.loads(pickle.dumps(get_cfg().clone()))
+def test_a_copy_reads_as_the_config_does_and_a_pickle_is_slowfasts_own(get_cfg):
+    from fvcore.common.config import CfgNode
+
+    cfg = get_cfg().clone()
     cfg.merge_from_list(["STTS.SIGMA", "1"])
     assert cfg.STTS.SIGMA == 1.0
+    cfg.freeze()
+    assert cfg.clone().is_frozen()
+    pickled = pickle.loads(pickle.dumps(cfg))
+    assert type(pickled) is CfgNode and pickled == cfg and pickled.is_frozen()
+    assert b"stts_slowfast" not in pickle.dumps(cfg)
+
+
+def test_a_node_of_a_forks_own_is_read_as_yacs_reads_it(get_cfg):
+    from fvcore.common.config import CfgNode
+
+    cfg = get_cfg()
+    cfg.TIMESFORMER = CfgNode({"ATTN": "divided"})
+    cfg.merge_from_list(["TIMESFORMER.ATTN", "joint"])
+    cfg.merge_from_other_cfg(CfgNode({"TIMESFORMER": {"ATTN": "space"}}))
+    assert cfg.TIMESFORMER == {"ATTN": "space"}
 
 
 def test_a_text_that_looks_like_a_number_stays_one(get_cfg, tmp_path):

@@ -1,6 +1,7 @@
 """Decoding inside SlowFast: its sampling, both backends, its retries."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,18 @@ def decode(checkout):
         )
 
     return call
+
+
+@pytest.fixture
+def files(checkout):
+    """The files of a dataset of which every call of ``decode`` is for an item."""
+    from stts_slowfast.pyslowfast import reading
+
+    item = reading.Item(SimpleNamespace())
+    token = reading._item.set(item)
+    yield item.files
+    reading._item.reset(token)
+    item.files.close()
 
 
 def levels(clip: torch.Tensor) -> list[int]:
@@ -115,18 +128,13 @@ def decoded(monkeypatch):
             super().close()
 
     monkeypatch.setattr(decoder, "Video", Counting)
-    monkeypatch.setattr(decoder, "_last", None)
-    yield counts
-    if decoder._last:
-        decoder._last[2].close()
+    return counts
 
 
 @BACKENDS
 def test_views_of_one_file_are_one_pass_and_equal_views_alone(
-    checkout, decode, backend, tmp_path, write_video, decoded
+    checkout, decode, backend, tmp_path, write_video, decoded, files
 ):
-    from stts_slowfast.pyslowfast import decoder
-
     rng = np.random.default_rng(0)
     paths = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
     for path in paths:
@@ -137,7 +145,7 @@ def test_views_of_one_file_are_one_pass_and_equal_views_alone(
             path, backend, clip_idx=clip, num_clips_uniform=5, max_spatial_scale=24
         )
         if alone:
-            decoder._last[2].close()
+            files.close()
         return frames[0], spans
 
     alone = {(path, clip): view(path, clip, True) for path in paths for clip in range(5)}
@@ -149,7 +157,7 @@ def test_views_of_one_file_are_one_pass_and_equal_views_alone(
             frames, spans = view(path, clip)
             assert torch.equal(frames, alone[path, clip][0])
             np.testing.assert_array_equal(spans, alone[path, clip][1])
-        decoder._last[2].close()
+        files.close()
 
     check([(path, clip) for path in paths for clip in range(5) for _ in range(3)])
     assert decoded["opened"] == 2 and decoded["decoded"] <= 2 * 90
@@ -188,15 +196,13 @@ def test_views_are_cropped_before_they_are_normalised(
         assert torch.equal(dataset[view][0][0], views[view])
 
 
-def test_as_much_is_kept_as_a_clip_spans(checkout, counting, decode, decoded):
-    from stts_slowfast.pyslowfast import decoder
-
+def test_as_much_is_kept_as_a_clip_spans(checkout, counting, decode, files):
     for clip in range(10):
         decode(counting, "pyav", clip_idx=clip, num_clips_uniform=10)
-        assert len(decoder._last[2].images) <= SIZE * RATE
+        assert len(files.last[2].images) <= SIZE * RATE
 
 
-def test_a_file_that_changed_is_opened_anew(checkout, decode, tmp_path, write_video, decoded):
+def test_a_file_that_changed_is_opened_anew(decode, tmp_path, write_video, decoded, files):
     path = tmp_path / "a.mp4"
     for level in (50, 200):
         write_video(path, [np.full((48, 64, 3), level, np.uint8)] * (level // 5))

@@ -109,3 +109,31 @@ def test_slowfasts_ptvmvit_is_fused(get_cfg, build):
     assert configure(model, True, True) == 16
     assert sum(isinstance(module, AttentionView) for module in model.modules()) == 16
     torch.testing.assert_close(model(clips), stock, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "torchvision"])
+def test_slowfasts_loops_take_pytorchvideos_datasets(
+    checkout, get_cfg, build, videos, monkeypatch, backend
+):
+    from slowfast.datasets import loader as loaders
+    from slowfast.models import optimizer as optim
+    from slowfast.utils.meters import TestMeter, TrainMeter
+
+    monkeypatch.syspath_prepend(str(checkout / "tools"))  # as running a launcher there does
+    import test_net
+    import train_net
+
+    opts = ("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", backend)
+    cfg = get_cfg(*opts, "TRAIN.DATASET", "ptvkinetics", "TEST.DATASET", "ptvkinetics")
+    cfg.DATA_LOADER.NUM_WORKERS = 0
+    model = build(cfg)
+    train, test = (loaders.construct_loader(cfg, split) for split in ("train", "test"))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    meter = TrainMeter(len(train), cfg)
+    optimizer = optim.construct_optimizer(model, cfg)
+    before = [parameter.clone() for parameter in model.parameters()]
+    train_net.train_epoch(train, model, optimizer, scaler, meter, 0, cfg)
+    assert not any(map(torch.equal, before, model.parameters()))
+    meter = TestMeter(8, 2, 8, len(test), False, "sum")
+    meter = test_net.perform_test(test, model, meter, cfg)
+    assert meter.clip_count.tolist() == [2] * 8

@@ -1,4 +1,5 @@
-"""Two shards of one process each, through the stock launcher over loopback, are one run."""
+"""Two shards of one process each, or two processes of torchrun's, through the stock launcher over
+loopback, are one run."""
 
 import json
 import re
@@ -63,6 +64,24 @@ def test_the_shards_share_the_videos_and_what_they_find(logs):
     assert 0 <= float(final["top1_acc"]) <= 100
     # Views of all videos came to shard 0: a lost one would be warned of.
     assert "clip count" not in first
+
+
+def test_processes_of_torchrun_are_one_run(checkout, videos, tmp_path):
+    from stts_slowfast.pyslowfast import launch
+
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += ["tools/run_net.py", "--cfg", str(TINY), "--opts", "OUTPUT_DIR", str(tmp_path)]
+    words += ["DATA.PATH_TO_DATA_DIR", str(videos), "STTS.ENABLE", "True", "SOLVER.MAX_EPOCH", "1"]
+    env = {**launch.environment(launch.find_launcher()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=checkout, env=env, capture_output=True, text=True, timeout=240)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-4000:]
+    # 13 videos in batches of 4 on the machine, 2 a process: 3 iterations, said once.
+    assert [line["iter"] for line in stats(log, "train_iter_")] == ["1/3", "2/3", "3/3"]
+    assert len(stats(log, "val_epoch")) == len(stats(log, "test_final")) == 1
+    saved = torch.load(tmp_path / "checkpoints/checkpoint_epoch_00001.pyth", weights_only=True)
+    assert not any(key.startswith("module.") for key in saved["model_state"])
+    assert "NUM_GPUS: 0" in saved["cfg"] and "NUM_SHARDS: 1" in saved["cfg"]
 
 
 BOTH = """

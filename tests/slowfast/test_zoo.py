@@ -7,29 +7,38 @@ import torch
 
 from stts_slowfast.pyslowfast import zoo
 from stts_slowfast.tools import benchrows, cli
+from stts_slowfast.tools.published import TABLE
 
 ROWS = {
-    "SLOWFAST_8x8_R50": (77.0, 32),
-    "X3D_M": (76.2, 16),
-    "C2D_8x8_R50": (None, 8),
-    "I3D_8x8_R50": (73.5, 8),
-    "MVIT_B_16x4_CONV": (78.4, 16),
-    "MVITv2_S_16x4": (81.0, 16),
+    "Kinetics/SLOWFAST_8x8_R50": (None, 32),  # the zoo names c2/SLOWFAST_8x8_R50
+    "Kinetics/c2/I3D_8x8_R50": (73.5, 8),
+    "Kinetics/X3D_M": (76.2, 16),
+    "Kinetics/C2D_8x8_R50": (None, 8),
+    "Kinetics/MVIT_B_16x4_CONV": (78.4, 16),
+    "Kinetics/MVITv2_S_16x4": (81.0, 16),
+    "SSv2/MVITv2_S_16x4": (68.2, 16),
 }
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_stock_configs_are_rows(checkout, name):
     top1, frames = ROWS[name]
-    path = str(checkout / "configs" / "Kinetics" / f"{name}.yaml")
+    path = str(checkout / "configs" / f"{name}.yaml")
     row = benchrows.Row(name, path, engine="slowfast")
     model, shapes = benchrows.build(row, "cpu")
     assert shapes["eval"][1] == frames and row.parameters > 1e6
-    assert (row.published and row.published[0]) == top1
-    if name == "X3D_M":
+    assert (row.published and row.published.top1) == top1
+    if name == "Kinetics/X3D_M":
         assert shapes["train"][-1] == 224 and shapes["eval"][-1] == 256 and row.views == (10, 3)
         with torch.no_grad():
             assert model.eval()(torch.zeros(1, *shapes["eval"])).shape == (1, 400)
+
+
+def test_every_published_number_is_of_a_stock_config(checkout):
+    for name, results in TABLE.items():
+        if "STTS_" not in name:
+            path = str(checkout / "configs" / f"{name}.yaml")
+            assert zoo.read_config(path).TEST.DATASET in results, name
 
 
 def test_pathways_are_those_of_the_loader(checkout):

@@ -14,6 +14,7 @@ from stts_slowfast.standalone.defaults import get_cfg
 from stts_slowfast.standalone.lists import NO_LABEL
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.testing import Views, accuracies
+from stts_slowfast.tools.outputs import read_output
 
 
 def together(method, scores, labels, videos):
@@ -65,6 +66,7 @@ def test_a_list_without_labels_gives_scores_and_no_accuracy(run, tail):
     assert result["unlabelled"] == run.num_videos and result["num_videos"] == run.num_videos
     (final,) = run.json_stats("test_final")
     assert "top1_acc" not in final and final["unlabelled"] == run.num_videos
+    assert read_output(cfg.OUTPUT_DIR).final("top1_acc") is None
     with open(Path(cfg.OUTPUT_DIR, "scores.pkl"), "rb") as file:
         scores, labels = pickle.load(file)
     assert labels.tolist() == [-1] * run.num_videos
@@ -95,15 +97,15 @@ def spoil(model, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("job", "selection", "kind", "reason"),
     [
-        ("head", r"the weights head\.1\.weight hold"),
-        ("norm", r"the weights blocks\.2\.norm1\.bias hold"),
-        ("overflow", r"they first are none in the layer blocks\.3\.mlp\.0"),
+        ("test", False, "head", r"the weights head\.1\.weight hold"),
+        ("validation", True, "head", r"the weights head\.1\.weight hold"),
+        ("test", True, "norm", r"the weights blocks\.2\.norm1\.bias hold"),
+        ("test", False, "overflow", r"they first are none in the layer blocks\.3\.mlp\.0"),
+        ("validation", True, "overflow", r"they first are none in the layer blocks\.3\.mlp\.0"),
     ],
 )
-@pytest.mark.parametrize("job", ["test", "validation"])
-@pytest.mark.parametrize("selection", [False, True])
 def test_outputs_that_are_no_numbers_are_refused(run, tmp_path, kind, reason, job, selection):
     cfg = run.cfg
     cfg.STTS.ENABLE = selection

@@ -9,6 +9,7 @@ import torch
 
 from stts_slowfast.fused.attention import AttentionView
 from stts_slowfast.tools import bench, benchdata, benchrows, cli, makedata
+from stts_slowfast.tools.published import TABLE, Published, published
 
 
 @pytest.fixture
@@ -159,43 +160,71 @@ def test_table_counts_views_and_names_what_was_published():
     stock = benchrows.Row("stock", "", gflops=2.0, views=(10, 3), seconds={"eval": [1.0]})
     ours = benchrows.Row("ours", "", gflops=1.0, views=(5, 1), seconds={"eval": [1.0]})
     assert "published" not in bench.table([stock, ours], 1)
-    stock.published = (77.0, "MODEL_ZOO.md")
+    stock.published = Published(77.0, "a zoo", (5, 1))
+    ours.published = Published(76.6, "a paper")
     head, _, first, second = bench.table([stock, ours], 1).splitlines()
     assert "| views | GFLOPs / video | published top-1 |" in head
-    assert "| 2.00 | 10 x 3 | 60.00 | 77.0 (MODEL_ZOO.md) |" in first
-    assert "| 1.00 | 5 x 1 | 5.00 |  |" in second
+    assert "| 2.00 | 10 x 3 | 60.00 | 77.0 of 5 x 1 (a zoo) |" in first  # its own views
+    assert "| 1.00 | 5 x 1 | 5.00 | 76.6 (a paper) |" in second
 
 
-def test_published_accuracy_is_read_from_the_table_beside_the_configs(tmp_path):
-    (tmp_path / "MODEL_ZOO.md").write_text(
-        "| model | top1 | config |\n| - | - | - |\n| a | 75.6 | Kinetics/c2/NET_8x8 |\n"
-        "| b | - | Kinetics/EMPTY |\n\n"
-        "| model | top1 10-view | top1 30-view | config |\n| - | - | - | - |\n"
-        "| c | 75.1 | 76.2 | Kinetics/X3D_M |\n\n| model | config |\n| - | - |\n| d | OTHER |\n"
-    )
-    folder = tmp_path / "configs" / "Kinetics"
-
-    def top1(name):
-        found = benchrows.published(str(folder / f"{name}.yaml"))
-        return found and found[0]
-
-    assert benchrows.published(str(folder / "NET_8x8.yaml")) == (75.6, "MODEL_ZOO.md")
-    assert top1("X3D_M") == 76.2
-    assert [top1(name) for name in ("NET", "NET_8x8_R50", "EMPTY", "OTHER", "8x8")] == [None] * 5
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout of SlowFast, as far as it is looked at."""
+    root = tmp_path / "checkout"
+    (root / "slowfast" / "config").mkdir(parents=True)
+    (root / "slowfast" / "config" / "defaults.py").touch()
+    (root / "MODEL_ZOO.md").write_text("| config | top1 |\n| - | - |\n| Kinetics/MINE | 99.9 |\n")
+    return root
 
 
-def test_ours_has_the_papers_numbers():
-    configs = Path(__file__).parents[2] / "configs" / "Kinetics"
-    row = configs / "STTS_MVIT_B_16x4_T0_0.5_S4_0.7.yaml"
-    assert benchrows.published(str(row)) == (76.6, "README.md")
+def top1(root, name, dataset, views=None):
+    path = root / "configs" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    found = published(str(path), dataset, views)
+    return found and found.top1
 
 
-def test_a_changed_config_has_no_published_number(config, tmp_path):
-    (tmp_path / "README.md").write_text("| config | top-1 |\n| - | - |\n| tiny | 70.0 |\n")
+def test_published_numbers_are_of_the_very_config_and_dataset(checkout, tmp_path):
+    assert top1(checkout, "Kinetics/MVITv2_S_16x4", "kinetics") == 81.0
+    assert top1(checkout, "SSv2/MVITv2_S_16x4", "ssv2") == 68.2
+    assert top1(checkout, "Kinetics/MVITv2_S_16x4", "ssv2") is None
+    assert top1(checkout, "Kinetics/pytorchvideo/X3D_M", "ptvkinetics") == 75.94
+    assert top1(checkout, "Kinetics/c2/SLOWFAST_8x8_R50", "kinetics") == 77.0
+    for name in ("Kinetics/SLOWFAST_8x8_R50", "Kinetics/MINE", "Charades/SLOWFAST_16x8_R50"):
+        assert top1(checkout, name, "kinetics") is None
+    # Files of the same name elsewhere are anybody's.
+    assert top1(tmp_path, "Kinetics/MVITv2_S_16x4", "kinetics") is None
+
+
+def test_of_several_results_the_one_of_these_views_is_named(checkout):
+    name = "Kinetics/X3D_M"
+    assert top1(checkout, name, "kinetics", (10, 1)) == 75.1
+    assert [top1(checkout, name, "kinetics", views) for views in ((10, 3), (1, 1))] == [76.2] * 2
+
+
+def test_ours_have_the_papers_numbers_if_there_are_any():
+    found = published("STTS_MVIT_B_16x4_T0_0.5_S4_0.7", "kinetics")
+    assert (found.top1, found.gflops, found.views) == (76.6, 23.3, None)
+    assert published("SSv2/STTS_MVIT_B_16x4_T0_0.9_S4_0.9", "ssv2") is None
+    assert published("STTS_SWIN_T_32x2_T0_0.9", "kinetics") is None
+
+
+def test_every_published_number_is_of_a_config_that_there_is():
+    configs = Path(__file__).parents[2] / "configs"
+    ours = [name for name in TABLE if Path(name).name.startswith("STTS_")]
+    assert len(ours) == 10 and all((configs / f"{name}.yaml").is_file() for name in ours)
+    for results in (each for by_dataset in TABLE.values() for each in by_dataset.values()):
+        assert results and len({each.views for each in results}) == len(results)
+
+
+def test_a_changed_config_has_no_published_number(config, monkeypatch):
+    monkeypatch.setattr(benchrows, "published", lambda *args: Published(70.0, "a zoo"))
     rows = [benchrows.parse_row(f"{config}{keys}") for keys in ("", ",STTS.ENABLE=True")]
     for row in rows:
         benchrows.build(row, "cpu")
-    assert [row.published for row in rows] == [(70.0, "README.md"), None]
+    assert [row.published for row in rows] == [Published(70.0, "a zoo"), None]
 
 
 # ---- loaders and whole tests ----------------------------------------------------------------

@@ -92,6 +92,13 @@ def test_run_trains_tests_and_takes_options(config, capsys):
     assert '"split": "test_final"' in (folder / "stdout.log").read_text()
 
 
+def test_a_range_is_not_trained_if_a_test_follows(config, capsys):
+    keys = ["STTS.ENABLE", "True", "STTS.SPACE.KEEP", "[[0.25, 0.9]]"]
+    assert cli.main(["run", "--cfg", config, "--opts", *keys]) == 2
+    assert "STTS.SPACE.KEEP is [[0.25, 0.9]], a range, and TEST.ENABLE is Tr" in error_line(capsys)
+    assert not (Path(config).parent / "out").exists()
+
+
 def test_a_missing_test_list_shows_before_the_training(config, capsys):
     (Path(config).parent / "test.csv").unlink()
     assert cli.main(["run", "--cfg", config]) == 2

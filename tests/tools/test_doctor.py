@@ -1,25 +1,33 @@
 """What the doctor says, and the status it leaves with."""
 
 import argparse
+import re
+from pathlib import Path
 
 import pytest
 
 from stts_slowfast.pyslowfast import autoload, compat
 from stts_slowfast.tools import doctor
 
-LOG = "stts_slowfast: mended decoder: both backends\nModuleNotFoundError: no detectron2\n"
+LOG = (
+    "stts_slowfast: patched SlowFast in memory: decoder, bad_videos (STTS_COMPAT=-NAME switches "
+    "one off)\nModuleNotFoundError: no detectron2\n"
+)
 
 
-def test_mends_are_read_from_the_log(monkeypatch):
+def test_patches_are_read_from_the_log(monkeypatch):
     monkeypatch.delenv("STTS_COMPAT", raising=False)
-    assert doctor.mend("decoder", LOG).status == doctor.MENDED
-    assert doctor.mend("vision_imports", LOG).status == doctor.OK
+    assert doctor.patch("decoder", LOG).status == doctor.PATCHED
+    check = doctor.patch("vision_imports", LOG)
+    assert check.status == doctor.OK
+    assert compat.PATCHES["vision_imports"].acts in check.found
 
 
-def test_a_needed_mend_that_is_switched_off_is_missing(monkeypatch):
-    monkeypatch.setenv("STTS_COMPAT", "0")
-    assert doctor.mend("decoder", LOG).status == doctor.MISSING
-    assert doctor.mend("vision_imports", LOG).status == doctor.OK
+@pytest.mark.parametrize("switch", ["0", "-decoder,-demo"])
+def test_a_needed_patch_that_is_switched_off_is_missing(monkeypatch, switch):
+    monkeypatch.setenv("STTS_COMPAT", switch)
+    assert doctor.patch("decoder", LOG).status == doctor.MISSING
+    assert doctor.patch("demo", LOG).status == doctor.OFF
 
 
 def test_a_package_without_the_needed_name_is_missing(monkeypatch):
@@ -58,7 +66,16 @@ def test_it_passes_where_nothing_is_missing(monkeypatch, capsys):
     assert "A SlowFast run can start." in capsys.readouterr().out
 
 
-def test_every_mend_has_its_line():
-    hooks = [name.rpartition(".")[2] for names in autoload.HOOKS.values() for name in names]
-    mends = {name.removeprefix("mend_") for name in hooks if name.startswith("mend_")}
-    assert mends == set(compat.MENDS)
+def test_every_patch_has_its_row_and_every_row_its_hooks():
+    """The table of the guide is the one in the code, and no patch is outside of it."""
+    guide = (Path(__file__).parents[2] / "projects" / "stts" / "README.md").read_text()
+    rows = [line for line in guide.splitlines() if line.startswith("| `") and line.count("|") == 4]
+    assert [row for row in rows if row in compat.table()] == compat.table()
+    named = {function for one in compat.PATCHES.values() for function in one.hooks.values()}
+    hooks = {name for names in autoload.HOOKS.values() for name in names}
+    assert {name for name in hooks if ".patch_" in name} == named
+    for function in named:  # each names, in the code, the row that switches it off
+        file, _, name = function.rpartition(".")
+        source = Path(compat.__file__).parents[1].joinpath(*file.split(".")).with_suffix(".py")
+        (switch,) = re.findall(rf'@patch\("(\w+)"\)\ndef {name}\(', source.read_text())
+        assert function in compat.PATCHES[switch].hooks.values()

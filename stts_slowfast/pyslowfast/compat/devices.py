@@ -1,22 +1,22 @@
 """What SlowFast takes for granted about its devices."""
 
-import functools
+import contextlib
 
-from stts_slowfast.pyslowfast.compat import mend
+from stts_slowfast.pyslowfast.compat import switched_off
 
 
-@mend
-def mend_cuda_synchronize(video_model_builder) -> bool:
-    """``torch.cuda.synchronize()`` after every iteration, whatever ``NUM_GPUS`` is."""
+@contextlib.contextmanager
+def quiet_synchronize(cfg):
+    """While a job or an epoch runs on a CPU, ``torch.cuda.synchronize()``, which SlowFast calls
+    after every iteration, does nothing; on a machine with CUDA it does what it does."""
     import torch
 
-    if torch.cuda.is_available() or hasattr(torch.cuda.synchronize, "stock"):
-        return False
-
-    @functools.wraps(torch.cuda.synchronize)
-    def synchronize(device=None) -> None:
-        return None
-
-    synchronize.stock = torch.cuda.synchronize
-    torch.cuda.synchronize = synchronize
-    return True
+    if cfg.NUM_GPUS or "cuda_synchronize" in switched_off() or torch.cuda.is_available():
+        yield
+        return
+    stock = torch.cuda.synchronize
+    torch.cuda.synchronize = lambda device=None: None
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize = stock

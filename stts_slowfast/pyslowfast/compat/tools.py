@@ -1,69 +1,51 @@
 """What SlowFast's tools, and parts of it that few runs reach, trip over."""
 
 import functools
+import os
+import sys
 import types
 
-from stts_slowfast.pyslowfast.compat import mend
-from stts_slowfast.pyslowfast.wrap import wrap
+from stts_slowfast.pyslowfast import run_state
+from stts_slowfast.pyslowfast.compat import patch
+from stts_slowfast.pyslowfast.wrap import is_wrapped, wrap
 
 
-@mend
-def mend_mt_adamw(optimizer) -> bool:
+@patch("mt_adamw")
+def patch_mt_adamw(optimizer) -> bool:
     """``torch.optim._multi_tensor.AdamW``, which is ``AdamW(foreach=True)`` by now."""
     import torch
 
     if hasattr(torch.optim, "_multi_tensor"):
         return False
+    wrap(optimizer, "construct_optimizer", _with_multi_tensor)
+    return True
+
+
+def _with_multi_tensor(construct_optimizer, model, cfg, *args, **kwargs):
+    import torch
+
+    if cfg.SOLVER.OPTIMIZING_METHOD != "mt_adamw":
+        return construct_optimizer(model, cfg, *args, **kwargs)
     adamw = functools.partial(torch.optim.AdamW, foreach=True)
     torch.optim._multi_tensor = types.SimpleNamespace(AdamW=adamw)
-    return True
+    try:
+        return construct_optimizer(model, cfg, *args, **kwargs)
+    finally:
+        del torch.optim._multi_tensor
 
 
-@mend
-def mend_ava_test(meters) -> bool:
-    """AVA's meter in testing: ``perform_test`` ends each iteration for it a second time.
-
-    The second time its timers stand already, the epoch is missing, and what it is to collect are
-    labels, where it collects boxes.
-    """
-    if hasattr(meters.AVAMeter.iter_toc, "stock"):
-        return False
-    wrap(meters.AVAMeter, "iter_toc", _pause_once)
-    wrap(meters.AVAMeter, "log_iter_stats", _log_with_an_epoch)
-    wrap(meters.AVAMeter, "update_stats", _collect_boxes)
-    return True
-
-
-def _pause_once(iter_toc, meter):
-    if not meter.iter_timer.is_paused():
-        iter_toc(meter)
-
-
-def _log_with_an_epoch(log_iter_stats, meter, *args, **kwargs):
-    if len(args) + len(kwargs) > 1:
-        log_iter_stats(meter, *args, **kwargs)
-
-
-def _collect_boxes(update_stats, meter, preds, ori_boxes, metadata, *args, **kwargs):
-    # A box has its video and its second: (boxes, 2). Indices of videos are (videos,).
-    if metadata.dim() > 1:
-        update_stats(meter, preds, ori_boxes, metadata, *args, **kwargs)
-
-
-@mend
-def mend_visualization(loader) -> bool:
+@patch("visualization")
+def patch_visualization(loader) -> bool:
     """``tools/visualization.py`` unpacks four of the five things that a batch has."""
-    if hasattr(loader.construct_loader, "stock"):
-        return False
     wrap(loader, "construct_loader", _loader_for_visualization)
     return True
 
 
 def _loader_for_visualization(construct_loader, *args, **kwargs):
-    from stts_slowfast.pyslowfast import shards
-
-    loader = construct_loader(*args, **kwargs)
-    return WithoutTime(loader) if shards.job() == "visualize" else loader
+    loader, job = construct_loader(*args, **kwargs), run_state.running()
+    if job is None or job.job != "visualize" or not is_slowfasts(job.function, "visualization"):
+        return loader
+    return WithoutTime(loader)
 
 
 class WithoutTime:
@@ -80,14 +62,12 @@ class WithoutTime:
         return len(self.loader)
 
 
-@mend
-def mend_activations(utils) -> bool:
+@patch("activations")
+def patch_activations(utils) -> bool:
     """Activations are taken for tensors, but a transformer's block gives its tokens and their grid.
 
     Of several things that a layer gives, the first is shown: the tokens, (batch, tokens, width).
     """
-    if hasattr(utils.GetWeightAndActivation._register_single_hook, "stock"):
-        return False
     wrap(utils.GetWeightAndActivation, "_register_single_hook", _keep_tokens)
     return True
 
@@ -108,11 +88,9 @@ def _keep_tokens(register_single_hook, activations, layer_name):
     hooks[last] = keep_first
 
 
-@mend
-def mend_layer_weights(tensorboard_vis) -> bool:
+@patch("layer_weights")
+def patch_layer_weights(tensorboard_vis) -> bool:
     """Weights of several layers are drawn with the indices of the first layer's rows."""
-    if hasattr(tensorboard_vis.TensorboardWriter.plot_weights_and_activations, "stock"):
-        return False
     wrap(tensorboard_vis.TensorboardWriter, "plot_weights_and_activations", _layer_by_layer)
     return True
 
@@ -122,26 +100,38 @@ def _layer_by_layer(plot_weights_and_activations, writer, layers, *args, **kwarg
         plot_weights_and_activations(writer, {name: values}, *args, **kwargs)
 
 
-@mend
-def mend_load_config(parser) -> bool:
+@patch("load_config")
+def patch_load_config(parser) -> bool:
     """``tools/benchmark.py`` asks for no config file, so ``--cfg`` would be passed over."""
-    if hasattr(parser.load_config, "stock"):
-        return False
     wrap(parser, "load_config", _load_named_config)
     return True
 
 
+def is_a_tool(path: str | None, name: str) -> bool:
+    """Whether a file is ``tools/NAME.py`` of a checkout of SlowFast."""
+    if not path or os.path.basename(path) != f"{name}.py":
+        return False
+    tools = os.path.dirname(os.path.realpath(path))
+    beside = os.path.join(os.path.dirname(tools), "slowfast", "__init__.py")
+    return os.path.isfile(os.path.join(tools, "run_net.py")) and os.path.isfile(beside)
+
+
+def is_slowfasts(function, name: str) -> bool:
+    """Whether a function is one of ``tools/NAME.py`` of a checkout of SlowFast."""
+    module = sys.modules.get(getattr(function, "__module__", None))
+    return is_a_tool(getattr(module, "__file__", None), name)
+
+
 def _load_named_config(load_config, args, path_to_config=None):
-    if path_to_config is None:
+    main = sys.modules.get("__main__")
+    if path_to_config is None and is_a_tool(getattr(main, "__file__", None), "benchmark"):
         path_to_config = next(iter(getattr(args, "cfg_files", None) or ()), None)
     return load_config(args, path_to_config)
 
 
-@mend
-def mend_demo(utils) -> bool:
+@patch("demo")
+def patch_demo(utils) -> bool:
     """The demo scales a video's shorter side alone, but an MViT's positions are of a square."""
-    if hasattr(utils.process_cv2_inputs, "stock"):
-        return False
     wrap(utils, "process_cv2_inputs", _middle_squares)
     return True
 
@@ -160,12 +150,12 @@ def _middle_squares(process_cv2_inputs, frames, cfg):
     return process_cv2_inputs(frames, cfg)
 
 
-@mend
-def mend_ptv_mvit(ptv_model_builder) -> bool:
+@patch("ptv_mvit")
+def patch_ptv_mvit(ptv_model_builder) -> bool:
     """PTVMViT hands on an empty ``MVIT.POOL_KV_STRIDE`` where pytorchvideo wants None."""
     name = "create_multiscale_vision_transformers"
     stock = getattr(ptv_model_builder, name)
-    if hasattr(stock, "stock"):
+    if is_wrapped(stock):
         return False
 
     @functools.wraps(stock)
@@ -175,6 +165,6 @@ def mend_ptv_mvit(ptv_model_builder) -> bool:
             kwargs["pool_kv_stride_size"] = None
         return stock(*args, **kwargs)
 
-    create.stock = stock
+    create.stock = create.wrapper = stock
     setattr(ptv_model_builder, name, create)  # there alone: pytorchvideo's own stays
     return True

@@ -1,0 +1,71 @@
+"""A forward pass without numbers, at build time: what selection cannot do in a model shows at once.
+
+It costs no memory and milliseconds to a second: the copy's tensors are on the ``meta`` device.
+"""
+
+import copy
+import logging
+import traceback
+
+import torch
+from torch import Tensor, nn
+
+from stts_slowfast.hooks import selections
+
+logger = logging.getLogger(__name__)
+
+
+def check_forward(model: nn.Module, cfg) -> None:
+    """Runs a copy of a model with selectors on one clip of the config's size, on ``meta``.
+
+    A model that cannot be copied, or run without numbers, is left to its first real forward pass.
+
+    Args:
+        model: as SlowFast builds it: takes a list of pathways, and boxes with DETECTION.ENABLE.
+        cfg: with ``DATA``; the clip has ``DATA.NUM_FRAMES`` frames of ``DATA.TRAIN_CROP_SIZE``.
+
+    Raises:
+        ValueError: what a selector raises in the forward pass; if one never gets tokens.
+    """
+    try:
+        twin = _meta_copy(model).eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            twin(*_inputs(cfg))
+    except Exception as error:
+        if isinstance(error, ValueError) and _is_ours(error):
+            raise
+        logger.debug("No dry run of %s: %s: %s", type(model).__name__, type(error).__name__, error)
+        return
+    try:
+        selections(twin)
+    except ValueError as error:
+        raise ValueError(
+            f"a forward pass of {type(model).__name__} passes selectors by ({error}): call each "
+            "block once, as a module, x, thw = block(x, thw)"
+        ) from None
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    memo = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        twin = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            twin = nn.Parameter(twin, requires_grad=False)
+        memo[id(tensor)] = twin
+    return copy.deepcopy(model, memo)
+
+
+def _inputs(cfg) -> tuple[list[Tensor], ...]:
+    side = cfg.DATA.TRAIN_CROP_SIZE
+    images = "imagenet" in cfg.TRAIN.DATASET
+    size = (1, 3, side, side) if images else (1, 3, cfg.DATA.NUM_FRAMES, side, side)
+    clips = [torch.empty(size, device="meta")]
+    if cfg.DETECTION.ENABLE:
+        return clips, torch.empty(1, 5, device="meta")
+    return (clips,)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it."""
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+    return frame.f_globals.get("__name__", "").startswith("stts_slowfast.")
