@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stts_slowfast import fused
 from stts_slowfast.config import Settings, as_arguments
 from stts_slowfast.hosts import Host, Tokens, find, hosted, modules_with_selectors, unwrap
-from stts_slowfast.selectors import Selector, SpatialSelector, TemporalSelector
+from stts_slowfast.selectors import Selector, Selectors, SpatialSelector, TemporalSelector
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,8 @@ def select(selector: Selector, tokens: Tokens) -> Tokens:
 class BeforeBlock:
     """Forward pre-hook that hands a block the tokens which its selectors keep."""
 
-    def __init__(self, host: Host, selectors: Sequence[Selector], behind: bool):
-        self.host = host
-        self.selectors = tuple(selectors)
+    def __init__(self, host: Host, model: nn.Module, number: int, behind: bool):
+        self.host, self.model, self.number = host, model, number
         self.behind = behind  # a selection, so that a grid must have travelled here
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -45,7 +44,11 @@ class BeforeBlock:
                 "(checkpointing with use_reentrant=True around whole blocks does)"
             )
         tokens = self.host.read(args, kwargs)
-        for selector in getattr(block, "stts_replicas", self.selectors):
+        selectors = getattr(block, "stts_replicas", None)
+        # Asked of the model, where peft may have put a copy that it trains (modules_to_save).
+        for selector in (
+            selectors_before(self.model, self.number) if selectors is None else selectors
+        ):
             tokens = select(selector, tokens)
         self.host.tell(block, tokens.thw)
         return self.host.write(tokens, args, kwargs)
@@ -75,12 +78,15 @@ class ShareReplicas:
         if not getattr(model, "_is_replica", False):
             return
         for number, block in enumerate(self.host.blocks(hosted(model))):
-            block.stts_replicas = tuple(
-                selector for selector in model.stts.values() if selector.block == number
-            )
+            block.stts_replicas = selectors_before(model, number)
 
 
 HOOKS = (BeforeBlock, AfterBlock, ShareReplicas)
+
+
+def selectors_before(model: nn.Module, number: int) -> tuple[Selector, ...]:
+    """The selectors in front of a block, in the order in which they run."""
+    return tuple(selector for selector in model.stts.values() if selector.block == number)
 
 
 def attach(
@@ -114,7 +120,7 @@ def attach(
             those of both engines and ``SelectionCallback`` do.
 
     Returns:
-        The same model. ``model.stts`` is an ``nn.ModuleDict`` with keys such as ``time_0`` and
+        The same model. ``model.stts`` is read as a dict is, with keys such as ``time_0`` and
         ``space_4``, in the order in which they run; ``model.stts.settings`` what was asked for.
 
     Raises:
@@ -169,9 +175,8 @@ def _settings(node, num_blocks: int, grids, **arguments) -> tuple[Settings, dict
 
 def _make_selectors(
     host: Host, blocks: Sequence[nn.Module], settings: Settings, training: bool
-) -> nn.ModuleDict:
-    stts = nn.ModuleDict()
-    stts.settings = settings
+) -> Selectors:
+    stts = Selectors(settings)
     operator = {
         "teacher": settings.teacher,
         "sigma": settings.sigma,
@@ -197,16 +202,13 @@ def _make_selectors(
     return stts
 
 
-def _register(
-    model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: nn.ModuleDict
-) -> None:
+def _register(model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: Selectors) -> None:
     host.prepare(blocks)
     travels = type(host).hand_on is not Host.hand_on
     first = min((selector.block for selector in stts.values()), default=len(blocks))
     for number, block in enumerate(blocks):
-        selectors = [selector for selector in stts.values() if selector.block == number]
-        if selectors or (number > first and host.tells_every_block):
-            before = BeforeBlock(host, selectors, behind=travels and number > first)
+        if selectors_before(model, number) or (number > first and host.tells_every_block):
+            before = BeforeBlock(host, model, number, behind=travels and number > first)
             block.register_forward_pre_hook(before, with_kwargs=True)
         # Nothing of ours comes behind the last block.
         if travels and first <= number < len(blocks) - 1:
@@ -288,9 +290,9 @@ def raise_on_nan(model: nn.Module) -> None:
             module.raise_on_nan()
 
 
-def _selectors(model: nn.Module) -> nn.ModuleDict:
+def _selectors(model: nn.Module) -> Selectors:
     stts = getattr(model, "stts", None)
-    if not isinstance(stts, nn.ModuleDict):
+    if not hasattr(stts, "settings"):
         raise ValueError(f"this {type(model).__name__} has no selectors: call attach(model, node)")
     return stts
 

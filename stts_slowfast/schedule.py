@@ -1,24 +1,256 @@
-"""What changes while training runs: the noise of the selectors and the backbone's learning rate.
+"""What changes while training runs: the noise and budgets of selectors, the backbone's rate.
 
-A training loop calls `param_groups` when it makes its optimizer, `begin` when its weights are
-loaded, and `step` before every iteration.
+A training loop makes a :class:`Schedule` beside its optimizer, and calls ``step`` before every
+iteration.
 """
 
 import logging
 import math
 import random
-from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stts_slowfast.config import Settings, check_training
+from stts_slowfast.groups import (
+    check_scorers,
+    missing_scorers,
+    param_groups,
+    scorer_parameters,
+)
 from stts_slowfast.hooks import raise_on_nan, settings_of
+from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.selectors import WHOLE, Selector
 
 logger = logging.getLogger(__name__)
 
 # torch.compile makes a graph for each budget, and gives up after 8.
 SHRINK_STEPS = 6
+
+
+class Schedule:
+    """The whole schedule of a training with selection, in plain numbers, for any loop.
+
+    .. code-block:: python
+
+        optimizer = torch.optim.AdamW(stts.param_groups(model.parameters(), model), lr=1e-4)
+        schedule = stts.Schedule(model, optimizer, max_epochs=20, pretrained=True)
+        for epoch in range(20):
+            for i, (clips, labels) in enumerate(loader):
+                schedule.step(epoch + i / len(loader))  # then forward, backward, optimizer.step()
+
+    Learning rates are the loop's: it, or a scheduler of PyTorch's, sets each group's ``lr``. In
+    ``optimizer.step()`` a backbone that is frozen or capped has what the recipe leaves of it;
+    before and after, groups show the loop's rates.
+
+    Freeze and cap are for fine-tuning: they hold from trained weights, and from random ones
+    everything learns at its group's rate. Which it is, is decided in the first :meth:`step` and
+    stored in the groups as ``held_back``, so that the optimizer's state has it: a resumed run,
+    whose state was loaded by then, is what it was.
+
+    Args:
+        model: with selectors, wrapped (DDP) or not; for a model without, nothing is scheduled.
+        optimizer: of its parameters. Groups that :func:`param_groups` has not split are split here,
+            in place; so make the schedule before a scheduler of learning rates.
+        max_epochs: length of training.
+        pretrained: whether the backbone's weights are trained.
+        base_lr: peak learning rate, of which ``backbone_lr`` is a share; the optimizer's ``lr`` by
+            default.
+        seed: of the budgets; the same in all processes.
+
+    Raises:
+        TypeError: for an optimizer without hooks on its step.
+        ValueError: if the scorers could not learn, or not all of them are in the optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        max_epochs: float,
+        pretrained: bool,
+        base_lr: float | None = None,
+        seed: int = 0,
+    ):
+        if not max_epochs > 0:
+            raise ValueError(f"max_epochs is {max_epochs!r}: it must be above 0")
+        self.model, self.optimizer, self.max_epochs, self.seed = model, optimizer, max_epochs, seed
+        self.pretrained = bool(pretrained)
+        self.learns = any(True for _ in scorer_parameters(model))
+        self.base_lr = base_lr
+        self.epoch: float | None = None
+        self._rates: list[tuple[dict, float | Tensor]] = []
+        inner = _with_hooks(optimizer)
+        if self.learns:
+            check_scorers(model)
+            self._split()
+            if base_lr is None:
+                self.base_lr = float(inner.defaults["lr"])
+        if earlier := getattr(inner, "stts_schedule", None):
+            earlier.remove()
+        inner.stts_schedule = self
+        self._hooks = [
+            inner.register_step_pre_hook(self._before_step),
+            inner.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        """Takes its hooks off the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def step(self, epoch: float) -> dict[str, float]:
+        """Sets what belongs to the iteration that begins: each selector's sigma and budget, and
+        what ``optimizer.step()`` will make of the backbone's rate.
+
+        Args:
+            epoch: exact epoch, from 0, a fraction of it included.
+
+        Returns:
+            What to log: ``sigma`` and ``backbone_lr``; nothing if no scorer learns.
+
+        Raises:
+            ValueError: if a rate is not finite, ``epoch`` is negative, a selector had NaN scores
+                in the iteration before, or the optimizer's state is of one without a schedule.
+        """
+        raise_on_nan(self.model)  # the loss was read: the device has nothing left to do
+        if not epoch >= 0:
+            raise ValueError(f"epoch is {epoch!r}: count from 0, with the fraction that is done")
+        groups = self.optimizer.param_groups
+        for group in groups:
+            if not math.isfinite(group["lr"]):
+                raise ValueError(
+                    f"the learning rate is {group['lr']} at epoch {epoch:.3f}: look at what sets "
+                    "it (SOLVER.*)"
+                )
+        if self.epoch is None:
+            self._begin()
+        self.epoch = epoch
+        noise = advance(self.model, min(epoch / self.max_epochs, 1.0), self.seed)
+        if self._is_frozen():
+            _let_all_pass(self.model)
+        if not self.learns:
+            return {}
+        if any("backbone" not in group or "held_back" not in group for group in groups):
+            raise ValueError(
+                "the optimizer's groups do not say which are the backbone's: its state was saved "
+                "without stts_slowfast.param_groups; load weights alone"
+            )
+        rates = [self._rate(g) / g.get("layer_decay", 1.0) for g in groups if g["backbone"]]
+        return {"sigma": noise, "backbone_lr": max(rates, default=0.0)}
+
+    def _split(self) -> None:
+        groups = self.optimizer.param_groups
+        if missing := missing_scorers(groups, self.model):
+            raise ValueError(
+                f"{len(missing)} parameters of the scorers are not in the optimizer "
+                f"({missing[0]}, ...): they would never learn; give it those of the whole model"
+            )
+        if all("backbone" in group for group in groups):
+            return
+        if any("initial_lr" in group for group in groups):
+            raise ValueError(
+                "the optimizer's groups hold scorers and backbone together, and a scheduler of "
+                "learning rates knows them already: make the optimizer with "
+                "stts_slowfast.param_groups(model.parameters(), model), or Schedule before it"
+            )
+        groups[:] = param_groups(groups, self.model)
+
+    def _begin(self) -> None:
+        """Decides, once a run, whether the backbone is frozen and capped, and logs it."""
+        shrink = max((s.shrink for s in _selectors(self.model)), default=0.0)
+        if shrink:
+            logger.info(
+                "STTS: in the first %g of training each iteration draws its budget, from KEEP to "
+                "an upper bound that shrinks from all tokens to it (STTS.SHRINK; 0 for KEEP alone)",
+                shrink,
+            )
+        groups = self.optimizer.param_groups
+        if not self.learns:
+            return
+        settings = settings_of(self.model)
+        resumed = all("held_back" in group for group in groups)
+        held_back = any(g["held_back"] for g in groups) if resumed else self.pretrained
+        check_training(settings, held_back)
+        for group in groups:
+            group["held_back"] = held_back
+        origin = "trained" if held_back else "random"
+        origin = "as this run began" if resumed else f"from {origin} weights"
+        if not held_back:
+            logger.info(
+                "STTS, %s: everything learns at the schedule's rate; STTS.FREEZE_BACKBONE_EPOCHS "
+                "and STTS.BACKBONE_LR are for fine-tuning (TRAIN.CHECKPOINT_FILE_PATH)",
+                origin,
+            )
+            return
+        logger.info(
+            "STTS, %s: the backbone is frozen for %g epochs (STTS.FREEZE_BACKBONE_EPOCHS), then "
+            "its rate is at most %g of SOLVER.BASE_LR (STTS.BACKBONE_LR); scorers learn at the "
+            "schedule's rate",
+            origin,
+            settings.freeze_backbone_epochs,
+            settings.backbone_lr,
+        )
+        new = [name for group in groups for name in group.get("new", ())]
+        if new:
+            shown = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
+            logger.info("STTS: %d parameters are new and learn with them: %s", len(new), shown)
+        if settings.freeze_backbone_epochs >= self.max_epochs:
+            logger.warning(
+                "STTS.FREEZE_BACKBONE_EPOCHS is %g and SOLVER.MAX_EPOCH %g: only scorers learn",
+                settings.freeze_backbone_epochs,
+                self.max_epochs,
+            )
+
+    def _is_frozen(self) -> bool:
+        """Whether only scorers, and what else is new, learn in this iteration."""
+        backbone = [g for g in self.optimizer.param_groups if g.get("backbone")]
+        return any(g.get("held_back") for g in backbone) and not any(map(self._rate, backbone))
+
+    def _rate(self, group: dict) -> float:
+        """A group's rate in ``optimizer.step()``."""
+        lr = float(group["lr"])
+        if not (group.get("backbone") and group.get("held_back")):
+            return lr
+        decay = group.get("layer_decay", 1.0)
+        return backbone_lr(lr, self.epoch, settings_of(self.model), self.base_lr * decay)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if self.epoch is None:
+            raise ValueError(
+                "optimizer.step() before the schedule's: call schedule.step(epoch) before each "
+                "iteration"
+            )
+        self._rates = [(group, group["lr"]) for group in self.optimizer.param_groups]
+        for group, lr in self._rates:
+            rate = self._rate(group)
+            if rate != float(lr):
+                group["lr"] = lr.new_tensor(rate) if isinstance(lr, Tensor) else rate
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        for group, lr in self._rates:
+            group["lr"] = lr
+        self._rates = []
+
+
+def _with_hooks(optimizer: Optimizer) -> Optimizer:
+    """The optimizer of PyTorch's inside what accelerate or SlowFast (LARS) put around it."""
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_pre_hooks"):
+        inner = getattr(inner, "optimizer", None) or getattr(inner, "optim", None)
+        if inner is None:
+            raise TypeError(
+                f"{type(optimizer).__name__} has no hooks on its step: give a torch.optim.Optimizer"
+            )
+    return inner
+
+
+def _selectors(model: nn.Module) -> list[Selector]:
+    return [module for module in model.modules() if isinstance(module, Selector)]
+
+
+# --- each part alone ----------------------------------------------------------------------------
 
 
 def sigma(initial: float, decay: str, fraction: float) -> float:
@@ -54,52 +286,12 @@ def width(fraction: float, shrink: float, seed: int, between: bool = True) -> fl
     return draw.randint(0, widest) / SHRINK_STEPS
 
 
-def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
-    """Sets every selector's sigma, and its budget, at this point of training.
-
-    Both depend on nothing but the arguments: all processes have the same, and a resumed run is
-    where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
-    budgets shrink, all go on by as much more than that as :func:`width` says; if all tokens pass,
-    saliency teaches (``STTS.TEACHER``).
-
-    Args:
-        model: with selectors, wrapped (DDP) or not; a model without is left as it is.
-        fraction: 0 to 1 of training done.
-        seed: of the budgets, the run's.
-
-    Returns:
-        That sigma; None where there is no selector.
-
-    Raises:
-        ValueError: for a fraction outside 0 to 1.
-    """
-    if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"fraction is {fraction!r}: the share of training done lies in 0 to 1")
-    noise = None
-    for module in model.modules():
-        if isinstance(module, Selector):
-            noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
-            module.sigma.fill_(noise)
-            draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
-            between = module.teacher == "mixture"
-            module.set_budget(draw, width(fraction, module.shrink, seed, between))
-    return noise
-
-
-def let_all_pass(model: nn.Module) -> None:
-    """Widens the budget of selectors that saliency teaches to all that arrives, until the next
-    :func:`set_progress`: while only they learn there is nothing else for an iteration to do.
-    """
-    for module in model.modules():
-        if isinstance(module, Selector) and module.teacher != "mixture":
-            module.wide = WHOLE
-
-
 def backbone_lr(lr: float, epoch: float, settings: Settings, base_lr: float) -> float:
-    """The rate of a backbone that is held back, where the scorers' is ``lr`` (paper section 4.1).
+    """The rate of a trained backbone, frozen and then capped, if the scorers' is ``lr`` (paper
+    section 4.1).
 
     Args:
-        lr: what SlowFast's schedule gives for this epoch.
+        lr: what the loop's schedule gives for this epoch.
         epoch: exact epoch, a fraction of it included.
         settings: ``model.stts.settings``.
         base_lr: ``SOLVER.BASE_LR``.
@@ -109,137 +301,92 @@ def backbone_lr(lr: float, epoch: float, settings: Settings, base_lr: float) -> 
     return min(lr, settings.backbone_lr * base_lr)
 
 
-def param_groups(optimizer_groups: list[dict], model: nn.Module) -> list[dict]:
-    """Splits each optimizer group into the backbone's part and the scorers' part.
+def advance(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
+    """Sets every selector's sigma, and its budget, at this point of training.
+
+    Both depend on nothing but the arguments: all processes have the same, and a resumed run is
+    where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
+    budgets shrink, all keep by as much more than that as :func:`width` says; if all tokens pass,
+    saliency teaches (``STTS.TEACHER``).
 
     Args:
-        optimizer_groups: groups as optimizers take them, ``params`` a list of parameters.
-        model: with selectors or without.
+        model: with selectors, wrapped (DDP) or not; a model without is left as it is.
+        fraction: 0 to 1 of training done.
+        seed: of the budgets, the run's.
 
     Returns:
-        Groups with the keys they had, and ``backbone``: whether they hold the backbone's
-        parameters. Empty parts are left out. Where no scorer learns (``uniform``, ``random``, no
-        selector at all), there is nothing to hold the backbone back for: the groups are returned
-        as they are.
+        That sigma; None if there is no selector.
 
     Raises:
-        ValueError: for settings by which the scorers would get no gradient, however it begins.
+        ValueError: for a fraction outside 0 to 1.
     """
-    scorers = {id(parameter) for parameter in _scorer_parameters(model)}
-    if not scorers:
-        return optimizer_groups
-    check_training(settings_of(model))
-    groups = []
-    for group in optimizer_groups:
-        for backbone in (True, False):
-            params = [p for p in group["params"] if (id(p) not in scorers) == backbone]
-            if params:
-                groups.append({**group, "params": params, "backbone": backbone})
-    return groups
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"fraction is {fraction!r}: the share of training done lies in 0 to 1")
+    noise = None
+    for module in _selectors(model):
+        module.sigma = noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
+        draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
+        between = module.teacher == "mixture"
+        module.set_budget(draw, width(fraction, module.shrink, seed, between))
+        module.scheduled = True
+    return noise
 
 
-def begin(groups: list[dict], trained: bool, model: nn.Module, epochs: float) -> None:
-    """Decides, once a run, whether the backbone is held back, and says so on one line; on another
-    that budgets shrink, where they do.
+def _let_all_pass(model: nn.Module) -> None:
+    """Widens the budget of selectors that saliency teaches to all that arrives, until the next
+    :func:`advance`: while only they learn there is nothing else for an iteration to do.
+    """
+    for module in _selectors(model):
+        if module.teacher != "mixture":
+            module.wide = WHOLE
 
-    It is where the backbone is trained and the scorers are not: the paper's recipe is one of
-    fine-tuning. From random weights everything learns at the schedule's rate. The decision is
-    stored in the groups as ``held_back``, so that the optimizer's state has it; groups that have it
-    already, which is a resumed run, stay what they are.
+
+def reset(model: nn.Module) -> None:
+    """Gives every selector KEEP (of a range, its high end) at the initial sigma."""
+    for module in _selectors(model):
+        module.reset()
+
+
+def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
+    """:func:`advance` for loops without a :class:`Schedule`, which has the backbone's rate as well.
 
     Args:
-        groups: of :func:`param_groups`, after a resumed optimizer state was loaded.
-        trained: whether the run starts from trained weights.
-        model: with selectors, where groups say so.
-        epochs: of the whole training.
-
-    Raises:
-        ValueError: for settings by which the scorers would get no gradient.
-    """
-    shrink = max((m.shrink for m in model.modules() if isinstance(m, Selector)), default=0.0)
-    if shrink:
-        logger.info(
-            "STTS: in the first %g of training budgets are drawn, from KEEP to a widest that "
-            "shrinks from all tokens to it (STTS.SHRINK; 0 for KEEP alone, its memory and speed)",
-            shrink,
-        )
-    if not any("backbone" in group for group in groups):
-        return
-    settings = settings_of(model)
-    resumed = all("held_back" in group for group in groups)
-    held_back = any(group["held_back"] for group in groups) if resumed else bool(trained)
-    check_training(settings, held_back)
-    for group in groups:
-        group["held_back"] = held_back
-    origin = (
-        "as this run began" if resumed else f"from {'trained' if trained else 'random'} weights"
-    )
-    if not held_back:
-        logger.info(
-            "STTS, %s: everything learns at the schedule's rate; STTS.FREEZE_BACKBONE_EPOCHS and "
-            "STTS.BACKBONE_LR are for fine-tuning (TRAIN.CHECKPOINT_FILE_PATH)",
-            origin,
-        )
-        return
-    logger.info(
-        "STTS, %s: the backbone's rate is 0 for %g epochs (STTS.FREEZE_BACKBONE_EPOCHS), then at "
-        "most %g of SOLVER.BASE_LR (STTS.BACKBONE_LR); the scorers' is the schedule's",
-        origin,
-        settings.freeze_backbone_epochs,
-        settings.backbone_lr,
-    )
-    if settings.freeze_backbone_epochs >= epochs:
-        logger.warning(
-            "STTS.FREEZE_BACKBONE_EPOCHS is %g and SOLVER.MAX_EPOCH %g: only scorers will learn",
-            settings.freeze_backbone_epochs,
-            epochs,
-        )
-
-
-def step(model: nn.Module, groups: list[dict], lr: float, epoch: float, cfg) -> dict[str, float]:
-    """Sets what belongs to this iteration: every selector's sigma and every group's rate.
-
-    Args:
-        model: with selectors, wrapped (DDP) or not.
-        groups: ``optimizer.param_groups``, from :func:`param_groups` and :func:`begin`; each rate
-            is multiplied by the group's ``layer_decay``, as SlowFast does.
-        lr: the schedule's rate.
-        epoch: exact epoch, a fraction of it included.
-        cfg: with ``SOLVER.BASE_LR``, ``SOLVER.MAX_EPOCH`` and ``RNG_SEED``; what the node or the
-            plain arguments said is in the model (``model.stts.settings``).
+        model, fraction, seed: see :func:`advance`.
 
     Returns:
-        What to log: ``sigma`` and ``backbone_lr``; nothing where the model has no scorer that
-        learns.
+        That sigma; None if there is no selector.
 
     Raises:
-        ValueError: where ``lr`` is not finite, a selector had NaN scores in the iteration before,
-            or :func:`begin` has not been called.
+        ValueError: for a fraction outside 0 to 1; for a model in training mode whose settings
+            (``freeze_backbone_epochs``, ``backbone_lr``) only a :class:`Schedule` can obey. If
+            they are the defaults, it warns.
     """
-    raise_on_nan(model)  # the loss of that iteration was read: the device has nothing left to do
-    if not math.isfinite(lr):
-        raise ValueError(f"the learning rate is {lr} at epoch {epoch:.3f}: look at SOLVER.*")
-    undecided = [group for group in groups if "backbone" in group and "held_back" not in group]
-    if undecided:
-        raise ValueError(
-            "nobody has said whether this run starts from trained weights: call "
-            "schedule.begin(groups, trained, model, epochs) before the first iteration"
-        )
-    held_back = any(group.get("held_back") for group in groups)
-    backbone = lr
-    if held_back:
-        backbone = backbone_lr(lr, epoch, settings_of(model), cfg.SOLVER.BASE_LR)
-    for group in groups:
-        rate = backbone if group.get("backbone") else lr
-        group["lr"] = rate * group.get("layer_decay", 1.0)
-    noise = set_progress(model, min(epoch / cfg.SOLVER.MAX_EPOCH, 1.0), cfg.RNG_SEED)
-    if held_back and not backbone:
-        let_all_pass(model)
-    learns = any(True for _ in _scorer_parameters(model))
-    return {"sigma": noise, "backbone_lr": backbone} if learns else {}
+    _check_obeyed(model)
+    return advance(model, fraction, seed)
 
 
-def _scorer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in model.modules():
-        if isinstance(module, Selector):
-            yield from module.parameters()
+def _check_obeyed(model: nn.Module) -> None:
+    defaults = Settings.of_arguments()
+    for module in modules_with_selectors(model).values():
+        settings = module.stts.settings
+        if not module.stts.training or not any(True for _ in module.stts.parameters()):
+            continue
+        asked = {
+            "freeze_backbone_epochs": settings.freeze_backbone_epochs > 0,
+            "backbone_lr": settings.backbone_lr < 1,
+        }
+        asked = {name: getattr(settings, name) for name, does in asked.items() if does}
+        said = ", ".join(f"{name}={value:g}" for name, value in asked.items())
+        if any(value != getattr(defaults, name) for name, value in asked.items()):
+            raise ValueError(
+                f"{said} cannot be obeyed by set_progress, which knows no optimizer: make a "
+                "stts_slowfast.Schedule(model, optimizer, ...) and call its step(epoch) instead, "
+                "or attach with freeze_backbone_epochs=0, backbone_lr=1"
+            )
+        if asked and not getattr(module.stts, "warned", False):
+            module.stts.warned = True
+            logger.warning(
+                "STTS: %s, the default, is for loops with a stts_slowfast.Schedule: without one a "
+                "trained backbone learns from the first step (freeze_backbone_epochs=0 says so)",
+                said,
+            )

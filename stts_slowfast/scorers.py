@@ -109,7 +109,7 @@ class LearnedWindowScorer(nn.Module):
 
 
 class UniformWindowScorer(nn.Module):
-    """Scores a window by how near it lies to the middle of the frame."""
+    """Scores a window by how near it is to the middle of the frame; of two, the upper left one."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -118,7 +118,11 @@ class UniformWindowScorer(nn.Module):
         distances = []
         for size, side, step in zip(grid.shape[2:4], window, stride):
             first = torch.arange(0, size - side + 1, step, device=grid.device)
-            distances.append((first - (size - side) / 2).abs())
+            middle = (size - side) / 2
+            distance = (first - middle).abs()
+            if (size - side) % step == 0 and (size - side) // step % 2:  # two are as near
+                distance = distance + 0.25 * (first > middle)
+            distances.append(distance)
         scores = -(distances[0][:, None] + distances[1]).flatten()
         return scores.expand(grid.shape[0] * grid.shape[1], -1)
 

@@ -1,11 +1,11 @@
 """Temporal and spatial selectors: a token grid in, a smaller token grid out."""
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from stts_slowfast import saliency
 from stts_slowfast.config import (
@@ -17,15 +17,20 @@ from stts_slowfast.config import (
     window_stride,
 )
 from stts_slowfast.scorers import SCORERS, normalize
-from stts_slowfast.topk import NAN, OPERATORS, full_precision, hard_topk, on_host
-
-# PyTorch before 2.7 does not tell, and exports as it compiles.
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
+from stts_slowfast.state import SelectorState
+from stts_slowfast.topk import OPERATORS, full_precision, hard_topk
+from stts_slowfast.windows import MixWindows
 
 # Shares are kept in billionths: torch.compile takes a module's whole numbers for constants, but its
 # floats for variables as soon as two selectors differ, and no shape can depend on those.
 WHOLE = 10**9
+
+
+UNSCHEDULED = (
+    "selectors train without a schedule: sigma stays at its first value, and of a range or while "
+    "budgets shrink KEEP is kept from the start; before each iteration call step(epoch) of "
+    "stts_slowfast.Schedule(model, optimizer, ...), or stts_slowfast.set_progress(model, fraction)"
+)
 
 
 class Choice(NamedTuple):
@@ -43,7 +48,7 @@ class Choice(NamedTuple):
     scores: Tensor | None = None
 
 
-class Selector(nn.Module):
+class Selector(SelectorState):
     """What both selectors share: a scorer, the operator's settings, and the last choice.
 
     A selector works in two steps, so that what rides along with a grid can be selected with it:
@@ -53,8 +58,9 @@ class Selector(nn.Module):
     Attributes:
         kept: what the last forward kept, for people who look (``hooks.selections``); nothing that
             is computed reads it.
-        sigma: 0-dim buffer, the present noise level; see ``schedule.set_progress``.
+        sigma: the present noise level; see ``schedule.set_progress``.
         share: low and high end of the share of what arrives that goes on.
+        scheduled: whether progress was set (``schedule.set_progress``), or its lack warned about.
     """
 
     dimension: str
@@ -73,29 +79,22 @@ class Selector(nn.Module):
         operator: str = "subset",
         teacher: str = "mixture",
     ):
-        super().__init__()
+        super().__init__(sigma)
         self.scorer = scorer
         self.block = block
         self.share = ends(keep)
         self.low, self.high = (round(share * WHOLE) for share in self.share)
         # Where between them; nobody has drawn from a range yet.
         self.draw = 0 if self.low == self.high else None
-        # How far from there to all that arrives. Saliency needs somebody to say when it teaches.
-        self.wide = None if teacher != "mixture" and list(scorer.parameters()) else 0
+        self.wide = 0  # how far from there to all that arrives
         self.num_samples = num_samples
         self.gradient = gradient
         self.operator = OPERATORS.get(operator)
         self.teacher = teacher
-        self.initial_sigma = float(sigma)
         self.sigma_decay = sigma_decay
         self.shrink = shrink
-        self.register_buffer("sigma", torch.tensor(self.initial_sigma), persistent=False)
+        self.scheduled = False
         self.kept: Tensor | None = None
-        self.nan_scores: Tensor | None = None  # on the device
-        self.nan_seen: Tensor | None = None  # the same, as it arrives on the host
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "nan_scores": None, "nan_seen": None}
 
     @property
     def key(self) -> str:
@@ -113,6 +112,12 @@ class Selector(nn.Module):
             self.draw = round(draw * WHOLE)
         self.wide = round(wide * WHOLE)
 
+    def reset(self) -> None:
+        """What holds before the first step of a schedule: KEEP (of a range, its high end) at the
+        initial sigma."""
+        self.sigma = self.initial_sigma
+        self.set_budget(1.0)
+
     def goes_on(self, grid: Tensor, widened: bool = True) -> tuple[int, ...]:
         """How many frames, or height and width of the window, go on of ``(B, T, H, W, C)`` now.
 
@@ -123,12 +128,6 @@ class Selector(nn.Module):
                 f"STTS.{self.dimension}.KEEP of block {self.block} is {self.share_text}: give one "
                 f'share to test (--opts STTS.{self.dimension}.KEEP "[{self.share[1]:g}]"); to '
                 "train, set_progress(model, fraction) draws one before each iteration"
-            )
-        if self.wide is None and self.training and torch.is_grad_enabled():
-            raise ValueError(
-                f"STTS.TEACHER is {self.teacher}, but nobody has set a budget, and saliency "
-                "teaches when all tokens pass: call set_progress(model, fraction) before each "
-                "iteration of training"
             )
         thw = grid.shape[1:4]
         least = (self.low if self.training else self.high) / WHOLE
@@ -164,37 +163,32 @@ class Selector(nn.Module):
         lesson = self.candidates(grid) if self.taught else None
         return saliency.teach(grid, choice.scores, lesson)
 
-    def raise_on_nan(self) -> None:
-        """Raises where a forward pass since the last call had NaN scores; waits for the device.
+    def check_schedule(self) -> None:
+        """Warns once if a selector trains and nobody has set its progress.
 
         Raises:
-            ValueError: naming the selector.
+            ValueError: if saliency shall teach, which needs to know when.
         """
-        flag, self.nan_scores, self.nan_seen = self.nan_scores, None, None
-        if flag is not None and flag:
-            raise ValueError(f"STTS {self.key}: {NAN}")
-
-    def watch(self, scores: Tensor) -> None:
-        """Raises for NaN scores: at once on a CPU, elsewhere without ever waiting for the device.
-
-        There they are noted, and the first forward pass that finds the note on the host raises;
-        :meth:`raise_on_nan` is for who waits for the device anyway.
-        """
-        if scores.is_meta or torch.jit.is_tracing() or is_exporting():
+        if self.scheduled or not self.training or not torch.is_grad_enabled():
             return
-        found = scores.detach().isnan().any()
+        if self.teacher != "mixture" and any(True for _ in self.parameters()):
+            raise ValueError(
+                f"STTS.TEACHER is {self.teacher}, but nobody has set a budget, and saliency "
+                "teaches when all tokens pass: before each iteration call step(epoch) of "
+                "stts_slowfast.Schedule(model, optimizer, ...), or "
+                "stts_slowfast.set_progress(model, fraction)"
+            )
+        self.scheduled = True
+        if self.draw is None:
+            self.set_budget(1.0)
+        if self.sigma_decay == "constant" and not self.shrink and self.low == self.high:
+            return
         if torch.compiler.is_compiling():
-            self.nan_scores = found
-            return
-        if on_host(scores) or (self.nan_seen is not None and self.nan_seen):
-            self.nan_scores = found if on_host(scores) else self.nan_scores
-            self.raise_on_nan()
-            return
-        earlier = self.nan_scores
-        self.nan_scores = found if earlier is None else found | earlier.to(found.device)
-        if self.nan_seen is None:
-            self.nan_seen = torch.zeros((), dtype=torch.bool, pin_memory=scores.is_cuda)
-        self.nan_seen.copy_(self.nan_scores, non_blocking=True)
+            from torch._dynamo.comptime import comptime  # runs as the graph is made
+
+            comptime(lambda _: warnings.warn(UNSCHEDULED, stacklevel=1))
+        elif not torch.jit.is_tracing():
+            warnings.warn(UNSCHEDULED, stacklevel=1)
 
     def seen(self, grid: Tensor) -> Tensor:
         """What the scorer scores. A lesson of saliency is the scorer's, not the backbone's."""
@@ -202,7 +196,8 @@ class Selector(nn.Module):
 
     def indicators(self, scores: Tensor, k: int) -> Tensor:
         """Soft choice ``(N, k, d)`` of the top ``k`` of normalised ``scores`` ``(N, d)``."""
-        return self.operator(scores, k, self.sigma, self.num_samples, self.gradient)
+        sigma = self._sigma_tensor.to(scores.device)
+        return self.operator(scores, k, sigma, self.num_samples, self.gradient)
 
     @property
     def share_text(self) -> str:
@@ -211,6 +206,45 @@ class Selector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"block={self.block}, keep={self.share_text}"
+
+
+class Selectors(nn.Module):
+    """A model's selectors by their keys, in the order in which they run: ``model.stts``.
+
+    It is read as a dict is. It is no ``nn.ModuleDict`` since peft refuses to save one beside an
+    adapter (``modules_to_save=["stts"]``).
+
+    Attributes:
+        settings: what was asked for, ``config.Settings``.
+    """
+
+    def __init__(self, settings=None):
+        super().__init__()
+        self.settings = settings
+
+    def __setitem__(self, key: str, selector: Selector) -> None:
+        self.add_module(key, selector)
+
+    def __getitem__(self, key: str) -> Selector:
+        return self._modules[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._modules
+
+    def __iter__(self):
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def keys(self):
+        return self._modules.keys()
+
+    def values(self):
+        return self._modules.values()
+
+    def items(self):
+        return self._modules.items()
 
 
 class TemporalSelector(Selector):
@@ -237,11 +271,12 @@ class TemporalSelector(Selector):
 
     def choose(self, grid: Tensor) -> Choice:
         """Indices ``(B, k)``, and in training weights ``(B, k, T)``."""
+        self.check_schedule()
         (k,) = self.goes_on(grid)
         with full_precision(grid):
             raw = self.scorer(self.seen(grid), self.goes_on(grid, widened=not self.taught)[0])
-            self.watch(raw)
             scores = normalize(raw)
+            self.check_finite(scores)
             self.kept = kept = hard_topk(scores.detach(), k)
             return Choice(kept, self.indicators(scores, k) if self.soft else None, raw[..., None])
 
@@ -298,16 +333,17 @@ class SpatialSelector(Selector):
 
     def choose(self, grid: Tensor) -> Choice:
         """Windows ``(B*T, 4)``, and in training weights ``(B*T, windows)``."""
+        self.check_schedule()
         frames, height, width = grid.shape[1:4]
         window = self.goes_on(grid, widened=not self.taught)
         steps = self._steps(grid, window)
         with full_precision(grid):
             raw = self.scorer(self.seen(grid), window, steps)  # (B*T, rows * columns)
-            self.watch(raw)
             raw = raw.unflatten(0, grid.shape[:2])
             if self.shared:
                 raw = raw.mean(dim=1, keepdim=True)
             scores = normalize(raw.flatten(0, 1))
+            self.check_finite(scores)
             best = self._per_frame(hard_topk(scores.detach(), 1).squeeze(1), frames)  # (B*T,)
             columns = (width - window[1]) // steps[1] + 1
             top = best.div(columns, rounding_mode="floor") * steps[0]
@@ -331,7 +367,7 @@ class SpatialSelector(Selector):
         window = self.goes_on(grid)
         if choice.weights is not None:
             weights = choice.weights.to(grid.dtype).unflatten(0, grid.shape[:2])
-            return _MixWindows.apply(grid, weights, window, self._steps(grid, window))
+            return MixWindows.apply(grid, weights, window, self._steps(grid, window))
         batch, frames = grid.shape[:2]
         device = grid.device
         # Four index tensors that broadcast to (B, T, h, w): one copy, whatever the strides.
@@ -350,41 +386,3 @@ class SpatialSelector(Selector):
 
     def _per_frame(self, choice: Tensor, frames: int) -> Tensor:
         return choice.repeat_interleave(frames, dim=0) if self.shared else choice
-
-
-class _MixWindows(torch.autograd.Function):
-    """``sum_i weights[..., i] * window_i(grid)``, one window after the other into one output.
-
-    Differentiating the plain sum would build a full-size gradient of the grid per window.
-    """
-
-    @staticmethod
-    def forward(ctx, grid, weights, window, steps):
-        # grid (B, T, H, W, C), weights (B, T, rows * columns)
-        ctx.save_for_backward(grid, weights)
-        ctx.window, ctx.steps = window, steps
-        batch, frames, _, _, channels = grid.shape
-        mixed = grid.new_zeros(batch, frames, *window, channels)
-        for i, (rows, columns) in enumerate(_windows(grid, window, steps)):
-            mixed.addcmul_(grid[:, :, rows, columns], weights[:, :, i, None, None, None])
-        return mixed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        grid, weights = ctx.saved_tensors
-        grad_grid = torch.zeros(grid.shape, dtype=grid.dtype, device=grid.device)
-        grad_weights = []
-        for i, (rows, columns) in enumerate(_windows(grid, ctx.window, ctx.steps)):
-            grad_grid[:, :, rows, columns].addcmul_(grad_output, weights[:, :, i, None, None, None])
-            overlap = grid[:, :, rows, columns] * grad_output
-            grad_weights.append(overlap.sum(dim=(2, 3, 4), dtype=torch.float32))
-        return grad_grid, torch.stack(grad_weights, dim=2).to(weights.dtype), None, None
-
-
-def _windows(grid: Tensor, window: tuple[int, int], steps: tuple[int, int]):
-    """The slices of rows and columns of every window, row by row."""
-    (height, width), (side_h, side_w) = grid.shape[2:4], window
-    for top in range(0, height - side_h + 1, steps[0]):
-        for left in range(0, width - side_w + 1, steps[1]):
-            yield slice(top, top + side_h), slice(left, left + side_w)

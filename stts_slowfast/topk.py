@@ -22,11 +22,18 @@ GRADIENTS = ("exact", "diagonal")
 # its gradient would only blow up rounding errors.
 SMALLEST_SIGMA = 1e-4
 
-NAN = "scores hold NaN: look for an overflow before the scorer (loss scale, learning rate)"
+# What infinite scores count as on a device, where nobody looks: divided by the smallest sigma and
+# added up it is still far from what stands for the logarithm of 0.
+_LARGEST = 1e6
+
+NOT_FINITE = "scores hold NaN or infinity: look for an overflow before (loss scale, learning rate)"
 
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest scores of each row, in ascending order.
+
+    Of equal scores the lower index wins, on every device: so scorers that do not learn, whose
+    scores may tie, keep the same everywhere.
 
     Args:
         scores: ``(B, d)``, any floating dtype.
@@ -36,11 +43,15 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
         LongTensor ``(B, k)``; each row ascends, so that kept frames stay in their order.
 
     Raises:
-        ValueError: where ``scores`` is not 2-D, ``k`` is out of range, or a score is NaN (seen
-            on a CPU alone).
+        ValueError: if ``scores`` is not 2-D, ``k`` is out of range, or a score is NaN or infinite
+            (checked on a CPU only: on a device that would wait for it; see
+            ``Selector.check_finite``).
     """
     _check(scores, k)
-    return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    if k == 1:  # argmax returns the first maximum
+        return scores.argmax(dim=1, keepdim=True)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values
 
 
 def perturbed_topk(
@@ -72,10 +83,10 @@ def perturbed_topk(
         float32 ``(B, k, d)`` indicators; every row sums to 1.
 
     Raises:
-        ValueError: for scores that are not 2-D or hold NaN, ``k`` or ``num_samples`` out of range,
-            an unknown ``gradient``, or ``noise`` of another shape.
+        ValueError: for scores that are not 2-D or not finite (checked on a CPU only), ``k`` or
+            ``num_samples`` out of range, an unknown ``gradient``, or ``noise`` of another shape.
     """
-    _check(scores, k)
+    hard = _one_hot_topk(scores, k)
     check_choice("gradient", gradient, GRADIENTS)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: draw at least one")
@@ -89,7 +100,8 @@ def perturbed_topk(
                 "give (B, num_samples, d)"
             )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=scores.device)
-        return _PerturbedTopK.apply(scores, noise.float(), sigma, k, gradient)
+        soft = _PerturbedTopK.apply(scores, noise.float(), sigma, k, gradient)
+        return torch.where(sigma > SMALLEST_SIGMA, soft, hard)
 
 
 @OPERATORS.register()
@@ -124,7 +136,8 @@ def subset(
         float32 ``(B, k, d)`` indicators; every row sums to 1.
 
     Raises:
-        ValueError: for scores that are not 2-D or hold NaN, or ``k`` out of range.
+        ValueError: for scores that are not 2-D or not finite (checked on a CPU only; on a device
+            the result has no NaN), or ``k`` out of range.
     """
     _check(scores, k)
     with full_precision(scores):
@@ -133,9 +146,14 @@ def subset(
         if k > 1:
             return _SubsetTopK.apply(precise, sigma, k).float()
         soft_enough = sigma > SMALLEST_SIGMA
+        precise = precise.clamp(-_LARGEST, _LARGEST)
         soft = (precise / torch.where(soft_enough, sigma, 1.0)).softmax(dim=1)[:, None]
-        hard = F.one_hot(hard_topk(scores.detach(), k), scores.shape[1])
-        return torch.where(soft_enough, soft, hard.to(soft.dtype)).float()
+        return torch.where(soft_enough, soft, _one_hot_topk(scores, k)).float()
+
+
+def _one_hot_topk(scores: Tensor, k: int) -> Tensor:
+    """Indicators ``(B, k, d)`` without noise."""
+    return F.one_hot(hard_topk(scores.detach(), k), scores.shape[1]).float()
 
 
 class _SubsetTopK(torch.autograd.Function):
@@ -154,11 +172,12 @@ class _SubsetTopK(torch.autograd.Function):
         d = scores.shape[1]
         soft_enough = sigma > SMALLEST_SIGMA
         sigma = torch.where(soft_enough, sigma, 1.0)
-        logits = scores / sigma
+        logits = scores.clamp(-_LARGEST, _LARGEST) / sigma  # of infinite scores on a device
         spokes, basis, conjugate, tilts, columns = _fourier(logits, d, k)
-        top = logits.topk(min(k + 1, d), dim=1)
-        hard = top.indices[:, :k].sort(dim=1).values
-        kept = (logits - _tilt(logits, top.values, k, tilts)).sigmoid()[:, :, None]  # (B, d, 1)
+        order = logits.sort(dim=1, descending=True, stable=True)  # as hard_topk orders
+        hard = order.indices[:, :k].sort(dim=1).values
+        top = order.values[:, : k + 1]
+        kept = (logits - _tilt(logits, top, k, tilts)).sigmoid()[:, :, None]  # (B, d, 1)
         factors = F.pad(kept, (0, 0, 1, 1)) * spokes + 1  # (B, 1 + d + 1, P); 1 at both ends
         products = torch.stack([factors[:, :-2], factors.flip(1)[:, :-2]]).cumprod(dim=2)
         before, after = torch.view_as_real(products).flatten(3) @ basis  # (B, d, k) each
@@ -188,7 +207,8 @@ class _SubsetTopK(torch.autograd.Function):
         ahead = passed[:, :, -1:] - passed
         slopes = (ahead[0] + ahead[1].flip(1)) * (spokes / factors[:, 1:-1])
         slopes = slopes.real.sum(dim=2, keepdim=True) * kept
-        grad = ((own + slopes) * (1 - kept)).squeeze(2) / sigma
+        grad = own + slopes
+        grad = torch.addcmul(grad, grad, kept, value=-1).squeeze(2) / sigma  # times 1 - kept
         return torch.where(soft_enough, grad, 0.0), None, None
 
 
@@ -267,16 +287,16 @@ class _PerturbedTopK(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         noise, sigma, places = ctx.saved_tensors
-        batch, num_samples, d = noise.shape
-        marked = grad_output.reshape(batch, -1).gather(1, places)  # (B, n*k)
+        _, num_samples, d = noise.shape
+        marked = grad_output.flatten(1).gather(1, places)  # (B, n*k)
         if ctx.gradient == "exact":
-            weights = marked.view(batch, num_samples, -1).sum(dim=2)  # (B, n) = <g, Y_z>
+            weights = marked.unflatten(1, (num_samples, -1)).sum(dim=2)  # (B, n) = <g, Y_z>
             weights = weights - weights.mean(dim=1, keepdim=True)
             grad = torch.bmm(weights[:, None], noise).squeeze(1)  # (B, d)
         else:
             # A sample keeps an entry once at most, so nothing is added up in a scatter, whose order
             # on a GPU is that of its threads: the gradient is the same bits in every run.
-            columns = places.remainder(d).view(batch, num_samples, -1)  # (B, n, k)
+            columns = places.remainder(d).unflatten(1, (num_samples, -1))  # (B, n, k)
             marked = marked.view_as(columns)
             grad = torch.zeros_like(noise).scatter_(2, columns, marked).mul_(noise).sum(dim=1)
         scale = torch.where(sigma > SMALLEST_SIGMA, 1.0 / (num_samples * sigma), 0.0)
@@ -290,8 +310,8 @@ def _check(scores: Tensor, k: int) -> None:
         raise ValueError(f"k is {k} for {scores.shape[1]} scores a row: 1 <= k <= d must hold")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    if on_host(scores) and scores.isnan().any():
-        raise ValueError(NAN)
+    if on_host(scores) and (scores - scores).isnan().any():
+        raise ValueError(NOT_FINITE)
 
 
 def on_host(tensor: Tensor) -> bool:

@@ -129,7 +129,7 @@ MUTATIONS = {
     ),
     "nothing-is-taught-while-frozen": Mutation(
         "schedule.py",
-        "if held_back and not backbone:",
+        "if self._is_frozen():",
         "if False:",
         "tests/test_saliency.py -k frozen",
     ),
@@ -144,6 +144,31 @@ MUTATIONS = {
         "nn.init.xavier_uniform_(module.weight)",
         "nn.init.trunc_normal_(module.weight, std=0.02)",
         "tests/backbones/test_timesformer.py -k any_width",
+    ),
+    "the-loops-rate-is-lost": Mutation(
+        "schedule.py",
+        'group["lr"] = lr\n        self._rates = []',
+        "pass\n        self._rates = []",
+        "tests/test_schedule.py -k scheduler_of_pytorchs",
+    ),
+    "of-equal-scores-the-higher-index": Mutation(
+        "topk.py",
+        "order = scores.sort(dim=1, descending=True, stable=True).indices",
+        "order = -1 - scores.flip(1).sort(dim=1, descending=True, stable=True).indices\n"
+        "    order = order % scores.shape[1]",
+        f"{TOPK} -k lower_index",
+    ),
+    "a-new-head-is-the-backbones": Mutation(
+        "groups.py",
+        "yield from inside.keys() - loaded",
+        "yield from ()",
+        "tests/test_groups.py -k other_classes",
+    ),
+    "a-partial-load-passes": Mutation(
+        "checkpoints/formats.py",
+        "if strict and not all(",
+        "if not strict and not all(",
+        "tests/checkpoints/test_folders.py -k in_part",
     ),
     "windows-shrink-by-tokens": Mutation(
         "selectors.py",
@@ -309,7 +334,7 @@ MUTATIONS = {
         f"{TOPK} -k order_of_threads",
     ),
     "nan-check-inverted": Mutation(
-        "selectors.py",
+        "state.py",
         "found = scores.detach().isnan().any()",
         "found = ~scores.detach().isnan().any()",
         "tests/test_selectors.py -k on_a_device",

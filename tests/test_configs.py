@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from stts_slowfast import backbones
 from stts_slowfast.config import plan
 from stts_slowfast.hooks import selections
-from stts_slowfast.schedule import begin, step
+from stts_slowfast.schedule import Schedule
 from stts_slowfast.standalone.defaults import get_cfg, load_config
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.mixup import batch_mixer
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.standalone.optim import build_optimizer, lr_at
+from stts_slowfast.standalone.optim import build_optimizer, lr_at, set_lr
 from stts_slowfast.standalone.ranges import check_solver
 from stts_slowfast.standalone.transforms import prepare, train_transform, view_transform
 
@@ -187,8 +187,8 @@ def test_one_training_step_and_one_test_step(name):
     model = build_model(cfg).train()
     optimizer = build_optimizer(model, cfg)
     epoch = cfg.STTS.FREEZE_BACKBONE_EPOCHS + 0.5
-    begin(optimizer.param_groups, True, model, cfg.SOLVER.MAX_EPOCH)
-    step(model, optimizer.param_groups, lr_at(epoch, cfg), epoch, cfg)
+    set_lr(optimizer, lr_at(epoch, cfg))
+    Schedule(model, optimizer, max_epochs=cfg.SOLVER.MAX_EPOCH, pretrained=True).step(epoch)
     before = {key: value.clone() for key, value in model.named_parameters()}
 
     video = torch.randint(0, 256, (cfg.DATA.NUM_FRAMES, 3, 80, 90), dtype=torch.uint8)

@@ -15,7 +15,7 @@ from torchvision.models.video import mvit_v1_b, mvit_v2_s
 from stts_slowfast import backbones, hosts
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.hooks import attach, detach, selections
-from stts_slowfast.schedule import set_progress
+from stts_slowfast.schedule import advance
 from stts_slowfast.standalone.model import build_model
 
 
@@ -169,9 +169,10 @@ def test_compiles_without_graph_breaks(model, clips, mode):
 
 def test_a_falling_sigma_does_not_recompile(model, clips):
     compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
+    advance(model, 0.0)
     compiled(clips)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        set_progress(model, 0.5)
+        advance(model, 0.5)
         compiled(clips)
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stts_slowfast import saliency
 from stts_slowfast.backbones import timesformer
 from stts_slowfast.hooks import attach, selections
-from stts_slowfast.schedule import begin, param_groups, set_progress, step
+from stts_slowfast.schedule import Schedule, advance
 from stts_slowfast.selectors import WHOLE, SpatialSelector, TemporalSelector
 from stts_slowfast.standalone.model import build_model
 
@@ -131,6 +131,12 @@ def test_half_precision_teaches_the_same(dtype):
     torch.testing.assert_close(*found)
 
 
+def widen(selectors, wide):
+    for selector in selectors:
+        selector.set_budget(0.0, wide)
+        selector.scheduled = True
+
+
 # ---- selectors ------------------------------------------------------------------------------
 
 
@@ -147,7 +153,7 @@ def test_training_passes_the_tokens_of_the_hard_choice(kind, thw, keep, wide, sh
     torch.manual_seed(0)
     more = {"shared": shared, "stride": stride} if kind is SpatialSelector else {}
     selector = kind(8, 0, keep, teacher="saliency", **more).train()
-    selector.set_budget(0.0, wide)
+    widen([selector], wide)
     grid = torch.randn(2, *thw, 8, requires_grad=True)
     out = selector(grid)
     if kind is TemporalSelector:
@@ -187,7 +193,7 @@ def test_a_scorer_learns_where_the_loss_looks(shared):
         selector = TemporalSelector(8, 0, 0.25, teacher="saliency").train()
     else:
         selector = SpatialSelector(8, 0, 0.25, shared=shared, teacher="saliency").train()
-    selector.set_budget(0.0, 1.0)
+    widen([selector], 1.0)
     optimizer = torch.optim.Adam(selector.parameters(), 1e-2)
     for _ in range(100):
         grid, _ = marked_clips(everywhere=shared is not None)
@@ -209,7 +215,7 @@ def test_a_scorer_learns_where_the_loss_looks(shared):
 
 def test_scorers_that_do_not_learn_choose_hard_and_are_not_taught():
     selector = TemporalSelector(8, 0, 0.5, scorer="uniform", teacher="saliency").train()
-    selector.set_budget(0.0)
+    widen([selector], 0.0)
     grid = torch.randn(1, 4, 2, 2, 8, requires_grad=True)
     assert torch.equal(selector(grid), grid[:, [1, 3]])
     selector(grid).sum().backward()
@@ -226,7 +232,7 @@ def model(tiny_cfg):
     tiny_cfg.STTS.SPACE.KEEP = [0.3]
     tiny_cfg.MODEL.DROPOUT_RATE = tiny_cfg.MVIT.DROPPATH_RATE = 0.0
     model = build_model(tiny_cfg).train()
-    set_progress(model, 0.9)
+    advance(model, 0.9)
     return model
 
 
@@ -251,8 +257,7 @@ def test_a_training_iteration_computes_what_a_test_does(model):
 
 @pytest.mark.parametrize("wide", [0.0, 0.5, 1.0])
 def test_scorers_are_taught_when_all_tokens_pass_and_have_a_gradient_always(model, wide):
-    for selector in model.stts.values():
-        selector.set_budget(0.0, wide)
+    widen(model.stts.values(), wide)
     found = gradients(model)
     assert all(gradient.isfinite().all() for gradient in found.values())
     for key in model.stts:
@@ -265,7 +270,7 @@ def test_scorers_are_taught_when_all_tokens_pass_and_have_a_gradient_always(mode
 def test_with_both_teachers_training_mixes_unless_all_tokens_pass(model):
     for selector in model.stts.values():
         selector.teacher = "both"
-        selector.set_budget(0.0, 1.0)
+        widen([selector], 1.0)
     lesson = gradients(model)
     for selector in model.stts.values():
         selector.teacher = "saliency"
@@ -275,7 +280,7 @@ def test_with_both_teachers_training_mixes_unless_all_tokens_pass(model):
     for teacher in ("both", "mixture"):
         for selector in model.stts.values():
             selector.teacher = teacher
-            selector.set_budget(0.0, 0.0)
+            widen([selector], 0.0)
         mixed.append(gradients(model))
     for name, gradient in mixed[0].items():
         assert torch.equal(gradient, mixed[1][name]), name
@@ -284,8 +289,7 @@ def test_with_both_teachers_training_mixes_unless_all_tokens_pass(model):
 
 def test_the_backbone_learns_from_the_hard_choice_alone(model):
     for wide in (0.0, 1.0):
-        for selector in model.stts.values():
-            selector.train().set_budget(0.0, wide)
+        widen(model.train().stts.values(), wide)
         found = gradients(model)
         if wide:
             for selector in model.stts.values():
@@ -300,8 +304,7 @@ def test_the_backbone_learns_from_the_hard_choice_alone(model):
 
 
 def test_a_grad_scaler_gives_back_the_same_gradients(model):
-    for selector in model.stts.values():
-        selector.set_budget(0.0, 1.0)
+    widen(model.stts.values(), 1.0)
     plain, scaled = gradients(model), gradients(model, scale=2.0**12)
     for name, gradient in plain.items():
         torch.testing.assert_close(scaled[name] / 2.0**12, gradient, msg=name)
@@ -311,8 +314,7 @@ def test_a_grad_scaler_gives_back_the_same_gradients(model):
 def test_a_compiled_model_has_the_same_gradients(wide, backend):
     stock = timesformer.TimeSformer(32, 8, 8, 16, 2, 2, num_classes=5)
     model = attach(stock, time={0: 0.5}, space={1: 0.3}, teacher="saliency").train()
-    for selector in model.stts.values():
-        selector.set_budget(0.0, wide)
+    widen(model.stts.values(), wide)
     plain = gradients(model)
     torch._dynamo.reset()
     again = gradients(model, torch.compile(model, fullgraph=True, backend=backend))
@@ -326,8 +328,7 @@ def test_ddp_finds_every_gradient(model, tmp_path):
     try:
         ddp = nn.parallel.DistributedDataParallel(model)  # raises if it waits for a gradient
         for wide in (1.0, 0.0, 0.0):
-            for selector in model.stts.values():
-                selector.set_budget(0.0, wide)
+            widen(model.stts.values(), wide)
             again = gradients(model, ddp)
     finally:
         dist.destroy_process_group()
@@ -339,16 +340,14 @@ def test_activation_checkpointing_has_the_same_gradients(tiny_cfg, model):
     tiny_cfg.MODEL.ACT_CHECKPOINT = True
     again = build_model(tiny_cfg).train()
     again.load_state_dict(model.state_dict())
-    for selector in (*model.stts.values(), *again.stts.values()):
-        selector.set_budget(0.0, 1.0)
+    widen((*model.stts.values(), *again.stts.values()), 1.0)
     plain = gradients(model)
     for name, gradient in gradients(again).items():
         torch.testing.assert_close(gradient, plain[name], msg=name)
 
 
 def test_autocast_teaches_in_full_precision(model):
-    for selector in model.stts.values():
-        selector.set_budget(0.0, 1.0)
+    widen(model.stts.values(), 1.0)
     plain = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
         loss = F.cross_entropy(model(CLIPS), LABELS)
@@ -370,7 +369,7 @@ def iteration_flops(model):
 def test_a_narrow_iteration_costs_its_share_of_flops():
     stock = timesformer.TimeSformer(32, 8, 8, 64, 4, 4, num_classes=5)
     model = attach(copy.deepcopy(stock), time={0: 0.5}, space={1: 0.3}, teacher="saliency")
-    set_progress(model, 1.0)
+    advance(model, 1.0)
     costs = []
     for one in (model, stock):
         training = iteration_flops(one.train())
@@ -387,12 +386,12 @@ def test_all_tokens_pass_while_the_backbone_is_frozen(tiny_cfg, model):
     for teacher in ("saliency", "both", "mixture"):
         tiny_cfg.STTS.TEACHER = teacher
         model = build_model(tiny_cfg).train()
-        groups = param_groups([{"params": list(model.parameters())}], model)
-        begin(groups, True, model, 10)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        schedule = Schedule(model, optimizer, max_epochs=10, pretrained=True)
         grid = torch.empty(1, 8, 14, 14, 1)
         sizes = []
         for epoch in (0.0, 1.9, 2.0):
-            step(model, groups, 0.1, epoch, tiny_cfg)
+            schedule.step(epoch)
             sizes.append([selector.goes_on(grid)[0] for selector in model.stts.values()])
         narrow = [4, 7]
         assert sizes == ([[8, 14], [8, 14], narrow] if teacher != "mixture" else [narrow] * 3)
@@ -405,7 +404,8 @@ def test_a_training_in_which_nothing_would_be_taught_is_refused(tiny_cfg, epochs
     model = build_model(tiny_cfg).train()
 
     def start():
-        begin(param_groups([{"params": list(model.parameters())}], model), trained, model, 10)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        Schedule(model, optimizer, max_epochs=10, pretrained=trained).step(0.0)
 
     if epochs and trained:
         start()
@@ -418,5 +418,5 @@ def test_an_own_loop_that_sets_no_budget_is_refused(tiny_cfg):
     tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TEACHER = True, "saliency"
     model = build_model(tiny_cfg)
     model.eval()(CLIPS)
-    with pytest.raises(ValueError, match=r"nobody has set a budget.*call set_progress"):
+    with pytest.raises(ValueError, match=r"nobody has set a budget.*set_progress"):
         model.train()(CLIPS)

@@ -109,3 +109,16 @@ def test_every_registered_scorer_scores(dimension, shape):
         scorer = SCORERS.get(name)(dimension, 8)
         assert scorer(grid, *arguments).shape == shape
         assert bool(list(scorer.parameters())) == (name == "learned")
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_one_window_alone_is_the_middle_one(stride):
+    """Of 13 of 14 tokens, say, no window is in the middle, and four are as near to it."""
+    for size in range(2, 15):
+        for side in range(1, size + 1):
+            grid = torch.zeros(1, 1, size, size, 4)
+            (scores,) = UniformWindowScorer(4)(grid, (side, side), (stride, stride))
+            assert (scores == scores.max()).sum() == 1, (size, side)
+            at = int(scores.argmax()) // ((size - side) // stride + 1) * stride
+            others = [abs(2 * first - size + side) for first in range(0, size - side + 1, stride)]
+            assert abs(2 * at - size + side) == min(others)

@@ -39,7 +39,7 @@ def test_training_mixes_frames_by_their_indicators():
 def test_without_noise_training_equals_evaluation():
     grid = torch.randn(2, 4, 6, 6, 4)
     for selector in (TemporalSelector(4, 0, 0.5), SpatialSelector(4, 0, 0.5)):
-        selector.sigma.fill_(0.0)
+        selector.sigma = 0.0
         torch.testing.assert_close(selector.train()(grid), selector.eval()(grid))
 
 
@@ -112,7 +112,7 @@ def test_every_parameter_gets_a_gradient_at_any_sigma(kind):
     selector, grid = kind(4, 0, 0.5), torch.randn(2, 4, 6, 6, 4)
     for sigma in (0.1, 0.0):
         selector.zero_grad()
-        selector.sigma.fill_(sigma)
+        selector.sigma = sigma
         selector(grid).square().sum().backward()
         grads = [p.grad for p in selector.parameters()]
         assert all(grad is not None for grad in grads)
@@ -163,7 +163,7 @@ def test_nan_scores_are_an_error_at_once_on_a_cpu(kind, mode):
 @pytest.fixture
 def device(monkeypatch):
     """Makes this machine's memory pass for a device's, which is not looked at."""
-    for module in ("selectors", "topk"):
+    for module in ("state", "topk"):
         monkeypatch.setattr(f"stts_slowfast.{module}.on_host", lambda tensor: False)
 
 
@@ -185,13 +185,13 @@ def test_nan_scores_on_a_device_raise_in_the_next_pass_where_nobody_asks(device,
     with pytest.raises(ValueError, match=f"STTS {selector.key}: scores hold NaN"):
         selector(torch.randn_like(grid))
     selector(torch.randn_like(grid))
-    assert copy.deepcopy(selector).nan_seen is None
+    copy.deepcopy(selector)(torch.randn_like(grid))
 
 
 def test_nan_scores_are_not_forgotten_before_they_are_told(device):
     selector, grid = nan_grid(TemporalSelector)
     selector(grid)
-    selector.nan_seen.fill_(False)  # as if it had not arrived yet
+    selector._nonfinite_host.fill_(False)  # as if it had not arrived yet
     selector(torch.randn_like(grid))
     with pytest.raises(ValueError, match="NaN"):
         selector.raise_on_nan()

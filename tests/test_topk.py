@@ -170,7 +170,9 @@ def test_cuda_equals_cpu():
         ((torch.rand(6), 2), r"\(B, d\)"),
         ((torch.rand(2, 6), 0), "k is 0"),
         ((torch.rand(2, 6), 7), "k is 7"),
-        ((torch.full((2, 6), torch.nan), 2), "NaN"),
+        ((torch.full((2, 6), torch.nan), 2), "NaN or infinity"),
+        ((torch.full((2, 6), torch.inf), 2), "NaN or infinity"),
+        ((torch.full((2, 6), -torch.inf), 2), "NaN or infinity"),
         ((torch.rand(2, 6), 2, 0), "num_samples is 0"),
         ((torch.rand(2, 6), 2, 5, 0.1, "straight"), "'straight'.*exact, diagonal"),
         ((torch.rand(2, 6), 2, 5, 0.1, "exact", torch.randn(2, 5, 4)), "noise has shape"),
@@ -265,7 +267,8 @@ class CountLaunches(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("d, k", [(8, 4), (96, 48), (33, 32)])
-def test_subset_takes_60_launches_whatever_the_clip(d, k):
+def test_subset_takes_60_launches_whatever_the_clip(monkeypatch, d, k):
+    monkeypatch.setattr("stts_slowfast.topk.on_host", lambda tensor: False)  # no check of a CPU's
     scores, sigma = torch.rand(2, d, requires_grad=True), torch.tensor(0.2)
     subset(scores, k, sigma)
     with CountLaunches() as launches:
@@ -349,3 +352,42 @@ def test_the_same_bits_in_any_order_of_threads(gradient, k):
         torch.use_deterministic_algorithms(False)
     assert len(added) == 1 and added[0].eq(1).all()
     assert scores.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("name", ["hard", "perturbed", "subset"])
+def test_of_equal_scores_the_lower_index_is_kept(name, k):
+    scores = torch.zeros(2, 40)
+    scores[1, 7:] = 1.0
+    if name == "hard":
+        kept = hard_topk(scores, k)
+    else:  # without noise they are hard
+        kept = OPERATORS.get(name)(scores, k, 0.0, 20, "exact").argmax(dim=2)
+    assert kept.tolist() == [list(range(k)), list(range(7, 7 + k))]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("gradient", ["exact", "diagonal"])
+@pytest.mark.parametrize("name", ["perturbed", "subset"])
+def test_a_batch_of_nothing_passes(name, gradient, k):
+    scores = torch.rand(0, 6, requires_grad=True)
+    assert hard_topk(scores, k).shape == (0, k)
+    out = OPERATORS.get(name)(scores, k, 0.1, 20, gradient)
+    assert out.shape == (0, k, 6)
+    out.sum().backward()
+    assert scores.grad.shape == (0, 6)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_scores_that_nobody_looks_at_give_no_nan(monkeypatch, value, k):
+    """On a device looking would wait; the selector notes them there."""
+    monkeypatch.setattr("stts_slowfast.topk.on_host", lambda tensor: False)
+    scores = torch.rand(2, 6)
+    scores[0, 2] = value
+    for name in ("perturbed", "subset"):
+        leaf = scores.clone().requires_grad_()
+        out = OPERATORS.get(name)(leaf, k, 0.1, 20, "exact")
+        out.square().sum().backward()
+        assert out.isfinite().all() and leaf.grad.isfinite().all()
+        torch.testing.assert_close(out.sum(dim=2), torch.ones(2, k))

@@ -126,7 +126,7 @@ def build(cfg) -> VideoClassifier:
         logger.warning("%s: its classifier is new, for %d classes", folder, cfg.MODEL.NUM_CLASSES)
     auto = need("transformers").AutoModelForVideoClassification
     model = VideoClassifier(auto.from_pretrained(folder, local_files_only=True, **classes))
-    model.new = ("model.classifier.",) if new else ()
+    model.stts_new = ("model.classifier",) if new else ()
     return model
 
 

@@ -6,14 +6,18 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from stts_slowfast.backbones.names import AUTHORS_SCORER, State
-from stts_slowfast.checkpoints.formats import is_standalone, recognize, state_dict_of, to_model
+from stts_slowfast.checkpoints.formats import (
+    CONSTANT,
+    is_standalone,
+    recognize,
+    state_dict_of,
+    to_model,
+)
 from stts_slowfast.hosts import unwrap
 
 _SCORER = re.compile(r"^stts\.(time|space)_(\d+)\.")
 _BLOCK = re.compile(r"^(?:model\.)?(?:\w+\.)?(?:encoder\.)?(?:blocks|features|layers?)\.(\d+)\.")
 _HEAD = re.compile(r"^(?:model\.)?(?:head\.|cls_head\.|classifier\.)")
-# What is no weight: constants and counters.
-_CONSTANT = re.compile(r"(relative_position_index|num_batches_tracked)$")
 # What SlowFast's own loader resamples to the model's size.
 _RESAMPLED = re.compile(r"rel_pos|pos_embed_(temporal|spatial)|attn\.pool_[qkv]\.weight")
 _UNTRAINED = "uniform, random or change"
@@ -49,7 +53,7 @@ def check(model: nn.Module, state: Mapping, cfg, purpose: str, source: str) -> N
 
 
 def _check(model: nn.Module, theirs: State, cfg, purpose: str, source: str) -> None:
-    own = {key: value for key, value in model.state_dict().items() if not _CONSTANT.search(key)}
+    own = {key: value for key, value in model.state_dict().items() if not CONSTANT.search(key)}
     patterns = cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN if purpose == "finetune" else ()
     for pattern in patterns:
         theirs = {key.replace(pattern, "", 1): value for key, value in theirs.items()}
@@ -125,7 +129,7 @@ def _check_backbone(
         )
     # Blocks that the model does not have would be left out, and it would compute something else.
     beyond = [key for key in found if _BLOCK.match(key) and key not in own]
-    beyond = [key for key in beyond if not _CONSTANT.search(key)]
+    beyond = [key for key in beyond if not CONSTANT.search(key)]
     if not wrong and not beyond:
         return
     ways = "MODEL.*, MVIT.* (or the family's node) and DATA.* must be those it was trained with"

@@ -7,8 +7,9 @@ family's own), and from there to the model's; the formats are in the families' f
 import functools
 import logging
 import os
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -21,8 +22,12 @@ from stts_slowfast.backbones import FAMILIES, Family, Format, family_of
 from stts_slowfast.backbones.names import AUTHORS_SCORER, State
 from stts_slowfast.checkpoints.files import read_checkpoint, save, write_whole
 from stts_slowfast.checkpoints.folders import load_selectors
+from stts_slowfast.hosts import modules_with_selectors
 
 logger = logging.getLogger(__name__)
+
+# What is no weight: constants and counters.
+CONSTANT = re.compile(r"(relative_position_index|num_batches_tracked)$")
 
 _OWN = Format("the model's own names", lambda state: True, lambda state, selectors: state)
 
@@ -56,31 +61,48 @@ class Loaded:
         return "; ".join(parts + self.notes)
 
 
-def load_weights(model: nn.Module, path_or_state_dict: str | os.PathLike | dict) -> Loaded:
+def load_weights(
+    model: nn.Module, path_or_state_dict: str | os.PathLike | dict, strict: bool = True
+) -> Loaded:
     """Loads weights of any known format into a model, in place.
+
+    What the file has no weights for is noted in the model (``stts_new``), so that it learns from
+    the first step (:func:`stts_slowfast.param_groups`).
 
     Args:
         model: a standalone model, with or without selectors.
         path_or_state_dict: a checkpoint file (any path iopath opens), the dict read from one, a
-            bare state dict, or a folder of transformers' ``save_pretrained``: of a folder only the
-            selectors, and all of them, since ``from_pretrained`` loads the rest.
+            bare state dict, or a folder of transformers' or peft's ``save_pretrained``: of a folder
+            only the selectors, wherever in the model, and all of them, since ``from_pretrained``
+            loads the rest.
+        strict: whether file and model must have the same tensors; False takes what fits, as
+            fine-tuning from a model without selectors or with other classes needs.
 
     Returns:
         What it was, what was missing and what was left over.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where the file is no checkpoint, or none of its parameters fits the model.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no checkpoint, if none of its parameters fits the model, or, if
+            ``strict``, not all fit; then the model is unchanged.
     """
     checkpoint = path_or_state_dict
     if isinstance(checkpoint, (str, os.PathLike)) and os.path.isdir(checkpoint):
-        load_selectors(model, checkpoint)
-        return Loaded("a folder of transformers, of which the selectors were loaded")
+        if load_selectors(model, checkpoint):
+            return Loaded("a folder of save_pretrained, of which the selectors were loaded")
+        if not modules_with_selectors(model):
+            raise ValueError(
+                f"{checkpoint} has no selectors, nor has this {type(model).__name__}: nothing was "
+                "loaded (from_pretrained loads the backbone)"
+            )
+        return Loaded("a folder of save_pretrained; neither has selectors with weights")
+    source = "the state dict"
     if isinstance(checkpoint, (str, os.PathLike)):
+        source = os.fspath(checkpoint)
         checkpoint = read_checkpoint(checkpoint)
     state = state_dict_of(checkpoint)
     known = recognize(state)
-    loaded = _copy_into(model, state, to_model(state, model), known.name)
+    loaded = _copy_into(model, state, to_model(state, model), known.name, source if strict else "")
     family = _family_of(model)
     if family:
         loaded.notes += family.set_facts(model, _facts(checkpoint, family, known))
@@ -94,12 +116,12 @@ def load_pretrained(model: nn.Module, cfg) -> Loaded | None:
         What it was; None where there is none to load.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load_weights`.
+        FileNotFoundError, ValueError: as :func:`load_weights`, but for what does not fit.
     """
     path = family_of(cfg).pretrained(cfg)
     if not path:
         return None
-    loaded = load_weights(model, path)
+    loaded = load_weights(model, path, strict=False)
     logger.info("Loaded %s: %s", path, loaded)
     return loaded
 
@@ -273,7 +295,8 @@ def to_model(state: State, model: nn.Module) -> State:
     return family.from_slowfast(renamed, model) if family else renamed
 
 
-def _copy_into(model: nn.Module, state: State, renamed: State, name: str) -> Loaded:
+def _copy_into(model: nn.Module, state: State, renamed: State, name: str, strict: str) -> Loaded:
+    """Copies what fits; ``strict`` names the source of which all must."""
     loaded = Loaded(name)
     own = model.state_dict()
     fitting = {}
@@ -292,8 +315,25 @@ def _copy_into(model: nn.Module, state: State, renamed: State, name: str) -> Loa
         raise ValueError(f"no known format, and no parameter of it fits {_name(model)}")
     if not fitting:
         raise ValueError(f"recognised as {name}, but no parameter of it fits {_name(model)}")
+    differ = loaded.missing + loaded.unexpected + loaded.mismatched
+    if strict and not all(CONSTANT.search(key) for key in differ):
+        raise ValueError(
+            f"{strict} is not of {_name(model)}: {loaded}. load_weights(model, ..., strict=False) "
+            "takes what fits, to fine-tune from it; a folder of save_pretrained is for "
+            "from_pretrained, and its selectors for load_weights(model, folder)"
+        )
     model.load_state_dict(fitting, strict=False)
+    note_new(model, own.keys() - fitting)
     return loaded
+
+
+def note_new(model: nn.Module, missing: Collection[str]) -> None:
+    """Notes in a model which parameters no file has filled so far; scorers are new in any case."""
+    parameters = {name for name, _ in model.named_parameters() if "stts" not in name.split(".")}
+    missing = parameters.intersection(missing)
+    if "stts_new" in vars(model):
+        missing = {n for n in missing if any(f"{n}.".startswith(f"{m}.") for m in model.stts_new)}
+    model.stts_new = tuple(sorted(missing))
 
 
 def _name(model: nn.Module) -> str:

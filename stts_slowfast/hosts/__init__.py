@@ -138,7 +138,7 @@ def modules_with_selectors(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module._modules.get("stts"), nn.ModuleDict)  # wrappers pass attributes on
+        if hasattr(module._modules.get("stts"), "settings")  # wrappers pass attributes on
     }
 
 

@@ -18,7 +18,7 @@ from stts_slowfast.pyslowfast import compat, families, run_state, shards, torchr
 from stts_slowfast.pyslowfast.dry_run import check_forward
 from stts_slowfast.pyslowfast.guard import OFF, check_selectors, confirm, enabled
 from stts_slowfast.pyslowfast.wrap import wrap
-from stts_slowfast.schedule import set_progress
+from stts_slowfast.schedule import reset
 
 # Models of SlowFast's that have no tokens.
 CONVOLUTIONAL = (
@@ -170,7 +170,7 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
         grids = arriving_grids(inner, cfg)
         attach(inner, cfg.STTS, grids)
         if run_state.trains(cfg):
-            set_progress(inner, 0.0, cfg.RNG_SEED)
+            reset(inner)
         if cfg.DETECTION.ENABLE and hasattr(inner, "head"):
             pool_over_frames_left(inner.head)
         if grids is None:

@@ -92,14 +92,15 @@ class Training:
     Attributes:
         cfg: the config that the optimizer was made with.
         clock: that of the config; ``get_epoch_lr`` sets it.
-        begun: whether the first iteration has come.
+        schedule: ``schedule.Schedule``, once the first iteration has come; else None.
+        split: splits the optimizer's groups anew, as a saved state had them, or by what is new.
         rates: what a training line of the log gains.
     """
 
     def __init__(self, model: nn.Module, cfg):
         self._model, self.cfg, self.clock = weakref.ref(model), cfg, clock(cfg)
         self.clock.epoch = None
-        self.begun = False
+        self.schedule = self.split = None
         self.rates: dict[str, float] = {}
 
     @property

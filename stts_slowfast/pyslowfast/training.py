@@ -5,6 +5,7 @@ from decimal import Decimal
 import torch
 
 from stts_slowfast import backbones, schedule
+from stts_slowfast.groups import plain, run_groups
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.pictures import picture
 from stts_slowfast.pyslowfast import badvideos, families, run_state, shards, weights
@@ -44,12 +45,28 @@ def _construct_optimizer(construct_optimizer, model, cfg):
     optimizer = construct_optimizer(model, cfg)
     optimizer.param_groups[:] = families.decay_by_layer(optimizer.param_groups, model, cfg)
     if enabled(cfg):
-        optimizer.param_groups[:] = schedule.param_groups(optimizer.param_groups, model)
         optimizer.stts_training = run_state.Training(model, cfg)
+        _split_as_saved(optimizer, model)
         if shards.rank():
             # SlowFast seeds all processes alike, and all would perturb their scores alike.
             torch.manual_seed(cfg.RNG_SEED + 1_000_003 * shards.rank())
     return optimizer
+
+
+def _split_as_saved(optimizer, model) -> None:
+    """Splits an optimizer's groups, and again where a run that is resumed had others: what was new
+    when it began (a head for other classes, say) is in its optimizer's state."""
+    unsplit = list(optimizer.param_groups)
+    names = {id(parameter): plain(name) for name, parameter in model.named_parameters()}
+
+    def split(state: dict | None = None) -> None:
+        saved = (state or {}).get("param_groups", ())
+        optimizer.param_groups[:] = run_groups(unsplit, model, names, saved)
+
+    split()
+    optimizer.stts_training.split = split
+    inner = getattr(optimizer, "optim", optimizer)  # of SlowFast's LARS
+    inner.register_load_state_dict_pre_hook(lambda _, state: split(state))
 
 
 def _note_epoch(get_epoch_lr, cur_epoch, cfg):
@@ -59,16 +76,25 @@ def _note_epoch(get_epoch_lr, cur_epoch, cfg):
 
 
 def _set_rates_and_sigma(set_lr, optimizer, new_lr):
-    set_lr(optimizer, new_lr)
     training = getattr(optimizer, "stts_training", None)
+    # Only in the first iteration are weights and optimizer state loaded.
+    begins = training is not None and training.clock.epoch is not None and not training.schedule
+    if begins and not any("held_back" in group for group in optimizer.param_groups):
+        training.split()
+    set_lr(optimizer, new_lr)
     run_state.note_step(training)
     if training is None or training.clock.epoch is None:
         return
-    model, cfg, groups = training.model, training.cfg, optimizer.param_groups
-    if not training.begun:  # not before now are weights and optimizer state loaded
-        schedule.begin(groups, weights.is_trained(model), model, cfg.SOLVER.MAX_EPOCH)
-        training.begun = True
-    training.rates = schedule.step(model, groups, new_lr, training.clock.epoch, cfg)
+    if begins:
+        training.schedule = schedule.Schedule(
+            training.model,
+            optimizer,
+            max_epochs=training.cfg.SOLVER.MAX_EPOCH,
+            pretrained=weights.is_trained(training.model),
+            base_lr=training.cfg.SOLVER.BASE_LR,
+            seed=training.cfg.RNG_SEED,
+        )
+    training.rates = training.schedule.step(training.clock.epoch)
 
 
 def _check_losses(check_nan_losses, loss):

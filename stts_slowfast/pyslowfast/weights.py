@@ -155,6 +155,7 @@ class Loading:
 
     def _note_loaded(self, module: nn.Module, incompatible) -> None:
         self.missing = list(incompatible.missing_keys)
+        checkpoints.note_new(self.model, self.missing)  # a head for other classes, say
 
     def _check_optimizer(self, optimizer, state: dict) -> None:
         _check_optimizer(state, optimizer, self.cfg, self.purpose, self.path)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stts_slowfast.schedule import set_progress
+from stts_slowfast.schedule import reset
 from stts_slowfast.standalone import optim, resume
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
 from stts_slowfast.standalone.fabric import __version__ as fabric_version
@@ -103,7 +103,7 @@ def _train(cfg, fabric: Fabric, stop: Stop, watch: Watch | None, strict: bool) -
     if fabric.is_global_zero:
         resume.remove_unfinished(cfg)
     model = build_model(cfg)
-    set_progress(model, 0.0, cfg.RNG_SEED)
+    reset(model)
     start = resume.starting_point(cfg, model, strict)
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TRAIN_CROP_SIZE)
     with Board(cfg, fabric.is_global_zero, writes=True) as board:

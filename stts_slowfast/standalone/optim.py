@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import slowfast_state
+from stts_slowfast.groups import run_groups
 from stts_slowfast.hosts import find_blocks
-from stts_slowfast.schedule import param_groups
 
 
 def lr_at(epoch: float, cfg) -> float:
@@ -57,10 +57,17 @@ def scale_lr_by_shards(cfg) -> None:
 # --- optimizer ----------------------------------------------------------------------------------
 
 
-def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
-    """A config's optimizer; its groups are :func:`groups`, split by ``schedule.param_groups``."""
+def build_optimizer(model: nn.Module, cfg, state: dict | None = None) -> torch.optim.Optimizer:
+    """A config's optimizer; its groups are :func:`groups`, split by ``run_groups``.
+
+    Args:
+        model, cfg: what is trained.
+        state: of the optimizer of the run that is resumed, which knows what was new when it began.
+    """
     solver = cfg.SOLVER
-    split = param_groups(groups(model, cfg), model)
+    names = {id(parameter): name for name, parameter, _ in slowfast_parameters(model)}
+    saved = (state or {}).get("param_groups", ())
+    split = run_groups(groups(model, cfg), model, names, saved)
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZING_METHOD == "sgd":
         return torch.optim.SGD(
@@ -72,6 +79,12 @@ def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
         )
     kind = torch.optim.Adam if solver.OPTIMIZING_METHOD == "adam" else torch.optim.AdamW
     return kind(split, betas=tuple(solver.BETAS), **common)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives each group the rate ``lr``, times its ``layer_decay``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["layer_decay"]
 
 
 def groups(model: nn.Module, cfg) -> list[dict]:

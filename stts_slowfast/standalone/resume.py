@@ -210,7 +210,7 @@ def load_for_test(cfg, model: nn.Module, strict: bool = False) -> None:
 def _load(cfg, model: nn.Module, checkpoint: dict, path: str, purpose: str) -> Loaded:
     check(model, checkpoint, cfg, purpose, path)
     try:
-        loaded = load_weights(model, checkpoint)
+        loaded = load_weights(model, checkpoint, strict=False)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     logger.info("Loaded %s: %s", path, loaded)

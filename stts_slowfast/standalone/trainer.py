@@ -8,37 +8,42 @@
 """
 
 import math
+from collections.abc import Iterable
 
-from fvcore.common.config import CfgNode
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from stts_slowfast import schedule
+from stts_slowfast.groups import param_groups
+from stts_slowfast.hooks import settings_of
+from stts_slowfast.schedule import Schedule
+from stts_slowfast.standalone.restore import Restoration
 
 
 class SelectionCallback(TrainerCallback):
     """Sets before each step what the paper's recipe sets, from what ``attach`` was given.
 
-    It logs ``sigma`` and ``backbone_lr`` beside the trainer's values. A resumed run is what it was.
-    The learning rate must follow from the number of steps alone, as all but
-    ``reduce_lr_on_plateau`` do.
+    It logs ``sigma`` and ``backbone_lr`` beside the trainer's values. A resumed run is what it was:
+    what the trainer restores, also as the best model, is checked (see ``restore.py``).
 
     Args:
-        model: with selectors.
+        model: with selectors, anywhere in it; the one that is given to ``Trainer``.
         trained: whether its backbone is trained, so that it is frozen at first
             (``freeze_backbone_epochs``) and then learns at a capped rate (``backbone_lr``); None
             for whether the model comes from ``from_pretrained``.
+        new: names of parameters or modules that are new all the same, and learn from the first
+            step; a head for other classes and adapters are found without.
 
     Raises:
-        ValueError: where the model has no selectors.
+        ValueError: if the model has no selectors.
     """
 
-    def __init__(self, model: nn.Module, trained: bool | None = None):
-        if not isinstance(getattr(model, "stts", None), nn.ModuleDict):
-            raise ValueError(f"this {type(model).__name__} has no selectors: call attach first")
-        self.model = model
-        self.trained = bool(getattr(model, "name_or_path", "")) if trained is None else trained
-        self.cfg = CfgNode({"SOLVER": {}})
+    def __init__(self, model: nn.Module, trained: bool | None = None, new: Iterable[str] = ()):
+        settings_of(model)
+        self.model, self.new = model, tuple(new)
+        names = (getattr(module, "name_or_path", "") for module in model.modules())
+        self.trained = any(names) if trained is None else trained
+        self.restoration = Restoration(model)
+        self.schedule: Schedule | None = None
         self.steps_per_epoch = 0
         self.now: dict[str, float] = {}
 
@@ -55,43 +60,59 @@ class SelectionCallback(TrainerCallback):
         return Optimizer, settings
 
     def _split(self, groups: list[dict]) -> list[dict]:
-        return schedule.param_groups(groups, self.model)
+        return param_groups(groups, self.model, self.new)
 
     def on_train_begin(self, args, state, control, **what) -> None:
-        """Decides whether the backbone is held back.
+        """Makes the schedule.
 
         Raises:
-            ValueError: where the optimizer does not know scorers from the backbone, or the length
-                of an epoch is not known though the backbone is to be frozen for some.
+            ValueError: if the optimizer does not know scorers from the backbone, if the length of
+                an epoch is not known though the backbone is to be frozen for some, or if a resumed
+                run's tensors were not all restored.
         """
-        groups = what["optimizer"].param_groups
-        apart = all("backbone" in group for group in groups)
-        if not apart and self._split(groups) is not groups:
-            raise ValueError(
-                "the optimizer's groups hold scorers and backbone together: give Trainer "
-                "optimizer_cls_and_kwargs=callback.optimizer(args)"
-            )
+        if missing := self.restoration.missing():
+            raise ValueError(_unrestored("the checkpoint that is resumed", missing))
         try:
             batches = len(what["train_dataloader"])
         except TypeError:
-            if self.trained and self.model.stts.settings.freeze_backbone_epochs:
+            if self.trained and settings_of(self.model).freeze_backbone_epochs:
                 raise ValueError(
                     "this data has no length, so freeze_backbone_epochs cannot be counted: "
                     "attach with freeze_backbone_epochs=0"
                 ) from None
             batches = state.max_steps * args.gradient_accumulation_steps
         self.steps_per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-        self.cfg.SOLVER.MAX_EPOCH = state.max_steps / self.steps_per_epoch
-        self.cfg.SOLVER.BASE_LR, self.cfg.RNG_SEED = args.learning_rate, args.seed
-        schedule.begin(groups, self.trained, self.model, self.cfg.SOLVER.MAX_EPOCH)
+        try:
+            self.schedule = Schedule(
+                self.model,
+                what["optimizer"],
+                max_epochs=state.max_steps / self.steps_per_epoch,
+                pretrained=self.trained,
+                base_lr=args.learning_rate,
+                seed=args.seed,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Give Trainer optimizer_cls_and_kwargs=callback.optimizer(args)"
+            ) from error
 
     def on_step_begin(self, args, state, control, **what) -> None:
-        groups = what["optimizer"].param_groups
-        lr = next((group["lr"] for group in groups if not group.get("backbone")), groups[0]["lr"])
-        epoch = state.global_step / self.steps_per_epoch
-        self.now = schedule.step(self.model, groups, lr, epoch, self.cfg)
+        self.now = self.schedule.step(state.global_step / self.steps_per_epoch)
+
+    def on_train_end(self, args, state, control, **what) -> None:
+        """Raises ``ValueError`` if the best model's tensors were not all restored."""
+        if missing := self.restoration.missing():
+            raise ValueError(_unrestored(state.best_model_checkpoint, missing))
 
     def on_log(self, args, state, control, logs=None, **what) -> None:
         for log in (logs, state.log_history[-1] if state.log_history else None):
             if log is not None and "loss" in log:
                 log.update(self.now)
+
+
+def _unrestored(source: str, names: list[str]) -> str:
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return (
+        f"Trainer has not restored {len(names)} tensors of the model from {source} ({shown}): load "
+        "it with from_pretrained, attach, and stts_slowfast.load_weights(model, folder)"
+    )

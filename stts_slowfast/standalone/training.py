@@ -12,9 +12,9 @@ from iopath.common.file_io import g_pathmgr
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-from stts_slowfast import schedule
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.hooks import raise_on_nan
+from stts_slowfast.schedule import Schedule
 from stts_slowfast.standalone import optim, report, resume
 from stts_slowfast.standalone.data import build_loader, prepare
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
@@ -47,11 +47,17 @@ class Training:
                 "process, which has no other to be mixed with: give it 2 at least"
             )
         fabric.to_device(model)
-        self.optimizer = optim.build_optimizer(model, cfg)
+        self.optimizer = optim.build_optimizer(model, cfg, start.optimizer_state)
         if start.optimizer_state:
             optim.load_optimizer_state(self.optimizer, start.optimizer_state, start.path)
-        groups = self.optimizer.param_groups
-        schedule.begin(groups, start.trained, model, cfg.SOLVER.MAX_EPOCH)
+        self.schedule = Schedule(
+            model,
+            self.optimizer,
+            max_epochs=cfg.SOLVER.MAX_EPOCH,
+            pretrained=start.trained,
+            base_lr=cfg.SOLVER.BASE_LR,
+            seed=cfg.RNG_SEED,
+        )
         self.network, self.stepper = fabric.setup(model, self.optimizer)
         if cfg.MODEL.FP16_ALLREDUCE and fabric.world_size > 1:
             self.network._forward_module.register_comm_hook(None, fp16_compress_hook)
@@ -109,7 +115,8 @@ class Training:
         seed_everything(seed, verbose=False)
         exact = epoch + iteration / self.length
         lr = optim.lr_at(exact, self.cfg)
-        rates = schedule.step(self.model, self.optimizer.param_groups, lr, exact, self.cfg)
+        optim.set_lr(self.optimizer, lr)
+        rates = self.schedule.step(exact)
         batch = self.fabric.to_device(batch)
         clips, labels = prepare(batch[0], self.cfg), batch[1]
         if self.mixer is not None:

@@ -86,7 +86,7 @@ def convert_checkpoint_file(
     for key in left_over:
         print(f"  left over: {key}: name its block in STTS.*.BLOCKS of a file given with --cfg")
     if cfg is not None:
-        loaded = load_weights(build_model(cfg), converted)
+        loaded = load_weights(build_model(cfg), converted, strict=False)
         for kind in ("missing", "unexpected", "mismatched"):
             for key in getattr(loaded, kind):
                 print(f"  {kind}: {key}")

@@ -231,7 +231,7 @@ def _strips(outputs: Sequence[Output], number: int) -> str:
 def _strip(output: Output, number: int) -> str:
     """Film strips of the first test videos."""
     from stts_slowfast.pictures import draw, look, make_strip, predicted
-    from stts_slowfast.schedule import set_progress
+    from stts_slowfast.schedule import reset
     from stts_slowfast.standalone.data import ClipDataset
     from stts_slowfast.standalone.defaults import load_config
     from stts_slowfast.standalone.model import build_model
@@ -243,7 +243,7 @@ def _strip(output: Output, number: int) -> str:
     videos = ClipDataset(cfg, "test").videos
     model = build_model(cfg)
     load_for_test(cfg, model)
-    set_progress(model, 1.0)  # of a range of budgets, the high end
+    reset(model)  # of a range of budgets, the high end
     truth, strips = find_truth(cfg), []
     for index in range(min(number, len(videos))):
         path, label = videos[index].path, videos[index].label

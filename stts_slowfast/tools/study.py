@@ -206,7 +206,7 @@ def load(cfg, path: str) -> tuple[nn.Module, list[str]]:
     model = build_model(cfg)
     checkpoint = own_weights(model, path) if os.path.isdir(path) else read_checkpoint(path)
     check(model, checkpoint, cfg, "finetune", path)  # which lets other heads pass
-    loaded = load_weights(model, checkpoint)
+    loaded = load_weights(model, checkpoint, strict=False)
     lost = [name for name in loaded.missing if not name.startswith("stts.")]
     if lost or loaded.mismatched:
         raise ValueError(f"{path} is not of this config's model: {loaded}")

@@ -7,7 +7,7 @@ from stts_slowfast.video.log import errors
 from stts_slowfast.video.stream import Stream
 
 
-def ends_early(stream: Stream, count: int, last: int, errors_before: int) -> str:
+def ends_early(stream: Stream, count: int, last: int, edited: bool, errors_before: int) -> str:
     """Whether a file holds less than it promises: clearly less than the frames of its header, or
     at all less than the bytes of its parts."""
     file, name = stream.file, stream.container.format.name
@@ -15,7 +15,7 @@ def ends_early(stream: Stream, count: int, last: int, errors_before: int) -> str
     promised, there = stream.stream.frames, count
     if name == "avi":  # counts frames that were dropped, for which there are no packets
         there = max(count, last + 1)
-    elif "mp4" in name and entries:  # of all frames, its index has those that are played
+    elif "mp4" in name and (entries or edited):  # of all frames, its index has those that play
         promised = len(entries)
     if promised and there < 0.98 * promised - 1:
         return f"it ends early: {count} of {promised} frames are there"

@@ -16,7 +16,6 @@ _CAN_SKIP = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
 # What FFmpeg says of damage, after which it makes pixels up. It complains of more in whole files:
 # of references that frames before a keyframe lack, for one.
 _DAMAGE = re.compile("error while decoding|damaged|Error splitting|overread|no frame", re.I)
-_COVER = 0x0400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 
 
 class Stream:
@@ -106,4 +105,5 @@ class Stream:
 
 
 def _is_cover(stream) -> bool:
-    return bool(int(getattr(stream, "disposition", 0)) & _COVER)
+    kind = getattr(stream, "disposition", None)  # an enumeration, which PyAV 14.1 brought
+    return kind is not None and bool(kind & type(kind).attached_pic)

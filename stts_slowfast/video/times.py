@@ -214,6 +214,7 @@ def from_packets(stream: Stream) -> Times | None:
     packets = stream.packets()
     read = packet_reader(stream.stream)
     found, count, last, reliable = _Packets(read) if read else None, 0, 0, read is not None
+    edited = False
     try:
         for packet in packets:
             if not packet.size:
@@ -223,11 +224,12 @@ def from_packets(stream: Stream) -> Times | None:
                 reliable = False
                 stream.blame("a packet is marked as corrupt")
             reliable = reliable and found.add(packet)
+            edited = edited or packet.is_discard
     except av.FFmpegError as error:
         if not count:
             raise
         stream.blame(f"it breaks off: {error.strerror}")
-    early = ends_early(stream, count, last, errors_before)
+    early = ends_early(stream, count, last, edited, errors_before)
     if early:
         stream.damage = early
     pts = found.shown() if reliable else None

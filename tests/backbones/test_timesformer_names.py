@@ -84,11 +84,11 @@ def test_the_body_alone():
     _, clip, _, made = authors("divided_space_time")
     body = transformers_model(made, "TimesformerModel")
     ours = TimeSformer(**made).eval()
-    loaded = stts.load_weights(body, ours.state_dict())
+    loaded = stts.load_weights(body, ours.state_dict(), strict=False)
     assert loaded.missing == [] and loaded.unexpected == ["head.weight", "head.bias"]
     tokens = body(clip.transpose(1, 2)).last_hidden_state
     torch.testing.assert_close(ours.head(tokens[:, 0]), ours(clip), atol=1e-5, rtol=0)
-    loaded = stts.load_weights(TimeSformer(**made), body.state_dict())
+    loaded = stts.load_weights(TimeSformer(**made), body.state_dict(), strict=False)
     assert loaded.missing == ["head.weight", "head.bias"]
 
 

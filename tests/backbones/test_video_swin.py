@@ -57,7 +57,7 @@ def features(model, clip):
 def test_features_are_video_swins():
     cfg, weights, data = fixture("videoswin")
     model = build(cfg).eval()
-    loaded = load_weights(model, weights)
+    loaded = load_weights(model, weights, strict=False)
     assert loaded.unexpected == [] and loaded.mismatched == []
     assert loaded.missing == ["head.weight", "head.bias"]
     out = features(model, torch.from_numpy(data["input"]))
@@ -69,7 +69,7 @@ def test_selection_is_the_authors():
     cfg, weights, data = fixture("official_stts_videoswin")
     cfg.STTS.TIME.BLOCKS, cfg.STTS.TIME.KEEP = [0], [0.5]
     model = attach(build(cfg).eval(), cfg.STTS, block_grids(cfg))
-    loaded = load_weights(model, weights)
+    loaded = load_weights(model, weights, strict=False)
     assert loaded.format == "an STTS authors' Video Swin"
     assert loaded.unexpected == [] and loaded.mismatched == []
     assert loaded.missing == ["head.weight", "head.bias"]

@@ -33,7 +33,15 @@ def optim():
 
 
 def step(optim, optimizer, epoch, cfg):
+    """One iteration; the rates of the groups in the optimizer's step."""
     optim.set_lr(optimizer, optim.get_epoch_lr(epoch, cfg))
+    rates = []
+    hook = optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.extend(group["lr"] for group in optimizer.param_groups)
+    )
+    optimizer.step()
+    hook.remove()
+    return rates
 
 
 def test_configs_without_the_node_build_stock_models(registry, cfg, optim):
@@ -49,19 +57,17 @@ def test_scorers_and_backbone_have_their_own_rates_and_sigma_decays(registry, cf
     weights.note_trained(model)
     optimizer = optim.construct_optimizer(model, cfg)
     assert [group["backbone"] for group in optimizer.param_groups] == [True, False]
-    step(optim, optimizer, 1.5, cfg)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0, 0.4])
-    assert model.stts["time_0"].sigma.item() == pytest.approx(0.085)
-    step(optim, optimizer, 5.0, cfg)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.04, 0.4])
-    assert model.stts["space_1"].sigma.item() == pytest.approx(0.05)
+    assert step(optim, optimizer, 1.5, cfg) == pytest.approx([0.0, 0.4])
+    assert model.stts["time_0"].sigma == pytest.approx(0.085)
+    assert step(optim, optimizer, 5.0, cfg) == pytest.approx([0.04, 0.4])
+    assert model.stts["space_1"].sigma == pytest.approx(0.05)
 
 
 def test_sigma_reaches_the_model_inside_ddp(registry, cfg, optim):
     wrapped = nn.DataParallel(registry.get("Transformer")(cfg))
     optimizer = optim.construct_optimizer(wrapped, cfg)
     step(optim, optimizer, cfg.SOLVER.MAX_EPOCH / 2, cfg)
-    assert wrapped.module.stts["time_0"].sigma.item() == pytest.approx(0.05)
+    assert wrapped.module.stts["time_0"].sigma == pytest.approx(0.05)
 
 
 def test_a_model_without_its_selectors_gets_no_optimizer(registry, cfg, optim):
@@ -91,8 +97,7 @@ def test_a_resumed_run_is_held_back_as_it_was(registry, cfg, optim, trained):
     optimizer = optim.construct_optimizer(model, cfg)
     optimizer.load_state_dict(state)
     weights.note_trained(model)
-    step(optim, optimizer, 0.0, cfg)
-    assert (optimizer.param_groups[0]["lr"] == 0.0) == trained
+    assert (step(optim, optimizer, 0.0, cfg)[0] == 0.0) == trained
     assert set(state) == {"state", "param_groups"}
 
 
@@ -153,6 +158,51 @@ def test_a_loss_is_not_looked_at_before_the_scores(registry, cfg, optim):
     step(optim, optimizer, 1.0, cfg)
     with pytest.raises(RuntimeError, match="NaN losses"):
         misc.check_nan_losses(torch.tensor(torch.nan))
-    model.stts["space_1"].nan_scores = torch.tensor(True)
+    model.stts["space_1"]._nonfinite.fill_(True)
     with pytest.raises(ValueError, match="STTS space_1: scores hold NaN"):
         misc.check_nan_losses(torch.tensor(torch.nan))
+
+
+def test_a_head_that_the_checkpoint_did_not_fill_is_new_also_in_a_resumed_run(registry, cfg, optim):
+    """SlowFast makes the optimizer before it loads."""
+
+    def load_checkpoint(
+        path_to_checkpoint,
+        model,
+        data_parallel=True,
+        optimizer=None,
+        inflation=True,
+        convert_from_caffe2=False,
+        epoch_reset=False,
+        clear_name_pattern=(),
+    ):
+        resumes = path_to_checkpoint == "resume"
+        state = checkpoint["model"] if resumes else pretrained
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        state = {key: value for key, value in state.items() if value.shape == shapes[key]}
+        model.load_state_dict(state, strict=False)
+        if resumes:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+
+    module = SimpleNamespace(load_checkpoint=load_checkpoint, normal_to_sub_bn=lambda a, b: a)
+    weights.wrap_load_checkpoint(module)
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = "fine-tune"
+
+    def begin(path):
+        model = registry.get("Transformer")(cfg)
+        model.head = nn.Linear(8, 3)
+        optimizer = optim.construct_optimizer(model, cfg)
+        module.load_checkpoint(path, model, True, optimizer)
+        return model, optimizer
+
+    pretrained = registry.get("Transformer")(cfg).state_dict()
+    pretrained = {key: value for key, value in pretrained.items() if "stts." not in key}
+    pretrained["head.weight"] = torch.zeros(5, 8)
+    model, optimizer = begin("fine-tune")
+    rates = step(optim, optimizer, 0.0, cfg)
+    assert rates == pytest.approx([0.0, cfg.SOLVER.BASE_LR * 0.5])
+    assert optimizer.param_groups[1]["new"] == ["head.weight", "head.bias"]
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    _, resumed = begin("resume")
+    assert step(optim, resumed, 1.0, cfg) == rates
+    assert resumed.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]

@@ -63,7 +63,7 @@ def child(rank, folder):
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
     stats = {{"stts": list(model.module.stts), "same": torch.equal(*both), "changed": all(changed),
               "loss": loss.item(),
-              "sigma": [s.sigma.item() for s in model.module.stts.values()]}}
+              "sigma": [s.sigma for s in model.module.stts.values()]}}
     open(folder + f"/{{rank}}", "w").write(json.dumps(stats))
 
 if __name__ == "__main__":

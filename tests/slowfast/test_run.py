@@ -113,7 +113,7 @@ def test_fine_tuning_holds_the_backbone_back(command, checkout, tmp_path):
     opts = ("TRAIN.CHECKPOINT_FILE_PATH", str(trained), "TRAIN.CHECKPOINT_EPOCH_RESET", "True")
     opts += ("STTS.TEACHER", "saliency", "TEST.ENABLE", "False")
     log = run(command(tmp_path / "second", *opts), checkout)
-    assert "from trained weights: the backbone's rate is 0 for 0.5 epochs" in log
+    assert "from trained weights: the backbone is frozen for 0.5 epochs" in log
     train = [line for line in json_stats(log) if line.get("_type") == "train_iter_"]
     # STTS.FREEZE_BACKBONE_EPOCHS is 0.5: two iterations of three.
     assert [line["backbone_lr"] > 0 for line in train] == [False, False, True, True, True, True]

@@ -385,7 +385,7 @@ def test_mixed_precision_and_clipping_train(run, cfg):
 
 def test_nan_scores_on_a_device_stop_training_by_the_selectors_name(cfg, monkeypatch):
     """Together with the loss; here the machine's memory passes for a device's."""
-    for module in ("selectors", "topk"):
+    for module in ("state", "topk"):
         monkeypatch.setattr(f"stts_slowfast.{module}.on_host", lambda tensor: False)
     steps = []
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from stts_slowfast.checkpoints import load_weights
 from stts_slowfast.standalone import optim
 from stts_slowfast.standalone.defaults import get_cfg
 from stts_slowfast.standalone.model import build_model
@@ -147,3 +148,25 @@ def test_state_of_another_kind_of_optimizer_is_refused(tiny_cfg):
     tiny_cfg.SOLVER.OPTIMIZING_METHOD = "sgd"
     with pytest.raises(ValueError, match=r"x\.pyth .*another optimizer than SGD"):
         optim.load_optimizer_state(optim.build_optimizer(model, tiny_cfg), state, "x.pyth")
+
+
+def test_a_head_that_a_checkpoint_does_not_fill_is_new_also_after_a_resumption(tiny_cfg):
+    """And an older state, which names nothing new, fits as it did."""
+    tiny_cfg.STTS.ENABLE = True
+    tiny_cfg.MODEL.NUM_CLASSES = 4
+    pretrained = build_model(tiny_cfg).state_dict()
+    tiny_cfg.MODEL.NUM_CLASSES = 7
+    model = build_model(tiny_cfg)
+    old = optim.build_optimizer(model, tiny_cfg).state_dict()
+    load_weights(model, pretrained, strict=False)
+    optimizer = optim.build_optimizer(model, tiny_cfg)
+    new = [name for group in optimizer.param_groups for name in group.get("new", ())]
+    assert sorted(new) == ["head.projection.bias", "head.projection.weight"]
+    resumed = build_model(tiny_cfg)
+    load_weights(resumed, model.state_dict())
+    for state in (optimizer.state_dict(), old):
+        other = optim.build_optimizer(resumed, tiny_cfg, state)
+        optim.load_optimizer_state(other, state, "x.pyth")
+        assert [len(g["params"]) for g in other.param_groups] == [
+            len(g["params"]) for g in state["param_groups"]
+        ]

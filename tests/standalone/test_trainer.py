@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import stts_slowfast as stts
-from tests.hosts.examples import timesformer
+from tests.hosts.examples import timesformer, videomae, vivit
 
 pytest.importorskip("accelerate", reason="accelerate, which Trainer needs, is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
@@ -29,9 +30,14 @@ class Watch(transformers.TrainerCallback):
     def __init__(self):
         self.parameters, self.rates, self.sigmas = [], [], []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **what):
+    def on_train_begin(self, args, state, control, optimizer=None, **what):
+        optimizer.optimizer.register_step_pre_hook(self.note)  # behind the callback's own
+
+    def note(self, optimizer, *_):
         self.rates.append({group["backbone"]: group["lr"] for group in optimizer.param_groups})
-        self.sigmas.append(round(float(model.stts["time_0"].sigma), 6))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **what):
+        self.sigmas.append(round(model.stts["time_0"].sigma, 6))
 
     def on_step_end(self, args, state, control, model=None, **what):
         self.parameters.append({k: v.clone() for k, v in model.state_dict().items()})
@@ -98,13 +104,13 @@ def test_sigma_freeze_and_cap(tmp_path, teacher):
 
 def test_a_step_that_the_trainer_skipped_is_taken_again_at_its_rates(tmp_path):
     """Where gradients overflow, the schedule stands still, and the rates are those that we set."""
-    _, trainer = train(tmp_path)
+    watch, trainer = train(tmp_path)
     selection = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "_split"))
     trainer.state.global_step = 1
     for _ in range(2):
         selection.on_step_begin(trainer.args, trainer.state, None, optimizer=trainer.optimizer)
-        rates = {group["backbone"]: group["lr"] for group in trainer.optimizer.param_groups}
-        assert rates == {True: 0.0, False: 1e-2}
+        trainer.optimizer.optimizer.step()
+        assert watch.rates.pop() == {True: 0.0, False: 1e-2}
 
 
 def test_from_random_weights_everything_learns(tmp_path):
@@ -132,5 +138,89 @@ def test_an_optimizer_that_mixes_scorers_and_backbone_is_refused(tmp_path):
 
 
 def test_a_model_without_selectors_is_refused():
-    with pytest.raises(ValueError, match="call attach first"):
+    with pytest.raises(ValueError, match=r"call attach\(model"):
         SelectionCallback(timesformer().model)
+
+
+@pytest.mark.parametrize("example", [videomae, vivit])
+def test_what_the_trainer_restores_has_the_models_names(tmp_path, example):
+    """Stock ``Trainer`` leaves tensors of both as they are: what was saved has other names."""
+    model = stts.attach(example().model, time={0: 0.5})
+    SelectionCallback(model)
+    folder = tmp_path / "saved"
+    model.save_pretrained(folder)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    written = safetensors.load_file(folder / "model.safetensors")
+    assert written.keys() - own.keys()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert not model.load_state_dict(written, strict=False).missing_keys
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, own[key]), key
+
+
+def run(folder, model, callback, epochs=1, resume=None, **more):
+    args = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **{"save_strategy": "epoch", "eval_strategy": "no", **more},
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=Clips(),
+        eval_dataset=torch.utils.data.Subset(Clips(), [0, 1]),
+        callbacks=[callback],
+        optimizer_cls_and_kwargs=callback.optimizer(args),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_a_resumed_run_and_the_best_model_are_restored_whole(tmp_path):
+    def attached():
+        return stts.attach(vivit().model, time={0: 0.5}, freeze_backbone_epochs=0)
+
+    best = {"load_best_model_at_end": True, "eval_strategy": "epoch"}
+    whole = attached()
+    trainer = run(tmp_path / "a", whole, SelectionCallback(whole), epochs=2, **best)
+    folder = trainer.state.best_model_checkpoint
+    saved = safetensors.load_file(f"{folder}/model.safetensors")
+    key = "vivit.encoder.layer.0.attention.attention.query.weight"
+    assert torch.equal(whole.vivit.layers[0].attention.q_proj.weight, saved[key])
+    model = attached()
+    run(tmp_path / "b", model, SelectionCallback(model), 2, str(tmp_path / "a" / "checkpoint-2"))
+    last = safetensors.load_file(tmp_path / "a" / "checkpoint-4" / "model.safetensors")
+    torch.testing.assert_close(model.vivit.layers[0].attention.q_proj.weight, last[key])
+
+
+def test_what_was_not_restored_is_named(tmp_path):
+    model = stts.attach(vivit().model, time={0: 0.5})
+    trainer = run(tmp_path, model, SelectionCallback(model))
+    path = tmp_path / f"checkpoint-{trainer.state.global_step}"
+    state = safetensors.load_file(path / "model.safetensors")
+    del state["vivit.layernorm.weight"]
+    safetensors.save_file(state, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"not restored 1 tensors .*vivit\.layernorm\.weight"):
+        run(tmp_path, model, SelectionCallback(model), 2, str(path))
+
+
+def test_a_new_head_learns_from_the_first_step(tmp_path):
+    """Where a trained backbone is frozen: else scorers learn against a head that is random."""
+    videomae().model.save_pretrained(tmp_path / "base")
+    model = transformers.VideoMAEForVideoClassification.from_pretrained(
+        tmp_path / "base", num_labels=7, ignore_mismatched_sizes=True
+    )
+    stts.attach(model.videomae, time={0: 0.5})  # three epochs are frozen
+    callback = SelectionCallback(model)
+    assert callback.trained
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    run(tmp_path, model, callback, save_strategy="no")
+    changed = {key for key in before if not torch.equal(before[key], model.state_dict()[key])}
+    assert {"classifier.weight", "classifier.bias"} <= changed
+    assert all(key.startswith(("classifier.", "videomae.stts.")) for key in changed)

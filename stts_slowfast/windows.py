@@ -1,0 +1,43 @@
+"""Windows of a grid: their weighted sum, without a copy of each."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class MixWindows(torch.autograd.Function):
+    """``sum_i weights[..., i] * window_i(grid)``, one window after the other into one output.
+
+    Differentiating the plain sum would build a full-size gradient of the grid per window.
+    """
+
+    @staticmethod
+    def forward(ctx, grid, weights, window, steps):
+        # grid (B, T, H, W, C), weights (B, T, rows * columns)
+        ctx.save_for_backward(grid, weights)
+        ctx.window, ctx.steps = window, steps
+        batch, frames, _, _, channels = grid.shape
+        mixed = grid.new_zeros(batch, frames, *window, channels)
+        for i, (rows, columns) in enumerate(_windows(grid, window, steps)):
+            mixed.addcmul_(grid[:, :, rows, columns], weights[:, :, i, None, None, None])
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        grid, weights = ctx.saved_tensors
+        grad_grid = torch.zeros(grid.shape, dtype=grid.dtype, device=grid.device)
+        grad_weights = []
+        for i, (rows, columns) in enumerate(_windows(grid, ctx.window, ctx.steps)):
+            grad_grid[:, :, rows, columns].addcmul_(grad_output, weights[:, :, i, None, None, None])
+            overlap = grid[:, :, rows, columns] * grad_output
+            grad_weights.append(overlap.sum(dim=(2, 3, 4), dtype=torch.float32))
+        return grad_grid, torch.stack(grad_weights, dim=2).to(weights.dtype), None, None
+
+
+def _windows(grid: Tensor, window: tuple[int, int], steps: tuple[int, int]):
+    """The slices of rows and columns of every window, row by row."""
+    (height, width), (side_h, side_w) = grid.shape[2:4], window
+    for top in range(0, height - side_h + 1, steps[0]):
+        for left in range(0, width - side_w + 1, steps[1]):
+            yield slice(top, top + side_h), slice(left, left + side_w)
