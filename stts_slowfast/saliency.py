@@ -1,7 +1,7 @@
 """Scores taught by saliency: by what the loss's gradient says of the tokens that pass.
 
-A token ``x`` is as salient as the loss ``L`` changes along it, ``|<dL/dx, x>|``; a candidate, which
-is a frame or a window, as its tokens are on average.
+A token ``x`` is as salient as the loss ``L`` changes along its channels: the sum over them of
+``|dL/dx_c x_c|``. A candidate, a frame or a window, is as its tokens are on average.
 """
 
 import torch
@@ -53,7 +53,7 @@ class _Teach(torch.autograd.Function):
             return grad_output, torch.zeros_like(scores), None, None
         # In half precision small products would be lost.
         products = grad_output.to(scores.dtype) * tokens[0]
-        saliency = products.sum(dim=4, dtype=scores.dtype).abs()  # (B, T, H, W)
+        saliency = products.abs_().sum(dim=4, dtype=scores.dtype)  # (B, T, H, W)
         shares = F.avg_pool2d(saliency.flatten(0, 1)[:, None], *ctx.candidates)
         shares = shares.view(*saliency.shape[:2], -1)  # (B, T, d)
         if scores.shape[1] == 1:
