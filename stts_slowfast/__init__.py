@@ -15,6 +15,8 @@ _HOMES = {
     "detach": "hooks",
     "selections": "hooks",
     "Schedule": "schedule",
+    "positions": "dense",
+    "scatter": "dense",
     "set_progress": "schedule",
     "param_groups": "groups",
     "load_weights": "checkpoints",

@@ -68,7 +68,7 @@ def add_stts_config(cfg) -> None:
     cfg.STTS.SIGMA = 0.2
     # How sigma changes over training: linear (to 0) or constant.
     cfg.STTS.SIGMA_DECAY = "linear"
-    # In this share of training, from its start, each iteration draws its budget, in six steps from
+    # In this share of training, from its start, each iteration draws its budget, in four steps from
     # KEEP to a widest, which shrinks from all that arrives to KEEP: so a trained backbone gets used
     # to it (0 in the paper: KEEP from the first iteration on, and its speed and memory).
     cfg.STTS.SHRINK = 0.5

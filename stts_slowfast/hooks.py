@@ -1,92 +1,28 @@
-"""Puts selectors before a model's blocks, and takes them off: the one file that knows hooks."""
+"""Puts selectors before a model's blocks, and takes them off: the one file that registers hooks."""
 
 import logging
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from stts_slowfast import fused
+from stts_slowfast.block_hooks import (
+    CloseCallHook,
+    DataParallelHook,
+    EnterClipHook,
+    Hook,
+    OpenCallHook,
+    PropagateGridHook,
+    SelectTokensHook,
+    selectors_before,
+)
+from stts_slowfast.calls import Calls
 from stts_slowfast.config import Settings, as_arguments
-from stts_slowfast.hosts import Host, Tokens, find, hosted, modules_with_selectors, unwrap
+from stts_slowfast.hosts import Host, find, hosted, modules_with_selectors, unwrap
 from stts_slowfast.selectors import Selector, Selectors, SpatialSelector, TemporalSelector
 
 logger = logging.getLogger(__name__)
-
-
-def select(selector: Selector, tokens: Tokens) -> Tokens:
-    """The tokens that a selector keeps, with the grid that says where they come from."""
-    choice = selector.choose(tokens.grid)
-    grid = selector.take(selector.teach(tokens.grid, choice), choice)
-    if selector.dimension == "SPACE":
-        thw = tokens.thw.crop(choice.kept, tuple(grid.shape[2:4]))
-        return tokens._replace(grid=grid, thw=thw)
-    frames = None if tokens.frames is None else selector.take(tokens.frames, choice)
-    thw = tokens.thw.keep_frames(choice.kept)
-    return tokens._replace(grid=grid, thw=thw, frames=frames)
-
-
-# Hooks are objects instead of closures, so that a model with selectors can be copied and pickled: a
-# copied hook holds the copied selectors.
-
-
-class BeforeBlock:
-    """Forward pre-hook that hands a block the tokens which its selectors keep."""
-
-    def __init__(self, host: Host, model: nn.Module, number: int, behind: bool):
-        self.host, self.model, self.number = host, model, number
-        self.behind = behind  # a selection, so that a grid must have travelled here
-
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self.behind and self.host.arrived(args, kwargs) is None:
-            raise ValueError(
-                f"the tokens that arrive at this {type(block).__name__} do not say where they lie, "
-                "though some were dropped before: something between two blocks made new tensors "
-                "(checkpointing with use_reentrant=True around whole blocks does)"
-            )
-        tokens = self.host.read(args, kwargs)
-        selectors = getattr(block, "stts_replicas", None)
-        # Asked of the model, where peft may have put a copy that it trains (modules_to_save).
-        for selector in (
-            selectors_before(self.model, self.number) if selectors is None else selectors
-        ):
-            tokens = select(selector, tokens)
-        self.host.tell(block, tokens.thw)
-        return self.host.write(tokens, args, kwargs)
-
-
-class AfterBlock:
-    """Forward hook that puts the grid which arrived at a block on what the block returns."""
-
-    def __init__(self, host: Host):
-        self.host = host
-
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output):
-        thw = self.host.arrived(args, kwargs)
-        return None if thw is None else self.host.hand_on(output, thw)
-
-
-class ShareReplicas:
-    """Forward pre-hook on the model: tells a replica's blocks of the replica's selectors.
-
-    ``nn.DataParallel`` copies modules anew for every forward pass, but not the hooks on them.
-    """
-
-    def __init__(self, host: Host):
-        self.host = host
-
-    def __call__(self, model: nn.Module, args: tuple) -> None:
-        if not getattr(model, "_is_replica", False):
-            return
-        for number, block in enumerate(self.host.blocks(hosted(model))):
-            block.stts_replicas = selectors_before(model, number)
-
-
-HOOKS = (BeforeBlock, AfterBlock, ShareReplicas)
-
-
-def selectors_before(model: nn.Module, number: int) -> tuple[Selector, ...]:
-    """The selectors in front of a block, in the order in which they run."""
-    return tuple(selector for selector in model.stts.values() if selector.block == number)
 
 
 def attach(
@@ -196,35 +132,65 @@ def _make_selectors(
                 selector = kind(
                     host.channels(block), number, shares[number], scorer, **more, **operator
                 )
-                parameter = next(block.parameters())
-                selector.to(parameter.device, parameter.dtype).train(training)
+                selector.to(*_where_it_computes(block)).train(training)
                 stts[selector.key] = selector
     return stts
 
 
+def _where_it_computes(block: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device and the floating dtype in which a block computes.
+
+    Its first parameter is no guide: quantised ones are integers, offloaded ones are on ``meta``
+    while accelerate's hook knows where they will be.
+    """
+    parameters = list(block.parameters())
+    floating = [p for p in parameters if p.is_floating_point() and p.element_size() > 1]
+    dtype = floating[0].dtype if floating else torch.get_default_dtype()
+    hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    devices = [device for device in devices if device is not None]
+    devices += [parameter.device for parameter in parameters]
+    device = devices[0] if devices else "cpu"
+    if isinstance(device, int):  # as accelerate's maps have it
+        device = f"{torch.accelerator.current_accelerator()}:{device}"
+    return torch.device(device), dtype
+
+
 def _register(model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: Selectors) -> None:
-    host.prepare(blocks)
-    travels = type(host).hand_on is not Host.hand_on
+    host.prepare(hosted(model), blocks)
     first = min((selector.block for selector in stts.values()), default=len(blocks))
+    travels = type(host).hand_on is not Host.hand_on  # in the blocks' calls
+    if not travels:
+        stts.calls = Calls()
+        model.register_forward_pre_hook(OpenCallHook(host, model), prepend=True)
+        model.register_forward_hook(CloseCallHook(host, model), always_call=True)
+        entry = host.entry(hosted(model))
+        hook = stts.hooks["entry"] = EnterClipHook(host, model)
+        entry.register_forward_pre_hook(hook, with_kwargs=True)
     for number, block in enumerate(blocks):
-        if selectors_before(model, number) or (number > first and host.tells_every_block):
-            before = BeforeBlock(host, model, number, behind=travels and number > first)
-            block.register_forward_pre_hook(before, with_kwargs=True)
-        # Nothing of ours comes behind the last block.
-        if travels and first <= number < len(blocks) - 1:
-            block.register_forward_hook(AfterBlock(host), with_kwargs=True)
-    model.register_forward_pre_hook(ShareReplicas(host))
+        if not travels or selectors_before(stts, number):
+            last = number == len(blocks) - 1
+            hook = stts.hooks[number] = SelectTokensHook(
+                host, model, number, behind=number > first, last=last
+            )
+            block.register_forward_pre_hook(hook, with_kwargs=True)
+        if travels and number >= first:
+            hook = PropagateGridHook(host, model, last=number == len(blocks) - 1)
+            stts.hooks.setdefault("grid", hook)
+            block.register_forward_hook(hook, with_kwargs=True)
+    model.register_forward_pre_hook(DataParallelHook(host, model))
 
 
 def _remove(model: nn.Module, host: Host, blocks: Sequence[nn.Module]) -> None:
-    host.restore(blocks)
-    for module in (model, *blocks):
+    host.restore(hosted(model), blocks)
+    for module in {model, host.entry(hosted(model)), *blocks}:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = getattr(module, kind)
             for hook_id, hook in list(hooks.items()):
-                if isinstance(hook, HOOKS):
+                if isinstance(hook, Hook):
                     del hooks[hook_id]
                     getattr(module, f"{kind}_with_kwargs").pop(hook_id, None)
+                    module._forward_hooks_always_called.pop(hook_id, None)
     del model.stts
 
 
@@ -235,7 +201,7 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: where the model has no selectors.
     """
     model = unwrap(model)
-    _selectors(model)
+    selectors_of(model)
     fused.restore(model)
     _remove(model, *find(model))
     return model
@@ -256,7 +222,7 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(
             "replicas of nn.DataParallel forget what they kept: run model.module alone"
         )
-    kept = {key: selector.kept for key, selector in _selectors(unwrap(model)).items()}
+    kept = {key: selector.kept for key, selector in selectors_of(unwrap(model)).items()}
     missing = [key for key, value in kept.items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} has selected nothing yet: run the model first")
@@ -269,7 +235,7 @@ def settings_of(model: nn.Module) -> Settings:
     Raises:
         ValueError: where the model has no selectors.
     """
-    return _selectors(unwrap(model)).settings
+    return selectors_of(unwrap(model)).settings
 
 
 def raise_on_nan(model: nn.Module) -> None:
@@ -290,7 +256,7 @@ def raise_on_nan(model: nn.Module) -> None:
             module.raise_on_nan()
 
 
-def _selectors(model: nn.Module) -> Selectors:
+def selectors_of(model: nn.Module) -> Selectors:
     stts = getattr(model, "stts", None)
     if not hasattr(stts, "settings"):
         raise ValueError(f"this {type(model).__name__} has no selectors: call attach(model, node)")

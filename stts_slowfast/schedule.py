@@ -24,8 +24,9 @@ from stts_slowfast.selectors import WHOLE, Selector
 
 logger = logging.getLogger(__name__)
 
-# torch.compile makes a graph for each budget, and gives up after 8.
-SHRINK_STEPS = 6
+# torch.compile makes a graph for each budget, and gives up after 8: five of training, and room for
+# validation and for smaller last batches of both.
+SHRINK_STEPS = 4
 
 
 class Schedule:

@@ -43,7 +43,7 @@ class ScoreNetwork(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores ``(N, n)`` in float32 of tokens ``(N, n, width)``."""
-        x = self.embed(tokens.to(self.score[0].weight.dtype))
+        x = self.embed(tokens.to(self.embed[0].weight.dtype))  # the others may be quantised
         own, shared = x.chunk(2, dim=2)
         x = torch.cat([own, shared.mean(dim=1, keepdim=True).expand_as(own)], dim=2)
         return self.score(x).squeeze(2).float()

@@ -216,11 +216,15 @@ class Selectors(nn.Module):
 
     Attributes:
         settings: what was asked for, ``config.Settings``.
+        calls: ``calls.Calls`` of the model; None if grids travel in the blocks' calls.
+        hooks: those on the model's blocks, by number, for graphs that torch.fx traces.
+        reached: the grid behind the last pass's selections, for ``dense.positions``.
     """
 
     def __init__(self, settings=None):
         super().__init__()
         self.settings = settings
+        self.calls, self.hooks, self.reached = None, {}, None
 
     def __setitem__(self, key: str, selector: Selector) -> None:
         self.add_module(key, selector)

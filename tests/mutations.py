@@ -346,10 +346,22 @@ MUTATIONS = {
         "tests/test_selectors.py -k nan_scores",
     ),
     "provenance-dropped": Mutation(
-        "hooks.py",
-        "return None if thw is None else self.host.hand_on(output, thw)",
+        "block_hooks.py",
+        "return None if self.last else marked",
         "return None",
         "tests/test_hooks.py -k travels",
+    ),
+    "blocks-that-run-again-take-the-last-grid": Mutation(
+        "calls.py",
+        "return number, storage._cdata, x.storage_offset(), tuple(x.shape)",
+        "return number, tuple(x.shape)",
+        "tests/test_calls.py -k their_own_call",
+    ),
+    "masks-of-other-frames": Mutation(
+        "hosts/tokens_alone.py",
+        "entries = entries.repeat_interleave(frames) * all_frames + first",
+        "entries = entries.repeat_interleave(frames) * all_frames",
+        "tests/hosts/test_masks.py -k goes_with_its_frame",
     ),
     "guard-that-lets-pass": Mutation(
         "pyslowfast/guard.py",

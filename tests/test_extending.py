@@ -67,19 +67,22 @@ assert any(p.grad.abs().sum() > 0 for p in model.stts.parameters())
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
-        self.config = {"grid": (4, 3, 3)}
+        self.embed = nn.Linear(3, 16)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(3)
         )
 
-    def forward(self, x):
+    def forward(self, clips):
+        x = self.embed(clips).flatten(1, 3)
+        x = torch.cat([torch.zeros(len(x), 1, 16), x], dim=1)
         for layer in self.layers:
             x = layer(x)
         return x
 
 
 model = stts.attach(Encoder(), time={0: 0.5}, space={1: 0.5}, fused_attention=False)
-assert model(torch.randn(2, 37, 16)).shape == (2, 1 + 2 * 2 * 2, 16)
+assert model(torch.randn(2, 4, 3, 3, 3)).shape == (2, 1 + 2 * 2 * 2, 16)
+assert model(torch.randn(2, 8, 6, 3, 3)).shape == (2, 1 + 4 * 4 * 2, 16)
 """
 
 

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "stts_slowfast"
 FLOORS = [
     # A node's check names the scorers that there are.
     {
+        "calls",
         "config",
         "constants",
         "extensions",
@@ -18,13 +19,14 @@ FLOORS = [
         "keys",
         "saliency",
         "scorers",
+        "symbolic",
         "topk",
         "video",
         "yamlfiles",
     },
     {"selectors", "state", "windows"},
     {"backbones", "hosts"},
-    {"groups", "hooks", "schedule", "fused", "checkpoints"},
+    {"block_hooks", "checkpoints", "dense", "fused", "groups", "hooks", "schedule"},
     {"pictures"},
     {"pyslowfast", "standalone"},
     {"tools"},
@@ -123,7 +125,7 @@ def test_only_hooks_puts_hooks_on_blocks(path):
 @EVERY_FILE
 def test_nobody_reads_what_a_selector_kept_last(path):
     """Where tokens come from travels with them; ``hooks.selections`` alone looks at the modules."""
-    if room(path) in ("hooks", "selectors", "state", "pictures", "tools"):
+    if room(path) in ("block_hooks", "hooks", "selectors", "state", "pictures", "tools"):
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):

@@ -57,3 +57,34 @@ def test_copies_know_where_they_come_from(duplicate):
     grid = duplicate(Grid((2, 4, 4), torch.tensor([[1, 3]]), torch.zeros(1, 2, 4)))
     assert type(grid) is Grid and grid == (2, 4, 4)
     assert grid.frames.tolist() == [[1, 3]] and grid.windows.shape == (1, 2, 4)
+
+
+def test_positions_of_frames_windows_and_sets_compose():
+    everything = torch.arange(2 * 4 * 3 * 3).view(1, -1).remainder(72)[:, :36].expand(2, -1)
+    grid = Grid((4, 3, 3))
+    assert torch.equal(grid.positions(2), everything) and grid.is_whole and not grid.is_selected
+    grid = grid.keep_frames(torch.tensor([[1, 3], [0, 1]]))
+    grid = grid.crop(rows([0, 1, 2, 2], [1, 1, 2, 2], [0, 0, 2, 2], [1, 0, 2, 2]), (2, 2))
+    assert grid.whole == (4, 3, 3) and grid.is_selected and not grid.is_whole
+    expected = [[10, 11, 13, 14, 31, 32, 34, 35], [0, 1, 3, 4, 12, 13, 15, 16]]
+    assert grid.positions(2).tolist() == expected
+    few = grid.keep_tokens(torch.tensor([[0, 3, 7], [1, 2, 4]]))
+    assert few == (1, 1, 3) and few.positions(2).tolist() == [[10, 14, 35], [1, 3, 12]]
+    again = few.keep_tokens(torch.tensor([[2], [0]]))
+    assert again.tokens.tolist() == [[35], [1]] and again.whole == (4, 3, 3)
+    each = grid.keep_tokens(torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]]), frames=2)
+    assert each == (2, 1, 2) and each.positions(2).tolist()[1] == [3, 4, 15, 16]
+    with pytest.raises(ValueError, match="select them before single tokens"):
+        few.keep_frames(torch.tensor([[0], [0]]))
+    with pytest.raises(ValueError, match="select them before single tokens"):
+        few.crop(rows([0, 0, 1, 1], [0, 0, 1, 1]), (1, 1))
+    copy_of_it = pickle.loads(pickle.dumps(few))
+    assert torch.equal(copy_of_it.tokens, few.tokens) and copy_of_it.whole == few.whole
+
+
+def test_all_of_a_grid_may_be_selected():
+    grid = Grid((2, 2, 2)).keep_frames(torch.tensor([[0, 1]]))
+    assert grid.is_selected and grid.is_whole
+    assert Grid((2, 2, 2), torch.tensor([[0, 3]])).is_whole is False  # of what, nobody said
+    pooled = Grid((8, 8, 8)).keep_frames(torch.arange(6)[None]).pooled((3, 4, 4))
+    assert pooled.whole == (4, 4, 4) and not pooled.is_whole

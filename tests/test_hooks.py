@@ -14,6 +14,7 @@ from torchvision.models.video import mvit_v1_b, mvit_v2_s
 
 from stts_slowfast import backbones, hosts
 from stts_slowfast.config import add_stts_config
+from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.schedule import advance
 from stts_slowfast.standalone.model import build_model
@@ -126,6 +127,18 @@ def test_keeping_everything_equals_the_unpatched_model(tiny_cfg, plain, clips):
     tiny_cfg.STTS.FUSED_ATTENTION = False
     model = attach(copy.deepcopy(plain), tiny_cfg.STTS)
     assert torch.equal(model(clips), plain(clips))
+
+
+def test_keeping_everything_leaves_relative_positions_as_they_are(golden, clips):
+    cfg = golden("slowfast_mvit_v2").cfg()
+    cfg.STTS.TIME.KEEP, cfg.STTS.FUSED_ATTENTION = [1.0], False
+    cfg.STTS.SPACE.BLOCKS, cfg.STTS.SPACE.KEEP = [1], [1.0]
+    model = backbones.build(cfg).eval()
+    for name, parameter in model.named_parameters():
+        if "rel_pos" in name:
+            nn.init.normal_(parameter, std=0.5)
+    expected = model(clips)
+    assert torch.equal(attach(model, cfg.STTS)(clips), expected)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -401,8 +414,6 @@ class Layers(nn.Module):
 
 
 class LayersHost(hosts.Host):
-    tells_every_block = True
-
     def __init__(self, model):
         self.grid = model.grid
 
@@ -410,19 +421,17 @@ class LayersHost(hosts.Host):
     def blocks(model):
         return getattr(model, "layer", ())
 
-    def arrived(self, args, kwargs):
-        return hosts.remembered(args[0])
+    def default_grid(self):
+        return Grid(self.grid)
 
-    def read(self, args, kwargs):
-        thw = self.arrived(args, kwargs) or hosts.Grid(self.grid)
+    def read(self, args, kwargs, thw):
         return hosts.Tokens(args[0].unflatten(1, tuple(thw)), thw)
 
     def write(self, tokens, args, kwargs):
-        x = hosts.remember(tokens.grid.flatten(1, 3), tokens.thw)
-        return (x,), {**kwargs, "position_mask": tokens.thw.frames}
+        return (tokens.grid.flatten(1, 3),), kwargs
 
-    def hand_on(self, output, thw):
-        return hosts.remember(output, thw)
+    def adapt_call(self, block, thw, args, kwargs):
+        return args, {**kwargs, "position_mask": thw.frames}
 
 
 @pytest.fixture
@@ -434,7 +443,7 @@ def layers_host():
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("compiling", [True, False])
-def test_a_grid_travels_on_tokens_where_the_call_has_no_place_for_it(layers_host, mode, compiling):
+def test_a_grid_travels_in_the_call_of_the_model(layers_host, mode, compiling):
     model = attach(Layers(), time={1: 0.5}, space={2: 0.4}, num_samples=5).train(mode)
     run = torch.compile(model, fullgraph=True, backend="eager") if compiling else model
     out = run(torch.randn(2, 100, 8))

@@ -112,7 +112,7 @@ def test_budgets_are_drawn_up_to_a_widest_that_shrinks_to_what_is_kept(tiny_cfg,
     if keep == 0.25:
         assert [2, 7] in drawn[:100]
         widest = [max(drawn[first : first + 67]) for first in range(0, 400, 67)]
-        assert widest == sorted(widest, reverse=True) and len(set(map(tuple, widest))) == 6
+        assert widest == sorted(widest, reverse=True) and len(set(map(tuple, widest))) == 4
         assert len(set(map(tuple, drawn))) == 7  # what torch.compile has graphs for
     advance(model, 0.0)
     model.eval()  # keeps what a test would
@@ -144,12 +144,17 @@ def test_a_compiled_training_has_a_graph_for_each_budget():
     model = attach(stock, time={0: 0.25}, space={1: 0.25}, shrink=0.5)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(model.train(), backend="eager")
+    # With fullgraph, what comes behind `recompile_limit`, 8, is an error.
+    compiled = torch.compile(model.train(), fullgraph=True, backend="eager")
     for number in range(64):
         advance(model, number / 64)
         compiled(torch.randn(2, 3, 8, 32, 32))
-    # torch.compile stops at `recompile_limit`, 8: what comes then runs without a graph.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+    compiled(torch.randn(1, 3, 8, 32, 32))  # the last batch of an epoch
+    model.eval()
+    for batch in (4, 3, 2):
+        compiled(torch.randn(batch, 3, 8, 32, 32))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
 def test_the_widest_budget_is_the_model_without_selectors(tiny_cfg):

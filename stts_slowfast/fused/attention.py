@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, arange, cat, einsum, eye, nn
 from torch.nn import functional as F
 
+from stts_slowfast import symbolic
 from stts_slowfast.constants import sized_constant
 from stts_slowfast.fused import cpu
-from stts_slowfast.fused.views import Request, View
+from stts_slowfast.fused.views import Request, View, run
 from stts_slowfast.grid import Grid
+from stts_slowfast.symbolic import tracer_of
 
 
 class AttentionView(View):
@@ -56,6 +58,8 @@ class AttentionView(View):
         return [*fused, self.composed] if self.has_positions() else fused
 
     def forward(self, x: Tensor, thw):
+        if tracer := tracer_of(x):
+            return symbolic.call(tracer, run, self, x, thw)
         if self.is_fused():
             return self.fused(x, thw)
         if self.reads_distances(thw):
@@ -69,7 +73,7 @@ class AttentionView(View):
         """Whether the tokens of a grid come from places that the stock module would not read."""
         if not (self.true_distances and isinstance(thw, Grid) and self.has_positions()):
             return False
-        return thw.frames is not None or thw.windows is not None
+        return thw.is_selected and not thw.is_whole
 
     def composed(self, x: Tensor, thw):
         """As the stock module's ``forward``, at true distances."""

@@ -6,6 +6,7 @@ from torch import Tensor, cat, nn
 from stts_slowfast.fused import cpu
 from stts_slowfast.fused.attention import AttentionView
 from stts_slowfast.fused.views import Request, View, untouched
+from stts_slowfast.symbolic import tracer_of
 
 
 class BlockView(View):
@@ -82,7 +83,7 @@ class BlockView(View):
         return super().is_fused() and self.fits(self)
 
     def forward(self, x: Tensor, thw):
-        if not thw or not self.is_fused():
+        if tracer_of(x) or not thw or not self.is_fused():
             return self.stock.forward(x, thw)
         return self.fused(x, thw, self._cls_alone())
 

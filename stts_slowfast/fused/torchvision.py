@@ -6,10 +6,12 @@ from torchvision.models.video.mvit import MultiscaleAttention, MultiscaleBlock, 
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import MLP, StochasticDepth
 
+from stts_slowfast import symbolic
 from stts_slowfast.fused import cpu
 from stts_slowfast.fused.attention import AttentionView, fusible, inner, split
 from stts_slowfast.fused.blocks import BlockView
-from stts_slowfast.fused.views import BLOCKS, PARTS, READERS, Request, View
+from stts_slowfast.fused.views import BLOCKS, PARTS, READERS, Request, View, run
+from stts_slowfast.symbolic import tracer_of
 
 
 class TorchvisionAttention(AttentionView):
@@ -133,6 +135,8 @@ class SwinAttention(View):
         return [self.forward]
 
     def forward(self, x: Tensor) -> Tensor:
+        if tracer := tracer_of(x):
+            return symbolic.call(tracer, run, self, x)
         return type(self.stock).forward(self, x)
 
     def get_relative_position_bias(self, window_size: list[int]) -> Tensor:

@@ -111,6 +111,11 @@ class View(nn.Module):
         return replica
 
 
+def run(module: nn.Module, *args):
+    """A node of a graph that ``torch.fx`` traced: a view without its hooks, which are traced."""
+    return module.forward(*args)
+
+
 def parts(module: nn.Module) -> list[nn.Module]:
     """All modules inside a module, in order."""
     found = []

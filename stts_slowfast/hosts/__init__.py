@@ -1,16 +1,10 @@
 """How a model's tokens lie, a file a host: where its blocks are, its grid read and written back.
 
 A host knows one way in which blocks are called. Selection sits between the tokens that arrive at
-a block and the call: ``read(args, kwargs)`` turns the call's arguments into :class:`Tokens`,
-selectors make them fewer, ``write(tokens, args, kwargs)`` makes the arguments of the smaller call.
-Where the tokens lie travels with them as a ``grid.Grid``: in an argument, where the call has one
-for it (``thw``), else as :func:`remember`'s mark on the tensor; a host whose calls say nothing of
-the grid starts from the model's config, which it reads in ``__init__``. Behind the first selection,
-``hand_on`` puts the grid on what a stock block returns, since that knows nothing of it; and a host
-with ``tells_every_block`` has ``write`` and ``tell`` called at each later block as well, to tell it
-the places that are left (a ``position_mask``, say). A host holds numbers and no modules, so that it
-is copied and pickled with the model. Others register theirs with ``@HOSTS.register()``; the one
-that was registered last and finds blocks in a model is its host.
+a block and the call: ``read`` turns the call's arguments into :class:`Tokens`, selectors make them
+fewer, ``write`` makes the arguments of the smaller call. See :class:`Host` for how a block knows
+which tokens arrive. Others register theirs with ``@HOSTS.register()``; the one that was registered
+last and finds blocks in a model is its host.
 """
 
 from collections.abc import Sequence
@@ -44,36 +38,91 @@ class Tokens(NamedTuple):
 class Host:
     """What all hosts share; a host is made for one model.
 
+    How a block knows which tokens arrive: where a block's call has a place for their grid
+    (``thw``), the ``Grid`` travels there (a host with ``hand_on``). Everywhere else it travels in
+    the context of the model's call (``calls.Calls``), so nothing is lost when wrappers, FSDP or
+    offloading make new tensors:
+
+    1. ``entry(model)``: the module by whose call a clip enters, the embeddings or the model
+       itself. Before its call ``call_grid`` reads the true sizes from the arguments.
+    2. Before each block's call ``arrived`` gives the grid that comes with the tokens; if selectors
+       are before it, ``read`` and ``write`` make the call smaller; then ``adapt_call`` makes
+       what else the block reads (positions, masks) fit the grid, before every block.
+
+    A method that takes or gives a ``Grid`` takes or gives a list of them if a call packs clips of
+    several sizes into one sequence; ``read`` and ``write`` then do so with :class:`Tokens`. A host
+    holds numbers and no modules, so that it is copied and pickled with the model.
+
     Args:
         model: what selection is attached to.
     """
-
-    tells_every_block = False
 
     def __init__(self, model: nn.Module):
         pass
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        """The blocks before which tokens can be selected, in order; none in a foreign model."""
+        """The blocks before which tokens can be selected, in order; none in a foreign model.
+
+        Raises:
+            ValueError: for a model that is known, with the reason why it cannot be served.
+        """
         raise NotImplementedError
 
     def channels(self, block: nn.Module) -> int:
-        """Channels of the tokens that arrive at a block: the width of its first LayerNorm.
+        """Channels of the tokens that arrive at a block: the width of its first norm.
 
         Raises:
-            ValueError: where the block has no LayerNorm.
+            ValueError: where the block has no LayerNorm, RMSNorm or BatchNorm1d.
         """
         for module in block.modules():
-            if isinstance(module, nn.LayerNorm):
-                return module.normalized_shape[-1]
+            if isinstance(module, nn.BatchNorm1d):
+                return module.num_features
+            if shape := getattr(module, "normalized_shape", None):
+                return shape[-1]
         raise ValueError(
             f"cannot tell the width of the tokens that arrive at {type(block).__name__}: "
             "it has no LayerNorm"
         )
 
-    def read(self, args: tuple, kwargs: dict) -> Tokens:
-        """The tokens of a block's call.
+    def entry(self, model: nn.Module) -> nn.Module:
+        """The module by whose call a clip enters the model, once in each forward pass.
+
+        Embeddings are better than the model itself, which is left out by adapters and by methods
+        such as ``forward_features``.
+        """
+        return model
+
+    def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> Grid | None:
+        """The grid that the clip of a call makes.
+
+        Args:
+            model: what the host was made for.
+            args, kwargs: of the call of ``entry(model)``.
+
+        Returns:
+            The grid; None if only the blocks' calls say it.
+
+        Raises:
+            ValueError: for sizes that the model, or selection in it, cannot take.
+        """
+        return self.default_grid()
+
+    def default_grid(self) -> Grid | None:
+        """The grid of a block that is called outside of a call of its model; None: unknown."""
+        return None
+
+    def arrived(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
+        """The grid of the tokens of a block's call.
+
+        Args:
+            args, kwargs: of the block's call.
+            thw: the grid of the tokens that the block before got, or of the clip; None: unknown.
+        """
+        return thw
+
+    def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
+        """The tokens of a block's call, whose grid is ``thw``, as :meth:`arrived` gave it.
 
         Raises:
             ValueError: where they do not fit the grid.
@@ -84,34 +133,28 @@ class Host:
         """The arguments of the call with these tokens instead."""
         raise NotImplementedError
 
-    def prepare(self, blocks: Sequence[nn.Module]) -> None:
-        """What a host must change in a model's blocks before selectors stand in front of them."""
+    def adapt_call(
+        self, block: nn.Module, thw: Grid, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        """The arguments of a block's call, with all that depends on the grid made to fit it.
 
-    @staticmethod
-    def restore(blocks: Sequence[nn.Module]) -> None:
+        Called before every block, with or without selectors: masks and positions that were made
+        once for all blocks are cut here, and a block that reads its grid from itself is told.
+        """
+        return args, kwargs
+
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """What a host must change in a model before selectors stand in front of its blocks."""
+
+    def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Takes back what :meth:`prepare` did."""
 
-    def tell(self, block: nn.Module, thw: Grid) -> None:
-        """Tells a block that reads its grid from itself which one its call will bring."""
-
-    def arrived(self, args: tuple, kwargs: dict) -> Grid | None:
-        """The grid that travelled to a block's call; None where nothing was selected before."""
-        return None
-
     def hand_on(self, output, thw: Grid):
-        """What a block returns, with the grid ``thw`` (the block's own, before pooling) on it."""
+        """What a block returns, with the grid ``thw`` (the block's own, before pooling) on it.
+
+        For hosts whose calls have a place for the grid, and no others.
+        """
         return output
-
-
-def remember(x: Tensor, thw: Grid) -> Tensor:
-    """Marks a tensor of tokens with its grid, for hosts whose calls have no place for it."""
-    x.stts_grid = thw
-    return x
-
-
-def remembered(x: Tensor) -> Grid | None:
-    """What :func:`remember` marked a tensor with; None where it did not."""
-    return getattr(x, "stts_grid", None)
 
 
 def is_a(model: nn.Module, library: str, *names: str) -> bool:
@@ -172,16 +215,34 @@ def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     """
     load_extensions()
     model = hosted(model)
-    for _, host in reversed(list(HOSTS)):
-        blocks = list(host.blocks(model))
-        if blocks:
-            return host(model), blocks
+    if not is_a(model, "peft", "PeftModel"):  # it passes its model's attributes on
+        for _, host in reversed(list(HOSTS)):
+            blocks = list(host.blocks(model))
+            if blocks:
+                return host(model), blocks
     raise ValueError(
-        f"{type(model).__name__} has no blocks to select tokens before: STTS works on models with "
-        "`blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on Video Swin, on "
-        "VideoMAE, ViViT, V-JEPA 2 and TimeSformer of transformers, on timm's VisionTransformer, "
-        "and on what is registered in stts_slowfast.hosts.HOSTS"
+        f"{type(model).__name__} has no blocks to select tokens before{_inside(model)}: STTS works "
+        "on models with `blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on "
+        "Video Swin, on VideoMAE, ViViT, V-JEPA 2 and TimeSformer of transformers, on timm's "
+        "VisionTransformer, and on what is registered in stts_slowfast.hosts.HOSTS"
     )
+
+
+def _inside(model: nn.Module) -> str:
+    """In words, which module inside of a model has blocks; empty if none has."""
+    if is_a(model, "peft", "PeftModel"):
+        return ", but what it adapts may have: attach(model.get_base_model(), ...)"
+    for path, module in model.named_modules():
+        if path:
+            for _, host in reversed(list(HOSTS)):
+                try:
+                    found = len(host.blocks(module))
+                except ValueError:
+                    found = 0
+                if found:
+                    kind = type(module).__name__
+                    return f", but its {path} ({kind}) has: attach(model.{path}, ...)"
+    return ""
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,7 @@ a cls token a frame   ``(B, T*(1+H*W), C)``  TimeSformer (space only)
 ====================  =====================  ============================================
 """
 
+import inspect
 from collections.abc import Sequence
 
 from torch import cat, nn
@@ -31,13 +32,27 @@ class BlocksWithGrid(Host):
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         holder = model if hasattr(model, "blocks") else getattr(model, "model", None)
         blocks = getattr(holder, "blocks", None)
-        return blocks if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else ()
+        if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
+            return ()
+        for block in blocks:
+            if not _takes_grid(block):
+                raise ValueError(
+                    f"{type(holder).__name__} has blocks, but {type(block).__name__} takes no grid "
+                    f"(forward{inspect.signature(type(block).forward)}): selection must know where "
+                    "tokens lie, so it takes models whose blocks are called as "
+                    "x, thw = block(x, thw), and for others a host of their own "
+                    "(projects/stts/extending.md)"
+                )
+        return blocks
 
-    def read(self, args: tuple, kwargs: dict) -> Tokens:
-        x, sizes = args[0], _thw(args, kwargs)
-        if sizes is None:
+    def arrived(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
+        sizes = _thw(args, kwargs)
+        return sizes if sizes is None or isinstance(sizes, Grid) else Grid(sizes)
+
+    def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
+        x = args[0]
+        if thw is None:
             raise ValueError("a block was called without thw: the grid of its tokens is not known")
-        thw = sizes if isinstance(sizes, Grid) else Grid(sizes)
         frames, height, width = thw
         extra = x.shape[1] - frames * height * width
         if x.dim() != 3 or extra not in (0, 1, frames):
@@ -62,15 +77,21 @@ class BlocksWithGrid(Host):
             return (x, thw, *args[2:]), kwargs
         return (x,), {**kwargs, _keyword(kwargs): thw}
 
-    def arrived(self, args: tuple, kwargs: dict) -> Grid | None:
-        thw = _thw(args, kwargs)
-        return thw if isinstance(thw, Grid) else None
-
     def hand_on(self, output, thw: Grid):
         if not isinstance(output, (tuple, list)) or len(output) < 2:
             return output  # tokens alone, as from a block that was called without thw
         x, sizes, *rest = output
         return (x, thw.pooled(sizes), *rest)
+
+
+def _takes_grid(block: nn.Module) -> bool:
+    """Whether a block can be called as ``block(x, thw)``; one that is wrapped may take anything."""
+    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    if any(parameter.name.startswith("thw") for parameter in parameters):
+        return True
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return True
+    return sum(parameter.default is parameter.empty for parameter in parameters) == 2
 
 
 def _thw(args: tuple, kwargs: dict):

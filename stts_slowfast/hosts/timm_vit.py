@@ -1,17 +1,32 @@
 """timm's ``VisionTransformer`` on video: frame by frame, or with patches of several frames.
 
 Frame by frame the batch holds the frames of all clips, ``(B*T, 3, H, W)``, and how many make a clip
-stands in ``model.num_frames``, which the user sets (without it each image is a clip of one frame).
-What comes out then has an entry for each frame that is left. With tubelets the model's
-``embed_layer`` takes clips, and has a ``grid_size`` of three numbers.
+is read in every call from ``model.num_frames``, which the user sets (without it each image is a
+clip of one frame). What comes out then has an entry for each frame that is left. With tubelets the
+model's ``embed_layer`` takes clips, and has a ``grid_size`` of three numbers.
 """
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from stts_slowfast.hosts import HOSTS, is_a
+from stts_slowfast.calls import first_tensor
+from stts_slowfast.grid import Grid
+from stts_slowfast.hosts import HOSTS, is_a, masks
+from stts_slowfast.hosts.timm_maps import Intermediates
 from stts_slowfast.hosts.tokens_alone import TokensAlone
+
+# Transformers of timm that no host here can serve, and why.
+REFUSED = {
+    "Beit": "its bias of relative positions is made for the whole grid",
+    "Cait": "its last blocks have the cls token alone ask, behind blocks without one",
+    "Eva": "its rotary positions are made for the whole grid",
+    "Hiera": "it pools by the order of its mask units, which a selection breaks",
+    "NaFlexVit": "it packs images of several sizes",
+    "VisionTransformerRelPos": "its relative positions are made for the whole grid",
+    "VisionTransformerSAM": "its blocks attend in windows of a whole grid",
+    "Xcit": "its blocks convolve over the whole grid",
+}
 
 
 @HOSTS.register()
@@ -31,4 +46,40 @@ class TimmViT(TokensAlone):
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        return model.blocks if is_a(model, "timm", "VisionTransformer") else ()
+        if is_a(model, "timm", "VisionTransformer"):
+            if getattr(getattr(model, "patch_drop", None), "prob", 0):
+                raise ValueError(
+                    "patch_drop of this VisionTransformer drops tokens at random before the first "
+                    "block: set model.patch_drop = nn.Identity()"
+                )
+            return model.blocks
+        for name, why in REFUSED.items():
+            if is_a(model, "timm", name):
+                raise ValueError(
+                    f"tokens of timm's {type(model).__name__} cannot be selected: {why}; of timm, "
+                    "VisionTransformer can be served, and what comes from it"
+                )
+        return ()
+
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        if self.by_frame and hasattr(model, "forward_intermediates"):
+            model.forward_intermediates = Intermediates(model)
+
+    def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        vars(model).pop("forward_intermediates", None)
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return model.patch_embed
+
+    def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> Grid:
+        if not self.by_frame:
+            return Grid(self.sizes)
+        size = getattr(model.patch_embed, "dynamic_feat_size", None)
+        image = size(first_tensor(args, kwargs).shape[-2:]) if size else self.sizes[1:]
+        return Grid((getattr(model, "num_frames", 1), *image))
+
+    def adapt_call(self, block: nn.Module, thw: Grid, args: tuple, kwargs: dict):
+        mask = kwargs.get("attn_mask")
+        if thw.is_selected and mask is not None:
+            kwargs = {**kwargs, "attn_mask": masks.cut(mask, *self.left(thw, args[0]))}
+        return args, kwargs

@@ -12,21 +12,27 @@ from stts_slowfast.hosts import HOSTS, Host, Tokens
 class StagesOfGrids(Host):
     """The stages of ``model.features``, each called with a grid ``(B, T, H, W, C)`` alone.
 
-    Windows of attention and patch merging need no grid but the one that arrives, so none travels.
+    Windows of attention and patch merging need no grid but the one that arrives.
     """
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         features = getattr(model, "features", None)
-        if not isinstance(features, nn.Sequential):
+        patches = getattr(model, "patch_embed", None)
+        if not isinstance(features, nn.Sequential) or not isinstance(patches, nn.Module):
             return ()
+        if not any(isinstance(module, nn.Conv3d) for module in patches.modules()):
+            return ()  # of images
         return [child for child in features if isinstance(child, nn.Sequential)]
 
-    def read(self, args: tuple, kwargs: dict) -> Tokens:
+    def arrived(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
         x = args[0]
         if x.dim() != 5:
             raise ValueError(f"without thw tokens must be (B, T, H, W, C), not {tuple(x.shape)}")
-        return Tokens(x, Grid(x.shape[1:4]))
+        return Grid(x.shape[1:4]) if thw is None else thw.pooled(x.shape[1:4])
+
+    def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
+        return Tokens(args[0], thw)
 
     def write(self, tokens: Tokens, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (tokens.grid, *args[1:]), kwargs

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from stts_slowfast.hosts import HOSTS, is_a
-from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, patches
+from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
 
 
 @HOSTS.register()
@@ -17,11 +17,13 @@ class VideoMAE(TokensAlone):
 
     def __init__(self, model: nn.Module):
         config = model.config
-        self.sizes = patches(
-            config.num_frames, config.image_size, config.tubelet_size, config.patch_size
-        )
+        self.patch = (config.tubelet_size, *pair(config.patch_size))
+        self.sizes = patches(config.num_frames, config.image_size, self.patch)
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         names = ("VideoMAEModel", "VideoMAEForVideoClassification")
         return inner(model).encoder.layer if is_a(model, "transformers", *names) else ()
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return inner(model).embeddings

@@ -6,58 +6,54 @@ place of each in the clip. The encoder passes None, so behind a selection every 
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from stts_slowfast.calls import first_tensor
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, Tokens, is_a
-from stts_slowfast.hosts.tokens_alone import TokensAlone, patches
+from stts_slowfast.hosts import HOSTS, is_a
+from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
+
+
+def refuse(*args, **kwargs):
+    """Instead of the ``forward`` of the predictor of ``VJEPA2Model``."""
+    raise ValueError(
+        "the predictor of VJEPA2Model predicts hidden tokens by their place among all, and some "
+        "are dropped by a selection: call the model with skip_predictor=True"
+    )
 
 
 @HOSTS.register()
 class VJEPA2(TokensAlone):
-    """``VJEPA2ForVideoClassification``, for clips of any number of frames."""
-
-    tells_every_block = True
+    """``VJEPA2ForVideoClassification``, and ``VJEPA2Model`` as an encoder; clips of any sizes."""
 
     def __init__(self, model: nn.Module):
         config = model.config
-        self.sizes = patches(
-            config.frames_per_clip, config.crop_size, config.tubelet_size, config.patch_size
-        )
+        self.patch = (config.tubelet_size, *pair(config.patch_size))
+        self.sizes = patches(config.frames_per_clip, config.crop_size, self.patch)
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
+        names = ("VJEPA2Model", "VJEPA2ForVideoClassification")
+        return inner(model).encoder.layer if is_a(model, "transformers", *names) else ()
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return inner(model).encoder.embeddings
+
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         if is_a(model, "transformers", "VJEPA2Model"):
-            raise ValueError(
-                "VJEPA2Model predicts hidden tokens by their place among all: "
-                "select tokens in VJEPA2ForVideoClassification"
-            )
-        if not is_a(model, "transformers", "VJEPA2ForVideoClassification"):
-            return ()
-        return model.vjepa2.encoder.layer
+            model.predictor.forward = refuse
 
-    def grid(self, x: Tensor) -> Grid:
-        thw = super().grid(x)
-        if thw.frames is None and thw.windows is None:
-            thw = Grid((x.shape[1] // (thw[1] * thw[2]), *thw[1:]))
-        return thw
+    def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        vars(inner(model).predictor).pop("forward", None)
 
-    def write(self, tokens: Tokens, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        (x, _, *rest), kwargs = super().write(tokens, args, kwargs)
-        return (x, self.places(tokens), *rest), kwargs
+    def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> Grid:
+        frames = first_tensor(args, kwargs).shape[1]
+        grid = super().call_grid(model, args, kwargs)
+        # Fewer frames than make a tubelet are each repeated to one.
+        return grid if frames >= self.patch[0] else Grid((frames, *grid[1:]))
 
-    def places(self, tokens: Tokens) -> Tensor:
-        """Where each token lies among all that a clip has, ``(B, T*H*W)``, counted row by row."""
-        batch, (frames, height, width) = len(tokens.grid), tokens.thw
-        times, windows = tokens.thw.frames, tokens.thw.windows
-        device = tokens.grid.device
-        if times is None:
-            times = torch.arange(frames, device=device).expand(batch, -1)
-        rows = torch.arange(height, device=device).expand(batch, frames, -1)
-        columns = torch.arange(width, device=device).expand(batch, frames, -1)
-        if windows is not None:
-            rows, columns = rows + windows[..., :1], columns + windows[..., 1:2]
-        _, all_rows, all_columns = self.sizes
-        places = (times[..., None] * all_rows + rows)[..., None] * all_columns
-        return (places + columns[:, :, None]).flatten(1)  # (B, T, H, W) -> (B, T*H*W)
+    def adapt_call(self, block: nn.Module, thw: Grid, args: tuple, kwargs: dict):
+        x, _, *rest = args
+        if thw.is_selected:
+            args = (x, thw.positions(len(x), x.device), *rest)
+        return args, kwargs

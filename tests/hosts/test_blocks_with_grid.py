@@ -11,9 +11,14 @@ from stts_slowfast.hosts.blocks_with_grid import BlocksWithGrid
 HOST = BlocksWithGrid(nn.Module())
 
 
+class Block(nn.Module):
+    def forward(self, x, grid):
+        return x, grid
+
+
 def every_other(*args, **kwargs):
     """Reads a call, keeps every other frame, so that where each token goes is known, writes."""
-    grid, _, _, frames = tokens = HOST.read(args, kwargs)
+    grid, _, _, frames = tokens = HOST.read(args, kwargs, HOST.arrived(args, kwargs, None))
     kept = torch.arange(0, grid.shape[1], 2).expand(len(grid), -1)
     tokens = tokens._replace(
         grid=grid[:, ::2],
@@ -39,7 +44,7 @@ def test_plain_tokens(kind):
 def test_a_grid_given_by_name_stays_so(name):
     (x,), kwargs = every_other(numbered(24), **{name: [4, 3, 2]})
     assert kwargs == {name: (2, 3, 2)} and x.shape[1] == 12
-    assert HOST.arrived((x,), kwargs) is kwargs[name]
+    assert HOST.arrived((x,), kwargs, None) is kwargs[name]
 
 
 def test_one_cls_token_stays_in_front():
@@ -58,7 +63,7 @@ def test_what_a_block_returns_carries_the_grid_that_arrived():
     x, pooled = HOST.hand_on((numbered(8), [2, 2, 2]), thw)
     assert pooled == (2, 2, 2) and pooled.frames is thw.frames and x.shape[1] == 8
     assert HOST.hand_on(x, thw) is x
-    assert HOST.arrived((x, [2, 2, 2]), {}) is None
+    assert not HOST.arrived((x, [2, 2, 2]), {}, None).is_selected
 
 
 def test_tokens_that_fit_no_layout_are_named():
@@ -78,12 +83,17 @@ def test_an_empty_list_of_blocks_is_refused():
     model.blocks = nn.ModuleList()
     with pytest.raises(ValueError, match="no blocks"):
         find_blocks(model)
-    model.blocks.append(nn.Linear(2, 2))
+    model.blocks.append(Block())
     assert isinstance(find(model)[0], BlocksWithGrid)
 
 
 def test_blocks_of_a_model_in_a_wrapper_are_found():
     wrapper, inside = nn.Module(), nn.Module()
-    inside.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    inside.blocks = nn.ModuleList([Block()])
     wrapper.model = inside
     assert find_blocks(wrapper) == [inside.blocks[0]]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d])
+def test_the_first_norm_has_the_width_of_the_tokens(norm):
+    assert HOST.channels(nn.Sequential(nn.Identity(), norm(12), nn.LayerNorm(3))) == 12

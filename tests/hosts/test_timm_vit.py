@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from stts_slowfast.hooks import attach, selections
 from tests.hosts.byhand import frames, windows
@@ -74,14 +73,3 @@ def test_fused_attention_of_timm_selects_the_same():
             block.attn.fused_attn = False
         torch.testing.assert_close(logits(model, clips), fused, atol=1e-5, rtol=0)
     assert all(torch.equal(kept[key], value) for key, value in selections(model).items())
-
-
-def test_tokens_that_lost_their_grid_are_refused():
-    """Reentrant checkpointing around whole blocks calls them again with tensors of its own."""
-    model, clips, _ = timm_frames()
-    attach(model, time={1: 0.5, 2: 0.5}, fused_attention=False, num_samples=10).train()
-    x = model._pos_embed(model.patch_embed(clips.flatten(0, 1)))
-    for block in model.blocks:
-        x = checkpoint(block, x, use_reentrant=True)
-    with pytest.raises(ValueError, match="this Block do not say where they lie"):
-        x.sum().backward()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stts_slowfast.hooks import attach, selections
+from stts_slowfast.hooks import attach, detach, selections
 from tests.hosts.byhand import frames, windows
 from tests.hosts.examples import vjepa2
 
@@ -36,6 +36,21 @@ def test_every_layer_is_told_the_places_in_the_clip(length):
     assert not torch.equal(places[0], places[1])  # so that it matters whose place is whose
 
 
-def test_the_predictor_is_no_host():
-    with pytest.raises(ValueError, match="select tokens in VJEPA2ForVideoClassification"):
-        attach(vjepa2().model.vjepa2, time={0: 0.5})
+@torch.no_grad()
+def test_the_model_without_a_head_is_an_encoder():
+    whole, clips, _ = vjepa2()
+    model = whole.vjepa2
+    plain, stock = model(clips, skip_predictor=True).last_hidden_state, model(clips)
+    attach(model, time={0: 1.0}, space={1: 1.0}, fused_attention=False)
+    assert torch.equal(model(clips, skip_predictor=True).last_hidden_state, plain)
+    detach(model)
+    attach(model, time={0: 0.5}, fused_attention=False)
+    assert model.get_vision_features(clips).shape == (2, 2 * 16, 24)
+    assert torch.equal(
+        whole(clips).logits, whole.classifier(whole.pooler(model.get_vision_features(clips)))
+    )
+    with pytest.raises(ValueError, match="call the model with skip_predictor=True"):
+        model(clips)
+    detach(model)
+    again = model(clips).predictor_output.last_hidden_state
+    assert torch.equal(again, stock.predictor_output.last_hidden_state)

@@ -1,0 +1,73 @@
+"""Dense features of timm's ``VisionTransformer`` behind a selection."""
+
+from torch import Tensor, nn
+
+from stts_slowfast.grid import Grid
+
+LAST_ARGUMENTS = ("intermediates_only", "output_dict", "attn_mask", "is_causal")
+
+
+class Intermediates:
+    """``model.forward_intermediates`` behind a selection, with the sizes that are left.
+
+    The stock method reshapes tokens by the batch and the grid that entered.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, x: Tensor, indices=None, *args, output_fmt: str = "NCHW", **kwargs):
+        """As the stock method; maps are ``(B*T, C, H, W)`` of the tokens that are left.
+
+        Raises:
+            ValueError: for maps of a set of tokens that makes no grid.
+        """
+        model = self.model
+        if len(args) > 3:  # return_prefix_tokens, norm, stop_early, output_fmt
+            args, output_fmt, kwargs = (
+                args[:3],
+                args[3],
+                {**dict(zip(LAST_ARGUMENTS, args[4:])), **kwargs},
+            )
+        forward = type(model).forward_intermediates
+        calls = model.stts.calls
+        call = calls.open()
+        try:
+            found = forward(model, x, indices, *args, output_fmt="NLC", **kwargs)
+        finally:
+            calls.close()
+        if output_fmt != "NCHW":
+            return found
+        grids = [call.grids[number] for number in _numbers(indices, len(model.blocks))]
+        if isinstance(found, dict):
+            key = "image_intermediates"
+            return {**found, key: _maps(found[key], grids)}
+        if isinstance(found, tuple):
+            return found[0], _maps(found[1], grids)
+        return _maps(found, grids)
+
+
+def _numbers(indices, depth: int) -> list[int]:
+    """The blocks that timm takes for ``indices``, in order."""
+    if indices is None:
+        return list(range(depth))
+    if isinstance(indices, int):
+        return list(range(depth - indices, depth))
+    return sorted({index % depth for index in indices})
+
+
+def _maps(intermediates: list, grids: list[Grid]) -> list:
+    return [
+        (_map(each[0], grid), *each[1:]) if isinstance(each, tuple) else _map(each, grid)
+        for each, grid in zip(intermediates, grids)
+    ]
+
+
+def _map(x: Tensor, grid: Grid) -> Tensor:
+    """Tokens ``(B*T, H*W, C)`` as maps ``(B*T, C, H, W)``."""
+    if grid.tokens is not None:
+        raise ValueError(
+            "behind a selection of single tokens there are no maps: ask for output_fmt='NLC', and "
+            "put features back with stts.scatter(features, model)"
+        )
+    return x.unflatten(1, tuple(grid[1:])).permute(0, 3, 1, 2).contiguous()
