@@ -17,7 +17,7 @@ from stts_slowfast.symbolic import tracer_of
 def select(selector: Selector, tokens: Tokens) -> Tokens:
     """The tokens that a selector keeps, with the grid that says where they come from."""
     choice = selector.choose(tokens.grid)
-    grid = selector.take(tokens.grid, choice)
+    grid = selector.take(selector.teach(tokens.grid, choice), choice)
     if selector.dimension == "SPACE":
         thw = tokens.thw.crop(choice.kept, tuple(grid.shape[2:4]))
         return tokens._replace(grid=grid, thw=thw)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stts_slowfast.hooks import attach, detach, selections
+from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone.flops import count_gflops
 from tests.hosts.examples import EXAMPLES
 
@@ -69,9 +70,24 @@ def test_gradients_reach_every_scorer(example):
             assert gradient.abs().sum() > 0 or gradient.numel() == 1, (key, name)
 
 
+def test_saliency_teaches_every_scorer(example):
+    model = select(example.model, teacher="saliency").train()
+    set_progress(model, 0.0)  # all tokens pass
+    gradients = differentiate(example)
+    for key, selector in model.stts.items():
+        for name, parameter in selector.scorer.named_parameters():
+            gradient = gradients[f"stts.{key}.scorer.{name}"]
+            assert gradient.isfinite().all()
+            # A bias of the last layer moves all scores alike.
+            assert gradient.abs().sum() > 0 or parameter.numel() == 1, (key, name)
+
+
+@pytest.mark.parametrize("teacher", ["mixture", "saliency"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients_are_the_same_with_checkpointing(example, reentrant, monkeypatch):
-    model = select(example.model).train()
+def test_gradients_are_the_same_with_checkpointing(example, reentrant, teacher, monkeypatch):
+    model = select(example.model, teacher=teacher).train()
+    if teacher == "saliency":
+        set_progress(model, 0.0)  # all tokens pass
     plain = differentiate(example)
     if hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
