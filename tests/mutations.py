@@ -153,8 +153,8 @@ MUTATIONS = {
     ),
     "of-equal-scores-the-higher-index": Mutation(
         "topk.py",
-        "order = scores.sort(dim=1, descending=True, stable=True).indices",
-        "order = -1 - scores.flip(1).sort(dim=1, descending=True, stable=True).indices\n"
+        "order = scores.sort(dim=1, descending=True, **named).indices",
+        "order = -1 - scores.flip(1).sort(dim=1, descending=True, **named).indices\n"
         "    order = order % scores.shape[1]",
         f"{TOPK} -k lower_index",
     ),
