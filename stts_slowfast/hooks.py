@@ -214,6 +214,7 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
         ``{"time_0": LongTensor (B, k), "space_4": LongTensor (B*T, 4)}``: frame indices among the
         frames that arrived at the selector, ascending; top, left, height and width of each frame's
         window, in tokens of the grid that arrived. In training, what the scores without noise keep.
+        For clips packed into one sequence, a list of such tensors, one a clip.
 
     Raises:
         ValueError: where the model has no selectors, or has not run since they were attached.

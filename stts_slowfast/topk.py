@@ -53,10 +53,19 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
     _check(scores, k)
     if k == 1:  # argmax returns the first maximum
         return scores.argmax(dim=1, keepdim=True)
-    # ONNX has no sort that is called stable; its only one is.
-    named = {} if torch.jit.is_tracing() or is_exporting() else {"stable": True}
-    order = scores.sort(dim=1, descending=True, **named).indices
+    if is_exporting():
+        return _topk_by_rank(scores, k)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
     return order[:, :k].sort(dim=1).values
+
+
+def _topk_by_rank(scores: Tensor, k: int) -> Tensor:
+    """As ``hard_topk``, without a stable sort, which ONNX does not have."""
+    places = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores[:, :, None], scores[:, None]
+    before = (other > mine) | ((other == mine) & (places < places[:, None]))
+    early = torch.where(before.sum(dim=2) < k, -places, -scores.shape[1])
+    return early.topk(k, dim=1).indices
 
 
 def perturbed_topk(

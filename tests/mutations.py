@@ -153,8 +153,8 @@ MUTATIONS = {
     ),
     "of-equal-scores-the-higher-index": Mutation(
         "topk.py",
-        "order = scores.sort(dim=1, descending=True, **named).indices",
-        "order = -1 - scores.flip(1).sort(dim=1, descending=True, **named).indices\n"
+        "order = scores.sort(dim=1, descending=True, stable=True).indices",
+        "order = -1 - scores.flip(1).sort(dim=1, descending=True, stable=True).indices\n"
         "    order = order % scores.shape[1]",
         f"{TOPK} -k lower_index",
     ),
@@ -362,6 +362,24 @@ MUTATIONS = {
         "entries = entries.repeat_interleave(frames) * all_frames + first",
         "entries = entries.repeat_interleave(frames) * all_frames",
         "tests/hosts/test_masks.py -k goes_with_its_frame",
+    ),
+    "rotary-positions-of-the-first-patches": Mutation(
+        "hosts/timm_eva.py",
+        "places[:, self.prefix :] - self.prefix",
+        "(places * 0 + places[:1])[:, self.prefix :] - self.prefix",
+        "tests/hosts/test_timm_eva.py -k positions",
+    ),
+    "frames-of-a-pack-that-see-one-another": Mutation(
+        "hosts/qwen_vision.py",
+        "ends = torch.tensor([0, *lengths], device=device).cumsum(0)",
+        "ends = torch.tensor([0, sum(lengths)], device=device).cumsum(0)",
+        "tests/hosts/test_qwen_vision.py -k is_computed_as_alone",
+    ),
+    "times-of-the-first-frames": Mutation(
+        "hosts/videoprism.py",
+        "frames = self.model.stts.calls.open_call().grid.frames",
+        "frames = self.model.stts.calls.open_call().grid.frames.argsort(1)",
+        "tests/hosts/test_videoprism.py",
     ),
     "guard-that-lets-pass": Mutation(
         "pyslowfast/guard.py",
