@@ -70,16 +70,18 @@ WRONG = {
     "VIDEO_SWIN.WINDOW_SIZE": [[8, 7]],
     # What no machine holds, or no clock counts to; fractions of what has none.
     **dict.fromkeys(["NUM_GPUS", "TRAIN.BATCH_SIZE", "MODEL.NUM_CLASSES", "MVIT.EMBED_DIM",
-                     "MVIT.DEPTH", "DATA.NUM_FRAMES", "SOLVER.MAX_EPOCH"], [10**18, 10**400]),
+                     "MVIT.DEPTH", "DATA.NUM_FRAMES", "SOLVER.MAX_EPOCH"],
+                    (10**18, 10**400)),
     **dict.fromkeys(["MVIT.MLP_RATIO", "MIXUP.ALPHA", "DATA.READ_TIMEOUT", "MVIT.HEAD_INIT_SCALE",
-                     "SOLVER.WEIGHT_DECAY"], [1e308, 10**400]),
+                     "SOLVER.WEIGHT_DECAY"],
+                    (1e308, 10**400)),
     "MVIT.PATCH_KERNEL": [[1.5, 7, 7], [7, 7], [10**400] * 3],
     "VIDEO_SWIN.DEPTHS": [[2, 2, 6.5, 2]],
     **dict.fromkeys(["MVIT.DIM_MUL", "MVIT.HEAD_MUL"],
-                    [[1, 2.0], [[1]], [["a", 2.0]], [[1.5, 2]], [[1, -2.0]], [[-1, 2.0]], [None],
-                     [[1, "inf"]], [[1, True]]]),
+                    ([1, 2.0], [[1]], [["a", 2.0]], [[1.5, 2]], [[1, -2.0]], [[-1, 2.0]], [None],
+                     [[1, "inf"]], [[1, True]])),
     **dict.fromkeys(["MVIT.POOL_Q_STRIDE", "MVIT.POOL_KV_STRIDE"],
-                    [[1, 1, 2, 2], [[1, 2]], [[1, 1, 0, 2]], [[1, 1, 2, "x"]], [[1, 1, 1.5, 2]]]),
+                    ([1, 1, 2, 2], [[1, 2]], [[1, 1, 0, 2]], [[1, 1, 2, "x"]], [[1, 1, 1.5, 2]])),
 }  # fmt: skip
 
 
