@@ -2,16 +2,21 @@
 
 In training and validation SlowFast takes another one. In testing it asks for the same a hundred
 times and ends without its name; here black frames take its place, the meter hears of it, and the
-test ends with the list, or with both accuracies if ``TEST.ALLOW_MISSING``. Each loop over
+test ends with the list, or with both accuracies if ``TEST.ALLOW_MISSING``. Outputs that are no
+numbers are refused, and videos with the label -1 are in no accuracy. Each loop over
 SlowFast's ``Kinetics`` has an account of its own, which ends with it.
 """
 
 import contextlib
+import logging
+import os
+import pickle
 from contextvars import ContextVar, copy_context
 from functools import partial
 
 import numpy as np
 import torch
+from iopath.common.file_io import g_pathmgr
 
 from stts_slowfast.pyslowfast import reading
 from stts_slowfast.pyslowfast.compat import patch
@@ -20,10 +25,13 @@ from stts_slowfast.video import VideoError, within
 from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, require_none, written
 from stts_slowfast.video.files import require_regular
 
+logger = logging.getLogger(__name__)
+
 KINDS = {"unreadable": 1, "damaged": 2}
 # How a worker tells the meter, through the batch: no list holds this label, which is taken out
 # again before SlowFast sees it.
 NOT_READ = torch.iinfo(torch.int64).min
+NO_LABEL = -1  # in a list
 _BLACK = object()  # stands for the container of a test video that cannot be read
 
 _reads: "ContextVar[Reads | None]" = ContextVar("stts_reads", default=None)
@@ -41,6 +49,7 @@ class Reads:
     def __init__(self, dataset):
         self.cfg, self.mode, self.dataset = dataset.cfg, dataset.mode, dataset
         self.paths = dataset._path_to_videos
+        self.unlabelled = torch.tensor([label == NO_LABEL for label in dataset._labels])
         self.kinds = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
         self.bad = BadVideos(dataset.cfg, dataset.mode)
         self.known: dict[str, str] = {}
@@ -186,6 +195,10 @@ def _update_stats(update_stats, meter, reads, preds, labels, clip_ids):
     """A video that is unreadable in one view is so in all, whichever comes last: it has no label,
     so that no prediction is right."""
     videos = clip_ids // meter.num_clips
+    finite = preds.isfinite().flatten(1).all(1) | (labels == NOT_READ)
+    if not bool(finite.all()):
+        path = reads.paths[int(clip_ids[~finite][0])]
+        raise ValueError(f"the model's outputs for {path} are no numbers: are its weights sound?")
     reads.missing |= set(videos[labels == NOT_READ].tolist())
     gone = torch.tensor([video in reads.missing for video in videos.tolist()], dtype=torch.bool)
     meter.video_labels[videos[gone]] = UNREADABLE
@@ -193,19 +206,54 @@ def _update_stats(update_stats, meter, reads, preds, labels, clip_ids):
 
 
 def _finalize(finalize_metrics, meter, reads, ks=(1, 5)):
+    """Refuses unreadable videos, or gives both accuracies; of videos that have a label."""
     reads.count()
     missing, paths = sorted(reads.missing), reads.paths[:: meter.num_clips]
+    labelled = ~reads.unlabelled[:: meter.num_clips]
     if missing:
         folder = reads.cfg.OUTPUT_DIR
         reasons = written(folder, "unreadable")
         if len(missing) == len(paths) or not reads.cfg.TEST.ALLOW_MISSING:
             require_none({paths[n]: reasons.get(paths[n], "unknown") for n in missing}, folder)
-        from slowfast.utils.metrics import topks_correct
-
-        readable = torch.ones(len(paths), dtype=torch.bool)
+        readable = labelled.clone()
         readable[missing] = False
-        correct = topks_correct(meter.video_preds[readable], meter.video_labels[readable], ks)
-        for k, count in zip(ks, correct):
+        for k, count in zip(ks, _correct(meter, readable, ks) if readable.any() else ()):
             share = 100.0 * count / readable.sum()
             reads.line[f"top{k}_acc_readable"] = f"{share:.2f}"
-    return finalize_metrics(ks)
+    if bool(labelled.all()):
+        return finalize_metrics(ks)
+    reads.line["unlabelled"] = int((~labelled).sum())
+    if not bool(labelled.any()):
+        return _finalize_without_labels(meter, reads, ks)
+    names = "video_preds", "video_labels", "clip_count"
+    whole = {name: getattr(meter, name) for name in names}
+    try:
+        for name, values in whole.items():
+            setattr(meter, name, values[labelled])
+        return finalize_metrics(ks)
+    finally:
+        for name, values in whole.items():
+            setattr(meter, name, values)
+
+
+def _correct(meter, part: torch.Tensor, ks) -> list:
+    from slowfast.utils.metrics import topks_correct
+
+    return topks_correct(meter.video_preds[part], meter.video_labels[part], ks)
+
+
+def _finalize_without_labels(meter, reads, ks) -> None:
+    """Scores and no accuracy; what prints the accuracies afterwards prints that there is none."""
+    from slowfast.utils import logging as slowfast_logging
+
+    name = reads.cfg.TEST.SAVE_RESULTS_PATH
+    if not name and (not torch.distributed.is_initialized() or not torch.distributed.get_rank()):
+        name = "scores.pkl"
+        with g_pathmgr.open(os.path.join(reads.cfg.OUTPUT_DIR, name), "wb") as file:
+            pickle.dump([meter.video_preds, meter.video_labels], file)
+    logger.warning(
+        "the test list has no labels, so there is no accuracy: the videos' scores are in %s",
+        os.path.join(reads.cfg.OUTPUT_DIR, name or "scores.pkl"),
+    )
+    slowfast_logging.log_json_stats({"split": "test_final"})
+    meter.stats = {"split": "test_final", **{f"top{k}_acc": "none" for k in ks}}
