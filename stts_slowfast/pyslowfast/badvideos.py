@@ -7,6 +7,7 @@ SlowFast's ``Kinetics`` has an account of its own, which ends with it.
 """
 
 import contextlib
+import inspect
 from contextvars import ContextVar, copy_context
 from functools import partial
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from stts_slowfast.pyslowfast import reading
+from stts_slowfast.pyslowfast.asked import ours
 from stts_slowfast.pyslowfast.compat import patch
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.video import VideoError, within
@@ -98,8 +100,10 @@ def patch_bad_videos(kinetics) -> bool:
 def stats(given: dict) -> dict:
     """What an epoch's or a test's line of ``json_stats`` gains."""
     reads = _reads.get()
+    if reads is None:
+        return {}
     ends = given.get("split") == "test_final" or str(given.get("_type")).endswith("_epoch")
-    return reads.line if reads is not None and ends else {}
+    return reads.line if ends else {}
 
 
 @contextlib.contextmanager
@@ -124,8 +128,8 @@ def account(loader, meter, mode: str):
     if mode == "test":
         reads.missing = set()
         methods = {"update_stats": _update_stats, "finalize_metrics": _finalize}
-    for name, ours in methods.items():
-        setattr(meter, name, partial(ours, getattr(meter, name), meter, reads))
+    for name, method in methods.items():
+        setattr(meter, name, partial(method, getattr(meter, name), meter, reads))
     try:
         yield
     finally:
@@ -143,7 +147,7 @@ def _open(get_video_container, path, *args, **kwargs):
     if path not in reads.known:
         try:
             require_regular(path)
-            seconds = reads.cfg.DATA.READ_TIMEOUT
+            seconds = ours(reads.cfg, "DATA.READ_TIMEOUT")
             return within(seconds, path, partial(get_video_container, path, *args, **kwargs))
         except Exception as error:
             reads.note(path, "unreadable", getattr(error, "reason", str(error)))
@@ -161,7 +165,7 @@ def _decode(decode, container, *args, **kwargs):
         try:
             # The thread that reads is told of the item too.
             call = partial(copy_context().run, decode, container, *args, **kwargs)
-            found = within(cfg.DATA.READ_TIMEOUT, item.path, call)
+            found = within(ours(cfg, "DATA.READ_TIMEOUT"), item.path, call)
         except VideoError as error:
             item.leave_file()  # to the thread that still waits for it
             item.finding = "unreadable", error.reason
@@ -192,20 +196,23 @@ def _update_stats(update_stats, meter, reads, preds, labels, clip_ids):
     return update_stats(preds, labels.masked_fill(gone, UNREADABLE), clip_ids)
 
 
-def _finalize(finalize_metrics, meter, reads, ks=(1, 5)):
+def _finalize(finalize_metrics, meter, reads, *args, **kwargs):
     reads.count()
     missing, paths = sorted(reads.missing), reads.paths[:: meter.num_clips]
     if missing:
         folder = reads.cfg.OUTPUT_DIR
         reasons = written(folder, "unreadable")
-        if len(missing) == len(paths) or not reads.cfg.TEST.ALLOW_MISSING:
+        if len(missing) == len(paths) or not ours(reads.cfg, "TEST.ALLOW_MISSING"):
             require_none({paths[n]: reasons.get(paths[n], "unknown") for n in missing}, folder)
         from slowfast.utils.metrics import topks_correct
 
+        call = inspect.signature(finalize_metrics).bind(*args, **kwargs)
+        call.apply_defaults()
+        ks = call.arguments.get("ks", (1, 5))
         readable = torch.ones(len(paths), dtype=torch.bool)
         readable[missing] = False
         correct = topks_correct(meter.video_preds[readable], meter.video_labels[readable], ks)
         for k, count in zip(ks, correct):
             share = 100.0 * count / readable.sum()
             reads.line[f"top{k}_acc_readable"] = f"{share:.2f}"
-    return finalize_metrics(ks)
+    return finalize_metrics(*args, **kwargs)

@@ -15,8 +15,9 @@ from stts_slowfast.config import Settings, add_stts_config, check_testing
 from stts_slowfast.hooks import attach
 from stts_slowfast.hosts import find, modules_with_selectors
 from stts_slowfast.pyslowfast import compat, families, run_state, shards, torchrun, weights
+from stts_slowfast.pyslowfast.asked import enabled
 from stts_slowfast.pyslowfast.dry_run import check_forward
-from stts_slowfast.pyslowfast.guard import OFF, check_selectors, confirm, enabled
+from stts_slowfast.pyslowfast.guard import OFF, check_selectors, confirm
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.schedule import reset
 
