@@ -4,7 +4,6 @@ Each function takes the module that was just imported (see ``autoload.HOOKS``) a
 again without harm. With ``STTS.ENABLE`` False what SlowFast does is what it does without us.
 """
 
-import sys
 from functools import partial
 from types import FunctionType, SimpleNamespace
 
@@ -43,8 +42,6 @@ def wrap_config(defaults) -> None:
 
 def _infer_config(assert_and_infer_cfg, cfg):
     compat.report(compat.asks_for_us(cfg))
-    build = sys.modules.get("slowfast.models.build")
-    families.offer(getattr(build, "MODEL_REGISTRY", None), cfg)
     if enabled(cfg):
         refuse(cfg)
         if cfg.TEST.ENABLE:
