@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_slowfast.grid import Grid
-from stts_slowfast.hooks import selectors_of
+from stts_slowfast.hooks import refuse_replicas, selectors_of
 from stts_slowfast.hosts import find, unwrap
 
 
@@ -23,7 +23,8 @@ def positions(model: nn.Module) -> Tensor:
         what the scores without noise keep.
 
     Raises:
-        ValueError: if the model has no selectors, or has not run since they were attached.
+        ValueError: if the model has no selectors, has not run since they were attached, or is
+            ``nn.DataParallel`` over several devices.
     """
     return _reached(model).positions(0)
 
@@ -70,6 +71,7 @@ def scatter(
 
 
 def _reached(model: nn.Module) -> Grid:
+    refuse_replicas(model)
     reached = selectors_of(unwrap(model)).reached
     if reached is None:
         raise ValueError("nothing has been selected yet: run the model first")
