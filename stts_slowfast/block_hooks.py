@@ -43,9 +43,14 @@ class Hook:
         self.host, self.model = host, model
 
     def __deepcopy__(self, memo) -> "Hook":
-        # Its model is copied with it, but not by a copy of the selectors alone.
+        # Its model is copied with it, but not by a copy of a block or of the selectors alone. A
+        # wrapper's blocks may be copied before its model, whose own hooks then find those of them.
         hook = copy.copy(self)
-        hook.model = memo.get(id(self.model), self.model)
+        waiting = memo.setdefault((Hook, id(self.model)), [])
+        waiting.append(hook)
+        if (copied := memo.get(id(self.model))) is not None:
+            while waiting:
+                waiting.pop().model = copied
         return hook
 
     def selectors(self, module: nn.Module) -> Selectors:

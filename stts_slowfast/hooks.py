@@ -219,15 +219,20 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: where the model has no selectors, or has not run since they were attached.
     """
-    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise ValueError(
-            "replicas of nn.DataParallel forget what they kept: run model.module alone"
-        )
+    refuse_replicas(model)
     kept = {key: selector.kept for key, selector in selectors_of(unwrap(model)).items()}
     missing = [key for key, value in kept.items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} has selected nothing yet: run the model first")
     return kept
+
+
+def refuse_replicas(model: nn.Module) -> None:
+    """Raises ``ValueError`` for a model whose replicas keep what they kept to themselves."""
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(
+            "replicas of nn.DataParallel forget what they kept: run model.module alone"
+        )
 
 
 def settings_of(model: nn.Module) -> Settings:

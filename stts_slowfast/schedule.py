@@ -7,9 +7,10 @@ iteration.
 import logging
 import math
 import random
+from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from stts_slowfast.config import Settings, check_training
 from stts_slowfast.groups import (
@@ -60,8 +61,9 @@ class Schedule:
         seed: of the budgets; the same in all processes.
 
     Raises:
-        TypeError: for an optimizer without hooks on its step.
-        ValueError: if the scorers could not learn, or not all of them are in the optimizer.
+        TypeError: for an optimizer without hooks on its step, or with one rate for all.
+        ValueError: if the scorers could not learn, or not all of them are in the optimizer, apart
+            from the backbone.
     """
 
     def __init__(
@@ -81,9 +83,11 @@ class Schedule:
         self.learns = any(True for _ in scorer_parameters(model))
         self.base_lr = base_lr
         self.epoch: float | None = None
-        self._rates: list[tuple[dict, float | Tensor]] = []
+        # Groups in a step: the loop's rate, and the one of the step.
+        self._rates: list[tuple[dict[str, Any], float | Tensor, float]] = []
         inner = _with_hooks(optimizer)
         if self.learns:
+            self._settings = settings_of(model)
             check_scorers(model)
             self._split()
             if base_lr is None:
@@ -112,12 +116,20 @@ class Schedule:
             What to log: ``sigma`` and ``backbone_lr``; nothing if no scorer learns.
 
         Raises:
-            ValueError: if a rate is not finite, ``epoch`` is negative, a selector had NaN scores
-                in the iteration before, or the optimizer's state is of one without a schedule.
+            ValueError: if a rate is not finite, ``epoch`` is not one of the training's, a selector
+                had NaN scores in the iteration before, the optimizer's state is of one without a
+                schedule, or model or optimizer are not those of the schedule any more.
         """
         raise_on_nan(self.model)  # the loss was read: the device has nothing left to do
         if not epoch >= 0:
             raise ValueError(f"epoch is {epoch!r}: count from 0, with the fraction that is done")
+        if epoch > self.max_epochs * (1 + 1e-6):
+            raise ValueError(
+                f"epoch is {epoch!r}, but training has {self.max_epochs:g}: count epochs, with the "
+                "fraction that is done, not iterations"
+            )
+        self._check_own()
+        self._give_back()
         groups = self.optimizer.param_groups
         for group in groups:
             if not math.isfinite(group["lr"]):
@@ -135,8 +147,9 @@ class Schedule:
             return {}
         if any("backbone" not in group or "held_back" not in group for group in groups):
             raise ValueError(
-                "the optimizer's groups do not say which are the backbone's: its state was saved "
-                "without stts_slowfast.param_groups; load weights alone"
+                "the optimizer's groups do not say which are the backbone's: one was added behind "
+                "the schedule (give it a Schedule of its own, or add it before), or its state was "
+                "saved without stts_slowfast.param_groups (load weights alone)"
             )
         rates = [self._rate(g) / g.get("layer_decay", 1.0) for g in groups if g["backbone"]]
         return {"sigma": noise, "backbone_lr": max(rates, default=0.0)}
@@ -149,6 +162,7 @@ class Schedule:
                 f"({missing[0]}, ...): they would never learn; give it those of the whole model"
             )
         if all("backbone" in group for group in groups):
+            self._check_scorers_apart()
             return
         if any("initial_lr" in group for group in groups):
             raise ValueError(
@@ -157,6 +171,28 @@ class Schedule:
                 "stts_slowfast.param_groups(model.parameters(), model), or Schedule before it"
             )
         groups[:] = param_groups(groups, self.model)
+
+    def _check_scorers_apart(self) -> None:
+        groups = [group for group in self.optimizer.param_groups if not group["backbone"]]
+        if wrong := missing_scorers(groups, self.model):
+            raise ValueError(
+                f"{len(wrong)} parameters of the scorers ({wrong[0]}, ...) are in groups of the "
+                "backbone, which may be frozen: the groups were split by another model's scorers; "
+                "make an optimizer for each model"
+            )
+
+    def _check_own(self) -> None:
+        """Refuses to go on beside an optimizer or selectors that would not obey."""
+        if getattr(_with_hooks(self.optimizer), "stts_schedule", None) is not self:
+            raise ValueError(
+                "this Schedule is not the optimizer's: another was made for it since, or it is a "
+                "copy; make one Schedule(model, optimizer, ...) for each optimizer"
+            )
+        if self.learns and settings_of(self.model) is not self._settings:
+            raise ValueError(
+                "the model's selectors were attached anew since this Schedule was made: make "
+                "optimizer and Schedule behind attach"
+            )
 
     def _begin(self) -> None:
         """Decides, once a run, whether the backbone is frozen and capped, and logs it."""
@@ -223,15 +259,23 @@ class Schedule:
                 "optimizer.step() before the schedule's: call schedule.step(epoch) before each "
                 "iteration"
             )
-        self._rates = [(group, group["lr"]) for group in self.optimizer.param_groups]
-        for group, lr in self._rates:
-            rate = self._rate(group)
+        self._give_back()
+        groups = self.optimizer.param_groups
+        self._rates = [(group, group["lr"], self._rate(group)) for group in groups]
+        for group, lr, rate in self._rates:
             if rate != float(lr):
                 group["lr"] = lr.new_tensor(rate) if isinstance(lr, Tensor) else rate
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        for group, lr in self._rates:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, lr, _rate in self._rates:
             group["lr"] = lr
+        self._rates = []
+
+    def _give_back(self) -> None:
+        """The loop's rates, behind a step that ended in an error; what was set since stays."""
+        for group, lr, rate in self._rates:
+            if float(group["lr"]) == rate:
+                group["lr"] = lr
         self._rates = []
 
 
@@ -244,6 +288,11 @@ def _with_hooks(optimizer: Optimizer) -> Optimizer:
             raise TypeError(
                 f"{type(optimizer).__name__} has no hooks on its step: give a torch.optim.Optimizer"
             )
+    if isinstance(inner, LBFGS):
+        raise TypeError(
+            "LBFGS has one rate for all parameters, so a backbone cannot be frozen or capped apart "
+            "from the scorers: take another optimizer, or set_progress(model, fraction)"
+        )
     return inner
 
 
@@ -358,7 +407,7 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
         That sigma; None if there is no selector.
 
     Raises:
-        ValueError: for a fraction outside 0 to 1; for a model in training mode whose settings
+        ValueError: for a fraction outside 0 to 1; for a model whose settings
             (``freeze_backbone_epochs``, ``backbone_lr``) only a :class:`Schedule` can obey. If
             they are the defaults, it warns.
     """
@@ -369,8 +418,9 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
 def _check_obeyed(model: nn.Module) -> None:
     defaults = Settings.of_arguments()
     for module in modules_with_selectors(model).values():
-        settings = module.stts.settings
-        if not module.stts.training or not any(True for _ in module.stts.parameters()):
+        stts: Any = module.stts
+        settings = stts.settings
+        if not any(True for _ in stts.parameters()):
             continue
         asked = {
             "freeze_backbone_epochs": settings.freeze_backbone_epochs > 0,

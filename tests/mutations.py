@@ -147,8 +147,8 @@ MUTATIONS = {
     ),
     "the-loops-rate-is-lost": Mutation(
         "schedule.py",
-        'group["lr"] = lr\n        self._rates = []',
-        "pass\n        self._rates = []",
+        'for group, lr, _rate in self._rates:\n            group["lr"] = lr',
+        "for group, lr, _rate in self._rates:\n            pass",
         "tests/test_schedule.py -k scheduler_of_pytorchs",
     ),
     "of-equal-scores-the-higher-index": Mutation(

@@ -7,8 +7,10 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 from stts_slowfast.hooks import attach, detach, selections
+from stts_slowfast.hosts import find_blocks
 from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone.flops import count_gflops
 from tests.hosts.examples import EXAMPLES
@@ -202,3 +204,16 @@ def test_copies_select_by_themselves(example, how):
     assert torch.equal(example.logits(model, example.clips), plain)
     detach(twin)
     assert torch.equal(example.logits(model, example.clips), plain)
+
+
+@torch.no_grad()
+def test_blocks_copied_before_their_model_have_its_copy_select(example):
+    model = select(example.model)
+    plain = example.logits(model, example.clips)
+    wrapper = nn.ModuleDict({"blocks": nn.ModuleList(find_blocks(model)), "model": model})
+    twin = copy.deepcopy(wrapper)["model"]
+    kept = selections(model)["time_0"]
+    for parameter in model.stts.parameters():
+        parameter.data.normal_()
+    assert torch.equal(example.logits(twin, example.clips), plain)
+    assert selections(model)["time_0"] is kept
