@@ -17,7 +17,7 @@ from stts_slowfast.symbolic import tracer_of
 def select(selector: Selector, tokens: Tokens) -> Tokens:
     """The tokens that a selector keeps, with the grid that says where they come from."""
     choice = selector.choose(tokens.grid)
-    grid = selector.take(tokens.grid, choice)
+    grid = selector.take(selector.teach(tokens.grid, choice), choice)
     if selector.dimension == "SPACE":
         thw = tokens.thw.crop(choice.kept, tuple(grid.shape[2:4]))
         return tokens._replace(grid=grid, thw=thw)
@@ -43,9 +43,14 @@ class Hook:
         self.host, self.model = host, model
 
     def __deepcopy__(self, memo) -> "Hook":
-        # Its model is copied with it, but not by a copy of the selectors alone.
+        # Its model is copied with it, but not by a copy of a block or of the selectors alone. A
+        # wrapper's blocks may be copied before its model, whose own hooks then find those of them.
         hook = copy.copy(self)
-        hook.model = memo.get(id(self.model), self.model)
+        waiting = memo.setdefault((Hook, id(self.model)), [])
+        waiting.append(hook)
+        if (copied := memo.get(id(self.model))) is not None:
+            while waiting:
+                waiting.pop().model = copied
         return hook
 
     def selectors(self, module: nn.Module) -> Selectors:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stts_slowfast.grid import Grid
-from stts_slowfast.hooks import selectors_of
+from stts_slowfast.hooks import refuse_replicas, selectors_of
 from stts_slowfast.hosts import find, unwrap
 
 
@@ -25,7 +25,8 @@ def positions(model: nn.Module) -> Tensor | list[Tensor]:
         ``(1, N)`` of each clip.
 
     Raises:
-        ValueError: if the model has no selectors, or has not run since they were attached.
+        ValueError: if the model has no selectors, has not run since they were attached, or is
+            ``nn.DataParallel`` over several devices.
     """
     reached = _reached(model)
     if isinstance(reached, list):
@@ -89,6 +90,7 @@ def _scatter_packed(features: Tensor, grids: list[Grid], fill: float) -> list[Te
 
 
 def _reached(model: nn.Module) -> Grid | list[Grid]:
+    refuse_replicas(model)
     reached = selectors_of(unwrap(model)).reached
     if reached is None:
         raise ValueError("nothing has been selected yet: run the model first")

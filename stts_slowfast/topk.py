@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from stts_slowfast.constants import sized_constant
 from stts_slowfast.keys import check_choice
 
+# PyTorch before 2.7 does not tell, and exports as it compiles.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 # What STTS.OPERATOR names: functions of (scores (B, d), k, sigma, num_samples, gradient) that give
 # float32 indicators (B, k, d), whose rows sum to 1 and are one-hot where sigma is 0.
 OPERATORS = Registry("OPERATORS")
@@ -50,7 +53,7 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
     _check(scores, k)
     if k == 1:  # argmax returns the first maximum
         return scores.argmax(dim=1, keepdim=True)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _topk_by_rank(scores, k)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     return order[:, :k].sort(dim=1).values

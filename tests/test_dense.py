@@ -104,6 +104,15 @@ def test_gradients_pass_and_checkpointing_changes_nothing():
     assert all(parameter.grad is not None for parameter in model.blocks.parameters())
 
 
+def test_replicas_of_data_parallel_have_no_positions(monkeypatch):
+    made = timm_frames()
+    made.logits(attach(made.model, **SELECTION), made.clips)
+    parallel = torch.nn.DataParallel(made.model)
+    monkeypatch.setattr(parallel, "device_ids", [0, 1])
+    with pytest.raises(ValueError, match=r"run model\.module alone"):
+        stts.positions(parallel)
+
+
 def test_a_model_that_has_not_run_has_no_positions():
     model = attach(timm_frames().model, **SELECTION)
     with pytest.raises(ValueError, match="run the model first"):

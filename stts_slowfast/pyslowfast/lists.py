@@ -2,7 +2,7 @@
 
 import os
 
-from stts_slowfast.pyslowfast.guard import enabled
+from stts_slowfast.pyslowfast.asked import enabled
 from stts_slowfast.pyslowfast.wrap import wrap
 
 

@@ -7,8 +7,11 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 from stts_slowfast.hooks import attach, detach, selections
+from stts_slowfast.hosts import find_blocks
+from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone.flops import count_gflops
 from tests.hosts.examples import EXAMPLES
 
@@ -89,9 +92,24 @@ def test_gradients_reach_every_scorer(example):
             assert gradient.abs().sum() > 0 or gradient.numel() == 1, (key, name)
 
 
+def test_saliency_teaches_every_scorer(example):
+    model = select(example.model, teacher="saliency").train()
+    set_progress(model, 0.0)  # all tokens pass
+    gradients = differentiate(example)
+    for key, selector in model.stts.items():
+        for name, parameter in selector.scorer.named_parameters():
+            gradient = gradients[f"stts.{key}.scorer.{name}"]
+            assert gradient.isfinite().all()
+            # A bias of the last layer moves all scores alike.
+            assert gradient.abs().sum() > 0 or parameter.numel() == 1, (key, name)
+
+
+@pytest.mark.parametrize("teacher", ["mixture", "saliency"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients_are_the_same_with_checkpointing(example, reentrant, monkeypatch):
-    model = select(example.model).train()
+def test_gradients_are_the_same_with_checkpointing(example, reentrant, teacher, monkeypatch):
+    model = select(example.model, teacher=teacher).train()
+    if teacher == "saliency":
+        set_progress(model, 0.0)  # all tokens pass
     plain = differentiate(example)
     if hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -186,3 +204,16 @@ def test_copies_select_by_themselves(example, how):
     assert torch.equal(example.logits(model, example.clips), plain)
     detach(twin)
     assert torch.equal(example.logits(model, example.clips), plain)
+
+
+@torch.no_grad()
+def test_blocks_copied_before_their_model_have_its_copy_select(example):
+    model = select(example.model)
+    plain = example.logits(model, example.clips)
+    wrapper = nn.ModuleDict({"blocks": nn.ModuleList(find_blocks(model)), "model": model})
+    twin = copy.deepcopy(wrapper)["model"]
+    kept = selections(model)["time_0"]
+    for parameter in model.stts.parameters():
+        parameter.data.normal_()
+    assert torch.equal(example.logits(twin, example.clips), plain)
+    assert selections(model)["time_0"] is kept
