@@ -10,9 +10,9 @@ import random
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
-from stts_slowfast.config import Settings
+from stts_slowfast.config import Settings, check_training
 from stts_slowfast.groups import (
     check_scorers,
     missing_scorers,
@@ -21,7 +21,7 @@ from stts_slowfast.groups import (
 )
 from stts_slowfast.hooks import raise_on_nan, settings_of
 from stts_slowfast.hosts import modules_with_selectors
-from stts_slowfast.selectors import Selector
+from stts_slowfast.selectors import WHOLE, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,9 @@ class Schedule:
         seed: of the budgets; the same in all processes.
 
     Raises:
-        TypeError: for an optimizer without hooks on its step.
-        ValueError: if the scorers could not learn, or not all of them are in the optimizer.
+        TypeError: for an optimizer without hooks on its step, or with one rate for all.
+        ValueError: if the scorers could not learn, or not all of them are in the optimizer, apart
+            from the backbone.
     """
 
     def __init__(
@@ -80,11 +81,13 @@ class Schedule:
         self.model, self.optimizer, self.max_epochs, self.seed = model, optimizer, max_epochs, seed
         self.pretrained = bool(pretrained)
         self.learns = any(True for _ in scorer_parameters(model))
-        self.base_lr = 0.0 if base_lr is None else base_lr
+        self.base_lr = base_lr
         self.epoch: float | None = None
-        self._rates: list[tuple[dict[str, Any], float | Tensor]] = []
+        # Groups in a step: the loop's rate, and the one of the step.
+        self._rates: list[tuple[dict[str, Any], float | Tensor, float]] = []
         inner = _with_hooks(optimizer)
         if self.learns:
+            self._settings = settings_of(model)
             check_scorers(model)
             self._split()
             if base_lr is None:
@@ -113,12 +116,20 @@ class Schedule:
             What to log: ``sigma`` and ``backbone_lr``; nothing if no scorer learns.
 
         Raises:
-            ValueError: if a rate is not finite, ``epoch`` is negative, a selector had NaN scores
-                in the iteration before, or the optimizer's state is of one without a schedule.
+            ValueError: if a rate is not finite, ``epoch`` is not one of the training's, a selector
+                had NaN scores in the iteration before, the optimizer's state is of one without a
+                schedule, or model or optimizer are not those of the schedule any more.
         """
         raise_on_nan(self.model)  # the loss was read: the device has nothing left to do
         if not epoch >= 0:
             raise ValueError(f"epoch is {epoch!r}: count from 0, with the fraction that is done")
+        if epoch > self.max_epochs * (1 + 1e-6):
+            raise ValueError(
+                f"epoch is {epoch!r}, but training has {self.max_epochs:g}: count epochs, with the "
+                "fraction that is done, not iterations"
+            )
+        self._check_own()
+        self._give_back()
         groups = self.optimizer.param_groups
         for group in groups:
             if not math.isfinite(group["lr"]):
@@ -130,12 +141,15 @@ class Schedule:
             self._begin()
         self.epoch = epoch
         noise = advance(self.model, min(epoch / self.max_epochs, 1.0), self.seed)
-        if not self.learns or noise is None:
+        if self._is_frozen():
+            _let_all_pass(self.model)
+        if not self.learns:
             return {}
         if any("backbone" not in group or "held_back" not in group for group in groups):
             raise ValueError(
-                "the optimizer's groups do not say which are the backbone's: its state was saved "
-                "without stts_slowfast.param_groups; load weights alone"
+                "the optimizer's groups do not say which are the backbone's: one was added behind "
+                "the schedule (give it a Schedule of its own, or add it before), or its state was "
+                "saved without stts_slowfast.param_groups (load weights alone)"
             )
         rates = [self._rate(g) / g.get("layer_decay", 1.0) for g in groups if g["backbone"]]
         return {"sigma": noise, "backbone_lr": max(rates, default=0.0)}
@@ -148,6 +162,7 @@ class Schedule:
                 f"({missing[0]}, ...): they would never learn; give it those of the whole model"
             )
         if all("backbone" in group for group in groups):
+            self._check_scorers_apart()
             return
         if any("initial_lr" in group for group in groups):
             raise ValueError(
@@ -156,6 +171,28 @@ class Schedule:
                 "stts_slowfast.param_groups(model.parameters(), model), or Schedule before it"
             )
         groups[:] = param_groups(groups, self.model)
+
+    def _check_scorers_apart(self) -> None:
+        groups = [group for group in self.optimizer.param_groups if not group["backbone"]]
+        if wrong := missing_scorers(groups, self.model):
+            raise ValueError(
+                f"{len(wrong)} parameters of the scorers ({wrong[0]}, ...) are in groups of the "
+                "backbone, which may be frozen: the groups were split by another model's scorers; "
+                "make an optimizer for each model"
+            )
+
+    def _check_own(self) -> None:
+        """Refuses to go on beside an optimizer or selectors that would not obey."""
+        if getattr(_with_hooks(self.optimizer), "stts_schedule", None) is not self:
+            raise ValueError(
+                "this Schedule is not the optimizer's: another was made for it since, or it is a "
+                "copy; make one Schedule(model, optimizer, ...) for each optimizer"
+            )
+        if self.learns and settings_of(self.model) is not self._settings:
+            raise ValueError(
+                "the model's selectors were attached anew since this Schedule was made: make "
+                "optimizer and Schedule behind attach"
+            )
 
     def _begin(self) -> None:
         """Decides, once a run, whether the backbone is frozen and capped, and logs it."""
@@ -172,6 +209,7 @@ class Schedule:
         settings = settings_of(self.model)
         resumed = all("held_back" in group for group in groups)
         held_back = any(g["held_back"] for g in groups) if resumed else self.pretrained
+        check_training(settings, held_back)
         for group in groups:
             group["held_back"] = held_back
         origin = "trained" if held_back else "random"
@@ -202,7 +240,12 @@ class Schedule:
                 self.max_epochs,
             )
 
-    def _rate(self, group: dict[str, Any]) -> float:
+    def _is_frozen(self) -> bool:
+        """Whether only scorers, and what else is new, learn in this iteration."""
+        backbone = [g for g in self.optimizer.param_groups if g.get("backbone")]
+        return any(g.get("held_back") for g in backbone) and not any(map(self._rate, backbone))
+
+    def _rate(self, group: dict) -> float:
         """A group's rate in ``optimizer.step()``."""
         lr = float(group["lr"])
         if not (group.get("backbone") and group.get("held_back")):
@@ -210,33 +253,46 @@ class Schedule:
         decay = group.get("layer_decay", 1.0)
         return backbone_lr(lr, self.epoch, settings_of(self.model), self.base_lr * decay)
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if self.epoch is None:
             raise ValueError(
                 "optimizer.step() before the schedule's: call schedule.step(epoch) before each "
                 "iteration"
             )
-        self._rates = [(group, group["lr"]) for group in self.optimizer.param_groups]
-        for group, lr in self._rates:
-            rate = self._rate(group)
+        self._give_back()
+        groups = self.optimizer.param_groups
+        self._rates = [(group, group["lr"], self._rate(group)) for group in groups]
+        for group, lr, rate in self._rates:
             if rate != float(lr):
                 group["lr"] = lr.new_tensor(rate) if isinstance(lr, Tensor) else rate
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        for group, lr in self._rates:
+        for group, lr, _rate in self._rates:
             group["lr"] = lr
         self._rates = []
 
+    def _give_back(self) -> None:
+        """The loop's rates, behind a step that ended in an error; what was set since stays."""
+        for group, lr, rate in self._rates:
+            if float(group["lr"]) == rate:
+                group["lr"] = lr
+        self._rates = []
 
-def _with_hooks(optimizer: Optimizer) -> Any:
+
+def _with_hooks(optimizer: Optimizer) -> Optimizer:
     """The optimizer of PyTorch's inside what accelerate or SlowFast (LARS) put around it."""
-    inner: Any = optimizer
+    inner = optimizer
     while not hasattr(inner, "_optimizer_step_pre_hooks"):
         inner = getattr(inner, "optimizer", None) or getattr(inner, "optim", None)
         if inner is None:
             raise TypeError(
                 f"{type(optimizer).__name__} has no hooks on its step: give a torch.optim.Optimizer"
             )
+    if isinstance(inner, LBFGS):
+        raise TypeError(
+            "LBFGS has one rate for all parameters, so a backbone cannot be frozen or capped apart "
+            "from the scorers: take another optimizer, or set_progress(model, fraction)"
+        )
     return inner
 
 
@@ -258,7 +314,7 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
     return initial * (1.0 - fraction) if decay == "linear" else initial
 
 
-def width(fraction: float, shrink: float, seed: int) -> float:
+def width(fraction: float, shrink: float, seed: int, between: bool = True) -> float:
     """How far a budget is from what it shrinks to, 0 to 1, after a fraction of training.
 
     Drawn, all steps as likely, up to a widest that shrinks from 1 to 0. The narrow ones tell the
@@ -268,11 +324,16 @@ def width(fraction: float, shrink: float, seed: int) -> float:
         fraction: 0 to 1 of training done.
         shrink: ``STTS.SHRINK``.
         seed: of the draw, the run's.
+        between: whether there are steps between 0 and 1. Without, it is 1 the more rarely: for
+            saliency, which teaches only when all tokens pass.
     """
     if fraction >= shrink:
         return 0.0
+    draw = random.Random(f"{seed} {fraction!r}")
+    if not between:
+        return float(draw.random() < 1.0 - fraction / shrink)
     widest = round(SHRINK_STEPS * (1.0 - fraction / shrink))
-    return random.Random(f"{seed} {fraction!r}").randint(0, widest) / SHRINK_STEPS
+    return draw.randint(0, widest) / SHRINK_STEPS
 
 
 def backbone_lr(lr: float, epoch: float, settings: Settings, base_lr: float) -> float:
@@ -295,7 +356,8 @@ def advance(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
 
     Both depend on nothing but the arguments: all processes have the same, and a resumed run is
     where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
-    budgets shrink, all keep by as much more than that as :func:`width` says.
+    budgets shrink, all keep by as much more than that as :func:`width` says; if all tokens pass,
+    saliency teaches (``STTS.TEACHER``).
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
@@ -314,9 +376,19 @@ def advance(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
     for module in _selectors(model):
         module.sigma = noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
         draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
-        module.set_budget(draw, width(fraction, module.shrink, seed))
+        between = module.teacher == "mixture"
+        module.set_budget(draw, width(fraction, module.shrink, seed, between))
         module.scheduled = True
     return noise
+
+
+def _let_all_pass(model: nn.Module) -> None:
+    """Widens the budget of selectors that saliency teaches to all that arrives, until the next
+    :func:`advance`: while only they learn there is nothing else for an iteration to do.
+    """
+    for module in _selectors(model):
+        if module.teacher != "mixture":
+            module.wide = WHOLE
 
 
 def reset(model: nn.Module) -> None:
@@ -335,7 +407,7 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
         That sigma; None if there is no selector.
 
     Raises:
-        ValueError: for a fraction outside 0 to 1; for a model in training mode whose settings
+        ValueError: for a fraction outside 0 to 1; for a model whose settings
             (``freeze_backbone_epochs``, ``backbone_lr``) only a :class:`Schedule` can obey. If
             they are the defaults, it warns.
     """
@@ -348,7 +420,7 @@ def _check_obeyed(model: nn.Module) -> None:
     for module in modules_with_selectors(model).values():
         stts: Any = module.stts
         settings = stts.settings
-        if not stts.training or not any(True for _ in stts.parameters()):
+        if not any(True for _ in stts.parameters()):
             continue
         asked = {
             "freeze_backbone_epochs": settings.freeze_backbone_epochs > 0,
@@ -362,8 +434,8 @@ def _check_obeyed(model: nn.Module) -> None:
                 "stts_slowfast.Schedule(model, optimizer, ...) and call its step(epoch) instead, "
                 "or attach with freeze_backbone_epochs=0, backbone_lr=1"
             )
-        if asked and not getattr(stts, "warned", False):
-            stts.warned = True
+        if asked and not getattr(module.stts, "warned", False):
+            module.stts.warned = True
             logger.warning(
                 "STTS: %s, the default, is for loops with a stts_slowfast.Schedule: without one a "
                 "trained backbone learns from the first step (freeze_backbone_epochs=0 says so)",

@@ -93,7 +93,7 @@ MUTATIONS = {
     ),
     "budgets-never-shrink": Mutation(
         "schedule.py",
-        "module.set_budget(draw, width(fraction, module.shrink, seed))",
+        "module.set_budget(draw, width(fraction, module.shrink, seed, between))",
         "module.set_budget(draw)",
         "tests/test_schedule.py -k shrink",
     ),
@@ -102,6 +102,36 @@ MUTATIONS = {
         ".randint(0, widest)",
         ".randint(widest, widest)",
         "tests/test_schedule.py -k shrink",
+    ),
+    "lessons-of-a-clip-that-is-not-normalised": Mutation(
+        "saliency.py",
+        "shares / total",
+        "shares",
+        "tests/test_saliency.py -k cross_entropy",
+    ),
+    "lessons-not-scaled-as-the-loss": Mutation(
+        "saliency.py",
+        "grad * saliency.sum(dim=(1, 2, 3)).mean()",
+        "grad",
+        "tests/test_saliency.py -k scaled",
+    ),
+    "lessons-reach-the-backbone": Mutation(
+        "selectors.py",
+        "return grid.detach() if self.training and not self.soft else grid",
+        "return grid",
+        "tests/test_saliency.py -k backbone_learns",
+    ),
+    "saliency-teaches-of-what-it-cannot-see": Mutation(
+        "selectors.py",
+        'self.teacher != "mixture" and self.wide == WHOLE',
+        'self.teacher != "mixture"',
+        "tests/test_saliency.py -k taught_when",
+    ),
+    "nothing-is-taught-while-frozen": Mutation(
+        "schedule.py",
+        "if self._is_frozen():",
+        "if False:",
+        "tests/test_saliency.py -k frozen",
     ),
     "new-timesformer-ignores-time": Mutation(
         "backbones/timesformer.py",
@@ -117,8 +147,8 @@ MUTATIONS = {
     ),
     "the-loops-rate-is-lost": Mutation(
         "schedule.py",
-        'group["lr"] = lr\n        self._rates = []',
-        "pass\n        self._rates = []",
+        'for group, lr, _rate in self._rates:\n            group["lr"] = lr',
+        "for group, lr, _rate in self._rates:\n            pass",
         "tests/test_schedule.py -k scheduler_of_pytorchs",
     ),
     "of-equal-scores-the-higher-index": Mutation(
@@ -332,6 +362,24 @@ MUTATIONS = {
         "entries = entries.repeat_interleave(frames) * all_frames + first",
         "entries = entries.repeat_interleave(frames) * all_frames",
         "tests/hosts/test_masks.py -k goes_with_its_frame",
+    ),
+    "rotary-positions-of-the-first-patches": Mutation(
+        "hosts/timm_eva.py",
+        "places[:, self.prefix :] - self.prefix",
+        "(places * 0 + places[:1])[:, self.prefix :] - self.prefix",
+        "tests/hosts/test_timm_eva.py -k positions",
+    ),
+    "frames-of-a-pack-that-see-one-another": Mutation(
+        "hosts/qwen_vision.py",
+        "ends = torch.tensor([0, *lengths], device=device).cumsum(0)",
+        "ends = torch.tensor([0, sum(lengths)], device=device).cumsum(0)",
+        "tests/hosts/test_qwen_vision.py -k is_computed_as_alone",
+    ),
+    "times-of-the-first-frames": Mutation(
+        "hosts/videoprism.py",
+        "frames = self.model.stts.calls.open_call().grid.frames",
+        "frames = self.model.stts.calls.open_call().grid.frames.argsort(1)",
+        "tests/hosts/test_videoprism.py",
     ),
     "guard-that-lets-pass": Mutation(
         "pyslowfast/guard.py",

@@ -46,7 +46,7 @@ def test_features_of_all_tokens_are_put_where_they_were(example, monkeypatch):
         pytest.skip("its blocks pool")
     attach(model, **SELECTION)
     for block in find_blocks(model):
-        alone = type(block).__name__ in ("Block", "VideoMAELayer", "VivitLayer")
+        alone = type(block).__name__ not in ("VJEPA2Layer", "TimesformerLayer")
         monkeypatch.setattr(
             block, "forward", lambda x, *args, alone=alone, **kwargs: x if alone else (x,)
         )
@@ -101,6 +101,15 @@ def test_gradients_pass_and_checkpointing_changes_nothing():
     stts.scatter(out, model).sum().backward()
     assert torch.equal(stts.positions(model), places)
     assert all(parameter.grad is not None for parameter in model.blocks.parameters())
+
+
+def test_replicas_of_data_parallel_have_no_positions(monkeypatch):
+    made = timm_frames()
+    made.logits(attach(made.model, **SELECTION), made.clips)
+    parallel = torch.nn.DataParallel(made.model)
+    monkeypatch.setattr(parallel, "device_ids", [0, 1])
+    with pytest.raises(ValueError, match=r"run model\.module alone"):
+        stts.positions(parallel)
 
 
 def test_a_model_that_has_not_run_has_no_positions():

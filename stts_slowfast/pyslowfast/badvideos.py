@@ -2,12 +2,13 @@
 
 In training and validation SlowFast takes another one. In testing it asks for the same a hundred
 times and ends without its name; here black frames take its place, the meter hears of it, and the
-test ends with the list, or with both accuracies if ``TEST.ALLOW_MISSING``. Outputs that are no
-numbers are refused, and videos with the label -1 are in no accuracy. Each loop over
-SlowFast's ``Kinetics`` has an account of its own, which ends with it.
+test ends with the list, or with both accuracies if ``TEST.ALLOW_MISSING``. Each loop over
+SlowFast's ``Kinetics`` has an account of its own, which ends with it. If a run asks for STTS,
+outputs that are no numbers are refused, and videos with the label -1 are in no accuracy.
 """
 
 import contextlib
+import inspect
 import logging
 import os
 import pickle
@@ -19,7 +20,8 @@ import torch
 from iopath.common.file_io import g_pathmgr
 
 from stts_slowfast.pyslowfast import reading
-from stts_slowfast.pyslowfast.compat import patch
+from stts_slowfast.pyslowfast.asked import ours
+from stts_slowfast.pyslowfast.compat import asks_for_us, patch
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.video import VideoError, within
 from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, require_none, written
@@ -49,7 +51,11 @@ class Reads:
     def __init__(self, dataset):
         self.cfg, self.mode, self.dataset = dataset.cfg, dataset.mode, dataset
         self.paths = dataset._path_to_videos
-        self.unlabelled = torch.tensor([label == NO_LABEL for label in dataset._labels])
+        # Without STTS a label of -1 is what SlowFast makes of it.
+        self.asked = asks_for_us(dataset.cfg)
+        self.unlabelled = torch.tensor(
+            [self.asked and label == NO_LABEL for label in dataset._labels], dtype=torch.bool
+        )
         self.kinds = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
         self.bad = BadVideos(dataset.cfg, dataset.mode)
         self.known: dict[str, str] = {}
@@ -107,8 +113,10 @@ def patch_bad_videos(kinetics) -> bool:
 def stats(given: dict) -> dict:
     """What an epoch's or a test's line of ``json_stats`` gains."""
     reads = _reads.get()
+    if reads is None:
+        return {}
     ends = given.get("split") == "test_final" or str(given.get("_type")).endswith("_epoch")
-    return reads.line if reads is not None and ends else {}
+    return reads.line if ends else {}
 
 
 @contextlib.contextmanager
@@ -133,8 +141,8 @@ def account(loader, meter, mode: str):
     if mode == "test":
         reads.missing = set()
         methods = {"update_stats": _update_stats, "finalize_metrics": _finalize}
-    for name, ours in methods.items():
-        setattr(meter, name, partial(ours, getattr(meter, name), meter, reads))
+    for name, method in methods.items():
+        setattr(meter, name, partial(method, getattr(meter, name), meter, reads))
     try:
         yield
     finally:
@@ -152,7 +160,7 @@ def _open(get_video_container, path, *args, **kwargs):
     if path not in reads.known:
         try:
             require_regular(path)
-            seconds = reads.cfg.DATA.READ_TIMEOUT
+            seconds = ours(reads.cfg, "DATA.READ_TIMEOUT")
             return within(seconds, path, partial(get_video_container, path, *args, **kwargs))
         except Exception as error:
             reads.note(path, "unreadable", getattr(error, "reason", str(error)))
@@ -170,7 +178,7 @@ def _decode(decode, container, *args, **kwargs):
         try:
             # The thread that reads is told of the item too.
             call = partial(copy_context().run, decode, container, *args, **kwargs)
-            found = within(cfg.DATA.READ_TIMEOUT, item.path, call)
+            found = within(ours(cfg, "DATA.READ_TIMEOUT"), item.path, call)
         except VideoError as error:
             item.leave_file()  # to the thread that still waits for it
             item.finding = "unreadable", error.reason
@@ -196,7 +204,7 @@ def _update_stats(update_stats, meter, reads, preds, labels, clip_ids):
     so that no prediction is right."""
     videos = clip_ids // meter.num_clips
     finite = preds.isfinite().flatten(1).all(1) | (labels == NOT_READ)
-    if not bool(finite.all()):
+    if reads.asked and not bool(finite.all()):
         path = reads.paths[int(clip_ids[~finite][0])]
         raise ValueError(f"the model's outputs for {path} are no numbers: are its weights sound?")
     reads.missing |= set(videos[labels == NOT_READ].tolist())
@@ -205,15 +213,18 @@ def _update_stats(update_stats, meter, reads, preds, labels, clip_ids):
     return update_stats(preds, labels.masked_fill(gone, UNREADABLE), clip_ids)
 
 
-def _finalize(finalize_metrics, meter, reads, ks=(1, 5)):
+def _finalize(finalize_metrics, meter, reads, *args, **kwargs):
     """Refuses unreadable videos, or gives both accuracies; of videos that have a label."""
+    call = inspect.signature(finalize_metrics).bind(*args, **kwargs)
+    call.apply_defaults()
+    ks = call.arguments.get("ks", (1, 5))
     reads.count()
     missing, paths = sorted(reads.missing), reads.paths[:: meter.num_clips]
     labelled = ~reads.unlabelled[:: meter.num_clips]
     if missing:
         folder = reads.cfg.OUTPUT_DIR
         reasons = written(folder, "unreadable")
-        if len(missing) == len(paths) or not reads.cfg.TEST.ALLOW_MISSING:
+        if len(missing) == len(paths) or not ours(reads.cfg, "TEST.ALLOW_MISSING"):
             require_none({paths[n]: reasons.get(paths[n], "unknown") for n in missing}, folder)
         readable = labelled.clone()
         readable[missing] = False
@@ -221,7 +232,7 @@ def _finalize(finalize_metrics, meter, reads, ks=(1, 5)):
             share = 100.0 * count / readable.sum()
             reads.line[f"top{k}_acc_readable"] = f"{share:.2f}"
     if bool(labelled.all()):
-        return finalize_metrics(ks)
+        return finalize_metrics(*args, **kwargs)
     reads.line["unlabelled"] = int((~labelled).sum())
     if not bool(labelled.any()):
         return _finalize_without_labels(meter, reads, ks)
@@ -230,7 +241,7 @@ def _finalize(finalize_metrics, meter, reads, ks=(1, 5)):
     try:
         for name, values in whole.items():
             setattr(meter, name, values[labelled])
-        return finalize_metrics(ks)
+        return finalize_metrics(*args, **kwargs)
     finally:
         for name, values in whole.items():
             setattr(meter, name, values)

@@ -8,7 +8,7 @@ import os
 
 from iopath.common.file_io import g_pathmgr
 
-from stts_slowfast.pyslowfast.guard import enabled
+from stts_slowfast.pyslowfast.asked import enabled
 from stts_slowfast.pyslowfast.reading import is_kinetics
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.video.lines import NO_LABEL, numbered, read_label, split_line

@@ -11,7 +11,7 @@ HOST = StagesOfGrids(nn.Module())
 
 def test_a_grid_stays_a_grid():
     grid = torch.randn(2, 4, 3, 2, 5)
-    tokens = HOST.read((grid,), {})
+    tokens = HOST.read((grid,), {}, HOST.arrived((grid,), {}, None))
     assert tokens.thw == (4, 3, 2) and tokens.clip is None and tokens.frames is None
     (x,), kwargs = HOST.write(tokens._replace(grid=grid[:, ::2]), (grid,), {})
     assert torch.equal(x, grid[:, ::2]) and kwargs == {}
@@ -19,4 +19,4 @@ def test_a_grid_stays_a_grid():
 
 def test_other_tokens_are_refused():
     with pytest.raises(ValueError, match=r"must be \(B, T, H, W, C\), not \(2, 3, 4\)"):
-        HOST.read((torch.randn(2, 3, 4),), {})
+        HOST.arrived((torch.randn(2, 3, 4),), {}, None)
