@@ -181,7 +181,6 @@ class HEVC:
         if extradata[:1] != b"\1":
             raise ValueError("no lengths")
         self.length = (extradata[21] & 3) + 1
-        self.leading = True  # whether pictures shown before the last entry may come
 
     def __call__(self, data) -> Picture | None:
         place, length, found = 0, self.length, None
@@ -196,9 +195,6 @@ class HEVC:
                 # A first slice; of an entry, one that lets all earlier frames be shown.
                 if not flags & 2 or (kind >= 16 and flags & 1) or kind in (16, 17, 18):
                     return None
-                if 6 <= kind <= 9 and not self.leading:
-                    return None  # their entry is missing, and the decoder leaves them out
-                self.leading = kind > 5
                 found = Picture(kind in (19, 20, 21), kind in (19, 20), None)
             place += size
         return found
