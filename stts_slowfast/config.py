@@ -14,6 +14,7 @@ from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
 SIGMA_DECAYS = ("linear", "constant")
 TEACHERS = ("mixture", "saliency", "both")
+_MOST = 1_000_000  # of any number that has an effect
 
 
 def add_stts_config(cfg) -> None:
@@ -223,6 +224,9 @@ class Settings:
                 value = getattr(self, name)
                 if not isinstance(value, kind):
                     raise ValueError(f"STTS.{_key(name)} is {value!r}: give {right}")
+        for name in ("sigma", "num_samples", "backbone_lr", "space_stride"):
+            if (value := getattr(self, name)) > _MOST:
+                raise ValueError(f"STTS.{_key(name)} is {value!r:.40}: give at most {_MOST}")
         if self.shrink > 1:
             raise ValueError(f"STTS.SHRINK is {self.shrink:g}: a share of training is 1 at most")
         return {} if grids is None else plan(self, grids)

@@ -26,6 +26,7 @@ from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.video import VideoError, within
 from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, require_none, written
 from stts_slowfast.video.files import require_regular
+from stts_slowfast.video.lines import NO_LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ KINDS = {"unreadable": 1, "damaged": 2}
 # How a worker tells the meter, through the batch: no list holds this label, which is taken out
 # again before SlowFast sees it.
 NOT_READ = torch.iinfo(torch.int64).min
-NO_LABEL = -1  # in a list
 _BLACK = object()  # stands for the container of a test video that cannot be read
 
 _reads: "ContextVar[Reads | None]" = ContextVar("stts_reads", default=None)
