@@ -179,7 +179,7 @@ def relabelled(bad_lists):
 def test_a_video_with_the_label_minus_one_is_in_no_accuracy(dataset, relabelled, caplog):
     relabelled([-1, -1, -1, 0, 1])
     tested = meter(5)
-    dataset("test", meter=tested)
+    dataset("test", "STTS.ENABLE", True, meter=tested)
     fill(tested, [-1] * 6 + [0, 0, 1, 1])
     caplog.set_level("INFO")
     tested.finalize_metrics()
@@ -193,7 +193,7 @@ def test_a_list_without_labels_gives_scores_and_no_accuracy(dataset, relabelled,
     relabelled([-1] * 5)
     (bad_lists / "out").mkdir()
     tested = meter(5)
-    dataset("test", meter=tested)
+    dataset("test", "STTS.ENABLE", True, meter=tested)
     fill(tested, [-1] * 10)
     caplog.set_level("INFO")
     tested.finalize_metrics()
@@ -207,7 +207,7 @@ def test_a_list_without_labels_gives_scores_and_no_accuracy(dataset, relabelled,
 
 def test_outputs_that_are_no_numbers_are_refused(dataset):
     tested = meter(5)
-    data = dataset("test", meter=tested)
+    data = dataset("test", "STTS.ENABLE", True, meter=tested)
     scores = torch.eye(8)[:3].clone()
     scores[2, 3] = float("nan")
     with pytest.raises(ValueError, match=f"{data._path_to_videos[5]} are no numbers"):
