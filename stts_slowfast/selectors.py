@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stts_slowfast.calls import in_backward
 from stts_slowfast.config import (
     between,
     ends,
@@ -136,6 +137,12 @@ class Selector(SelectorState):
     def forward(self, grid: Tensor) -> Tensor:
         return self.take(grid, self.choose(grid))
 
+    def _note(self, kept: Tensor) -> Tensor:
+        """Notes what was kept, but not where checkpointing runs an earlier pass again."""
+        if not in_backward():
+            self.kept = kept
+        return kept
+
     def check_schedule(self) -> None:
         """Warns once if a selector trains and nobody has set its progress."""
         if self.scheduled or not self.training or not torch.is_grad_enabled():
@@ -239,7 +246,7 @@ class TemporalSelector(Selector):
             scores = self.scorer(grid, k)
             scores = normalize(scores)
             self.check_finite(scores)
-            self.kept = kept = hard_topk(scores.detach(), k)
+            kept = self._note(hard_topk(scores.detach(), k))
             return Choice(kept, self.indicators(scores, k) if self.training else None)
 
     def take(self, frames: Tensor, choice: Choice) -> Tensor:
@@ -306,7 +313,7 @@ class SpatialSelector(Selector):
             top = best.div(columns, rounding_mode="floor") * steps[0]
             left = best.remainder(columns) * steps[1]
             sides = [torch.full_like(top, side) for side in window]
-            self.kept = kept = torch.stack([top, left, *sides], dim=1)
+            kept = self._note(torch.stack([top, left, *sides], dim=1))
             if not self.training:
                 return Choice(kept, None)
             return Choice(kept, self._per_frame(self.indicators(scores, 1).squeeze(1), frames))
