@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast import saliency
+from stts_slowfast.calls import in_backward
 from stts_slowfast.config import (
     between,
     ends,
@@ -163,6 +164,12 @@ class Selector(SelectorState):
         lesson = self.candidates(grid) if self.taught else None
         return saliency.teach(grid, choice.scores, lesson)
 
+    def _note(self, kept: Tensor) -> Tensor:
+        """Notes what was kept, but not where checkpointing runs an earlier pass again."""
+        if not in_backward():
+            self.kept = kept
+        return kept
+
     def check_schedule(self) -> None:
         """Warns once if a selector trains and nobody has set its progress.
 
@@ -281,7 +288,7 @@ class TemporalSelector(Selector):
             raw = self.scorer(self.seen(grid), self.goes_on(grid, widened=not self.taught)[0])
             scores = normalize(raw)
             self.check_finite(scores)
-            self.kept = kept = hard_topk(scores.detach(), k)
+            kept = self._note(hard_topk(scores.detach(), k))
             return Choice(kept, self.indicators(scores, k) if self.soft else None, raw[..., None])
 
     def candidates(self, grid: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -355,7 +362,7 @@ class SpatialSelector(Selector):
             if self.taught:  # all passes
                 window, top, left = (height, width), torch.zeros_like(top), torch.zeros_like(left)
             sides = [torch.full_like(top, side) for side in window]
-            self.kept = kept = torch.stack([top, left, *sides], dim=1)
+            kept = self._note(torch.stack([top, left, *sides], dim=1))
             weights = None
             if self.soft:
                 weights = self._per_frame(self.indicators(scores, 1).squeeze(1), frames)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stts_slowfast import hosts
 from stts_slowfast.calls import MANY_RECORDS, Calls
+from stts_slowfast.dense import positions
 from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import attach, selections
 
@@ -147,6 +148,17 @@ def test_blocks_that_run_again_have_the_tokens_of_their_own_call(model, how):
     model.run = HOW[how]
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, plain[name]), name
+
+
+def test_what_an_earlier_pass_kept_is_not_what_the_last_one_kept(model):
+    """Though checkpointing runs the earlier pass again, and last."""
+    model.run = checkpointed
+    model.train()
+    first, last = (model(clips(4, seed)).sum() for seed in (1, 2))
+    kept, places = selections(model), positions(model)
+    (first + last).backward()
+    assert all(selections(model)[key] is each for key, each in kept.items())
+    assert torch.equal(positions(model), places)
 
 
 def test_they_do_in_another_thread_too(model):

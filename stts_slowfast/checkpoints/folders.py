@@ -80,7 +80,8 @@ def load_selectors(model: nn.Module, folder: str | Path) -> int:
     state = model.state_dict()
     copies = {key for key in state if "original_module" not in key.split(".")}
     own = _by_place({key: key for key in state if key in copies})
-    if len({path for path, _ in own}) == len({path for path, _ in theirs}) == 1:
+    paths, saved = {path for path, _ in own}, {path for path, _ in theirs}
+    if len(paths) == len(saved) == 1 and _same_place(paths.pop(), saved.pop()):
         own = {("", name): key for (_, name), key in own.items()}
         theirs = {("", name): value for (_, name), value in theirs.items()}
     if own.keys() != theirs.keys():
@@ -93,6 +94,12 @@ def load_selectors(model: nn.Module, folder: str | Path) -> int:
         )
     model.load_state_dict({key: theirs[place] for place, key in own.items()}, strict=False)
     return len(own)
+
+
+def _same_place(path: str, other: str) -> bool:
+    """Whether two paths may name one module: of a model with or without its head or a wrapper."""
+    short, long = sorted((path, other), key=len)
+    return f".{long}".endswith(f".{short}" if short else "")
 
 
 def _by_place(state: dict) -> dict[tuple[str, str], object]:

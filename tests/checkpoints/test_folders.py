@@ -5,7 +5,7 @@ import torch
 
 import stts_slowfast as stts
 from stts_slowfast.checkpoints.folders import read_selectors
-from tests.hosts.examples import EXAMPLES
+from tests.hosts.examples import EXAMPLES, timm_frames
 
 SELECTION = {"time": {0: 0.5}, "space": {2: 0.6}, "fused_attention": False}
 
@@ -120,3 +120,14 @@ def test_a_file_that_fills_a_model_in_part_is_refused(saved):
         stts.load_weights(example.model, folder / "model.safetensors")
     loaded = stts.load_weights(example.model, folder / "model.safetensors", strict=False)
     assert len(loaded.missing) == len(loaded.unexpected) == 64
+
+
+def test_selectors_of_another_part_of_a_model_are_refused(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    towers = torch.nn.ModuleDict({"left": timm_frames().model, "right": timm_frames().model})
+    stts.attach(towers["left"], **SELECTION)
+    save_file(towers.state_dict(), tmp_path / "model.safetensors")
+    stts.detach(towers)
+    stts.attach(towers["right"], **SELECTION)
+    with pytest.raises(ValueError, match=r"unexpected \(left\.stts\.space_2"):
+        stts.load_weights(towers, tmp_path)
