@@ -43,14 +43,14 @@ def register() -> None:
         from stts_slowfast.pyslowfast import autoload
 
         autoload.register()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.meta_path.insert(0, _Notice(error))
 
 
 class _Notice:
     """Finds no module; when ``slowfast`` is looked for, it writes why this package is not there."""
 
-    def __init__(self, error: Exception):
+    def __init__(self, error: BaseException):
         self.text = f"{type(error).__name__}: {error}"
 
     def find_spec(self, name, path=None, target=None):

@@ -17,7 +17,7 @@ from stts_slowfast.symbolic import tracer_of
 def select(selector: Selector, tokens: Tokens) -> Tokens:
     """The tokens that a selector keeps, with the grid that says where they come from."""
     choice = selector.choose(tokens.grid)
-    grid = selector.take(tokens.grid, choice)
+    grid = selector.take(selector.teach(tokens.grid, choice), choice)
     if selector.dimension == "SPACE":
         thw = tokens.thw.crop(choice.kept, tuple(grid.shape[2:4]))
         return tokens._replace(grid=grid, thw=thw)
@@ -125,14 +125,20 @@ class SelectTokensHook(Hook):
             selectors = selectors_before(stts, self.number)
         if selectors:
             args, kwargs = _on_device_of(selectors, args, kwargs)
-        if isinstance(thw, Grid):
-            thw = thw.to(first_tensor(args, kwargs).device)
+        if thw is not None:
+            device = first_tensor(args, kwargs).device
+            thw = thw.to(device) if isinstance(thw, Grid) else [grid.to(device) for grid in thw]
         if selectors:
             tokens = host.read(args, kwargs, thw)
             packed = isinstance(tokens, list)
             several = tokens if packed else [tokens]
             for selector in selectors:
-                several = [select(selector, clip) for clip in several]
+                kept = []
+                for i, clip in enumerate(several):
+                    several[i] = select(selector, clip)
+                    kept.append(selector.kept)
+                if packed:
+                    selector.kept = kept
             args, kwargs = host.write(several if packed else several[0], args, kwargs)
             thw = [clip.thw for clip in several] if packed else several[0].thw
         if calls is not None:
@@ -207,8 +213,10 @@ def _select(stts: Selectors, args: tuple, kwargs: dict, number: int) -> tuple[tu
 
 def note(stts: Selectors, thw) -> None:
     """Notes the grid of the last pass, as far as it came, for ``dense.positions``."""
-    if isinstance(thw, Grid) and thw.is_selected and not in_backward():
-        stts.reached = tuple(thw), thw.frames, thw.windows, thw.tokens, thw.whole
+    grids = thw if isinstance(thw, list) else [thw]
+    if any(isinstance(grid, Grid) and grid.is_selected for grid in grids) and not in_backward():
+        parts = [(tuple(g), g.frames, g.windows, g.tokens, g.whole) for g in grids]
+        stts.reached = parts if isinstance(thw, list) else parts[0]
 
 
 def _propagate(stts: Selectors, args: tuple, kwargs: dict, output, pooling: bool):

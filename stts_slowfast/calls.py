@@ -68,6 +68,10 @@ class Calls:
         self._local.stack = (*self._stack(), call)
         return call
 
+    def open_call(self) -> Call:
+        """The innermost call of the model in this thread."""
+        return self._stack()[-1]
+
     def close(self) -> None:
         """The innermost call of the model in this thread has ended, by an error or not."""
         self._local.stack = self._stack()[:-1]

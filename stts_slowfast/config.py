@@ -13,6 +13,8 @@ from stts_slowfast.scorers import SCORERS
 from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
 SIGMA_DECAYS = ("linear", "constant")
+TEACHERS = ("mixture", "saliency", "both")
+_MOST = 1_000_000  # of any number that has an effect
 
 
 def add_stts_config(cfg) -> None:
@@ -53,6 +55,12 @@ def add_stts_config(cfg) -> None:
     # things move on TimeSformer, whose attention over time is at one place of the windows.
     cfg.STTS.SPACE.SHARED = False
 
+    # What teaches learned scorers: mixture (training mixes candidates by OPERATOR's weights, which
+    # gradients pass through); saliency (training chooses as a test does; in iterations in which all
+    # tokens pass, their gradient says on which candidates the loss depends, and scorers learn to
+    # rank so); or both (saliency in those iterations, mixture in all others). All tokens pass while
+    # the backbone is frozen and, ever more rarely, during SHRINK.
+    cfg.STTS.TEACHER = "mixture"
     # How gradients pass through the choice: subset (exact, without noise), perturbed (the paper's
     # perturbed maximum), or what is registered in topk.OPERATORS.
     cfg.STTS.OPERATOR = "subset"
@@ -132,6 +140,7 @@ class Settings:
     space_scorer: str
     space_stride: int
     space_shared: bool
+    teacher: str
     sigma: float
     sigma_decay: str
     shrink: float
@@ -195,6 +204,7 @@ class Settings:
             ("STTS.OPERATOR", self.operator, OPERATORS),
         ):
             check_choice(key, value, [name for name, _ in registry])
+        check_choice("STTS.TEACHER", self.teacher, TEACHERS)
         check_choice("STTS.GRADIENT", self.gradient, GRADIENTS)
         check_choice("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
         for name in (
@@ -214,6 +224,9 @@ class Settings:
                 value = getattr(self, name)
                 if not isinstance(value, kind):
                     raise ValueError(f"STTS.{_key(name)} is {value!r}: give {right}")
+        for name in ("sigma", "num_samples", "backbone_lr", "space_stride"):
+            if (value := getattr(self, name)) > _MOST:
+                raise ValueError(f"STTS.{_key(name)} is {value!r:.40}: give at most {_MOST}")
         if self.shrink > 1:
             raise ValueError(f"STTS.SHRINK is {self.shrink:g}: a share of training is 1 at most")
         return {} if grids is None else plan(self, grids)
@@ -252,15 +265,26 @@ def validate_stts(
     Settings.of_node(node).check(num_blocks, grids)
 
 
-def check_training(settings: Settings) -> None:
+def check_training(settings: Settings, held_back: bool = True) -> None:
     """Checks that scorers which learn would get a gradient; call it where training begins.
 
     Args:
         settings: of a model with scorers that learn.
+        held_back: whether the backbone is frozen at first, if the settings say so.
 
     Raises:
         ValueError: naming the key by which their gradient would be exactly 0.
     """
+    all_pass = settings.shrink or (held_back and settings.freeze_backbone_epochs)
+    if settings.teacher != "mixture" and not all_pass:
+        raise ValueError(
+            f"STTS.TEACHER is {settings.teacher}, but STTS.SHRINK is 0 and the backbone never "
+            "frozen: saliency teaches in iterations in which all tokens pass, and there would be "
+            "none; give SHRINK more than 0, or start from trained weights with "
+            "STTS.FREEZE_BACKBONE_EPOCHS above 0"
+        )
+    if settings.teacher == "saliency":
+        return
     if settings.sigma <= SMALLEST_SIGMA:
         raise ValueError(
             f"STTS.SIGMA is {settings.sigma:g}: in training the scorers would get no gradient and "

@@ -50,9 +50,9 @@ def attach(
             ``{0: 0.9}``; or a range to draw from in training, ``{0: (0.25, 0.9)}``.
         space: share of a frame's tokens that goes on, likewise: ``{4: 0.9}``.
         **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
-            ``space_scorer``, ``space_stride``, ``space_shared``, ``sigma``, ``shrink``,
-            ``num_samples``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr``
-            and ``freeze_backbone_epochs`` are for training loops that call ``schedule.step``, as
+            ``space_scorer``, ``space_stride``, ``space_shared``, ``teacher``, ``sigma``,
+            ``shrink``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr`` and
+            ``freeze_backbone_epochs`` are for training loops that call ``schedule.step``, as
             those of both engines and ``SelectionCallback`` do.
 
     Returns:
@@ -114,6 +114,7 @@ def _make_selectors(
 ) -> Selectors:
     stts = Selectors(settings)
     operator = {
+        "teacher": settings.teacher,
         "sigma": settings.sigma,
         "sigma_decay": settings.sigma_decay,
         "shrink": settings.shrink,
@@ -213,6 +214,7 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
         ``{"time_0": LongTensor (B, k), "space_4": LongTensor (B*T, 4)}``: frame indices among the
         frames that arrived at the selector, ascending; top, left, height and width of each frame's
         window, in tokens of the grid that arrived. In training, what the scores without noise keep.
+        For clips packed into one sequence, a list of such tensors, one a clip.
 
     Raises:
         ValueError: where the model has no selectors, or has not run since they were attached.

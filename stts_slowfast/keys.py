@@ -90,7 +90,8 @@ def read_value(key: str, value, default, where: str = "", optional: type | None 
     if value is None and wanted is str:
         return ""  # a key that was left empty in a file
     if wanted is float and type(value) is int:
-        value = float(value)
+        with contextlib.suppress(OverflowError):  # more digits than a number has
+            value = float(value)
     if wanted in (list, tuple) and isinstance(value, (list, tuple)):
         value = wanted(value)
     if type(value) is not wanted:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from stts_slowfast.config import Settings
+from stts_slowfast.config import Settings, check_training
 from stts_slowfast.groups import (
     check_scorers,
     missing_scorers,
@@ -21,7 +21,7 @@ from stts_slowfast.groups import (
 )
 from stts_slowfast.hooks import raise_on_nan, settings_of
 from stts_slowfast.hosts import modules_with_selectors
-from stts_slowfast.selectors import Selector
+from stts_slowfast.selectors import WHOLE, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Schedule:
         self.model, self.optimizer, self.max_epochs, self.seed = model, optimizer, max_epochs, seed
         self.pretrained = bool(pretrained)
         self.learns = any(True for _ in scorer_parameters(model))
-        self.base_lr = 0.0 if base_lr is None else base_lr
+        self.base_lr = base_lr
         self.epoch: float | None = None
         # Groups in a step: the loop's rate, and the one of the step.
         self._rates: list[tuple[dict[str, Any], float | Tensor, float]] = []
@@ -141,7 +141,9 @@ class Schedule:
             self._begin()
         self.epoch = epoch
         noise = advance(self.model, min(epoch / self.max_epochs, 1.0), self.seed)
-        if not self.learns or noise is None:
+        if self._is_frozen():
+            _let_all_pass(self.model)
+        if not self.learns:
             return {}
         if any("backbone" not in group or "held_back" not in group for group in groups):
             raise ValueError(
@@ -207,6 +209,7 @@ class Schedule:
         settings = settings_of(self.model)
         resumed = all("held_back" in group for group in groups)
         held_back = any(g["held_back"] for g in groups) if resumed else self.pretrained
+        check_training(settings, held_back)
         for group in groups:
             group["held_back"] = held_back
         origin = "trained" if held_back else "random"
@@ -237,7 +240,12 @@ class Schedule:
                 self.max_epochs,
             )
 
-    def _rate(self, group: dict[str, Any]) -> float:
+    def _is_frozen(self) -> bool:
+        """Whether only scorers, and what else is new, learn in this iteration."""
+        backbone = [g for g in self.optimizer.param_groups if g.get("backbone")]
+        return any(g.get("held_back") for g in backbone) and not any(map(self._rate, backbone))
+
+    def _rate(self, group: dict) -> float:
         """A group's rate in ``optimizer.step()``."""
         lr = float(group["lr"])
         if not (group.get("backbone") and group.get("held_back")):
@@ -245,7 +253,7 @@ class Schedule:
         decay = group.get("layer_decay", 1.0)
         return backbone_lr(lr, self.epoch, settings_of(self.model), self.base_lr * decay)
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if self.epoch is None:
             raise ValueError(
                 "optimizer.step() before the schedule's: call schedule.step(epoch) before each "
@@ -271,9 +279,9 @@ class Schedule:
         self._rates = []
 
 
-def _with_hooks(optimizer: Optimizer) -> Any:
+def _with_hooks(optimizer: Optimizer) -> Optimizer:
     """The optimizer of PyTorch's inside what accelerate or SlowFast (LARS) put around it."""
-    inner: Any = optimizer
+    inner = optimizer
     while not hasattr(inner, "_optimizer_step_pre_hooks"):
         inner = getattr(inner, "optimizer", None) or getattr(inner, "optim", None)
         if inner is None:
@@ -306,7 +314,7 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
     return initial * (1.0 - fraction) if decay == "linear" else initial
 
 
-def width(fraction: float, shrink: float, seed: int) -> float:
+def width(fraction: float, shrink: float, seed: int, between: bool = True) -> float:
     """How far a budget is from what it shrinks to, 0 to 1, after a fraction of training.
 
     Drawn, all steps as likely, up to a widest that shrinks from 1 to 0. The narrow ones tell the
@@ -316,11 +324,16 @@ def width(fraction: float, shrink: float, seed: int) -> float:
         fraction: 0 to 1 of training done.
         shrink: ``STTS.SHRINK``.
         seed: of the draw, the run's.
+        between: whether there are steps between 0 and 1. Without, it is 1 the more rarely: for
+            saliency, which teaches only when all tokens pass.
     """
     if fraction >= shrink:
         return 0.0
+    draw = random.Random(f"{seed} {fraction!r}")
+    if not between:
+        return float(draw.random() < 1.0 - fraction / shrink)
     widest = round(SHRINK_STEPS * (1.0 - fraction / shrink))
-    return random.Random(f"{seed} {fraction!r}").randint(0, widest) / SHRINK_STEPS
+    return draw.randint(0, widest) / SHRINK_STEPS
 
 
 def backbone_lr(lr: float, epoch: float, settings: Settings, base_lr: float) -> float:
@@ -343,7 +356,8 @@ def advance(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
 
     Both depend on nothing but the arguments: all processes have the same, and a resumed run is
     where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
-    budgets shrink, all keep by as much more than that as :func:`width` says.
+    budgets shrink, all keep by as much more than that as :func:`width` says; if all tokens pass,
+    saliency teaches (``STTS.TEACHER``).
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
@@ -362,9 +376,19 @@ def advance(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
     for module in _selectors(model):
         module.sigma = noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
         draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
-        module.set_budget(draw, width(fraction, module.shrink, seed))
+        between = module.teacher == "mixture"
+        module.set_budget(draw, width(fraction, module.shrink, seed, between))
         module.scheduled = True
     return noise
+
+
+def _let_all_pass(model: nn.Module) -> None:
+    """Widens the budget of selectors that saliency teaches to all that arrives, until the next
+    :func:`advance`: while only they learn there is nothing else for an iteration to do.
+    """
+    for module in _selectors(model):
+        if module.teacher != "mixture":
+            module.wide = WHOLE
 
 
 def reset(model: nn.Module) -> None:
@@ -410,8 +434,8 @@ def _check_obeyed(model: nn.Module) -> None:
                 "stts_slowfast.Schedule(model, optimizer, ...) and call its step(epoch) instead, "
                 "or attach with freeze_backbone_epochs=0, backbone_lr=1"
             )
-        if asked and not getattr(stts, "warned", False):
-            stts.warned = True
+        if asked and not getattr(module.stts, "warned", False):
+            module.stts.warned = True
             logger.warning(
                 "STTS: %s, the default, is for loops with a stts_slowfast.Schedule: without one a "
                 "trained backbone learns from the first step (freeze_backbone_epochs=0 says so)",

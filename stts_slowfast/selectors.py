@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stts_slowfast import saliency
 from stts_slowfast.calls import in_backward
 from stts_slowfast.config import (
     between,
@@ -40,10 +41,12 @@ class Choice(NamedTuple):
         kept: indices of frames ``(B, k)``, or windows ``(B*T, 4)`` as top, left, height and width;
             in training, what the scores without noise keep.
         weights: float32 indicators over the candidates, for a soft choice; None for a hard one.
+        scores: of the candidates, as the scorer gave them.
     """
 
     kept: Tensor
     weights: Tensor | None
+    scores: Tensor | None = None
 
 
 class Selector(SelectorState):
@@ -51,7 +54,7 @@ class Selector(SelectorState):
 
     A selector works in two steps, so that what rides along with a grid can be selected with it:
     :meth:`choose` scores the grid, :meth:`take` applies the choice. In training a choice is soft,
-    in evaluation it is hard.
+    in evaluation it is hard; taught by saliency it is hard always, and :meth:`teach` comes between.
 
     Attributes:
         kept: what the last forward kept, for people who look (``hooks.selections``); nothing that
@@ -75,6 +78,7 @@ class Selector(SelectorState):
         num_samples: int = 500,
         gradient: str = "exact",
         operator: str = "subset",
+        teacher: str = "mixture",
     ):
         super().__init__(sigma)
         self.scorer = scorer
@@ -87,6 +91,7 @@ class Selector(SelectorState):
         self.num_samples = num_samples
         self.gradient = gradient
         self.operator = OPERATORS.get(operator)
+        self.teacher = teacher
         self.sigma_decay = sigma_decay
         self.shrink = shrink
         self.scheduled = False
@@ -114,8 +119,11 @@ class Selector(SelectorState):
         self.sigma = self.initial_sigma
         self.set_budget(1.0)
 
-    def goes_on(self, grid: Tensor) -> tuple[int, ...]:
-        """How many frames, or height and width of the window, go on of ``(B, T, H, W, C)`` now."""
+    def goes_on(self, grid: Tensor, widened: bool = True) -> tuple[int, ...]:
+        """How many frames, or height and width of the window, go on of ``(B, T, H, W, C)`` now.
+
+        Not ``widened``, how many will when budgets have shrunk.
+        """
         if self.draw is None:
             raise ValueError(
                 f"STTS.{self.dimension}.KEEP of block {self.block} is {self.share_text}: give one "
@@ -129,13 +137,32 @@ class Selector(SelectorState):
         )
         if min(sizes) < 1:
             raise ValueError(nothing_left(self.dimension, least, self.block, thw))
-        if self.training and self.wide:
+        if self.training and self.wide and widened:
             wider = between(sizes, self.sizes(thw, 1.0), self.wide / WHOLE)
-            sizes = tuple(a + (b - a) // self.step * self.step for a, b in zip(sizes, wider))
+            step = 1 if self.taught else self.step
+            sizes = tuple(a + (b - a) // step * step for a, b in zip(sizes, wider))
         return sizes
 
     def forward(self, grid: Tensor) -> Tensor:
-        return self.take(grid, self.choose(grid))
+        choice = self.choose(grid)
+        return self.take(self.teach(grid, choice), choice)
+
+    @property
+    def soft(self) -> bool:
+        """Whether a choice is a mixture now."""
+        return self.training and self.teacher != "saliency" and not self.taught
+
+    @property
+    def taught(self) -> bool:
+        """Whether saliency teaches the scorer now: only if it sees all that could be dropped."""
+        return self.training and self.teacher != "mixture" and self.wide == WHOLE
+
+    def teach(self, grid: Tensor, choice: Choice) -> Tensor:
+        """The ``grid`` that arrives, of which the gradient teaches the scores of a choice."""
+        if not self.training or self.soft:
+            return grid
+        lesson = self.candidates(grid) if self.taught else None
+        return saliency.teach(grid, choice.scores, lesson)
 
     def _note(self, kept: Tensor) -> Tensor:
         """Notes what was kept, but not where checkpointing runs an earlier pass again."""
@@ -144,9 +171,20 @@ class Selector(SelectorState):
         return kept
 
     def check_schedule(self) -> None:
-        """Warns once if a selector trains and nobody has set its progress."""
+        """Warns once if a selector trains and nobody has set its progress.
+
+        Raises:
+            ValueError: if saliency shall teach, which needs to know when.
+        """
         if self.scheduled or not self.training or not torch.is_grad_enabled():
             return
+        if self.teacher != "mixture" and any(True for _ in self.parameters()):
+            raise ValueError(
+                f"STTS.TEACHER is {self.teacher}, but nobody has set a budget, and saliency "
+                "teaches when all tokens pass: before each iteration call step(epoch) of "
+                "stts_slowfast.Schedule(model, optimizer, ...), or "
+                "stts_slowfast.set_progress(model, fraction)"
+            )
         self.scheduled = True
         if self.draw is None:
             self.set_budget(1.0)
@@ -158,6 +196,10 @@ class Selector(SelectorState):
             comptime(lambda _: warnings.warn(UNSCHEDULED, stacklevel=1))
         elif not torch.jit.is_tracing():
             warnings.warn(UNSCHEDULED, stacklevel=1)
+
+    def seen(self, grid: Tensor) -> Tensor:
+        """What the scorer scores. A lesson of saliency is the scorer's, not the backbone's."""
+        return grid.detach() if self.training and not self.soft else grid
 
     def indicators(self, scores: Tensor, k: int) -> Tensor:
         """Soft choice ``(N, k, d)`` of the top ``k`` of normalised ``scores`` ``(N, d)``."""
@@ -243,11 +285,15 @@ class TemporalSelector(Selector):
         self.check_schedule()
         (k,) = self.goes_on(grid)
         with full_precision(grid):
-            scores = self.scorer(grid, k)
-            scores = normalize(scores)
+            raw = self.scorer(self.seen(grid), self.goes_on(grid, widened=not self.taught)[0])
+            scores = normalize(raw)
             self.check_finite(scores)
             kept = self._note(hard_topk(scores.detach(), k))
-            return Choice(kept, self.indicators(scores, k) if self.training else None)
+            return Choice(kept, self.indicators(scores, k) if self.soft else None, raw[..., None])
+
+    def candidates(self, grid: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Whole frames: a window's height and width, and the tokens between two."""
+        return tuple(grid.shape[2:4]), tuple(grid.shape[2:4])
 
     def take(self, frames: Tensor, choice: Choice) -> Tensor:
         """Applies a choice to ``frames`` ``(B, T, ...)``."""
@@ -299,31 +345,40 @@ class SpatialSelector(Selector):
     def choose(self, grid: Tensor) -> Choice:
         """Windows ``(B*T, 4)``, and in training weights ``(B*T, windows)``."""
         self.check_schedule()
-        batch, frames, _, width = grid.shape[:4]
-        window = self.goes_on(grid)
-        steps = self._steps(grid)
+        frames, height, width = grid.shape[1:4]
+        window = self.goes_on(grid, widened=not self.taught)
+        steps = self._steps(grid, window)
         with full_precision(grid):
-            scores = self.scorer(grid, window, steps)  # (B*T, rows * columns)
+            raw = self.scorer(self.seen(grid), window, steps)  # (B*T, rows * columns)
+            raw = raw.unflatten(0, grid.shape[:2])
             if self.shared:
-                scores = scores.unflatten(0, (batch, frames)).mean(dim=1)
-            scores = normalize(scores)
+                raw = raw.mean(dim=1, keepdim=True)
+            scores = normalize(raw.flatten(0, 1))
             self.check_finite(scores)
             best = self._per_frame(hard_topk(scores.detach(), 1).squeeze(1), frames)  # (B*T,)
             columns = (width - window[1]) // steps[1] + 1
             top = best.div(columns, rounding_mode="floor") * steps[0]
             left = best.remainder(columns) * steps[1]
+            if self.taught:  # all passes
+                window, top, left = (height, width), torch.zeros_like(top), torch.zeros_like(left)
             sides = [torch.full_like(top, side) for side in window]
             kept = self._note(torch.stack([top, left, *sides], dim=1))
-            if not self.training:
-                return Choice(kept, None)
-            return Choice(kept, self._per_frame(self.indicators(scores, 1).squeeze(1), frames))
+            weights = None
+            if self.soft:
+                weights = self._per_frame(self.indicators(scores, 1).squeeze(1), frames)
+            return Choice(kept, weights, raw)
+
+    def candidates(self, grid: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        """A window's height and width once budgets have shrunk, and the tokens between two."""
+        window = self.goes_on(grid, widened=False)
+        return window, self._steps(grid, window)
 
     def take(self, grid: Tensor, choice: Choice) -> Tensor:
         """Applies a choice to ``grid`` ``(B, T, H, W, C)``."""
         window = self.goes_on(grid)
         if choice.weights is not None:
             weights = choice.weights.to(grid.dtype).unflatten(0, grid.shape[:2])
-            return MixWindows.apply(grid, weights, window, self._steps(grid))
+            return MixWindows.apply(grid, weights, window, self._steps(grid, window))
         batch, frames = grid.shape[:2]
         device = grid.device
         # Four index tensors that broadcast to (B, T, h, w): one copy, whatever the strides.
@@ -334,10 +389,9 @@ class SpatialSelector(Selector):
         columns = left[:, :, None] + torch.arange(window[1], device=device)  # (B, T, w)
         return grid[clips, times, rows[..., None], columns[..., None, :]]
 
-    def _steps(self, grid: Tensor) -> tuple[int, int]:
+    def _steps(self, grid: Tensor, window: tuple[int, int]) -> tuple[int, int]:
         rows, columns = (
-            window_stride(size, side, self.stride)
-            for size, side in zip(grid.shape[2:4], self.goes_on(grid))
+            window_stride(size, side, self.stride) for size, side in zip(grid.shape[2:4], window)
         )
         return rows, columns
 

@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from stts_slowfast.topk import NOT_FINITE, on_host
-
-# PyTorch before 2.7 does not tell, and exports as it compiles.
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+from stts_slowfast.topk import NOT_FINITE, is_exporting, on_host
 
 
 class SelectorState(nn.Module):

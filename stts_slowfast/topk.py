@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from stts_slowfast.constants import sized_constant
 from stts_slowfast.keys import check_choice
 
+# PyTorch before 2.7 does not tell, and exports as it compiles.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 # What STTS.OPERATOR names: functions of (scores (B, d), k, sigma, num_samples, gradient) that give
 # float32 indicators (B, k, d), whose rows sum to 1 and are one-hot where sigma is 0.
 OPERATORS = Registry("OPERATORS")
@@ -50,8 +53,19 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
     _check(scores, k)
     if k == 1:  # argmax returns the first maximum
         return scores.argmax(dim=1, keepdim=True)
+    if is_exporting():
+        return _topk_by_rank(scores, k)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     return order[:, :k].sort(dim=1).values
+
+
+def _topk_by_rank(scores: Tensor, k: int) -> Tensor:
+    """As ``hard_topk``, without a stable sort, which ONNX does not have."""
+    places = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores[:, :, None], scores[:, None]
+    before = (other > mine) | ((other == mine) & (places < places[:, None]))
+    early = torch.where(before.sum(dim=2) < k, -places, -scores.shape[1])
+    return early.topk(k, dim=1).indices
 
 
 def perturbed_topk(

@@ -47,7 +47,7 @@ def find_config(name: str | os.PathLike) -> str:
     )
 
 
-def read_yaml(path: str, allow_unsafe: bool = False) -> dict:
+def read_yaml(path: str | os.PathLike, allow_unsafe: bool = False) -> dict:
     """A config file as nested dicts, the files that it names as ``_BASE_`` merged in.
 
     Args:
@@ -58,6 +58,7 @@ def read_yaml(path: str, allow_unsafe: bool = False) -> dict:
         FileNotFoundError: where the file, or one of its bases, does not exist.
         ValueError: where it is no YAML, or for what :func:`check_file` refuses.
     """
+    path = os.fspath(path)
     try:
         check_file(path)
         return CfgNode.load_yaml_with_base(path, allow_unsafe)

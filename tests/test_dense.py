@@ -5,6 +5,7 @@ import torch
 import torch.fx
 
 import stts_slowfast as stts
+from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import attach
 from stts_slowfast.hosts import find, find_blocks
 from tests.hosts.examples import EXAMPLES, timesformer, timm_frames, timm_tubelets
@@ -47,15 +48,15 @@ def test_features_of_all_tokens_are_put_where_they_were(example, monkeypatch):
         pytest.skip("its blocks pool")
     attach(model, **SELECTION)
     for block in find_blocks(model):
-        alone = type(block).__name__ in ("Block", "VideoMAELayer", "VivitLayer")
+        alone = type(block).__name__ not in ("VJEPA2Layer", "TimesformerLayer")
         monkeypatch.setattr(
             block, "forward", lambda x, *args, alone=alone, **kwargs: x if alone else (x,)
         )
     entered, out = marked(model, lambda: logits(model, clips))
     host, _ = find(model)
-    whole = host.read((entered,), {}, host.default_grid()).grid
     places = stts.positions(model)
     dense = stts.scatter(out, model, fill=7.0)
+    whole = host.read((entered,), {}, Grid(dense.shape[1:4])).grid
     assert dense.shape == whole.shape
     flat, expected = dense.flatten(1, 3), whole.flatten(1, 3)
     left = torch.zeros(flat.shape[:2], dtype=torch.bool).scatter(1, places, True)

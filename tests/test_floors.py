@@ -17,6 +17,7 @@ FLOORS = [
         "extras",
         "grid",
         "keys",
+        "saliency",
         "scorers",
         "symbolic",
         "topk",

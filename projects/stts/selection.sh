@@ -6,8 +6,10 @@
 # What is done is not done again. A part of it: KINDS=motion MODELS=mvit SEEDS=1 bash ...
 # TIME, SPACE, BOTH and LEAST are the budgets, SCORERS who competes; TRAIN and TEST set the numbers
 # of videos, EPOCHS and TUNE_EPOCHS the length of both trainings, JOBS how many run at once (one a
-# core). What a job prints is in DIR/KIND/MODEL.log. TimeSformer on motion trains twice as long on
-# all tokens, and is not frozen and has one window for all frames afterwards (selection.md says why).
+# core). With TEACHER=saliency or both and FREEZE=0.5 (epochs), studies are beside the others, in
+# DIR/KIND/study_MODEL_TEACHER. What a job prints is in DIR/KIND/MODEL.log. TimeSformer on motion
+# trains twice as long on all tokens, and is not frozen and has one window for all frames afterwards
+# (selection.md says why).
 # A model that does not learn a kind from all tokens (below LEARNED percent) is left out there, with
 # a line that says so.
 set -euo pipefail
@@ -23,9 +25,9 @@ make_data() {
 
 study() {
     local model="$1" kind="$2" data="$OUT/$2" trained top1 both="${BOTH-0.5x0.25}"
-    local epochs="${EPOCHS:-7}" freeze=0.5 shared=False
+    local epochs="${EPOCHS:-7}" freeze="${FREEZE:-0.5}" shared=False
     if [ "$model $kind" = "timesformer motion" ]; then
-        epochs=$((2 * epochs)) freeze=0.0 shared=True
+        epochs=$((2 * epochs)) freeze="${FREEZE:-0.0}" shared=True
     fi
     stts run --engine standalone --cfg "$data/$model.yaml" --opts SOLVER.MAX_EPOCH "$epochs"
     top1="$(grep -o '"top1_acc": "[0-9]*' "$data/run_$model/json_stats.log" | tail -n 1)"
@@ -36,11 +38,12 @@ study() {
     # Of a movement one frame shows nothing.
     if [ "$kind" != motion ]; then both="$both ${LEAST-0.125x0.25}"; fi
     trained=("$data/run_$model/checkpoints/"checkpoint_epoch_*.pyth)
-    stts study --cfg "$data/$model.yaml" --checkpoint "${trained[-1]}" --out "$data/study_$model" \
+    stts study --cfg "$data/$model.yaml" --checkpoint "${trained[-1]}" --out "$data/study_$model${TEACHER:+_$TEACHER}" \
         --time ${TIME-0.25} --space ${SPACE-0.25} --both $both --seeds "${SEEDS:-3}" \
         --scorers ${SCORERS:-learned uniform random} --train \
         --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-4}" \
         SOLVER.WARMUP_EPOCHS 0.0 STTS.FREEZE_BACKBONE_EPOCHS "$freeze" \
+        STTS.TEACHER "${TEACHER:-mixture}" \
         --opts STTS.SPACE.SHARED "$shared" \
         DATA_LOADER.NUM_WORKERS 0  # one process remembers all videos
 }

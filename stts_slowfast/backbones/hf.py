@@ -104,8 +104,6 @@ def settle(cfg, given: Collection[str]) -> None:
         # The short side is scaled to the first where one crop is tested, else to the crop.
         if "DATA.TRAIN_JITTER_SCALES" not in given:
             cfg.DATA.TRAIN_JITTER_SCALES = [short, short * 5 // 4]
-        if "DATA.DECODING_SHORT_SIZE" not in given:
-            cfg.DATA.DECODING_SHORT_SIZE = max(cfg.DATA.DECODING_SHORT_SIZE, short)
     for key, value in facts.items():
         room, _, leaf = key.partition(".")
         if key in given and not _same(cfg[room][leaf], value):

@@ -81,7 +81,7 @@ def _read_pytorch(f, path: str) -> object:
         checksum = checkpoint.pop("checksum")
         if not _holds(checkpoint, checksum):
             if not archived:
-                raise _DamagedError(_BROKEN)
+                raise _DamagedError(f"{_BROKEN}, or was edited in a format that cannot tell")
             logger.warning("%s was edited after it was written: its bytes are whole", path)
     return checkpoint
 

@@ -223,8 +223,9 @@ def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     raise ValueError(
         f"{type(model).__name__} has no blocks to select tokens before{_inside(model)}: STTS works "
         "on models with `blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on "
-        "Video Swin, on VideoMAE, ViViT, V-JEPA 2 and TimeSformer of transformers, on timm's "
-        "VisionTransformer, and on what is registered in stts_slowfast.hosts.HOSTS"
+        "Video Swin, on VideoMAE, ViViT, V-JEPA 2, TimeSformer, VideoPrism, SigLIP, CLIP, DINOv2, "
+        "DINOv3 and Qwen's vision towers of transformers, on timm's VisionTransformer and Eva, and "
+        "on what is registered in stts_slowfast.hosts.HOSTS"
     )
 
 
@@ -257,10 +258,16 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 # They register themselves.
 from stts_slowfast.hosts import (  # noqa: E402, F401
     blocks_with_grid,
+    hf_images,
     hf_timesformer,
+    plain_video_vit,
+    qwen_vision,
+    timm_eva,
     timm_vit,
     video_swin,
     videomae,
+    videoprism,
     vivit,
     vjepa2,
+    vjepa2_official,
 )

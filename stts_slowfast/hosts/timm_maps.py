@@ -1,10 +1,10 @@
-"""Dense features of timm's ``VisionTransformer`` behind a selection."""
+"""Dense features of timm's ``VisionTransformer`` and ``Eva`` behind a selection."""
+
+from inspect import signature
 
 from torch import Tensor, nn
 
 from stts_slowfast.grid import Grid
-
-LAST_ARGUMENTS = ("intermediates_only", "output_dict", "attn_mask", "is_causal")
 
 
 class Intermediates:
@@ -15,25 +15,22 @@ class Intermediates:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        # Behind self, x and indices.
+        self.names = tuple(signature(type(model).forward_intermediates).parameters)[3:]
 
-    def __call__(self, x: Tensor, indices=None, *args, output_fmt: str = "NCHW", **kwargs):
+    def __call__(self, x: Tensor, indices=None, *args, **kwargs):
         """As the stock method; maps are ``(B*T, C, H, W)`` of the tokens that are left.
 
         Raises:
             ValueError: for maps of a set of tokens that makes no grid.
         """
-        model = self.model
-        if len(args) > 3:  # return_prefix_tokens, norm, stop_early, output_fmt
-            args, output_fmt, kwargs = (
-                args[:3],
-                args[3],
-                {**dict(zip(LAST_ARGUMENTS, args[4:])), **kwargs},
-            )
+        model, kwargs = self.model, {**dict(zip(self.names, args)), **kwargs}
+        output_fmt = kwargs.get("output_fmt", "NCHW")
         forward = type(model).forward_intermediates
         calls = model.stts.calls
         call = calls.open()
         try:
-            found = forward(model, x, indices, *args, output_fmt="NLC", **kwargs)
+            found = forward(model, x, indices, **{**kwargs, "output_fmt": "NLC"})
         finally:
             calls.close()
         if output_fmt != "NCHW":

@@ -20,13 +20,21 @@ from stts_slowfast.hosts.tokens_alone import TokensAlone
 REFUSED = {
     "Beit": "its bias of relative positions is made for the whole grid",
     "Cait": "its last blocks have the cls token alone ask, behind blocks without one",
-    "Eva": "its rotary positions are made for the whole grid",
     "Hiera": "it pools by the order of its mask units, which a selection breaks",
     "NaFlexVit": "it packs images of several sizes",
     "VisionTransformerRelPos": "its relative positions are made for the whole grid",
     "VisionTransformerSAM": "its blocks attend in windows of a whole grid",
     "Xcit": "its blocks convolve over the whole grid",
 }
+
+
+def refuse_patch_drop(model: nn.Module) -> None:
+    """Raises for a model that drops tokens by itself."""
+    if getattr(getattr(model, "patch_drop", None), "prob", 0):
+        raise ValueError(
+            f"patch_drop of this {type(model).__name__} drops tokens at random before the first "
+            "block: set model.patch_drop = nn.Identity()"
+        )
 
 
 @HOSTS.register()
@@ -47,17 +55,13 @@ class TimmViT(TokensAlone):
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         if is_a(model, "timm", "VisionTransformer"):
-            if getattr(getattr(model, "patch_drop", None), "prob", 0):
-                raise ValueError(
-                    "patch_drop of this VisionTransformer drops tokens at random before the first "
-                    "block: set model.patch_drop = nn.Identity()"
-                )
+            refuse_patch_drop(model)
             return model.blocks
         for name, why in REFUSED.items():
             if is_a(model, "timm", name):
                 raise ValueError(
                     f"tokens of timm's {type(model).__name__} cannot be selected: {why}; of timm, "
-                    "VisionTransformer can be served, and what comes from it"
+                    "VisionTransformer and Eva can be served, and what comes from them"
                 )
         return ()
 

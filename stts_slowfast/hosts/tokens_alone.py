@@ -36,6 +36,11 @@ class TokensAlone(Host):
 
     def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
         x = args[0]
+        if thw is None:
+            raise ValueError(
+                "a block was called outside of a call of its model, so the grid of its tokens is "
+                "not known: call the model"
+            )
         frames, height, width = thw
         clips, count = (frames, height * width) if self.by_frame else (1, frames * height * width)
         if x.dim() != 3 or x.shape[1] != self.prefix + count or x.shape[0] % clips:
@@ -59,7 +64,7 @@ class TokensAlone(Host):
         else:
             x = self.fold(grid)
             x = x if clip is None else cat([clip, x], dim=1)
-        return (x, *args[1:]), kwargs
+        return (_in_order_of(args[0], x), *args[1:]), kwargs
 
     def left(self, thw: Grid, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which entries of the batch, and which tokens of each, are left of all that entered.
@@ -91,6 +96,17 @@ class TokensAlone(Host):
     def fold(self, grid: Tensor) -> Tensor:
         """A grid ``(B, T, H, W, C)`` as tokens ``(B, T*H*W, C)`` in the host's order."""
         return grid.flatten(1, 3)
+
+
+def _in_order_of(whole: Tensor, x: Tensor) -> Tensor:
+    """``x`` in the memory order of ``whole``, which residuals keep to the head.
+
+    Tokens of a convolution have their channels outermost in memory. A mean adds them in another
+    order then, so that keeping all would change the last bits.
+    """
+    if whole.stride(1) == 1 and whole.stride(2) > 1:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x
 
 
 def pair(size) -> tuple[int, int]:

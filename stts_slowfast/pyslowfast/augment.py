@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stts_slowfast.pyslowfast.asked import value
 from stts_slowfast.pyslowfast.clips import WaitingClip
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.video.affine import Box
@@ -62,7 +63,7 @@ def wrap_augment(kinetics) -> None:
 
 def is_asked(cfg) -> bool:
     """Whether a config asks for it."""
-    return "STTS" in cfg and bool(cfg.STTS.get("FAST_AUGMENT", False))
+    return bool(value(cfg, "STTS.FAST_AUGMENT", False))
 
 
 class Images:

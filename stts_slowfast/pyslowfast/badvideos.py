@@ -3,22 +3,32 @@
 In training and validation SlowFast takes another one. In testing it asks for the same a hundred
 times and ends without its name; here black frames take its place, the meter hears of it, and the
 test ends with the list, or with both accuracies if ``TEST.ALLOW_MISSING``. Each loop over
-SlowFast's ``Kinetics`` has an account of its own, which ends with it.
+SlowFast's ``Kinetics`` has an account of its own, which ends with it. If a run asks for STTS,
+outputs that are no numbers are refused, and videos with the label -1 are in no accuracy.
 """
 
 import contextlib
+import inspect
+import logging
+import os
+import pickle
 from contextvars import ContextVar, copy_context
 from functools import partial
 
 import numpy as np
 import torch
+from iopath.common.file_io import g_pathmgr
 
 from stts_slowfast.pyslowfast import reading
-from stts_slowfast.pyslowfast.compat import patch
+from stts_slowfast.pyslowfast.asked import ours
+from stts_slowfast.pyslowfast.compat import asks_for_us, patch
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.video import VideoError, within
 from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, require_none, written
 from stts_slowfast.video.files import require_regular
+from stts_slowfast.video.lines import NO_LABEL
+
+logger = logging.getLogger(__name__)
 
 KINDS = {"unreadable": 1, "damaged": 2}
 # How a worker tells the meter, through the batch: no list holds this label, which is taken out
@@ -41,6 +51,11 @@ class Reads:
     def __init__(self, dataset):
         self.cfg, self.mode, self.dataset = dataset.cfg, dataset.mode, dataset
         self.paths = dataset._path_to_videos
+        # Without STTS a label of -1 is what SlowFast makes of it.
+        self.asked = asks_for_us(dataset.cfg)
+        self.unlabelled = torch.tensor(
+            [self.asked and label == NO_LABEL for label in dataset._labels], dtype=torch.bool
+        )
         self.kinds = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
         self.bad = BadVideos(dataset.cfg, dataset.mode)
         self.known: dict[str, str] = {}
@@ -98,8 +113,10 @@ def patch_bad_videos(kinetics) -> bool:
 def stats(given: dict) -> dict:
     """What an epoch's or a test's line of ``json_stats`` gains."""
     reads = _reads.get()
+    if reads is None:
+        return {}
     ends = given.get("split") == "test_final" or str(given.get("_type")).endswith("_epoch")
-    return reads.line if reads is not None and ends else {}
+    return reads.line if ends else {}
 
 
 @contextlib.contextmanager
@@ -124,8 +141,8 @@ def account(loader, meter, mode: str):
     if mode == "test":
         reads.missing = set()
         methods = {"update_stats": _update_stats, "finalize_metrics": _finalize}
-    for name, ours in methods.items():
-        setattr(meter, name, partial(ours, getattr(meter, name), meter, reads))
+    for name, method in methods.items():
+        setattr(meter, name, partial(method, getattr(meter, name), meter, reads))
     try:
         yield
     finally:
@@ -143,7 +160,7 @@ def _open(get_video_container, path, *args, **kwargs):
     if path not in reads.known:
         try:
             require_regular(path)
-            seconds = reads.cfg.DATA.READ_TIMEOUT
+            seconds = ours(reads.cfg, "DATA.READ_TIMEOUT")
             return within(seconds, path, partial(get_video_container, path, *args, **kwargs))
         except Exception as error:
             reads.note(path, "unreadable", getattr(error, "reason", str(error)))
@@ -161,7 +178,7 @@ def _decode(decode, container, *args, **kwargs):
         try:
             # The thread that reads is told of the item too.
             call = partial(copy_context().run, decode, container, *args, **kwargs)
-            found = within(cfg.DATA.READ_TIMEOUT, item.path, call)
+            found = within(ours(cfg, "DATA.READ_TIMEOUT"), item.path, call)
         except VideoError as error:
             item.leave_file()  # to the thread that still waits for it
             item.finding = "unreadable", error.reason
@@ -186,26 +203,68 @@ def _update_stats(update_stats, meter, reads, preds, labels, clip_ids):
     """A video that is unreadable in one view is so in all, whichever comes last: it has no label,
     so that no prediction is right."""
     videos = clip_ids // meter.num_clips
+    finite = preds.isfinite().flatten(1).all(1) | (labels == NOT_READ)
+    if reads.asked and not bool(finite.all()):
+        path = reads.paths[int(clip_ids[~finite][0])]
+        raise ValueError(f"the model's outputs for {path} are no numbers: are its weights sound?")
     reads.missing |= set(videos[labels == NOT_READ].tolist())
     gone = torch.tensor([video in reads.missing for video in videos.tolist()], dtype=torch.bool)
     meter.video_labels[videos[gone]] = UNREADABLE
     return update_stats(preds, labels.masked_fill(gone, UNREADABLE), clip_ids)
 
 
-def _finalize(finalize_metrics, meter, reads, ks=(1, 5)):
+def _finalize(finalize_metrics, meter, reads, *args, **kwargs):
+    """Refuses unreadable videos, or gives both accuracies; of videos that have a label."""
+    call = inspect.signature(finalize_metrics).bind(*args, **kwargs)
+    call.apply_defaults()
+    ks = call.arguments.get("ks", (1, 5))
     reads.count()
     missing, paths = sorted(reads.missing), reads.paths[:: meter.num_clips]
+    labelled = ~reads.unlabelled[:: meter.num_clips]
     if missing:
         folder = reads.cfg.OUTPUT_DIR
         reasons = written(folder, "unreadable")
-        if len(missing) == len(paths) or not reads.cfg.TEST.ALLOW_MISSING:
+        if len(missing) == len(paths) or not ours(reads.cfg, "TEST.ALLOW_MISSING"):
             require_none({paths[n]: reasons.get(paths[n], "unknown") for n in missing}, folder)
-        from slowfast.utils.metrics import topks_correct
-
-        readable = torch.ones(len(paths), dtype=torch.bool)
+        readable = labelled.clone()
         readable[missing] = False
-        correct = topks_correct(meter.video_preds[readable], meter.video_labels[readable], ks)
-        for k, count in zip(ks, correct):
+        for k, count in zip(ks, _correct(meter, readable, ks) if readable.any() else ()):
             share = 100.0 * count / readable.sum()
             reads.line[f"top{k}_acc_readable"] = f"{share:.2f}"
-    return finalize_metrics(ks)
+    if bool(labelled.all()):
+        return finalize_metrics(*args, **kwargs)
+    reads.line["unlabelled"] = int((~labelled).sum())
+    if not bool(labelled.any()):
+        return _finalize_without_labels(meter, reads, ks)
+    names = "video_preds", "video_labels", "clip_count"
+    whole = {name: getattr(meter, name) for name in names}
+    try:
+        for name, values in whole.items():
+            setattr(meter, name, values[labelled])
+        return finalize_metrics(*args, **kwargs)
+    finally:
+        for name, values in whole.items():
+            setattr(meter, name, values)
+
+
+def _correct(meter, part: torch.Tensor, ks) -> list:
+    from slowfast.utils.metrics import topks_correct
+
+    return topks_correct(meter.video_preds[part], meter.video_labels[part], ks)
+
+
+def _finalize_without_labels(meter, reads, ks) -> None:
+    """Scores and no accuracy; what prints the accuracies afterwards prints that there is none."""
+    from slowfast.utils import logging as slowfast_logging
+
+    name = reads.cfg.TEST.SAVE_RESULTS_PATH
+    if not name and (not torch.distributed.is_initialized() or not torch.distributed.get_rank()):
+        name = "scores.pkl"
+        with g_pathmgr.open(os.path.join(reads.cfg.OUTPUT_DIR, name), "wb") as file:
+            pickle.dump([meter.video_preds, meter.video_labels], file)
+    logger.warning(
+        "the test list has no labels, so there is no accuracy: the videos' scores are in %s",
+        os.path.join(reads.cfg.OUTPUT_DIR, name or "scores.pkl"),
+    )
+    slowfast_logging.log_json_stats({"split": "test_final"})
+    meter.stats = {"split": "test_final", **{f"top{k}_acc": "none" for k in ks}}

@@ -7,6 +7,7 @@ from stts_slowfast import backbones
 from stts_slowfast.hosts import find_blocks
 from stts_slowfast.keys import check_choice
 from stts_slowfast.pyslowfast import compat
+from stts_slowfast.pyslowfast.asked import value
 from stts_slowfast.pyslowfast.weights import note_trained
 
 # What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
@@ -58,10 +59,10 @@ class SlowFastModel(nn.Module):
 def offer(registry, cfg) -> None:
     """Registers the family that a config names, if ``MODEL_REGISTRY`` has nothing of that name.
 
-    Not before it is asked for: the name may be that of a model of the user's own. Not those whose
-    ``MODEL.MODEL_NAME`` goes on behind a colon: a registry holds whole names.
+    Not before it is built: the name may be that of a model of the user's own, registered late. Not
+    those whose ``MODEL.MODEL_NAME`` goes on behind a colon: a registry holds whole names.
     """
-    name = cfg.MODEL.MODEL_NAME
+    name = value(cfg, "MODEL.MODEL_NAME", "")
     if registry is not None and name in backbones.FAMILIES and name not in registry:
         registry.register(FamilyBuilder(name))
         compat.report(asked=True)
@@ -107,7 +108,7 @@ def decay_by_layer(groups: list[dict], model: nn.Module, cfg) -> list[dict]:
         models of SlowFast's own, and without decay.
     """
     model = getattr(model, "module", model)
-    if cfg.SOLVER.LAYER_DECAY == 1.0 or not isinstance(model, SlowFastModel):
+    if not isinstance(model, SlowFastModel) or cfg.SOLVER.LAYER_DECAY == 1.0:
         return groups
     layer, depth = backbones.family_of(cfg).layer, len(find_blocks(model))
     layers = {id(p): layer(name, depth) for name, p in model.named_parameters()}

@@ -8,15 +8,11 @@ from torch import nn
 
 from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.pyslowfast import autoload
+from stts_slowfast.pyslowfast.asked import enabled
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.selectors import Selector
 
 OFF = "or set STTS.ENABLE False"
-
-
-def enabled(cfg) -> bool:
-    """Whether a config asks for selection; one made before the node was there does not."""
-    return "STTS" in cfg and cfg.STTS.ENABLE
 
 
 def wrap_config(defaults) -> None:

@@ -1,9 +1,17 @@
-"""Lists of which no video is there: SlowFast tries a hundred of them and fails without a name."""
+"""Lists inside SlowFast: read as by the standalone runner, and refused if no video is there.
+
+SlowFast takes a line without a label for class 0, a space in a path for its end, and an empty line
+for a video; of videos that are not there it tries a hundred and fails without a name.
+"""
 
 import os
 
-from stts_slowfast.pyslowfast.guard import enabled
+from iopath.common.file_io import g_pathmgr
+
+from stts_slowfast.pyslowfast.asked import enabled
+from stts_slowfast.pyslowfast.reading import is_kinetics
 from stts_slowfast.pyslowfast.wrap import wrap
+from stts_slowfast.video.lines import NO_LABEL, numbered, read_label, split_line
 
 
 def wrap_build_dataset(build) -> None:
@@ -14,8 +22,37 @@ def wrap_build_dataset(build) -> None:
 def _build_dataset(build_dataset, dataset_name, cfg, split):
     dataset = build_dataset(dataset_name, cfg, split)
     if enabled(cfg):
+        if is_kinetics(dataset) and not dataset.use_chunk_loading:
+            read_again(dataset, cfg)
         require_some(dataset, cfg, split)
     return dataset
+
+
+def read_again(dataset, cfg) -> None:
+    """Gives ``Kinetics`` the paths and labels that its list says; -1 for what has no label.
+
+    Raises:
+        ValueError: for a line that cannot be read, and for training without labels.
+    """
+    listed = os.path.join(cfg.DATA.PATH_TO_DATA_DIR, f"{dataset.mode}.csv")
+    paths, labels = [], []
+    with g_pathmgr.open(listed, "r") as file:
+        for number, line in numbered(file):
+            where = f"{listed} line {number}"
+            path, label = split_line(line, cfg.DATA.PATH_LABEL_SEPARATOR, where)
+            paths.append(os.path.join(cfg.DATA.PATH_PREFIX, path))
+            labels.append(read_label(label, cfg.MODEL.NUM_CLASSES, where))
+    unlabelled = labels.count(NO_LABEL)
+    if unlabelled and dataset.mode != "test":
+        raise ValueError(
+            f"{unlabelled} of the {len(labels)} videos of {listed} have no label: only a test list "
+            "can do without"
+        )
+    views = range(dataset._num_clips)
+    dataset._path_to_videos = [path for path in paths for _ in views]
+    dataset._labels = [label for label in labels for _ in views]
+    dataset._spatial_temporal_idx = [view for _ in paths for view in views]
+    dataset._video_meta = {index: {} for index in range(len(dataset._labels))}
 
 
 def require_some(dataset, cfg, split: str) -> None:

@@ -4,7 +4,6 @@ Each function takes the module that was just imported (see ``autoload.HOOKS``) a
 again without harm. With ``STTS.ENABLE`` False what SlowFast does is what it does without us.
 """
 
-import sys
 from functools import partial
 from types import FunctionType, SimpleNamespace
 
@@ -15,8 +14,9 @@ from stts_slowfast.config import Settings, add_stts_config, check_testing
 from stts_slowfast.hooks import attach
 from stts_slowfast.hosts import find, modules_with_selectors
 from stts_slowfast.pyslowfast import compat, families, run_state, shards, torchrun, weights
+from stts_slowfast.pyslowfast.asked import enabled
 from stts_slowfast.pyslowfast.dry_run import check_forward
-from stts_slowfast.pyslowfast.guard import OFF, check_selectors, confirm, enabled
+from stts_slowfast.pyslowfast.guard import OFF, check_selectors, confirm
 from stts_slowfast.pyslowfast.wrap import wrap
 from stts_slowfast.schedule import reset
 
@@ -42,8 +42,6 @@ def wrap_config(defaults) -> None:
 
 def _infer_config(assert_and_infer_cfg, cfg):
     compat.report(compat.asks_for_us(cfg))
-    build = sys.modules.get("slowfast.models.build")
-    families.offer(getattr(build, "MODEL_REGISTRY", None), cfg)
     if enabled(cfg):
         refuse(cfg)
         if cfg.TEST.ENABLE:

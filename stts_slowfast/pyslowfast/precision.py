@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from stts_slowfast.keys import check_choice
+from stts_slowfast.pyslowfast.asked import ours, value
 
 DTYPES = ("", "float16", "bfloat16")
 
@@ -17,8 +18,8 @@ def autocast(cfg):
     Raises:
         ValueError: for another type, and for float16 without a GPU.
     """
-    mixed = "TRAIN" in cfg and cfg.TRAIN.MIXED_PRECISION
-    dtype = cfg.TRAIN.get("MIXED_PRECISION_DTYPE", "") if mixed else ""
+    mixed = value(cfg, "TRAIN.MIXED_PRECISION", False)
+    dtype = ours(cfg, "TRAIN.MIXED_PRECISION_DTYPE") if mixed else ""
     check_choice("TRAIN.MIXED_PRECISION_DTYPE", dtype, DTYPES)
     if dtype == "float16" and not cfg.NUM_GPUS:
         raise ValueError(

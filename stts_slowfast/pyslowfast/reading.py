@@ -19,8 +19,8 @@ class Files:
     def __init__(self):
         self.last: tuple | None = None  # key of the file, rules, the open file
 
-    def __reduce__(self):
-        return Files, ()
+    def __reduce__(self):  # datasets are pickled as they are without us
+        return type(None), ()
 
     def close(self) -> None:
         if self.last is not None:
@@ -43,7 +43,8 @@ class Item:
 
     def __init__(self, dataset):
         self.dataset = dataset
-        self.files = vars(dataset).setdefault("stts_files", Files())
+        self.files = vars(dataset).get("stts_files") or Files()
+        vars(dataset)["stts_files"] = self.files
         self.reads = vars(dataset).get("stts_reads")
         self.path, self.finding, self.blank = "", None, False
 

@@ -8,14 +8,8 @@ from fvcore.common.config import CfgNode
 
 from stts_slowfast.keys import nested, read_tree
 from stts_slowfast.pyslowfast import autoload, plugin
+from stts_slowfast.pyslowfast.asked import OUR_KEYS, names_ours
 from stts_slowfast.yamlfiles import read_yaml
-
-# Keys of ours in nodes of SlowFast's, as the standalone runner's slowfast_keys.yaml has them.
-OUR_KEYS = {
-    "DATA": {"READ_TIMEOUT": 120.0},
-    "TEST": {"ALLOW_MISSING": False},
-    "TRAIN": {"MIXED_PRECISION_DTYPE": ""},
-}
 
 
 class Config(CfgNode):
@@ -38,11 +32,23 @@ class Config(CfgNode):
         """A config in a file, or on its way to another process, is of SlowFast's own class."""
         return CfgNode, (), vars(self), None, iter(self.items())
 
+    def __repr__(self) -> str:
+        return CfgNode.__repr__(self).replace(type(self).__name__, "CfgNode", 1)
+
     def merge_from_file(self, cfg_filename, *args, **kwargs) -> None:
-        self._merge(read_yaml(cfg_filename, *args, **kwargs), f" in {cfg_filename}")
+        """What has no key of ours in it is read as ever, whatever is wrong with it."""
+        tree = self.load_yaml_with_base(cfg_filename, *args, **kwargs)
+        if self._is_for_us(tree):
+            tree = read_yaml(cfg_filename, *args, **kwargs)
+            self._merge(tree, f" in {cfg_filename}")
+        else:
+            super().merge_from_other_cfg(CfgNode(tree))
 
     def merge_from_other_cfg(self, cfg_other) -> None:
-        self._merge(cfg_other, "")
+        if self._is_for_us(cfg_other):
+            self._merge(cfg_other, "")
+        else:
+            super().merge_from_other_cfg(cfg_other)
 
     def merge_from_list(self, cfg_list) -> None:
         ours, theirs = self._ours(), []
@@ -60,6 +66,11 @@ class Config(CfgNode):
         ours = our_nodes()
         kept = {n: node for n, node in ours.items() if self.get(n, node).keys() == node.keys()}
         return CfgNode(kept)
+
+    def _is_for_us(self, tree) -> bool:
+        if not isinstance(tree, Mapping):
+            return False
+        return names_ours(tree) or not self._ours().keys().isdisjoint(tree)
 
     def _merge(self, tree, where: str) -> None:
         ours = self._ours()

@@ -9,7 +9,8 @@ from stts_slowfast.groups import plain, run_groups
 from stts_slowfast.hooks import raise_on_nan
 from stts_slowfast.pictures import picture
 from stts_slowfast.pyslowfast import badvideos, families, run_state, shards, weights
-from stts_slowfast.pyslowfast.guard import check_selectors, confirm, enabled
+from stts_slowfast.pyslowfast.asked import enabled
+from stts_slowfast.pyslowfast.guard import check_selectors, confirm
 from stts_slowfast.pyslowfast.wrap import wrap
 
 SHOWN = 4  # clips of a validation in TensorBoard
@@ -110,11 +111,12 @@ def _rates() -> dict[str, float]:
 
 
 def _log_with_rates(log_json_stats, stats, output_dir=None):
-    stats = {**stats, **badvideos.stats(stats)}
-    if str(stats.get("_type", "")).startswith("train_"):
+    more = badvideos.stats(stats)
+    if (rates := _rates()) and str(stats.get("_type", "")).startswith("train_"):
         # SlowFast cuts floats to five places, too few for a rate that falls to 1e-6.
-        rates = {key: Decimal(f"{rate:.6g}") for key, rate in _rates().items()}
-        stats = {**stats, **rates}
+        more = {**more, **{key: Decimal(f"{rate:.6g}") for key, rate in rates.items()}}
+    if more:
+        stats = {**stats, **more}
     return log_json_stats(stats, output_dir)
 
 

@@ -20,7 +20,8 @@ from stts_slowfast import checkpoints
 from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.keys import all_keys
 from stts_slowfast.pyslowfast import run_state
-from stts_slowfast.pyslowfast.guard import OFF, enabled
+from stts_slowfast.pyslowfast.asked import enabled
+from stts_slowfast.pyslowfast.guard import OFF
 from stts_slowfast.pyslowfast.wrap import wrap
 
 _ABSENT = object()

@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 from stts_slowfast.backbones import add_configs, settle
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.keys import all_keys, nested, read_tree
-from stts_slowfast.standalone.ranges import check_machines, check_ranges
+from stts_slowfast.standalone.ranges import check_machines, check_patches, check_ranges
 from stts_slowfast.yamlfiles import find_config, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def check_values(cfg: CfgNode) -> None:
     key's, or asks for what only SlowFast can do."""
     check_ranges(cfg, _RANGES)
     check_machines(cfg)
+    check_patches(cfg)
     for key, what in _ONLY_IN_SLOWFAST.items():
         value, default = (functools.reduce(dict.get, key.split("."), node) for node in (cfg, _C))
         if value != default:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from iopath.common.file_io import g_pathmgr
 
-_MARK = "\ufeff"  # what editors put before UTF-8, the byte-order mark
+from stts_slowfast.video import lines
+from stts_slowfast.video.lines import read_label, split_line
 
 __all__ = ["Entry", "VideoList", "list_kinetics", "list_ssv2"]
 
@@ -91,17 +92,10 @@ def list_kinetics(cfg, split: str) -> VideoList:
 
     def paths() -> Iterator[str]:
         for number, line in _lines(path):
-            fields = line.split(separator)
-            if len(fields) == 3 and not fields[1].strip().isdecimal():
-                fields = line.rsplit(separator, 1)  # else SlowFast's "path number label"
-            if len(fields) > 3:
-                raise ValueError(
-                    f"{path} line {number}: {line!r} has {len(fields)} fields: give path and label "
-                    f"with DATA.PATH_LABEL_SEPARATOR ({separator!r}) between and nowhere else"
-                )
-            text = fields[-1] if len(fields) > 1 else "-1"
-            labels.append(_label(cfg, text, f"{path} line {number}"))
-            yield fields[0]
+            where = f"{path} line {number}"
+            name, text = split_line(line, separator, where)
+            labels.append(_label(cfg, text, where))
+            yield name
 
     return VideoList(_Texts(paths(), cfg.DATA.PATH_PREFIX), labels)
 
@@ -177,9 +171,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Number and text of the lines that are not empty."""
     with g_pathmgr.open(path, "r") as file:
         try:
-            for number, line in enumerate(file, 1):
-                if line := line.removeprefix(_MARK if number == 1 else "").strip():
-                    yield number, line
+            yield from lines.numbered(file)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
@@ -188,7 +180,7 @@ def _read_json(cfg, name: str, kind: type, content: str):
     path = _data_file(cfg, name, content)
     with g_pathmgr.open(path, "r") as file:
         try:
-            found = json.loads(file.read().removeprefix(_MARK))
+            found = json.loads(file.read().removeprefix(lines.MARK))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, kind):
@@ -199,17 +191,5 @@ def _read_json(cfg, name: str, kind: type, content: str):
 
 
 def _label(cfg, text: str | int, where: str) -> int:
-    try:
-        label = int(text) if isinstance(text, str) or type(text) is int else None
-    except ValueError:
-        label = None
-    if label is None:
-        raise ValueError(f"{where}: the label {text!r} is not a whole number")
-    if label == -1:
-        return NO_LABEL
-    if not 0 <= label < cfg.MODEL.NUM_CLASSES:
-        raise ValueError(
-            f"{where}: the label is {label} but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, "
-            f"so labels are 0 .. {cfg.MODEL.NUM_CLASSES - 1}: mend the key or the list"
-        )
-    return label
+    label = read_label(text, cfg.MODEL.NUM_CLASSES, where)
+    return NO_LABEL if label == lines.NO_LABEL else label

@@ -1,8 +1,9 @@
 """What values a config's keys may have: the table in ``slowfast_keys.yaml``, and what links keys.
 
-A range is an interval in the usual notation, such as ``(0, 1]``, or a list of the values to choose
-from; in a mapping, ``each`` is that of a list's values, ``length`` how many it may have,
-``ascending`` that they do not fall, ``or`` one more value.
+A range is an interval in the usual notation, such as ``(0, 1]``, with ``whole`` before it one of
+whole numbers; or a list of the values to choose from. In a mapping, ``each`` is that of a list's
+values, ``length`` how many it may have, ``ascending`` that they do not fall, ``or`` one more value;
+or ``rows`` has an interval for each place of a list's values, which are lists themselves.
 """
 
 import itertools
@@ -34,6 +35,11 @@ def _check(key: str, value, range_of) -> None:
         return
     several = isinstance(value, (list, tuple))
     found = value if several else [value]
+    if "rows" in rules:
+        if not all(_is_row(each, rules["rows"]) for each in found):
+            row = ", ".join(map(_in_words, rules["rows"]))
+            raise ValueError(f"{key} is {list(value)!r}: it takes lists, each of [{row}]")
+        return
     lengths = rules.get("length", [len(found)])
     fits = len(found) in lengths and all(_lies_in(each, rules["each"]) for each in found)
     if rules.get("ascending") and fits:
@@ -43,7 +49,12 @@ def _check(key: str, value, range_of) -> None:
         raise ValueError(f"{key} is {shown!r}: {_described(rules, several)}")
 
 
-_INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
+def _is_row(value, intervals: list[str]) -> bool:
+    fits = isinstance(value, (list, tuple)) and len(value) == len(intervals)
+    return fits and all(map(_lies_in, value, intervals))
+
+
+_INTERVAL = re.compile(r"(whole )?([\[(])(\S+), (\S+)([\])])")
 
 
 def _lies_in(value, interval: str) -> bool:
@@ -51,7 +62,9 @@ def _lies_in(value, interval: str) -> bool:
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    start, low, high, end = _INTERVAL.fullmatch(interval).groups()
+    whole, start, low, high, end = _INTERVAL.fullmatch(interval).groups()
+    if whole and not isinstance(value, int):
+        return False
     above = value >= float(low) if start == "[" else value > float(low)
     below = value <= float(high) if end == "]" else value < float(high)
     return above and below
@@ -70,13 +83,11 @@ def _described(rules: Mapping, several: bool) -> str:
 def _in_words(interval: str) -> str:
     if interval == "text":
         return "a text"
-    start, low, high, end = _INTERVAL.fullmatch(interval).groups()
-    if (low, high) == ("-inf", "inf"):
-        return "a finite number"
+    whole, start, low, high, end = _INTERVAL.fullmatch(interval).groups()
     words = f"at least {low}" if start == "[" else f"above {low}"
-    if high == "inf":
-        return words
-    return f"{words} and {'at most' if end == ']' else 'below'} {high}"
+    if high != "inf":
+        words += f" and {'at most' if end == ']' else 'below'} {high}"
+    return f"a whole number {words}" if whole else words
 
 
 # ---- keys that must fit each other ------------------------------------------------------------
@@ -88,6 +99,17 @@ def check_machines(cfg) -> None:
         raise ValueError(
             f"SHARD_ID is {cfg.SHARD_ID} but NUM_SHARDS is {cfg.NUM_SHARDS}: shards count from 0"
         )
+
+
+def check_patches(cfg) -> None:
+    """Raises ``ValueError`` for patches of another number of dimensions than the model's input."""
+    dims = 2 if cfg.MVIT.PATCH_2D else 3
+    for name in ("PATCH_KERNEL", "PATCH_STRIDE", "PATCH_PADDING"):
+        if len(cfg.MVIT[name]) != dims:
+            raise ValueError(
+                f"MVIT.{name} is {list(cfg.MVIT[name])}: it takes {dims} values, "
+                f"as MVIT.PATCH_2D is {cfg.MVIT.PATCH_2D}"
+            )
 
 
 def check_solver(cfg) -> None:

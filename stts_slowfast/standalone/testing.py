@@ -59,7 +59,7 @@ def run_test(cfg, fabric: Fabric, model: nn.Module, board: Board, stop: Stop, wa
             if watch:
                 watch("test", model, batch)
         views.gather(fabric)
-        result = _result(cfg, fabric, views, loader.bad)
+        result = _result(cfg, fabric, views, loader.bad, data.videos.labels)
         busy = busy[1:] or busy  # the first batch is a warm-up
         result["clips_per_s"] = sum(clips for clips, _ in busy) / sum(s for _, s in busy)
     return result
@@ -109,13 +109,15 @@ class Views:
         self.predictions = reduce(self.predictions, self.method)
 
 
-def _result(cfg, fabric: Fabric, views: Views, bad: BadVideos) -> dict:
+def _result(cfg, fabric: Fabric, views: Views, bad: BadVideos, listed) -> dict:
     missing = int((~views.seen).sum())
     if missing:
         logger.warning("%d of %d views were not tested", missing, views.seen.numel())
     require_readable(cfg, views.labels)
     bad.require_all(cfg.TEST.ALLOW_MISSING)
     found = bad.count()
+    # What has no class is not wrong, even if it cannot be read.
+    views.labels[torch.from_numpy(listed == NO_LABEL)] = NO_LABEL
     accuracy = accuracies(views.predictions, views.labels)
     if unlabelled := int((views.labels == NO_LABEL).sum()):
         found["unlabelled"] = unlabelled

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from stts_slowfast.schedule import advance
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.tools import benchdata
 from stts_slowfast.tools.benchrows import ENGINES, Row, build_all, markdown, parse_row
@@ -141,6 +142,7 @@ def save(rows: list[Row], args: argparse.Namespace) -> None:
 def make_step(model: nn.Module, shape: torch.Size, mode: str, args: argparse.Namespace):
     """A function of no arguments that runs one batch: forward, in training also backward."""
     model.train(mode == "train")
+    advance(model, 1.0)  # of training, the cost of an iteration once budgets have shrunk
     clips = torch.randn(args.batch_size, *shape, device=args.device)
     labels = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
     forward = torch.compile(model, fullgraph=True) if args.compile else model

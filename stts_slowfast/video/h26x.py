@@ -62,7 +62,7 @@ class H264:
         self.length = (extradata[4] & 3) + 1
         self.header = extradata[8 : 8 + int.from_bytes(extradata[6:8], "big")]
         self._read_header(Bits(_plain(self.header[1:])))
-        self.start = self.previous = self.count = 0
+        self.start = self.previous = self.count = self.number = 0
 
     def _read_header(self, bits: Bits) -> None:
         profile, _, _ = bits.u(8), bits.u(8), bits.u(8)
@@ -154,10 +154,14 @@ class H264:
             if bits.ue():
                 return None  # not the first slice of a picture
             bits.skip_ue(2)
-            bits.u(self.number_bits)
+            number = bits.u(self.number_bits)
             if idr:
                 bits.ue()
                 self.start, self.previous = self.count * _APART, 0
+            elif number != (self.number + 1) % (1 << self.number_bits):
+                return None  # a reference is missing: what the decoder makes up for it varies
+            if reference:
+                self.number = number
             if not self.order_bits:
                 return Picture(idr, idr, self.start + self.count)
             order, cycle = bits.u(self.order_bits), 1 << self.order_bits

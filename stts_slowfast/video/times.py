@@ -123,6 +123,9 @@ class Times:
             if exact.times is not None and len(shown) == self.num_frames:
                 numbers = np.searchsorted(exact.times, shown, "right") - 1
             numbers = numbers.clip(0, exact.num_frames - 1)
+            promised = f"{exact.num_frames} of {self.num_frames} frames can be decoded"
+            self.damage = exact.spoilt or promised
+            stream.blame(self.damage)
         self.exact, self.numbers = exact, numbers
 
 

@@ -77,7 +77,7 @@ def test_the_folder_completes_the_config(tmp_path):
     cfg = config(tmp_path)
     assert list(cfg.DATA.MEAN) == pytest.approx([0.1, 0.2, 0.3])
     assert list(cfg.DATA.STD) == pytest.approx([0.5] * 3)
-    assert cfg.DATA.TRAIN_JITTER_SCALES == [36, 45] and cfg.DATA.DECODING_SHORT_SIZE == 256
+    assert cfg.DATA.TRAIN_JITTER_SCALES == [36, 45]
     assert (cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE, cfg.DATA.TEST_CROP_SIZE) == (8, 32, 32)
     assert cfg.MODEL.NUM_CLASSES == 5 and not cfg.DATA.REVERSE_INPUT_CHANNEL
     assert config(tmp_path, "TRAIN: {DATASET: ssv2}").DATA.REVERSE_INPUT_CHANNEL

@@ -9,7 +9,6 @@ from stts_slowfast.hooks import attach, detach, selections, settings_of
 from tests.hosts.examples import timm_vit, videomae
 
 TIMM = {
-    "eva02_tiny_patch14_224": "rotary positions",
     "beit_base_patch16_224": "bias of relative positions",
     "naflexvit_base_patch16_gap": "several sizes",
     "hiera_tiny_224": "mask units",

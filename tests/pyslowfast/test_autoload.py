@@ -66,11 +66,19 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
+UNINSTALLED = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != "stts_slowfast_autoload"]
+"""
+
+
 def python(code: str, checkout: Path, **env: str) -> subprocess.CompletedProcess:
     """Runs code in a fresh interpreter that finds the checkout and this package."""
     path = os.pathsep.join([str(checkout), str(REPO)])
-    # Whether or not this package's entry point is installed, `import torch` does not call it.
+    # Whether or not this package's entry point is installed, `import torch` does not call it, and
+    # the .pth file beside it has done nothing.
     quiet = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONPATH": path, **env}
+    code = f"{UNINSTALLED}{code}"
     return subprocess.run([sys.executable, "-c", code], env=quiet, capture_output=True, text=True)
 
 
@@ -200,6 +208,17 @@ def test_a_failing_hook_is_told_and_does_not_stop_the_import(checkout):
     done = python(f"{code}; print(get_cfg())", checkout)
     assert done.stdout.strip() == "stock"
     assert "stts_slowfast: plugin.add_config failed on slowfast.config.defaults" in done.stderr
+
+
+def test_a_package_that_is_half_there_is_one_line_and_slowfast_runs(checkout):
+    """A partial upgrade: a file that most hooks need cannot be imported."""
+    code = (
+        "import sys; sys.modules['stts_slowfast.hosts'] = None; import stts_slowfast.pyslowfast; "
+        f"import slowfast.models, slowfast.models.optimizer; {PRINT_NODE}"
+    )
+    done = python(code, checkout)
+    assert done.stdout.strip() == "False", done.stderr
+    assert done.stderr.count("stts_slowfast:") == 1, done.stderr
 
 
 ENTRY = "import stts_slowfast_autoload; stts_slowfast_autoload.register(); print('alive')"

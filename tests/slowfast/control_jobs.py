@@ -38,7 +38,7 @@ else:
 
 import av  # noqa: E402
 import slowfast.datasets.decoder  # noqa: E402
-from slowfast.config.defaults import assert_and_infer_cfg  # noqa: E402
+from slowfast.config.defaults import assert_and_infer_cfg, get_cfg  # noqa: E402
 from slowfast.datasets import DATASET_REGISTRY, kinetics  # noqa: E402
 from slowfast.models import MODEL_REGISTRY, build_model  # noqa: E402
 from slowfast.models import optimizer as optim  # noqa: E402
@@ -182,6 +182,54 @@ def notebook() -> list:
     return [accuracies, re.findall(r"a([\d.]+)", run_net.test(configs[0]))]
 
 
+def own_configs() -> list:
+    """What is no config of SlowFast's, or is read from a file that only PyYAML would take."""
+    from argparse import Namespace
+
+    ended = []
+    launch_job(Namespace(NUM_GPUS=0), "", lambda cfg: ended.append("launched"))
+    rates = config("own_configs").SOLVER
+    ended.append(optim.get_epoch_lr(0.5, Namespace(SOLVER=rates)))
+    path = Path(OUT / "twice.yaml")
+    path.write_text("TRAIN:\n  BATCH_SIZE: 4\nRNG_SEED: 2\nTRAIN:\n  EVAL_PERIOD: 3\n")
+    for name in (str(path), path):
+        cfg = get_cfg()
+        cfg.merge_from_file(name)
+        ended.append([cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.EVAL_PERIOD])
+    for text in ("TRAIN: 3", "TRAIN: {NONE: 3}", "[1]", "", "- {", "DATA: {NUM_FRAMES: a}"):
+        path.write_text(text)
+        try:
+            get_cfg().merge_from_file(str(path))
+        except Exception as error:
+            ended.append(f"{type(error).__name__}: {error}"[:40])
+    return [*ended, repr(get_cfg())[:40]]
+
+
+def old_config() -> list:
+    """A config that was pickled before this package was there, and a meter of the user's own."""
+    cfg = config("old_config", "TRAIN.AUTO_RESUME", "False")
+    for name in ("STTS", "TIMESFORMER", "VIDEO_SWIN"):
+        cfg.pop(name, None)
+    for node, name in (
+        ("DATA", "READ_TIMEOUT"), ("TEST", "ALLOW_MISSING"), ("TRAIN", "MIXED_PRECISION_DTYPE")
+    ):  # fmt: skip
+        cfg[node].pop(name, None)
+    cfg = pickle.loads(pickle.dumps(cfg))
+    module = sys.modules[run_net.test.__module__]
+    stock = module.TestMeter
+
+    class Three(stock):
+        def finalize_metrics(self, ks=(1, 3, 5)):
+            return super().finalize_metrics(ks)
+
+    module.TestMeter = Three
+    try:
+        trained, tested = run_net.train(cfg), run_net.test(cfg)
+    finally:
+        module.TestMeter = stock
+    return [re.findall(r"a([\d.]+)", text) for text in (trained, tested)]
+
+
 def shards() -> list:
     """One process a shard: SlowFast runs each on its own."""
     cfg = config("shards")
@@ -210,6 +258,8 @@ JOBS = {
     "own_loop": own_loop,
     "pickled": pickled,
     "notebook": notebook,
+    "own_configs": own_configs,
+    "old_config": old_config,
     "shards": shards,
 }
 

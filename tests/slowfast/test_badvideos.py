@@ -164,15 +164,54 @@ def test_unreadable_in_a_view_is_unreadable(dataset, views):
     assert tested.video_labels.tolist() == [1, -1, 0, 1, 1]
 
 
-def test_a_label_of_minus_one_is_no_unreadable_video(dataset, caplog):
+@pytest.fixture
+def relabelled(bad_lists):
+    """``relabelled(labels)``: the test list with these."""
+
+    def write(labels):
+        lines = (bad_lists / "test.csv").read_text().splitlines()
+        lines = [f"{line.split()[0]} {label}\n" for line, label in zip(lines, labels, strict=True)]
+        (bad_lists / "test.csv").write_text("".join(lines))
+
+    return write
+
+
+def test_a_video_with_the_label_minus_one_is_in_no_accuracy(dataset, relabelled, caplog):
+    relabelled([-1, -1, -1, 0, 1])
     tested = meter(5)
-    dataset("test", meter=tested)
-    fill(tested, [-1] * 6 + [1] * 4)
+    dataset("test", "STTS.ENABLE", True, meter=tested)
+    fill(tested, [-1] * 6 + [0, 0, 1, 1])
     caplog.set_level("INFO")
     tested.finalize_metrics()
-    assert tested.video_labels.tolist() == [-1, -1, -1, 1, 1]
-    assert tested.stats == {"split": "test_final", "top1_acc": "40.00", "top5_acc": "40.00"}
-    assert "unreadable" not in caplog.messages[-1]
+    assert tested.video_labels.tolist() == [-1, -1, -1, 0, 1] and len(tested.video_preds) == 5
+    assert tested.stats["top1_acc"] == "50.00"
+    line = json.loads(caplog.messages[-1].partition("json_stats: ")[2])
+    assert line["top1_acc"] == "50.00" and line["unlabelled"] == 3 and "unreadable" not in line
+
+
+def test_a_list_without_labels_gives_scores_and_no_accuracy(dataset, relabelled, bad_lists, caplog):
+    relabelled([-1] * 5)
+    (bad_lists / "out").mkdir()
+    tested = meter(5)
+    dataset("test", "STTS.ENABLE", True, meter=tested)
+    fill(tested, [-1] * 10)
+    caplog.set_level("INFO")
+    tested.finalize_metrics()
+    line = json.loads(caplog.messages[-1].partition("json_stats: ")[2])
+    assert line["unlabelled"] == 5 and "top1_acc" not in line
+    assert tested.stats["top1_acc"] == "none"  # what SlowFast puts into its last line
+    with open(bad_lists / "out" / "scores.pkl", "rb") as file:
+        scores, labels = pickle.load(file)
+    assert labels.tolist() == [-1] * 5 and scores.sum() == 10
+
+
+def test_outputs_that_are_no_numbers_are_refused(dataset):
+    tested = meter(5)
+    data = dataset("test", "STTS.ENABLE", True, meter=tested)
+    scores = torch.eye(8)[:3].clone()
+    scores[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=f"{data._path_to_videos[5]} are no numbers"):
+        tested.update_stats(scores, torch.ones(3).long(), torch.tensor([0, 1, 5]))
 
 
 def test_a_test_ends_with_the_list_or_with_both_accuracies(dataset, bad_lists, caplog):

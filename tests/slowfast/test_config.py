@@ -25,7 +25,8 @@ def test_yaml_and_opts_override_the_node(checkout, tmp_path):
     from slowfast.utils.parser import load_config
 
     path = tmp_path / "run.yaml"
-    path.write_text("STTS:\n  ENABLE: True\n  TIME:\n    KEEP: [0.8]\n  SIGMA: 0.2\n")
+    text = "STTS:\n  ENABLE: True\n  TIME:\n    KEEP: [0.8]\n  SIGMA: 0.2\n"
+    path.write_text(f"MODEL:\n  MODEL_NAME: MViT\n{text}")
     opts = ["STTS.SIGMA", "0.3", "STTS.SPACE.BLOCKS", "[]", "OUTPUT_DIR", str(tmp_path)]
     args = argparse.Namespace(opts=opts, num_shards=1, shard_id=0)
     cfg = assert_and_infer_cfg(load_config(args, str(path)))
@@ -66,6 +67,17 @@ def test_a_node_given_twice_is_refused(get_cfg, tmp_path):
     path.write_text("STTS:\n  ENABLE: True\nRNG_SEED: 1\nSTTS:\n  SIGMA: 0.1\n")
     with pytest.raises(ValueError, match=r"STTS is given twice .* lines 1 and 4"):
         get_cfg().merge_from_file(str(path))
+
+
+def test_a_file_without_a_key_of_ours_is_read_as_without_us(get_cfg, tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("TRAIN:\n  BATCH_SIZE: 7\nRNG_SEED: 1\nTRAIN:\n  EVAL_PERIOD: 3\n")
+    cfg = get_cfg()
+    cfg.merge_from_file(path)
+    assert (cfg.TRAIN.EVAL_PERIOD, cfg.RNG_SEED) == (3, 1)
+    path.write_text(path.read_text() + "STTS:\n  SIGMA: 0\n")
+    with pytest.raises(ValueError, match="TRAIN is given twice"):
+        get_cfg().merge_from_file(path)
 
 
 def test_a_copy_reads_as_the_config_does_and_a_pickle_is_slowfasts_own(get_cfg):

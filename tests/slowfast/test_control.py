@@ -17,6 +17,8 @@ from PIL import Image
 from tests.slowfast.conftest import HERE, LAUNCHER, environment, frame
 
 TIMES = {"dt", "dt_data", "dt_net", "eta", "time_diff", "gpu_mem", "RAM"}
+# Jobs that return something.
+RETURN = ("own_loop", "pickled", "notebook", "own_configs", "old_config", "shards")
 JOBS = re.findall(r'^    "(\w+)": ', (HERE / "control_jobs.py").read_text(), re.MULTILINE)
 
 
@@ -114,7 +116,7 @@ def lines(folder) -> list[dict]:
 def test_a_job_is_as_without_the_package(runs, job):
     (ours, ended, _), (theirs, control, _) = runs["package"], runs["control"]
     assert ended[job] == control[job]
-    if job not in ("own_loop", "pickled", "notebook", "shards"):
+    if job not in RETURN:
         assert control[job] is None, control[job]
     for name in ("notebook_0", "notebook_1") if job == "notebook" else (job,):
         same_results(ours / name, theirs / name)
@@ -148,6 +150,9 @@ def test_the_jobs_do_what_they_are_for(runs):
     labels = pickle.loads((out / "no_labels" / "results.pkl").read_bytes())[1]
     assert labels.tolist() == [0, -1, 2, -1]
     assert sum(line.get("split") == "test_final" for line in lines(out / "two_configs")) == 2
+    assert ended["own_configs"][0] == "launched" and len(ended["own_configs"]) == 11
+    assert isinstance(ended["old_config"], list), ended["old_config"]
+    assert any("top3_acc" in line for line in lines(out / "old_config"))
     assert ended["pickled"][:4] == [True] * 4 and ended["shards"] == [[0, False]]
 
 

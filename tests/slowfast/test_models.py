@@ -211,3 +211,31 @@ def test_detection_that_keeps_every_frame_is_stock(get_cfg, build):
     clips = inputs_for(stock.cfg)
     with torch.no_grad():
         torch.testing.assert_close(guest(clips, BOXES), stock(clips, BOXES))
+
+
+def test_a_model_of_the_users_own_may_have_the_name_of_one_of_ours(python, checkout, tmp_path):
+    """It may be registered after the config was read, and says nothing of us."""
+    done = python(
+        tmp_path / "late.py",
+        """
+import contextlib, io, pickle, sys
+import torch
+import stts_slowfast.pyslowfast
+from slowfast.models import MODEL_REGISTRY, build_model
+from slowfast.config.defaults import assert_and_infer_cfg, get_cfg
+
+cfg = get_cfg()
+cfg.NUM_GPUS, cfg.MODEL.MODEL_NAME = 0, "VideoSwin"
+with contextlib.redirect_stderr(io.StringIO()) as told:
+    cfg = assert_and_infer_cfg(cfg)
+
+    @MODEL_REGISTRY.register()
+    class VideoSwin(torch.nn.Linear):
+        def __init__(self, cfg):
+            super().__init__(2, 2)
+
+    model = build_model(cfg)
+print(type(model) is VideoSwin, "stts" in told.getvalue())
+""",
+    )
+    assert done.split()[-2:] == ["True", "False"]

@@ -136,3 +136,41 @@ def test_models_that_recompute_are_counted(get_cfg, build, caplog, enable):
     assert counts[0] == counts[1] > 0
     # fvcore's lines are of runs with selection alone left out.
     assert any("Unsupported operator" in line for line in caplog.messages) is not enable
+
+
+@pytest.fixture
+def listed(get_cfg, tmp_path):
+    """``listed(mode, text)``: SlowFast's dataset of a list."""
+    from slowfast.datasets.build import build_dataset
+
+    def make(mode, text):
+        (tmp_path / f"{mode}.csv").write_text(text)
+        (tmp_path / "my vids").mkdir(exist_ok=True)
+        (tmp_path / "my vids" / "a.mp4").touch()
+        places = "DATA.PATH_TO_DATA_DIR", str(tmp_path), "DATA.PATH_PREFIX", str(tmp_path)
+        return build_dataset("kinetics", get_cfg("STTS.ENABLE", True, *places), mode)
+
+    return make
+
+
+@pytest.mark.parametrize("mode", ["val", "test"])
+def test_lists_are_read_as_by_the_standalone_runner(listed, tmp_path, mode):
+    data = listed(mode, "\ufeffmy vids/a.mp4 3\n\nb.mp4 300 1\nc.mp4  0\n")
+    views = data._num_clips
+    paths = [str(tmp_path / name) for name in ("my vids/a.mp4", "b.mp4", "c.mp4")]
+    assert data._path_to_videos == [path for path in paths for _ in range(views)]
+    assert data._labels == [label for label in (3, 1, 0) for _ in range(views)]
+    assert data._spatial_temporal_idx == [*range(views)] * 3
+    assert data._video_meta.keys() == set(range(3 * views)) and data.num_videos == 3 * views
+
+
+def test_lines_without_labels_are_not_class_0(listed):
+    data = listed("test", "my vids/a.mp4\n".replace(" ", "_") + "my vids/a.mp4 -1\n")
+    assert set(data._labels) == {-1}
+    for mode in ("train", "val"):
+        with pytest.raises(ValueError, match=r"1 of the 2 videos of .* have no label"):
+            listed(mode, "my vids/a.mp4 1\na.mp4\n")
+    with pytest.raises(ValueError, match=r"line 1: the label is 99 but MODEL\.NUM_CLASSES is 8"):
+        listed("test", "my vids/a.mp4 99\n")
+    with pytest.raises(ValueError, match=r"DATA\.PATH_LABEL_SEPARATOR, which is ' '"):
+        listed("test", "a.mp4,4\nmy vids/a.mp4 1\n")

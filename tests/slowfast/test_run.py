@@ -111,7 +111,8 @@ def test_fine_tuning_holds_the_backbone_back(command, checkout, tmp_path):
     run(command(tmp_path / "first", "STTS.ENABLE", "False", "TEST.ENABLE", "False"), checkout)
     trained = tmp_path / "first" / "checkpoints" / "checkpoint_epoch_00002.pyth"
     opts = ("TRAIN.CHECKPOINT_FILE_PATH", str(trained), "TRAIN.CHECKPOINT_EPOCH_RESET", "True")
-    log = run(command(tmp_path / "second", *opts, "TEST.ENABLE", "False"), checkout)
+    opts += ("STTS.TEACHER", "saliency", "TEST.ENABLE", "False")
+    log = run(command(tmp_path / "second", *opts), checkout)
     assert "from trained weights: the backbone is frozen for 0.5 epochs" in log
     train = [line for line in json_stats(log) if line.get("_type") == "train_iter_"]
     # STTS.FREEZE_BACKBONE_EPOCHS is 0.5: two iterations of three.

@@ -42,8 +42,18 @@ HOSTS = {
     "TimeSformer divided": examples.timesformer,
     "TimeSformer joint": lambda: examples.timesformer("joint_space_time"),
     "TimeSformer space only": lambda: examples.timesformer("space_only"),
+    "VideoPrism": examples.videoprism,
+    "SigLIP, frame by frame": lambda: examples.hf_frames("Siglip"),
+    "CLIP, frame by frame": lambda: examples.hf_frames("CLIP", "VisionModel"),
+    "DINOv2, frame by frame": lambda: examples.hf_frames("Dinov2WithRegisters"),
+    "DINOv3, frame by frame": lambda: examples.hf_frames(
+        "DINOv3ViT", "Model", num_register_tokens=2
+    ),
     "timm, frame by frame": examples.timm_frames,
+    "timm Eva, frame by frame": lambda: examples.timm_eva(num_reg_tokens=2, rope_type="dinov3"),
     "timm, tubelets": examples.timm_tubelets,
+    "research code": lambda: examples.research(examples.PlainBlock),
+    "V-JEPA 2, authors' code": lambda: examples.research(examples.RotaryBlock),
 }
 
 

@@ -485,15 +485,22 @@ def test_an_item_is_the_same_whatever_was_read_before(cfg, monkeypatch):
 
 
 def test_a_path_may_have_a_space_and_a_line_slowfasts_number(cfg):
-    rewrite(cfg, "my vids/a.mp4 2\nb.mp4 300 1\nmy 2/c.mp4 0\n", "val.csv")
+    text = "my vids/a.mp4 2\nb.mp4 300 1\nmy 2/c.mp4 0\nd.mp4  1\n"
+    rewrite(cfg, text, "val.csv")
     videos = list_kinetics(cfg, "val")
     folder = cfg.DATA.PATH_PREFIX
     expected = [(f"{folder}/{path}", label) for path, label in
-                (("my vids/a.mp4", 2), ("b.mp4", 1), ("my 2/c.mp4", 0))]  # fmt: skip
+                (("my vids/a.mp4", 2), ("b.mp4", 1), ("my 2/c.mp4", 0), ("d.mp4", 1))]  # fmt: skip
     assert [(video.path, video.label) for video in videos] == expected
 
 
 def test_a_byte_order_mark_belongs_to_no_path(cfg):
+    for line in ("a.mp4,4", "a.mp4\t4", "a.mp4 4", "a.mp4;-1"):
+        cfg.DATA.PATH_LABEL_SEPARATOR = "|"
+        rewrite(cfg, f"{line}\n", "test.csv")
+        with pytest.raises(ValueError, match=r"DATA\.PATH_LABEL_SEPARATOR, which is '\|'"):
+            list_kinetics(cfg, "test")
+    cfg.DATA.PATH_LABEL_SEPARATOR = " "
     rewrite(cfg, "\ufeff0.mp4 2\n1.mp4 1\n", "val.csv")
     assert [os.path.basename(video.path) for video in list_kinetics(cfg, "val")] == [
         "0.mp4",

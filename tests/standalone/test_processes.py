@@ -145,7 +145,7 @@ def look(run):
 
 
 def test_processes_draw_apart_and_average_in_float16_where_asked(run):
-    run.cfg.MODEL.FP16_ALLREDUCE = True
+    run.cfg.MODEL.FP16_ALLREDUCE, run.cfg.MIXUP.ENABLE = True, False
     run.cfg.STTS.TIME.KEEP = [[0.25, 1.0]]
     seen = look(run)
     assert sorted(rank for rank, *_ in seen) == [0] * 8 + [1] * 8
@@ -156,6 +156,7 @@ def test_processes_draw_apart_and_average_in_float16_where_asked(run):
 
 
 def test_gradients_are_averaged_in_full_by_default(run):
+    run.cfg.MIXUP.ENABLE = False
     assert not any(halves for _, _, halves, _ in look(run))
 
 

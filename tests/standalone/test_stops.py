@@ -157,7 +157,7 @@ def test_checkpoints_by_time_are_gone_on_from(run, cfg, whole):
 def test_another_batch_size_inside_an_epoch_is_refused(run, cfg):
     with pytest.raises(Interrupted):
         engine.train(cfg, watch=Signal(4, signal.SIGTERM))
-    cfg.TRAIN.BATCH_SIZE = 1
+    cfg.TRAIN.BATCH_SIZE, cfg.MIXUP.ENABLE = 1, False
     with pytest.raises(ValueError, match=r"is 2 of 3 iterations .* now has 7: .*BATCH_SIZE"):
         engine.train(cfg)
 
@@ -355,7 +355,7 @@ def wait_for(text, process):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_process_takes_all_others_along(run, cfg, processes):
-    cfg.SOLVER.MAX_EPOCH = 1000
+    cfg.SOLVER.MAX_EPOCH, cfg.MIXUP.ENABLE = 1000, False  # a clip has none to be mixed with
     process = run.start("--processes", str(processes))
     try:
         wait_for('"epoch": "2/1000"', process)

@@ -77,6 +77,18 @@ def test_a_list_without_labels_gives_scores_and_no_accuracy(run, tail):
     )
 
 
+def test_an_unreadable_video_without_a_label_is_not_wrong(run):
+    cfg = run.cfg
+    lists_without_labels(run, cfg, "")
+    test = Path(cfg.OUTPUT_DIR, "test.csv")
+    test.write_text(test.read_text() + "missing.mp4\n")
+    cfg.TEST.ALLOW_MISSING = True
+    result = engine.test(cfg)
+    assert result["top1_acc"] is None and result["unreadable"] == 1
+    assert result["unlabelled"] == result["num_videos"] == run.num_videos + 1
+    assert Path(cfg.OUTPUT_DIR, "scores.pkl").exists()
+
+
 def test_training_needs_labels(run):
     cfg = run.cfg
     lists_without_labels(run, cfg, " 1")

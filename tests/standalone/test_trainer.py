@@ -43,12 +43,13 @@ class Watch(transformers.TrainerCallback):
         self.parameters.append({k: v.clone() for k, v in model.state_dict().items()})
 
 
-def train(folder, trained=True, resume=None, split=True, **more):
+def train(folder, trained=True, resume=None, split=True, teacher="mixture", **more):
     model = timesformer().model
     stts.attach(
         model,
         time={0: 0.5},
         space={2: 0.6},
+        teacher=teacher,
         num_samples=20,
         sigma=0.4,
         freeze_backbone_epochs=1.0,
@@ -87,8 +88,9 @@ def moved(before, after):
     return {key.startswith("stts.") for key in changed}
 
 
-def test_sigma_freeze_and_cap(tmp_path):
-    watch, trainer = train(tmp_path)
+@pytest.mark.parametrize("teacher", ["mixture", "saliency"])
+def test_sigma_freeze_and_cap(tmp_path, teacher):
+    watch, trainer = train(tmp_path, teacher=teacher)
     assert watch.sigmas == [0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05]
     assert watch.rates[:4] == [{True: 0.0, False: 1e-2}] * 4
     assert watch.rates[4:] == [{True: 2.5e-3, False: 1e-2}] * 4

@@ -161,11 +161,16 @@ def from_the_middle(number, packet):
     return packet if number >= 5 else None
 
 
+def without_later_keyframes(number, packet):
+    """The frames behind refer to what is not there: the decoder makes it up."""
+    return None if number and packet.is_keyframe else packet
+
+
 def with_a_hole(number, packet):
     return packet if number not in (10, 11) else None
 
 
-CHANGES = [times_of_decoding, all_keyframes, from_the_middle, with_a_hole]
+CHANGES = [times_of_decoding, all_keyframes, from_the_middle, without_later_keyframes, with_a_hole]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -241,6 +246,23 @@ def test_a_contradiction_found_late_changes_neither_count_nor_numbers(tmp_path, 
     np.testing.assert_array_equal(last, whole[[20, 23]])
     np.testing.assert_array_equal(ask([20, 23]), last)
     np.testing.assert_array_equal(last[1], decode_all(tmp_path / "a.mp4")[23])
+
+
+def test_frames_that_the_decoder_keeps_to_itself_are_damage(tmp_path):
+    """Those behind keyframes that are missing, of which it does not complain."""
+    params = "keyint=12:bframes=7:b-pyramid=normal:ref=8:b-adapt=2"
+    write(tmp_path / "a.mp4", size=(64, 96), **x264(params))
+    remux(tmp_path / "a.mp4", tmp_path / "b.mp4", without_later_keyframes)
+    expected = decode_all(tmp_path / "b.mp4")
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        packets = container.streams.video[0].frames
+    if len(expected) == packets:
+        pytest.skip("this decoder gives them")
+    for _ in range(2):
+        with Video(tmp_path / "b.mp4") as video:
+            video.decode([0, packets - 1])
+            assert video.num_frames == packets
+            assert f"{len(expected)} of {packets} frames" in video.damage
 
 
 def test_a_file_without_end_of_its_first_group_is_read_by_index(tmp_path, monkeypatch):

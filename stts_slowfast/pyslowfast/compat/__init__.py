@@ -12,6 +12,8 @@ import os
 import sys
 from typing import NamedTuple
 
+from stts_slowfast.pyslowfast.asked import OUR_KEYS, enabled, ours, value
+
 
 class Patch(NamedTuple):
     """One obstacle.
@@ -226,16 +228,12 @@ def patch(name: str):
 def asks_for_us(cfg) -> bool:
     """Whether a run asks for something that SlowFast does not have without this package: its config
     does, or `stts run` started it."""
-    from stts_slowfast.pyslowfast.settings import OUR_KEYS
-
-    if "STTS" not in cfg:
-        return False
     return (
-        cfg.STTS.ENABLE
+        enabled(cfg)
         or os.environ.get(BY_US) == "1"
-        or cfg.STTS.get("FAST_AUGMENT", False)
+        or value(cfg, "STTS.FAST_AUGMENT", False)
         or any(
-            cfg.get(node, {}).get(name, default) != default
+            ours(cfg, f"{node}.{name}") != default
             for node, keys in OUR_KEYS.items()
             for name, default in keys.items()
         )

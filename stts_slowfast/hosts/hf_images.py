@@ -1,0 +1,91 @@
+"""Image transformers of transformers on video, frame by frame: SigLIP, CLIP, DINOv2 and DINOv3.
+
+The batch holds the frames of all clips, ``(B*T, 3, H, W)``, and how many make a clip is read in
+every call from ``model.num_frames``, which the user sets (without it each image is a clip of one
+frame). What comes out then has an entry for each frame that is left.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from stts_slowfast.calls import first_tensor
+from stts_slowfast.grid import Grid
+from stts_slowfast.hosts import HOSTS, is_a, masks
+from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
+
+HEADS = {
+    "Siglip": ("VisionModel", "ForImageClassification"),
+    "CLIP": ("VisionModel", "VisionModelWithProjection", "ForImageClassification"),
+    "Dinov2": ("Model", "ForImageClassification"),
+    "Dinov2WithRegisters": ("Model", "ForImageClassification"),
+    "DINOv3ViT": ("Model",),
+}
+NAMES = tuple(name + head for name, heads in HEADS.items() for head in heads)
+
+# Relatives that cannot be served, and why.
+REFUSED = {
+    "Siglip2VisionModel": "it pads images of several sizes to one length; checkpoints of SigLIP 2 "
+    "with a fixed size are SiglipVisionModel, which can be served",
+    "Dinov2Backbone": "it makes maps of whole images; attach to Dinov2Model",
+    "Dinov2WithRegistersBackbone": "it makes maps of whole images; attach to "
+    "Dinov2WithRegistersModel",
+    "DINOv3ViTBackbone": "it makes maps of whole images; attach to DINOv3ViTModel",
+}
+
+
+@HOSTS.register()
+class HFImages(TokensAlone):
+    """Vision models without a text part, with any number of cls and register tokens."""
+
+    by_frame = True
+
+    def __init__(self, model: nn.Module):
+        tower = _tower(model)
+        config = tower.config
+        self.patch = (1, *pair(config.patch_size))
+        self.sizes = patches(getattr(model, "num_frames", 1), config.image_size, self.patch)
+        cls = 0 if is_a(tower, "transformers", "SiglipVisionModel") else 1
+        self.prefix = cls + getattr(config, "num_register_tokens", 0)
+
+    @staticmethod
+    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+        for name, why in REFUSED.items():
+            if is_a(model, "transformers", name):
+                raise ValueError(f"tokens of transformers' {name} cannot be selected: {why}")
+        if not is_a(model, "transformers", *NAMES):
+            return ()
+        tower = _tower(model)
+        encoder = tower.encoder if hasattr(tower, "encoder") else getattr(tower, "model", tower)
+        return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return _tower(model).embeddings
+
+    def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> Grid:
+        height, width = first_tensor(args, kwargs).shape[-2:]
+        _, rows, columns = self.patch
+        return Grid((getattr(model, "num_frames", 1), height // rows, width // columns))
+
+    def adapt_call(self, block: nn.Module, thw: Grid, args: tuple, kwargs: dict):
+        """Cuts masks, and DINOv3's rotary positions ``(N, D)`` to those of the tokens left."""
+        if not thw.is_selected:
+            return args, kwargs
+        x, *rest = args
+        entries, places = self.left(thw, x)
+        if rest and rest[0] is not None:
+            rest[0] = masks.cut(rest[0], entries, places)
+        if (mask := kwargs.get("attention_mask")) is not None:
+            kwargs = {**kwargs, "attention_mask": masks.cut(mask, entries, places)}
+        if kwargs.get("position_embeddings") is not None:
+            places = places[:, None, self.prefix :] - self.prefix  # (b, 1, n): for all heads
+            rotary = tuple(part[places] for part in kwargs["position_embeddings"])
+            kwargs = {**kwargs, "position_embeddings": rotary}
+        return (x, *rest), kwargs
+
+
+def _tower(model: nn.Module) -> nn.Module:
+    """The model whose embeddings and encoder these are, without head or projection."""
+    if hasattr(model, "embeddings"):
+        return model
+    return getattr(model, "vision_model", None) or inner(model)

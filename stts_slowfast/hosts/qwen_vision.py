@@ -1,0 +1,124 @@
+"""The vision towers of Qwen's video language models in transformers: clips of any sizes, packed.
+
+A call takes the patches of all clips in one sequence ``(N, C)`` and their sizes in ``grid_thw``.
+A merger behind the last block makes one token of ``m*m`` patches, which follow one another in the
+sequence, so selection takes such units: a cell of the grid has ``m*m*C`` channels. Blocks attend
+within each frame by ``cu_seqlens``, and get rotary positions that were made once for all patches.
+An image is a clip of one frame.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, cat, nn
+
+from stts_slowfast.grid import Grid
+from stts_slowfast.hosts import HOSTS, Host, Tokens, is_a
+
+NAMES = (
+    "Qwen2VisionTransformerPretrainedModel",
+    "Qwen3VLVisionModel",
+    "Qwen3VLMoeVisionModel",
+    "Qwen3_5VisionModel",
+    "Qwen3_5MoeVisionModel",
+)
+
+
+class CutDeepstack:
+    """The tower's ``forward`` behind a selection: features of earlier blocks, cut to what came out.
+
+    The language model adds them to the tokens of the last block.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args, **kwargs):
+        """As the stock method."""
+        model = self.model
+        output = type(model).forward(model, *args, **kwargs)
+        if features := getattr(output, "deepstack_features", None):
+            grids = model.stts.calls.open_call().grids
+            last = grids[max(grids)]
+            for i, number in enumerate(model.deepstack_visual_indexes):
+                index = _among(last, grids[number], features[i].device)
+                features[i] = features[i][index]
+        return output
+
+
+@HOSTS.register()
+class QwenVision(Host):
+    """The towers of Qwen2-VL, Qwen3-VL and Qwen3.5, dense and with experts."""
+
+    def __init__(self, model: nn.Module):
+        self.merge = model.spatial_merge_size
+        self.unit = self.merge**2
+
+    @staticmethod
+    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+        if is_a(model, "transformers", "Qwen2_5_VisionTransformerPretrainedModel"):
+            raise ValueError(
+                "tokens of Qwen2.5-VL's vision tower cannot be selected: its blocks attend in "
+                "windows of whole frames, and it puts tokens back by their place among all; the "
+                "towers of Qwen2-VL, Qwen3-VL and Qwen3.5 can be served"
+            )
+        return model.blocks if is_a(model, "transformers", *NAMES) else ()
+
+    def channels(self, block: nn.Module) -> int:
+        return super().channels(block) * self.unit
+
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        if hasattr(model, "deepstack_visual_indexes"):
+            model.forward = CutDeepstack(model)
+
+    def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        vars(model).pop("forward", None)
+
+    def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> list[Grid]:
+        sizes = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        return [Grid((t, h // self.merge, w // self.merge)) for t, h, w in sizes.tolist()]
+
+    def read(self, args: tuple, kwargs: dict, thw: list[Grid] | None) -> list[Tokens]:
+        if thw is None:
+            raise ValueError("a block was called outside of a call of its model")
+        counts = [prod(grid) * self.unit for grid in thw]
+        if args[0].dim() != 2 or len(args[0]) != sum(counts):
+            raise ValueError(
+                f"tokens of shape {tuple(args[0].shape)} do not make grids of "
+                f"{', '.join('x'.join(map(str, grid)) for grid in thw)} times {self.unit} patches"
+            )
+        clips = args[0].split(counts)
+        return [Tokens(x.reshape(1, *grid, -1), grid) for x, grid in zip(clips, thw)]
+
+    def write(self, tokens: list[Tokens], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        width = args[0].shape[1]
+        return (cat([clip.grid.reshape(-1, width) for clip in tokens]), *args[1:]), kwargs
+
+    def adapt_call(self, block: nn.Module, thw: list[Grid], args: tuple, kwargs: dict):
+        if not any(grid.is_selected for grid in thw):
+            return args, kwargs
+        device = args[0].device
+        patches = torch.arange(self.unit, device=device)
+        cells = _positions(thw, device)
+        index = (cells[:, None] * self.unit + patches).flatten()
+        lengths = [height * width * self.unit for time, height, width in thw for _ in range(time)]
+        ends = torch.tensor([0, *lengths], device=device).cumsum(0)
+        changed = {
+            "cu_seqlens": ends.to(kwargs["cu_seqlens"].dtype),
+            "position_embeddings": tuple(part[index] for part in kwargs["position_embeddings"]),
+        }
+        if kwargs.get("max_seqlen") is not None:
+            changed["max_seqlen"] = max(lengths)
+        return args, {**kwargs, **changed}
+
+
+def _positions(thw: list[Grid], device: torch.device) -> Tensor:
+    """Where each cell of packed clips comes from, ``(N,)``, among all cells of all clips."""
+    starts = [sum(prod(grid.whole) for grid in thw[:i]) for i in range(len(thw))]
+    return cat([grid.positions(1, device)[0] + start for grid, start in zip(thw, starts)])
+
+
+def _among(few: list[Grid], many: list[Grid], device: torch.device) -> Tensor:
+    """Which cells of ``many`` are those of ``few``, ``(n,)``; both have them in ascending order."""
+    return torch.searchsorted(_positions(many, device), _positions(few, device))
