@@ -166,20 +166,30 @@ class PropagateGridHook(Hook):
         super().__init__(host, model)
         self.last = last
 
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output):
+    def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output, pooling=None):
         stts = self.selectors(block)
+        pooling = pools(block) if pooling is None else pooling
         if tracer := tracer_of(args, kwargs):
             if self.last:
                 return None
-            traced = symbolic.call(tracer, _propagate, stts, args, kwargs, output)
+            traced = symbolic.call(tracer, _propagate, stts, args, kwargs, output, pooling)
             thw, x = traced[1], traced[0]  # tokens last: features of a block are its last node
             return x, thw
         thw = self.host.arrived(args, kwargs, None)
         if thw is None:
             return None
+        if pooling:
+            thw = thw.pooled_by_unknown()
         marked = self.host.hand_on(output, thw)
         note(stts, self.host.arrived(marked, {}, None) if isinstance(marked, tuple) else thw)
         return None if self.last else marked  # nothing of ours comes behind the last block
+
+
+def pools(block: nn.Module) -> bool:
+    """Whether a block makes the grid of its tokens smaller, in space."""
+    pool = getattr(block, "pool_skip", None)  # as all MViTs call it
+    strides = [getattr(m, "stride", 1) for m in pool.modules()] if pool is not None else []
+    return any(isinstance(stride, (tuple, list)) and max(stride[1:]) > 1 for stride in strides)
 
 
 # In a graph that torch.fx traced a node stands for each hook, and finds the hook in the selectors
@@ -209,8 +219,8 @@ def note(stts: Selectors, thw) -> None:
         stts.reached = parts if isinstance(thw, list) else parts[0]
 
 
-def _propagate(stts: Selectors, args: tuple, kwargs: dict, output):
-    return stts.hooks["grid"](stts, args, kwargs, output)
+def _propagate(stts: Selectors, args: tuple, kwargs: dict, output, pooling: bool):
+    return stts.hooks["grid"](stts, args, kwargs, output, pooling)
 
 
 class DataParallelHook(Hook):

@@ -24,7 +24,8 @@ class Grid(tuple):
         tokens: LongTensor ``(B, T*H*W)``: flat indices of a set of tokens into a grid of the sizes
             ``whole``, row by row; None for frames and windows.
         whole: sizes ``(T, H, W)`` of the grid that would arrive here without selection; None if
-            the grid was made of frames or windows without it.
+            the grid was made of frames or windows without it, or pooled and no size tells by how
+            much.
     """
 
     frames: Tensor | None
@@ -107,7 +108,15 @@ class Grid(tuple):
 
         Returns:
             LongTensor ``(B, T*H*W)``, in the order of this grid, row by row.
+
+        Raises:
+            ValueError: if that is not known any more.
         """
+        if self.whole is None:
+            raise ValueError(
+                "where these tokens are from is not known any more: windows of one token were "
+                "pooled, which does not tell by how much; keep windows of two tokens or more"
+            )
         if self.tokens is not None:
             return self.tokens
         frames, height, width = self
@@ -136,7 +145,10 @@ class Grid(tuple):
             return self
         self._check_no_set()
         # Rounded up, so that as many frames are taken as there are: 5 pooled by 4 are 2.
-        ratios = time, rows, columns = [-(-a // b) for a, b in zip(self, sizes)]
+        time, rows, columns = [-(-a // b) for a, b in zip(self, sizes)]
+        if 1 in self[1:]:  # a side of one token stays one: the other side tells
+            rows = columns = max(rows, columns)
+        ratios = time, rows, columns
         whole = self.whole
         if whole is not None:
             whole = [-(-size // ratio) for size, ratio in zip(whole, ratios)]
@@ -149,6 +161,13 @@ class Grid(tuple):
             sides = [full_like(top, side) for side in sizes[1:]]
             windows = stack([*corners, *sides], dim=2)
         return Grid(sizes, frames, windows, whole=whole)
+
+    def pooled_by_unknown(self) -> "Grid":
+        """This grid before pooling in space: of windows of one token, which do not tell its ratio,
+        without :attr:`whole`."""
+        if self.windows is None or tuple(self[1:]) != (1, 1) or self.whole is None:
+            return self
+        return self if self.whole[1:] == (1, 1) else Grid(self, self.frames, self.windows)
 
     def _check_no_set(self) -> None:
         if self.tokens is not None:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.fx
 
 import stts_slowfast as stts
 from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import attach
 from stts_slowfast.hosts import find, find_blocks
 from tests.hosts.examples import EXAMPLES, timesformer, timm_frames, timm_tubelets
-from tests.test_symbolic import swin
+from tests.test_symbolic import mvit_v2, swin
 
 SELECTION = {"time": {0: 0.5, 2: 0.5}, "space": {1: 0.6}, "fused_attention": False}
 
@@ -91,6 +92,18 @@ def test_hierarchical_models_count_in_the_grid_that_comes_out(name):
     assert places.shape[1] < 64 and places.max() < 64
     frames = stts.selections(model)["time_0"]
     assert torch.equal(places[:, :: places.shape[1] // frames.shape[1]] // 16, frames)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [swin, mvit_v2])
+@pytest.mark.parametrize("traced", [False, True])
+def test_pooling_that_no_size_tells_is_refused(make, traced):
+    """Of a window of one token, one token is left: by how much the grid was pooled is not seen."""
+    model, clips, _ = make()
+    attach(model, space={0: 0.02}, fused_attention=False)
+    (torch.fx.symbolic_trace(model) if traced else model)(clips)
+    with pytest.raises(ValueError, match="keep windows of two tokens or more"):
+        stts.positions(model)
 
 
 def test_gradients_pass_and_checkpointing_changes_nothing():

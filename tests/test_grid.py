@@ -88,3 +88,10 @@ def test_all_of_a_grid_may_be_selected():
     assert Grid((2, 2, 2), torch.tensor([[0, 3]])).is_whole is False  # of what, nobody said
     pooled = Grid((8, 8, 8)).keep_frames(torch.arange(6)[None]).pooled((3, 4, 4))
     assert pooled.whole == (4, 4, 4) and not pooled.is_whole
+
+
+def test_a_side_of_one_token_is_pooled_as_the_other():
+    crop = torch.tensor([[6, 4, 1, 4]])
+    pooled = Grid((1, 8, 8)).crop(crop, (1, 4)).pooled((1, 1, 2))
+    assert pooled.whole == (1, 4, 4) and pooled.windows.tolist() == [[[3, 2, 1, 2]]]
+    assert pooled.positions(1).tolist() == [[14, 15]]

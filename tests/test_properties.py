@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stts_slowfast import backbones, hooks
+from stts_slowfast import backbones, block_hooks, hooks
 from stts_slowfast.checkpoints import load_weights
 from stts_slowfast.checkpoints.formats import convert, targets
 from stts_slowfast.config import add_stts_config, plan, validate_stts
@@ -74,12 +74,12 @@ def steps_of(tiny_cfg, monkeypatch):
     """A tiny model, its grids, and what selectors do in a pass of it: their grids before, after."""
     model, seen = backbones.build(tiny_cfg), {}
 
-    def watched(selector, tokens, select=hooks.select):
+    def watched(selector, tokens, select=block_hooks.select):
         after = select(selector, tokens)
         seen[selector.key] = tuple(tokens.grid.shape[1:4]), tuple(after.grid.shape[1:4])
         return after
 
-    monkeypatch.setattr(hooks, "select", watched)
+    monkeypatch.setattr(block_hooks, "select", watched)
     clips = torch.randn(1, 3, tiny_cfg.DATA.NUM_FRAMES, 32, 32)
 
     def run(node, training):

@@ -29,7 +29,9 @@ class StagesOfGrids(Host):
         x = args[0]
         if x.dim() != 5:
             raise ValueError(f"without thw tokens must be (B, T, H, W, C), not {tuple(x.shape)}")
-        return Grid(x.shape[1:4]) if thw is None else thw.pooled(x.shape[1:4])
+        if thw is None:
+            return Grid(x.shape[1:4])
+        return thw.pooled_by_unknown().pooled(x.shape[1:4])  # patches were merged in between
 
     def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
         return Tokens(args[0], thw)
