@@ -13,7 +13,7 @@ from stts_slowfast import backbones
 from stts_slowfast.backbones.video_swin import add_config, block_grids, build
 from stts_slowfast.checkpoints import load_weights
 from stts_slowfast.config import add_stts_config
-from stts_slowfast.hooks import attach, selections
+from stts_slowfast.hooks import attach, detach, selections
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -126,8 +126,7 @@ def test_temporal_selection_before_stage_0_equals_a_shorter_clip():
     logits = model(clip)
     kept = selections(model)["time_0"][0]
     frames = torch.stack([2 * kept, 2 * kept + 1], dim=1).flatten()
-    del model.stts
-    model.features[0]._forward_pre_hooks.clear()
+    detach(model)
     torch.testing.assert_close(logits, model(clip[:, :, frames]), atol=1e-5, rtol=0)
 
 

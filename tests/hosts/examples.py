@@ -156,7 +156,9 @@ class PlainBlock(nn.Module):
 
     def attend(self, x, turn=lambda x: x):
         q, k, v = self.qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(turn(q), turn(k), v)
+        mixed = nn.functional.scaled_dot_product_attention(
+            turn(q).to(v.dtype), turn(k).to(v.dtype), v
+        )
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def forward(self, x):
