@@ -93,7 +93,7 @@ class Grid(tuple):
 
         Args:
             kept: LongTensor ``(B, n)``, flat indices into this grid ``(T, H, W)``, row by row.
-            frames: in how many equal parts the set is told by frames.
+            frames: in how many equal parts the set is divided by frames.
         """
         tokens = self.positions(len(kept), kept.device).gather(1, kept)
         sizes = (frames, 1, kept.shape[1] // frames)

@@ -182,7 +182,7 @@ class Schedule:
             )
 
     def _check_own(self) -> None:
-        """Refuses to go on beside an optimizer or selectors that would not obey."""
+        """Refuses an optimizer or selectors that would not obey."""
         if getattr(_with_hooks(self.optimizer), "stts_schedule", None) is not self:
             raise ValueError(
                 "this Schedule is not the optimizer's: another was made for it since, or it is a "

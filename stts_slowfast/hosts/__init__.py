@@ -139,7 +139,7 @@ class Host:
         """The arguments of a block's call, with all that depends on the grid made to fit it.
 
         Called before every block, with or without selectors: masks and positions that were made
-        once for all blocks are cut here, and a block that reads its grid from itself is told.
+        once for all blocks are cut here, and a block that reads its grid from itself is given it.
         """
         return args, kwargs
 

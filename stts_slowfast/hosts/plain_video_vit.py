@@ -1,6 +1,6 @@
 """Video transformers of research code with ``x = block(x)``: VideoMAE, VideoMAE v2, UMT and alike.
 
-They are told by what they are made of, and nothing is guessed: ``patch_embed.proj`` makes tubelets
+They are recognised by their structure, and nothing is guessed: ``patch_embed.proj`` makes tubelets
 of clips ``(B, 3, T, H, W)``, there is no cls token, blocks take ``x`` alone, and a block computes
 the same for tokens in any order and number (tried when selectors are attached), so that it cannot
 know of places that a selection changes.

@@ -176,7 +176,7 @@ def _decode(decode, container, *args, **kwargs):
     found, cfg = (None, None, None), item.reads.cfg
     if container is not _BLACK:
         try:
-            # The thread that reads is told of the item too.
+            # The thread that reads gets the item too.
             call = partial(copy_context().run, decode, container, *args, **kwargs)
             found = within(ours(cfg, "DATA.READ_TIMEOUT"), item.path, call)
         except VideoError as error:

@@ -60,7 +60,7 @@ def offer(registry, cfg) -> None:
     """Registers the family that a config names, if ``MODEL_REGISTRY`` has nothing of that name.
 
     Not before it is built: the name may be that of a model of the user's own, registered late. Not
-    those whose ``MODEL.MODEL_NAME`` goes on behind a colon: a registry holds whole names.
+    those whose ``MODEL.MODEL_NAME`` continues behind a colon: a registry holds whole names.
     """
     name = value(cfg, "MODEL.MODEL_NAME", "")
     if registry is not None and name in backbones.FAMILIES and name not in registry:

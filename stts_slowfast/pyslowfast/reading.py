@@ -1,6 +1,6 @@
 """What is known while SlowFast's ``Kinetics`` fetches one item: of which dataset, from which file.
 
-SlowFast opens and decodes files by functions that are told neither. A call of
+SlowFast opens and decodes files by functions that get neither. A call of
 ``Kinetics.__getitem__`` opens an :class:`Item`, which ends with it.
 """
 
@@ -73,7 +73,7 @@ def item() -> Item | None:
 def patch_decoder_items(kinetics) -> bool:
     """``Kinetics.__getitem__``: the views of a file are read in one pass."""
     wrap_items(kinetics)
-    return False  # by itself it mends nothing
+    return False  # it patches nothing by itself
 
 
 def wrap_items(kinetics) -> None:

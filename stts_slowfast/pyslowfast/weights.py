@@ -28,7 +28,7 @@ _ABSENT = object()
 
 _SCORER = re.compile(r"(^|\.)stts\.(time|space)_\d+\.")
 
-# The loading that goes on in this thread.
+# The loading that runs in this thread.
 _loading: ContextVar["Loading | None"] = ContextVar("loading", default=None)
 
 

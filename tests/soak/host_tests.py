@@ -91,12 +91,12 @@ def main() -> int:
                 break
         return pytest.main(["-q", "-p", "no:cacheprovider", path, *more], [Selecting(library, out)])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("library", choices=MODELS)
+    parser.add_argument("name", choices=MODELS, help="the library")
     parser.add_argument("path", help="test file or folder in a checkout of the library")
     parser.add_argument("more", nargs="*", help="arguments of pytest, behind --")
     args = parser.parse_args()
     _, plain = run(None, args.path, args.more)
-    attached, selecting = run(args.library, args.path, args.more)
+    attached, selecting = run(args.name, args.path, args.more)
     faults = [
         test
         for test, ended in plain.items()
