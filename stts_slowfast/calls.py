@@ -46,8 +46,8 @@ class Calls:
     be wanted. So the grid that arrives at a block is recorded with the storage of the tokens that
     arrived, and a block that runs in a backward pass finds it there; blocks behind it in the same
     checkpoint continue from it. A storage is identified by its control block, which a weak
-    reference keeps from being reused, so that no other tensor can be taken for it. What is found in neither
-    way is an error, never a guess.
+    reference keeps from being reused, so that no other tensor can be taken for it. What is found
+    in neither way is an error, never a guess.
     """
 
     def __init__(self):
