@@ -3,7 +3,7 @@
 
 An error here would be one of everybody in the environment. So this file is copied beside PyTorch,
 also by an editable install, needs the standard library alone, and passes over a package behind it
-that has moved, lacks a dependency or is half there. Whoever imports ``slowfast`` then is told so on
+that has moved, lacks a dependency or is half there. Whoever imports ``slowfast`` then reads so on
 one line.
 """
 

@@ -438,6 +438,6 @@ def _check_obeyed(model: nn.Module) -> None:
             module.stts.warned = True
             logger.warning(
                 "STTS: %s, the default, is for loops with a stts_slowfast.Schedule: without one a "
-                "trained backbone learns from the first step (freeze_backbone_epochs=0 says so)",
+                "trained backbone learns from the first step (as with freeze_backbone_epochs=0)",
                 said,
             )

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fvcore.common.config import CfgNode
 
 import stts_slowfast as stts
+from stts_slowfast import keys
 from stts_slowfast.tools import cli
 
 ROOT = Path(__file__).parents[1]
@@ -147,14 +147,6 @@ def test_the_tour_runs(small_mvit):
     assert any(not torch.equal(old, new) for old, new in zip(before, after))
 
 
-def flat(node, prefix=""):
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def test_the_config_reference_has_every_key_with_its_default(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("{}\n")
@@ -163,7 +155,7 @@ def test_the_config_reference_has_every_key_with_its_default(tmp_path):
     )
     table = {key: default for key, default, _ in rows}
     nodes = {key.partition(".")[0] for key in table}  # the others are passed over by the runner
-    for key, value in flat(stts.load_config(str(path))):
+    for key, value in keys.leaves(stts.load_config(str(path))):
         if key.partition(".")[0] not in nodes:
             continue
         assert yaml.safe_load(table[key]) == yaml.safe_load(repr(value)), key

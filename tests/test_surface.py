@@ -22,6 +22,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 import stts_slowfast as stts
+from stts_slowfast.keys import leaves
 from stts_slowfast.tools import cli
 
 ROOT = Path(__file__).parents[1]
@@ -41,24 +42,15 @@ def test_documented_paths_are_importable(path):
     assert hasattr(importlib.import_module(module), name)
 
 
-def flat(node, prefix=""):
-    """``{"STTS.TIME.KEEP": [0.9], ...}`` of a node."""
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def test_config_keys_keep_their_defaults(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("{}\n")
-    found = dict(flat(stts.load_config(str(path))))
+    found = dict(leaves(stts.load_config(str(path))))
     assert {key: found.get(key, "lost") for key in SURFACE["config"]} == SURFACE["config"]
     node = CfgNode()
     stts.add_stts_config(node)
     ours = {key: value for key, value in SURFACE["config"].items() if key.startswith("STTS.")}
-    assert ours.items() <= dict(flat(node)).items()
+    assert ours.items() <= dict(leaves(node)).items()
 
 
 @pytest.mark.parametrize("registry", SURFACE["registries"])

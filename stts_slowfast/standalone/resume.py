@@ -88,7 +88,7 @@ def remove_unfinished(cfg) -> None:
 
 
 def past_validations(cfg, start: Start) -> dict[int, dict[str, float]]:
-    """The errors of each epoch that the run in OUTPUT_DIR has validated before it goes on.
+    """The errors of each epoch that the run in OUTPUT_DIR has validated before it is resumed.
 
     They have a file of their own: a checkpoint is written before its epoch's validation.
     """

@@ -468,7 +468,7 @@ def test_separator_allows_spaces_in_paths(cfg, tmp_path):
 
 
 def test_an_item_is_the_same_whatever_was_read_before(cfg, monkeypatch):
-    """Of files that are not what they claim; else a resumed run is not the run that went on."""
+    """Of files that are not what they claim; else a resumed run is another run."""
     files = Path(__file__).parents[1] / "fixtures" / "videos"
     names = "xvid.avi", "nvop.avi", "nostss_m4.mp4", "catoff.mkv", "hflip.mp4"
     rewrite(cfg, "".join(f"{files / name} 0\n" for name in names))
