@@ -241,7 +241,10 @@ class ClipLoader(DataLoader):
     """
 
     def __init__(self, dataset: ClipDataset, batch_videos: int | None, views: int, sampler, **keys):
-        super().__init__(dataset, batch_videos, sampler=sampler, collate_fn=self._collate, **keys)
+        # No bound method: it would make a cycle, so that workers end while Python collects garbage,
+        # when the queue of a worker that never read closes the files of others (PyTorch 2.14).
+        collate = functools.partial(_collate, dataset.cfg, batch_videos is None)
+        super().__init__(dataset, batch_videos, sampler=sampler, collate_fn=collate, **keys)
         self.views = views  # clips of a batch, where batches are cut out of videos' views
         self.bad = BadVideos(dataset.cfg, dataset.split)
 
@@ -253,6 +256,10 @@ class ClipLoader(DataLoader):
     def skip(self, batches: int) -> None:
         """The next iteration leaves out its first batches, which were seen before (training)."""
         self.sampler.start = batches * self.batch_size
+
+    def close(self) -> None:
+        """Ends the workers; the next iteration starts others."""
+        self._iterator = None
 
     def __len__(self) -> int:
         if self.batch_size is None:
@@ -275,22 +282,25 @@ class ClipLoader(DataLoader):
             waiting.append(video)
             count += len(video[1])
             while count >= self.views:
-                whole = self._join(waiting)
+                whole = _join(self.dataset.cfg, waiting)
                 yield tuple(part[: self.views] for part in whole)
                 waiting = [tuple(part[self.views :] for part in whole)]
                 count -= self.views
         if count:
-            yield self._join(waiting)
+            yield _join(self.dataset.cfg, waiting)
 
-    def _join(self, items: list[tuple]) -> tuple[torch.Tensor, ...]:
-        clips, *numbers = zip(*items)
-        return _joined(self.dataset.cfg, clips), *(torch.cat(each) for each in numbers)
 
-    def _collate(self, items):
-        if self.batch_size is None:
-            return items
-        *parts, findings = zip(*items)
-        return *self._join(list(zip(*parts))), [each for found in findings for each in found]
+def _collate(cfg, whole_videos: bool, items):
+    """Items as a batch, or as they are if batches are cut out of whole videos."""
+    if whole_videos:
+        return items
+    *parts, findings = zip(*items)
+    return *_join(cfg, list(zip(*parts))), [each for found in findings for each in found]
+
+
+def _join(cfg, items: list[tuple]) -> tuple[torch.Tensor, ...]:
+    clips, *numbers = zip(*items)
+    return _joined(cfg, clips), *(torch.cat(each) for each in numbers)
 
 
 def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:

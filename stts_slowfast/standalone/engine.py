@@ -5,6 +5,7 @@ schedule, the checkpoints and what is logged are SlowFast's, so that files and l
 either place.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -108,13 +109,14 @@ def _train(cfg, fabric: Fabric, stop: Stop, watch: Watch | None, strict: bool) -
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TRAIN_CROP_SIZE)
     with Board(cfg, fabric.is_global_zero, writes=True) as board:
         training = Training(cfg, fabric, model, start, board, stop, watch)
-        stop.deferred = True
-        if start.epoch == cfg.SOLVER.MAX_EPOCH:
-            logger.info("All %d epochs are done: validating alone", start.epoch)
-            training.validate(start.epoch - 1)
-        for epoch in range(start.epoch, cfg.SOLVER.MAX_EPOCH):
-            training.train_epoch(epoch, start.iteration if epoch == start.epoch else 0)
-        stop.deferred = False
+        with contextlib.closing(training):
+            stop.deferred = True
+            if start.epoch == cfg.SOLVER.MAX_EPOCH:
+                logger.info("All %d epochs are done: validating alone", start.epoch)
+                training.validate(start.epoch - 1)
+            for epoch in range(start.epoch, cfg.SOLVER.MAX_EPOCH):
+                training.train_epoch(epoch, start.iteration if epoch == start.epoch else 0)
+            stop.deferred = False
     return {"checkpoint": training.last, **training.errors, **facts}
 
 

@@ -82,6 +82,11 @@ class Training:
         logger.info("%s: %d videos, batches of %d", split, videos, loader.batch_size)
         return loader
 
+    def close(self) -> None:
+        """Ends the loaders' workers."""
+        self.train_loader.close()
+        self.val_loader.close()
+
     def train_epoch(self, epoch: int, first: int = 0) -> None:
         """Trains from iteration ``first`` on; then a checkpoint and a validation, where due."""
         totals = self.start.totals if first else ()

@@ -1,11 +1,14 @@
 """Lists, clips and mini-batches of Kinetics and SSv2, on real files."""
 
+import gc
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import time
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import av
@@ -594,3 +597,23 @@ def test_ssv2_lists_are_checked(ssv2):
     rewrite(ssv2, '[{"id": "1"}]', "something-something-v2-train.json")
     with pytest.raises(ValueError, match=r"train\.json: entry 0 .* an id and a template"):
         build_loader(ssv2, "train")
+
+
+@pytest.mark.parametrize("ends", ["closed", "gone"])
+def test_the_workers_of_a_loader_end_without_the_garbage_collector(cfg, ends):
+    """Collected with its queues, the loader closes files of others (the queue of a worker that
+    never got an index starts its thread then, for connections that are being closed)."""
+    cfg.DATA_LOADER.NUM_WORKERS, cfg.TRAIN.BATCH_SIZE = 2, 4  # one batch: one worker gets none
+    gc.disable()
+    try:
+        loader = build_loader(cfg, "train")
+        assert len(list(loader)) == 1 and len(multiprocessing.active_children()) == 2
+        if ends == "closed":
+            loader.close()
+        else:
+            gone = weakref.ref(loader)
+            del loader
+            assert gone() is None
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
