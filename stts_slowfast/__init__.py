@@ -15,12 +15,12 @@ _HOMES = {
     "detach": "hooks",
     "selections": "hooks",
     "Schedule": "schedule",
-    "positions": "dense",
-    "scatter": "dense",
+    "positions": "dense_features",
+    "scatter": "dense_features",
     "set_progress": "schedule",
-    "param_groups": "groups",
+    "param_groups": "optimizer_groups",
     "load_weights": "checkpoints",
-    "load_config": "standalone.defaults",
+    "load_config": "standalone.config",
     "build_model": "standalone.model",
 }
 

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from stts_slowfast import symbolic
-from stts_slowfast.calls import first_tensor, in_backward
+from stts_slowfast import fx_tracing
+from stts_slowfast.call_context import first_tensor, in_backward
+from stts_slowfast.fx_tracing import tracer_of
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import Host, Tokens, hosted
+from stts_slowfast.hosts import Host, Tokens, base_model
 from stts_slowfast.selectors import Selector, Selectors
-from stts_slowfast.symbolic import tracer_of
 
 
 def select(selector: Selector, tokens: Tokens) -> Tokens:
     """The tokens that a selector keeps, with the grid that says where they come from."""
-    choice = selector.choose(tokens.grid)
-    grid = selector.take(selector.teach(tokens.grid, choice), choice)
+    choice = selector.select(tokens.grid)
+    grid = selector.apply_selection(selector.teach(tokens.grid, choice), choice)
     if selector.dimension == "SPACE":
         thw = tokens.thw.crop(choice.kept, tuple(grid.shape[2:4]))
         return tokens._replace(grid=grid, thw=thw)
-    frames = None if tokens.frames is None else selector.take(tokens.frames, choice)
+    frames = None if tokens.frames is None else selector.apply_selection(tokens.frames, choice)
     thw = tokens.thw.keep_frames(choice.kept)
     return tokens._replace(grid=grid, thw=thw, frames=frames)
 
@@ -87,7 +87,7 @@ class EnterClipHook(Hook):
         stts = self.selectors(module)
         if tracer := tracer_of(args, kwargs):
             return _traced(tracer, _enter, stts, args, kwargs)
-        stts.calls.start(self.host.call_grid(hosted(self.model), args, kwargs))
+        stts.calls.start(self.host.call_grid(base_model(self.model), args, kwargs))
         return None
 
 
@@ -113,7 +113,7 @@ class SelectTokensHook(Hook):
         if calls is not None:
             thw = calls.arrive(self.number, block, args, kwargs, self.behind)
             thw = host.default_grid() if thw is None else thw
-        thw = host.arrived(args, kwargs, thw)
+        thw = host.incoming_grid(args, kwargs, thw)
         if self.behind and not (calls or (isinstance(thw, Grid) and thw.is_selected)):
             raise ValueError(
                 f"the tokens that arrive at block {self.number} ({type(block).__name__}) do not "
@@ -172,16 +172,16 @@ class PropagateGridHook(Hook):
         if tracer := tracer_of(args, kwargs):
             if self.last:
                 return None
-            traced = symbolic.call(tracer, _propagate, stts, args, kwargs, output, pooling)
+            traced = fx_tracing.call(tracer, _propagate, stts, args, kwargs, output, pooling)
             thw, x = traced[1], traced[0]  # tokens last: features of a block are its last node
             return x, thw
-        thw = self.host.arrived(args, kwargs, None)
+        thw = self.host.incoming_grid(args, kwargs, None)
         if thw is None:
             return None
         if pooling:
             thw = thw.pooled_by_unknown()
-        marked = self.host.hand_on(output, thw)
-        note(stts, self.host.arrived(marked, {}, None) if isinstance(marked, tuple) else thw)
+        marked = self.host.set_block_grid(output, thw)
+        note(stts, self.host.incoming_grid(marked, {}, None) if isinstance(marked, tuple) else thw)
         return None if self.last else marked  # nothing of ours comes behind the last block
 
 
@@ -197,7 +197,7 @@ def pools(block: nn.Module) -> bool:
 
 
 def _traced(tracer, function, stts: Selectors, args: tuple, kwargs: dict, *more):
-    traced = symbolic.call(tracer, function, stts, args, kwargs, *more)
+    traced = fx_tracing.call(tracer, function, stts, args, kwargs, *more)
     args = tuple(traced[0][i] for i in range(len(args)))
     return args, {name: traced[1][name] for name in kwargs}
 
@@ -232,7 +232,7 @@ class DataParallelHook(Hook):
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if not getattr(model, "_is_replica", False):
             return
-        for number, block in enumerate(self.host.blocks(hosted(model))):
+        for number, block in enumerate(self.host.blocks(base_model(model))):
             block.stts_replicas = selectors_before(model.stts, number)
 
 

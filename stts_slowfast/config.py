@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 
 from fvcore.common.config import CfgNode
 
-from stts_slowfast.extensions import load_extensions
-from stts_slowfast.keys import check_choice
+from stts_slowfast.configfiles.values import check_choice
+from stts_slowfast.plugins import load_extensions
 from stts_slowfast.scorers import SCORERS
 from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
@@ -108,13 +108,13 @@ def kept_window(height: int, width: int, keep: float) -> tuple[int, int]:
     return int(height * keep**0.5 + 1e-6), int(width * keep**0.5 + 1e-6)
 
 
-def ends(keep: float | Sequence[float]) -> tuple[float, float]:
+def keep_range(keep: float | Sequence[float]) -> tuple[float, float]:
     """The low and the high end of a share: a number is both."""
     low, high = keep if isinstance(keep, (list, tuple)) else (keep, keep)
     return low, high
 
 
-def between(low: Sequence[int], high: Sequence[int], draw: float) -> tuple[int, ...]:
+def interpolate_sizes(low: Sequence[int], high: Sequence[int], draw: float) -> tuple[int, ...]:
     """The sizes at ``draw``, in 0..1, of all from ``low`` to ``high``, each of them as likely."""
     steps = max(b - a for a, b in zip(low, high))
     step = min(int(draw * (steps + 1)), steps)
@@ -153,7 +153,7 @@ class Settings:
     true_distances: bool
 
     @classmethod
-    def of_node(cls, node) -> "Settings":
+    def from_cfg(cls, node) -> "Settings":
         """The settings of a node ``cfg.STTS``.
 
         Raises:
@@ -169,7 +169,7 @@ class Settings:
         return cls(**values)
 
     @classmethod
-    def of_arguments(cls, **arguments) -> "Settings":
+    def from_kwargs(cls, **arguments) -> "Settings":
         """The settings of plain keyword arguments.
 
         What is left out has the node's default, but for blocks: nothing is selected unless named.
@@ -189,12 +189,12 @@ class Settings:
                 raise ValueError(f"{name} is {arguments[name]!r}: give shares by block, {{4: 0.9}}")
         cfg = CfgNode()
         add_stts_config(cfg)
-        return replace(cls.of_node(cfg.STTS), **arguments)
+        return replace(cls.from_cfg(cfg.STTS), **arguments)
 
     def check(
         self, num_blocks: int, grids: Sequence[tuple[int, int, int]] | None = None
     ) -> dict[str, tuple[tuple, tuple]]:
-        """Raises what :func:`validate_stts` raises; gives what :func:`plan` gives."""
+        """Raises what :func:`validate_stts` raises; gives what :func:`selection_plan` gives."""
         load_extensions()
         for dimension, shares in (("TIME", self.time), ("SPACE", self.space)):
             _check_shares(f"STTS.{dimension}", shares, num_blocks)
@@ -229,7 +229,7 @@ class Settings:
                 raise ValueError(f"STTS.{_key(name)} is {value!r:.40}: give at most {_MOST}")
         if self.shrink > 1:
             raise ValueError(f"STTS.SHRINK is {self.shrink:g}: a share of training is 1 at most")
-        return {} if grids is None else plan(self, grids)
+        return {} if grids is None else selection_plan(self, grids)
 
 
 def _key(name: str) -> str:
@@ -237,7 +237,7 @@ def _key(name: str) -> str:
     return re.sub("^(TIME|SPACE)_", r"\1.", name.upper())
 
 
-def as_arguments(message: str) -> str:
+def rename_keys_in_message(message: str) -> str:
     """A message about keys of the node, about plain arguments instead."""
     names = {f"STTS.{_key(leaf.name)}": leaf.name for leaf in fields(Settings)}
     names |= {
@@ -262,7 +262,7 @@ def validate_stts(
     Raises:
         ValueError: naming the key, its value and what would be right.
     """
-    Settings.of_node(node).check(num_blocks, grids)
+    Settings.from_cfg(node).check(num_blocks, grids)
 
 
 def check_training(settings: Settings, held_back: bool = True) -> None:
@@ -319,7 +319,7 @@ def check_testing(node) -> None:
             )
 
 
-def plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, tuple]]:
+def selection_plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, tuple]]:
     """What each selector will do: its key to the grid before and the grid after it.
 
     Args:
@@ -333,12 +333,12 @@ def plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, 
     Raises:
         ValueError: where a share, or an end of its range, leaves no frame or no window.
     """
-    settings = node if isinstance(node, Settings) else Settings.of_node(node)
-    _plan(settings, grids, 0)
-    return _plan(settings, grids, 1)
+    settings = node if isinstance(node, Settings) else Settings.from_cfg(node)
+    _selection_plan(settings, grids, 0)
+    return _selection_plan(settings, grids, 1)
 
 
-def _plan(settings: Settings, grids, end: int) -> dict[str, tuple[tuple, tuple]]:
+def _selection_plan(settings: Settings, grids, end: int) -> dict[str, tuple[tuple, tuple]]:
     steps = {}
     grid = tuple(grids[0])
     for block, full in enumerate(grids):
@@ -347,18 +347,18 @@ def _plan(settings: Settings, grids, end: int) -> dict[str, tuple[tuple, tuple]]
             grid = tuple(-(-size // stride) for size, stride in zip(grid, strides))
         for dimension, shares in (("TIME", settings.time), ("SPACE", settings.space)):
             if block in shares:
-                before, share = grid, ends(shares[block])[end]
+                before, share = grid, keep_range(shares[block])[end]
                 if dimension == "TIME":
                     grid = (kept_frames(grid[0], share), *grid[1:])
                 else:
                     grid = (grid[0], *kept_window(*grid[1:], share))
                 if min(grid) < 1:
-                    raise ValueError(nothing_left(dimension, share, block, before))
+                    raise ValueError(empty_selection_error(dimension, share, block, before))
                 steps[f"{dimension.lower()}_{block}"] = (before, grid)
     return steps
 
 
-def nothing_left(dimension: str, keep: float, block: int, grid: Sequence[int]) -> str:
+def empty_selection_error(dimension: str, keep: float, block: int, grid: Sequence[int]) -> str:
     """The sentence for a share that selects nothing out of ``grid``, ``(T, H, W)``."""
     frames, height, width = grid
     if dimension == "TIME" and frames == 1:

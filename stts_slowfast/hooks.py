@@ -17,9 +17,9 @@ from stts_slowfast.block_hooks import (
     SelectTokensHook,
     selectors_before,
 )
-from stts_slowfast.calls import Calls
-from stts_slowfast.config import Settings, as_arguments
-from stts_slowfast.hosts import Host, find, hosted, modules_with_selectors, unwrap
+from stts_slowfast.call_context import Calls
+from stts_slowfast.config import Settings, rename_keys_in_message
+from stts_slowfast.hosts import Host, base_model, modules_with_selectors, resolve_host, unwrap
 from stts_slowfast.selectors import Selector, Selectors, SpatialSelector, TemporalSelector
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def attach(
             f"this {type(model).__name__} has selectors already{inside} "
             f"({', '.join(module.stts)}): call detach(model) first"
         )
-    host, blocks = find(model)
+    host, blocks = resolve_host(model)
     settings, steps = _settings(node, len(blocks), grids, time=time, space=space, **keywords)
     stts = _make_selectors(host, blocks, settings, model.training)
     # Only now, when nothing can fail any more: an error leaves the model as it was.
@@ -80,7 +80,7 @@ def attach(
         scorer = getattr(settings, f"{selector.dimension.lower()}_scorer")
         logger.info(_describe(key, selector, scorer, steps.get(key)))
     try:
-        count = fused.configure(model, settings.fused_attention, settings.true_distances)
+        count = fused.fuse_model(model, settings.fused_attention, settings.true_distances)
     except Exception:
         _remove(model, host, blocks)
         raise
@@ -98,15 +98,15 @@ def _settings(node, num_blocks: int, grids, **arguments) -> tuple[Settings, dict
     if node is not None:
         if arguments:
             raise TypeError(f"give a node, or {', '.join(arguments)}, not both")
-        settings = Settings.of_node(node)
+        settings = Settings.from_cfg(node)
         return settings, settings.check(num_blocks, grids)
     if "time" not in arguments and "space" not in arguments:
         raise TypeError("give a node, or what to select: attach(model, time={0: 0.9})")
     try:
-        settings = Settings.of_arguments(**arguments)
+        settings = Settings.from_kwargs(**arguments)
         return settings, settings.check(num_blocks, grids)
     except ValueError as error:
-        raise ValueError(as_arguments(str(error))) from None
+        raise ValueError(rename_keys_in_message(str(error))) from None
 
 
 def _make_selectors(
@@ -157,14 +157,14 @@ def _where_it_computes(block: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def _register(model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: Selectors) -> None:
-    host.prepare(hosted(model), blocks)
+    host.prepare(base_model(model), blocks)
     first = min((selector.block for selector in stts.values()), default=len(blocks))
-    travels = type(host).hand_on is not Host.hand_on  # in the blocks' calls
+    travels = type(host).set_block_grid is not Host.set_block_grid  # in the blocks' calls
     if not travels:
         stts.calls = Calls()
         model.register_forward_pre_hook(OpenCallHook(host, model), prepend=True)
         model.register_forward_hook(CloseCallHook(host, model), always_call=True)
-        entry = host.entry(hosted(model))
+        entry = host.entry(base_model(model))
         hook = stts.hooks["entry"] = EnterClipHook(host, model)
         entry.register_forward_pre_hook(hook, with_kwargs=True)
     for number, block in enumerate(blocks):
@@ -182,8 +182,8 @@ def _register(model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: S
 
 
 def _remove(model: nn.Module, host: Host, blocks: Sequence[nn.Module]) -> None:
-    host.restore(hosted(model), blocks)
-    for module in {model, host.entry(hosted(model)), *blocks}:
+    host.restore(base_model(model), blocks)
+    for module in {model, host.entry(base_model(model)), *blocks}:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = getattr(module, kind)
             for hook_id, hook in list(hooks.items()):
@@ -202,8 +202,8 @@ def detach(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     selectors_of(model)
-    fused.restore(model)
-    _remove(model, *find(model))
+    fused.unfuse_model(model)
+    _remove(model, *resolve_host(model))
     return model
 
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from stts_slowfast.config import Settings, check_training
-from stts_slowfast.groups import (
+from stts_slowfast.hooks import raise_on_nan, settings_of
+from stts_slowfast.hosts import modules_with_selectors
+from stts_slowfast.optimizer_groups import (
     check_scorers,
     missing_scorers,
     param_groups,
     scorer_parameters,
 )
-from stts_slowfast.hooks import raise_on_nan, settings_of
-from stts_slowfast.hosts import modules_with_selectors
-from stts_slowfast.selectors import WHOLE, Selector
+from stts_slowfast.selectors import KEEP_SCALE, Selector
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,9 @@ class Schedule:
         if self.epoch is None:
             self._begin()
         self.epoch = epoch
-        noise = advance(self.model, min(epoch / self.max_epochs, 1.0), self.seed)
+        noise = update_schedule(self.model, min(epoch / self.max_epochs, 1.0), self.seed)
         if self._is_frozen():
-            _let_all_pass(self.model)
+            _widen_to_all(self.model)
         if not self.learns:
             return {}
         if any("backbone" not in group or "held_back" not in group for group in groups):
@@ -314,7 +314,7 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
     return initial * (1.0 - fraction) if decay == "linear" else initial
 
 
-def width(fraction: float, shrink: float, seed: int, between: bool = True) -> float:
+def budget_widening(fraction: float, shrink: float, seed: int, between: bool = True) -> float:
     """How far a budget is from what it shrinks to, 0 to 1, after a fraction of training.
 
     Drawn, all steps as likely, up to a widest that shrinks from 1 to 0. The narrow ones tell the
@@ -351,12 +351,12 @@ def backbone_lr(lr: float, epoch: float, settings: Settings, base_lr: float) -> 
     return min(lr, settings.backbone_lr * base_lr)
 
 
-def advance(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
+def update_schedule(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
     """Sets every selector's sigma, and its budget, at this point of training.
 
     Both depend on nothing but the arguments: all processes have the same, and a resumed run is
     where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
-    budgets shrink, all keep by as much more than that as :func:`width` says; if all tokens pass,
+    budgets shrink, all keep by as much more than that as :func:`budget_widening` says; if all tokens pass,
     saliency teaches (``STTS.TEACHER``).
 
     Args:
@@ -377,18 +377,18 @@ def advance(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
         module.sigma = noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
         draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
         between = module.teacher == "mixture"
-        module.set_budget(draw, width(fraction, module.shrink, seed, between))
+        module.set_budget(draw, budget_widening(fraction, module.shrink, seed, between))
         module.scheduled = True
     return noise
 
 
-def _let_all_pass(model: nn.Module) -> None:
+def _widen_to_all(model: nn.Module) -> None:
     """Widens the budget of selectors that saliency teaches to all that arrives, until the next
-    :func:`advance`: while only they learn there is nothing else for an iteration to do.
+    :func:`update_schedule`: while only they learn there is nothing else for an iteration to do.
     """
     for module in _selectors(model):
         if module.teacher != "mixture":
-            module.wide = WHOLE
+            module.widening = KEEP_SCALE
 
 
 def reset(model: nn.Module) -> None:
@@ -398,10 +398,10 @@ def reset(model: nn.Module) -> None:
 
 
 def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
-    """:func:`advance` for loops without a :class:`Schedule`, which has the backbone's rate as well.
+    """:func:`update_schedule` for loops without a :class:`Schedule`, which has the backbone's rate as well.
 
     Args:
-        model, fraction, seed: see :func:`advance`.
+        model, fraction, seed: see :func:`update_schedule`.
 
     Returns:
         That sigma; None if there is no selector.
@@ -412,11 +412,11 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
             they are the defaults, it warns.
     """
     _check_obeyed(model)
-    return advance(model, fraction, seed)
+    return update_schedule(model, fraction, seed)
 
 
 def _check_obeyed(model: nn.Module) -> None:
-    defaults = Settings.of_arguments()
+    defaults = Settings.from_kwargs()
     for module in modules_with_selectors(model).values():
         stts: Any = module.stts
         settings = stts.settings

@@ -141,12 +141,12 @@ class RandomWindowScorer(nn.Module):
         return torch.rand(batch * frames, rows * columns, device=grid.device)
 
 
-def changes(grid: Tensor) -> Tensor:
+def frame_difference(grid: Tensor) -> Tensor:
     """How much each token differs from the one at its place a frame before: ``(B, T-1, H, W)``."""
     return (grid[:, 1:] - grid[:, :-1]).float().square().mean(dim=4)
 
 
-class ChangeFrameScorer(nn.Module):
+class FrameDifferenceScorer(nn.Module):
     """Scores a frame by how much it differs from the one before; all of the first one is new."""
 
     def __init__(self, channels: int):
@@ -155,11 +155,11 @@ class ChangeFrameScorer(nn.Module):
     def forward(self, grid: Tensor, keep: int) -> Tensor:
         if grid.shape[1] == 1:
             return torch.zeros(grid.shape[:2], device=grid.device)
-        scores = changes(grid).mean(dim=(2, 3))  # (B, T-1)
+        scores = frame_difference(grid).mean(dim=(2, 3))  # (B, T-1)
         return torch.cat([scores.amax(dim=1, keepdim=True), scores], dim=1)
 
 
-class ChangeWindowScorer(nn.Module):
+class WindowDifferenceScorer(nn.Module):
     """Scores a window by how much it differs from itself a frame before.
 
     In the first frame, by how much it will have changed a frame later.
@@ -171,7 +171,7 @@ class ChangeWindowScorer(nn.Module):
     def forward(self, grid: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
         scores = torch.zeros(grid.shape[:4], device=grid.device)
         if grid.shape[1] > 1:
-            scores = changes(grid)
+            scores = frame_difference(grid)
             scores = torch.cat([scores[:, :1], scores], dim=1)  # (B, T, H, W)
         return F.avg_pool2d(scores.flatten(0, 1)[:, None], window, stride).flatten(1)
 
@@ -193,10 +193,10 @@ def random(dimension: str, channels: int) -> nn.Module:
 
 @SCORERS.register()
 def change(dimension: str, channels: int) -> nn.Module:
-    return (ChangeFrameScorer if dimension == "TIME" else ChangeWindowScorer)(channels)
+    return (FrameDifferenceScorer if dimension == "TIME" else WindowDifferenceScorer)(channels)
 
 
-def normalize(scores: Tensor) -> Tensor:
+def minmax_normalize(scores: Tensor) -> Tensor:
     """Min-max normalises each row of ``scores`` ``(N, d)``: ``(s - min) / (max - min + 1e-5)``."""
     low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
     return (scores - low) / (high - low + 1e-5)

@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast import saliency
-from stts_slowfast.calls import in_backward
+from stts_slowfast.call_context import in_backward
 from stts_slowfast.config import (
-    between,
-    ends,
+    empty_selection_error,
+    interpolate_sizes,
+    keep_range,
     kept_frames,
     kept_window,
-    nothing_left,
     window_stride,
 )
-from stts_slowfast.scorers import SCORERS, normalize
-from stts_slowfast.state import SelectorState
-from stts_slowfast.topk import OPERATORS, full_precision, hard_topk
-from stts_slowfast.windows import MixWindows
+from stts_slowfast.scorers import SCORERS, minmax_normalize
+from stts_slowfast.selector_state import SelectorState
+from stts_slowfast.topk import OPERATORS, autocast_disabled, hard_topk
+from stts_slowfast.window_sums import MixWindows
 
 # Shares are kept in billionths: torch.compile takes a module's whole numbers for constants, but its
 # floats for variables as soon as two selectors differ, and no shape can depend on those.
-WHOLE = 10**9
+KEEP_SCALE = 10**9
 
 
 UNSCHEDULED = (
@@ -34,7 +34,7 @@ UNSCHEDULED = (
 )
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """What a selector chose.
 
     Attributes:
@@ -53,7 +53,7 @@ class Selector(SelectorState):
     """What both selectors share: a scorer, the operator's settings, and the last choice.
 
     A selector works in two steps, so that what rides along with a grid can be selected with it:
-    :meth:`choose` scores the grid, :meth:`take` applies the choice. In training a choice is soft,
+    :meth:`select` scores the grid, :meth:`apply` applies the choice. In training a choice is soft,
     in evaluation it is hard; taught by saliency it is hard always, and :meth:`teach` comes between.
 
     Attributes:
@@ -83,11 +83,11 @@ class Selector(SelectorState):
         super().__init__(sigma)
         self.scorer = scorer
         self.block = block
-        self.share = ends(keep)
-        self.low, self.high = (round(share * WHOLE) for share in self.share)
+        self.share = keep_range(keep)
+        self.low, self.high = (round(share * KEEP_SCALE) for share in self.share)
         # Where between them; nobody has drawn from a range yet.
-        self.draw = 0 if self.low == self.high else None
-        self.wide = 0  # how far from there to all that arrives
+        self.sample = 0 if self.low == self.high else None
+        self.widening = 0  # how far from there to all that arrives
         self.num_samples = num_samples
         self.gradient = gradient
         self.operator = OPERATORS.get(operator)
@@ -110,8 +110,8 @@ class Selector(SelectorState):
             wide: 0..1 of the way from there to all that arrives.
         """
         if self.low != self.high:
-            self.draw = round(draw * WHOLE)
-        self.wide = round(wide * WHOLE)
+            self.sample = round(draw * KEEP_SCALE)
+        self.widening = round(wide * KEEP_SCALE)
 
     def reset(self) -> None:
         """What holds before the first step of a schedule: KEEP (of a range, its high end) at the
@@ -119,33 +119,35 @@ class Selector(SelectorState):
         self.sigma = self.initial_sigma
         self.set_budget(1.0)
 
-    def goes_on(self, grid: Tensor, widened: bool = True) -> tuple[int, ...]:
+    def output_size(self, grid: Tensor, widened: bool = True) -> tuple[int, ...]:
         """How many frames, or height and width of the window, go on of ``(B, T, H, W, C)`` now.
 
         Not ``widened``, how many will when budgets have shrunk.
         """
-        if self.draw is None:
+        if self.sample is None:
             raise ValueError(
                 f"STTS.{self.dimension}.KEEP of block {self.block} is {self.share_text}: give one "
                 f'share to test (--opts STTS.{self.dimension}.KEEP "[{self.share[1]:g}]"); to '
                 "train, set_progress(model, fraction) draws one before each iteration"
             )
         thw = grid.shape[1:4]
-        least = (self.low if self.training else self.high) / WHOLE
-        sizes = between(
-            self.sizes(thw, least), self.sizes(thw, self.high / WHOLE), self.draw / WHOLE
+        least = (self.low if self.training else self.high) / KEEP_SCALE
+        sizes = interpolate_sizes(
+            self.sizes(thw, least),
+            self.sizes(thw, self.high / KEEP_SCALE),
+            self.sample / KEEP_SCALE,
         )
         if min(sizes) < 1:
-            raise ValueError(nothing_left(self.dimension, least, self.block, thw))
-        if self.training and self.wide and widened:
-            wider = between(sizes, self.sizes(thw, 1.0), self.wide / WHOLE)
+            raise ValueError(empty_selection_error(self.dimension, least, self.block, thw))
+        if self.training and self.widening and widened:
+            wider = interpolate_sizes(sizes, self.sizes(thw, 1.0), self.widening / KEEP_SCALE)
             step = 1 if self.taught else self.step
             sizes = tuple(a + (b - a) // step * step for a, b in zip(sizes, wider))
         return sizes
 
     def forward(self, grid: Tensor) -> Tensor:
-        choice = self.choose(grid)
-        return self.take(self.teach(grid, choice), choice)
+        choice = self.select(grid)
+        return self.apply_selection(self.teach(grid, choice), choice)
 
     @property
     def soft(self) -> bool:
@@ -155,13 +157,13 @@ class Selector(SelectorState):
     @property
     def taught(self) -> bool:
         """Whether saliency teaches the scorer now: only if it sees all that could be dropped."""
-        return self.training and self.teacher != "mixture" and self.wide == WHOLE
+        return self.training and self.teacher != "mixture" and self.widening == KEEP_SCALE
 
-    def teach(self, grid: Tensor, choice: Choice) -> Tensor:
+    def teach(self, grid: Tensor, choice: Selection) -> Tensor:
         """The ``grid`` that arrives, of which the gradient teaches the scores of a choice."""
         if not self.training or self.soft:
             return grid
-        lesson = self.candidates(grid) if self.taught else None
+        lesson = self.candidate_windows(grid) if self.taught else None
         return saliency.teach(grid, choice.scores, lesson)
 
     def _note(self, kept: Tensor) -> Tensor:
@@ -186,7 +188,7 @@ class Selector(SelectorState):
                 "stts_slowfast.set_progress(model, fraction)"
             )
         self.scheduled = True
-        if self.draw is None:
+        if self.sample is None:
             self.set_budget(1.0)
         if self.sigma_decay == "constant" and not self.shrink and self.low == self.high:
             return
@@ -201,7 +203,7 @@ class Selector(SelectorState):
         """What the scorer scores. A lesson of saliency is the scorer's, not the backbone's."""
         return grid.detach() if self.training and not self.soft else grid
 
-    def indicators(self, scores: Tensor, k: int) -> Tensor:
+    def soft_topk(self, scores: Tensor, k: int) -> Tensor:
         """Soft choice ``(N, k, d)`` of the top ``k`` of normalised ``scores`` ``(N, d)``."""
         sigma = self._sigma_tensor.to(scores.device)
         return self.operator(scores, k, sigma, self.num_samples, self.gradient)
@@ -280,25 +282,25 @@ class TemporalSelector(Selector):
     def sizes(self, thw: Sequence[int], share: float) -> tuple[int, ...]:
         return (kept_frames(thw[0], share),)
 
-    def choose(self, grid: Tensor) -> Choice:
+    def select(self, grid: Tensor) -> Selection:
         """Indices ``(B, k)``, and in training weights ``(B, k, T)``."""
         self.check_schedule()
-        (k,) = self.goes_on(grid)
-        with full_precision(grid):
-            raw = self.scorer(self.seen(grid), self.goes_on(grid, widened=not self.taught)[0])
-            scores = normalize(raw)
+        (k,) = self.output_size(grid)
+        with autocast_disabled(grid):
+            raw = self.scorer(self.seen(grid), self.output_size(grid, widened=not self.taught)[0])
+            scores = minmax_normalize(raw)
             self.check_finite(scores)
             kept = self._note(hard_topk(scores.detach(), k))
-            return Choice(kept, self.indicators(scores, k) if self.soft else None, raw[..., None])
+            return Selection(kept, self.soft_topk(scores, k) if self.soft else None, raw[..., None])
 
-    def candidates(self, grid: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    def candidate_windows(self, grid: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
         """Whole frames: a window's height and width, and the tokens between two."""
         return tuple(grid.shape[2:4]), tuple(grid.shape[2:4])
 
-    def take(self, frames: Tensor, choice: Choice) -> Tensor:
+    def apply_selection(self, frames: Tensor, choice: Selection) -> Tensor:
         """Applies a choice to ``frames`` ``(B, T, ...)``."""
         if choice.weights is not None:
-            with full_precision(frames):
+            with autocast_disabled(frames):
                 mixed = torch.bmm(choice.weights.to(frames.dtype), frames.flatten(2))
             return mixed.unflatten(2, frames.shape[2:])
         clips = torch.arange(frames.shape[0], device=frames.device)[:, None]
@@ -342,18 +344,18 @@ class SpatialSelector(Selector):
     def sizes(self, thw: Sequence[int], share: float) -> tuple[int, ...]:
         return kept_window(*thw[1:], share)
 
-    def choose(self, grid: Tensor) -> Choice:
+    def select(self, grid: Tensor) -> Selection:
         """Windows ``(B*T, 4)``, and in training weights ``(B*T, windows)``."""
         self.check_schedule()
         frames, height, width = grid.shape[1:4]
-        window = self.goes_on(grid, widened=not self.taught)
+        window = self.output_size(grid, widened=not self.taught)
         steps = self._steps(grid, window)
-        with full_precision(grid):
+        with autocast_disabled(grid):
             raw = self.scorer(self.seen(grid), window, steps)  # (B*T, rows * columns)
             raw = raw.unflatten(0, grid.shape[:2])
             if self.shared:
                 raw = raw.mean(dim=1, keepdim=True)
-            scores = normalize(raw.flatten(0, 1))
+            scores = minmax_normalize(raw.flatten(0, 1))
             self.check_finite(scores)
             best = self._per_frame(hard_topk(scores.detach(), 1).squeeze(1), frames)  # (B*T,)
             columns = (width - window[1]) // steps[1] + 1
@@ -365,17 +367,17 @@ class SpatialSelector(Selector):
             kept = self._note(torch.stack([top, left, *sides], dim=1))
             weights = None
             if self.soft:
-                weights = self._per_frame(self.indicators(scores, 1).squeeze(1), frames)
-            return Choice(kept, weights, raw)
+                weights = self._per_frame(self.soft_topk(scores, 1).squeeze(1), frames)
+            return Selection(kept, weights, raw)
 
-    def candidates(self, grid: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    def candidate_windows(self, grid: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
         """A window's height and width once budgets have shrunk, and the tokens between two."""
-        window = self.goes_on(grid, widened=False)
+        window = self.output_size(grid, widened=False)
         return window, self._steps(grid, window)
 
-    def take(self, grid: Tensor, choice: Choice) -> Tensor:
+    def apply_selection(self, grid: Tensor, choice: Selection) -> Tensor:
         """Applies a choice to ``grid`` ``(B, T, H, W, C)``."""
-        window = self.goes_on(grid)
+        window = self.output_size(grid)
         if choice.weights is not None:
             weights = choice.weights.to(grid.dtype).unflatten(0, grid.shape[:2])
             return MixWindows.apply(grid, weights, window, self._steps(grid, window))

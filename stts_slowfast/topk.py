@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stts_slowfast.configfiles.values import check_choice
 from stts_slowfast.constants import sized_constant
-from stts_slowfast.keys import check_choice
 
 # PyTorch before 2.7 does not tell, and exports as it compiles.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -104,7 +104,7 @@ def perturbed_topk(
     check_choice("gradient", gradient, GRADIENTS)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: draw at least one")
-    with full_precision(scores):
+    with autocast_disabled(scores):
         scores = scores.float()
         if noise is None:
             noise = scores.new_empty(scores.shape[0], num_samples, scores.shape[1]).normal_()
@@ -154,7 +154,7 @@ def subset(
             the result has no NaN), or ``k`` out of range.
     """
     _check(scores, k)
-    with full_precision(scores):
+    with autocast_disabled(scores):
         precise = scores.float() if scores.device.type == "mps" else scores.double()
         sigma = torch.as_tensor(sigma, dtype=precise.dtype, device=scores.device)
         if k > 1:
@@ -265,7 +265,7 @@ def _fourier(d: int, k: int, *, dtype, device) -> tuple[Tensor, ...]:
     return spokes, basis.flatten(0, 1), conjugate, torch.cat([both, middle], dim=1), columns
 
 
-def full_precision(tensor: Tensor):
+def autocast_disabled(tensor: Tensor):
     """A context that switches autocast off on the device of ``tensor``."""
     if tensor.is_meta:  # has no autocast
         return nullcontext()
@@ -324,10 +324,10 @@ def _check(scores: Tensor, k: int) -> None:
         raise ValueError(f"k is {k} for {scores.shape[1]} scores a row: 1 <= k <= d must hold")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    if on_host(scores) and (scores - scores).isnan().any():
+    if is_cpu(scores) and (scores - scores).isnan().any():
         raise ValueError(NOT_FINITE)
 
 
-def on_host(tensor: Tensor) -> bool:
+def is_cpu(tensor: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device."""
     return tensor.device.type == "cpu"

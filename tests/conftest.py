@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from stts_slowfast.standalone import stops
-from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.standalone import signals
+from stts_slowfast.standalone.config import get_cfg
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -43,7 +43,7 @@ class Golden:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """A stopped run in this very process is not ended by force, however busy the machine is."""
-    monkeypatch.setattr(stops, "GRACE", 600.0)
+    monkeypatch.setattr(signals, "GRACE_PERIOD", 600.0)
 
 
 @pytest.fixture

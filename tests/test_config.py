@@ -6,11 +6,11 @@ from stts_slowfast import scorers, topk
 from stts_slowfast.config import (
     Settings,
     add_stts_config,
-    between,
     check_training,
+    interpolate_sizes,
     kept_frames,
     kept_window,
-    plan,
+    selection_plan,
     validate_stts,
 )
 
@@ -38,7 +38,7 @@ def test_adding_twice_keeps_what_was_set(kind):
 
 def test_defaults_are_the_papers_headline_point(node):
     validate_stts(node, 16, MVIT_B)
-    assert plan(node, MVIT_B) == {
+    assert selection_plan(node, MVIT_B) == {
         "time_0": ((8, 56, 56), (7, 56, 56)),
         "space_4": ((7, 14, 14), (7, 13, 13)),
     }
@@ -63,10 +63,10 @@ def test_a_window_keeps_the_shape_of_its_grid():
 
 
 def test_of_ranges_the_plan_is_what_the_high_ends_do(node):
-    alone = plan(node, MVIT_B)
+    alone = selection_plan(node, MVIT_B)
     node.TIME.KEEP, node.SPACE.KEEP = [[0.25, 0.9]], [[0.5, 0.9]]
     validate_stts(node, 16, MVIT_B)
-    assert plan(node, MVIT_B) == alone
+    assert selection_plan(node, MVIT_B) == alone
 
 
 def test_a_range_is_read_from_a_command_line_and_a_file(tmp_path):
@@ -85,16 +85,20 @@ def test_a_range_is_read_from_a_command_line_and_a_file(tmp_path):
     "low, high", [((2,), (7,)), ((3, 3), (6, 6)), ((2, 4), (4, 8)), ((4,), (4,))]
 )
 def test_every_size_of_a_range_is_as_likely_both_ends_among_them(low, high):
-    drawn = [between(low, high, (number + 0.5) / 840) for number in range(840)]
+    drawn = [interpolate_sizes(low, high, (number + 0.5) / 840) for number in range(840)]
     sizes = sorted(set(drawn))
-    assert (sizes[0], sizes[-1]) == (low, high) == (between(low, high, 0), between(low, high, 1))
+    assert (
+        (sizes[0], sizes[-1])
+        == (low, high)
+        == (interpolate_sizes(low, high, 0), interpolate_sizes(low, high, 1))
+    )
     assert len(sizes) == max(b - a for a, b in zip(low, high)) + 1
     assert {drawn.count(size) for size in sizes} == {840 // len(sizes)}
 
 
 def test_plan_follows_the_strides_behind_a_window(node):
     node.SPACE.BLOCKS, node.SPACE.KEEP = [4, 14], [0.7367, 0.5]
-    assert plan(node, MVIT_B)["space_14"] == ((7, 6, 6), (7, 4, 4))
+    assert selection_plan(node, MVIT_B)["space_14"] == ((7, 6, 6), (7, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_a_single_frame_can_only_be_kept(node):
 def test_an_empty_list_switches_a_dimension_off(node):
     node.TIME.BLOCKS, node.SPACE.BLOCKS = [], []
     validate_stts(node, 16, MVIT_B)
-    assert plan(node, MVIT_B) == {}
+    assert selection_plan(node, MVIT_B) == {}
 
 
 @pytest.mark.parametrize(
@@ -217,11 +221,11 @@ def test_whole_numbers_are_numbers(node):
 )
 def test_training_in_which_nothing_would_learn_is_refused(node, key, value, message):
     node.OPERATOR = "perturbed"
-    check_training(Settings.of_node(node))
+    check_training(Settings.from_cfg(node))
     node[key] = value
     validate_stts(node, 16)  # evaluation has no use for either
     with pytest.raises(ValueError, match=message):
-        check_training(Settings.of_node(node))
+        check_training(Settings.from_cfg(node))
 
 
 def test_one_sample_is_enough_where_it_gives_a_gradient(node):
@@ -229,4 +233,4 @@ def test_one_sample_is_enough_where_it_gives_a_gradient(node):
     for key, value in (("GRADIENT", "diagonal"), ("OPERATOR", "subset")):
         other = node.clone()
         other[key] = value
-        check_training(Settings.of_node(other))
+        check_training(Settings.from_cfg(other))

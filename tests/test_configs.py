@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from stts_slowfast import backbones
-from stts_slowfast.config import plan
+from stts_slowfast.config import selection_plan
 from stts_slowfast.hooks import selections
 from stts_slowfast.schedule import Schedule
-from stts_slowfast.standalone.defaults import get_cfg, load_config
+from stts_slowfast.standalone.config import get_cfg, load_config
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.mixup import batch_mixer
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.optim import build_optimizer, lr_at, set_lr
-from stts_slowfast.standalone.ranges import check_solver
-from stts_slowfast.standalone.transforms import prepare, train_transform, view_transform
+from stts_slowfast.standalone.transforms import normalize_clips, train_transform, view_transform
+from stts_slowfast.standalone.value_ranges import check_solver
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -96,7 +96,7 @@ def test_there_is_a_file_for_every_published_row_and_one_recommended_for_every_f
 @pytest.mark.parametrize("name", NAMES)
 def test_selectors_keep_what_the_name_says(name):
     cfg = load(name)
-    steps = plan(cfg.STTS, backbones.block_grids(cfg))
+    steps = selection_plan(cfg.STTS, backbones.block_grids(cfg))
     sizes = {
         key: (before[0], after[0]) if key.startswith("time") else (before[1], after[1])
         for key, (before, after) in steps.items()
@@ -194,7 +194,7 @@ def test_one_training_step_and_one_test_step(name):
     video = torch.randint(0, 256, (cfg.DATA.NUM_FRAMES, 3, 80, 90), dtype=torch.uint8)
     cfg.DATA.TRAIN_JITTER_SCALES = [72, 80]
     augment, mix = train_transform(cfg, "train"), batch_mixer(cfg)
-    clips = prepare(torch.stack([augment(video), augment(video)]), cfg)
+    clips = normalize_clips(torch.stack([augment(video), augment(video)]), cfg)
     labels = torch.tensor([0, 3])
     clips, labels = mix(clips, labels) if mix else (clips, labels)
     loss = F.cross_entropy(model(clips), labels)
@@ -210,7 +210,7 @@ def test_one_training_step_and_one_test_step(name):
     model.eval()
     position = min(1, cfg.TEST.NUM_SPATIAL_CROPS - 1)
     with torch.no_grad():
-        logits = model(prepare(view_transform(cfg, position)(video)[None], cfg))
+        logits = model(normalize_clips(view_transform(cfg, position)(video)[None], cfg))
     assert logits.shape == (1, cfg.MODEL.NUM_CLASSES) and logits.isfinite().all()
     kept = selections(model)
     frames, (_, after) = kept["time_0"], expected_steps(name)["time_0"]

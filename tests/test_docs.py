@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import stts_slowfast as stts
-from stts_slowfast import keys
+from stts_slowfast.configfiles import values
 from stts_slowfast.tools import cli
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +155,7 @@ def test_the_config_reference_has_every_key_with_its_default(tmp_path):
     )
     table = {key: default for key, default, _ in rows}
     nodes = {key.partition(".")[0] for key in table}  # the others are passed over by the runner
-    for key, value in keys.leaves(stts.load_config(str(path))):
+    for key, value in values.flatten(stts.load_config(str(path))):
         if key.partition(".")[0] not in nodes:
             continue
         assert yaml.safe_load(table[key]) == yaml.safe_load(repr(value)), key

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import stts_slowfast as stts
-from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.standalone.config import get_cfg
 
 torch.manual_seed(0)
 clips = torch.randn(2, 3, 8, 32, 32)

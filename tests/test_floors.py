@@ -10,25 +10,31 @@ PACKAGE = Path(__file__).parents[1] / "stts_slowfast"
 FLOORS = [
     # A node's check names the scorers that there are.
     {
-        "calls",
+        "call_context",
         "config",
+        "configfiles",
         "constants",
-        "extensions",
-        "extras",
+        "fx_tracing",
         "grid",
-        "keys",
+        "plugins",
         "saliency",
         "scorers",
-        "symbolic",
         "topk",
         "video",
-        "yamlfiles",
     },
-    {"selectors", "state", "windows"},
+    {"selector_state", "selectors", "window_sums"},
     {"backbones", "hosts"},
-    {"block_hooks", "checkpoints", "dense", "fused", "groups", "hooks", "schedule"},
-    {"pictures"},
-    {"pyslowfast", "standalone"},
+    {
+        "block_hooks",
+        "checkpoints",
+        "dense_features",
+        "fused",
+        "hooks",
+        "optimizer_groups",
+        "schedule",
+    },
+    {"visualization"},
+    {"integrations", "pyslowfast", "standalone"},
     {"tools"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -78,9 +84,9 @@ GUESTS = {
     "lightning_fabric": "standalone",
     "lightning": None,
     "pytorch_lightning": None,
-    "transformers": "standalone",
+    "transformers": "integrations",
     "timm": "standalone",
-    "matplotlib": "pictures",
+    "matplotlib": "visualization",
     "rich": "standalone",
 }
 
@@ -118,14 +124,21 @@ def test_only_the_guest_names_what_is_slowfasts(path):
 @EVERY_FILE
 def test_only_hooks_puts_hooks_on_blocks(path):
     # Pictures show scores; predictions look for the layer in which NaN comes up.
-    if room(path) not in ("hooks", "pictures") and path.stem != "predictions":
+    if room(path) not in ("hooks", "visualization") and path.stem != "predictions":
         assert "register_forward" not in path.read_text()
 
 
 @EVERY_FILE
 def test_nobody_reads_what_a_selector_kept_last(path):
     """Where tokens come from travels with them; ``hooks.selections`` alone looks at the modules."""
-    if room(path) in ("block_hooks", "hooks", "selectors", "state", "pictures", "tools"):
+    if room(path) in (
+        "block_hooks",
+        "hooks",
+        "selectors",
+        "selector_state",
+        "visualization",
+        "tools",
+    ):
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):

@@ -16,7 +16,7 @@ from stts_slowfast import backbones, hosts
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import attach, detach, selections
-from stts_slowfast.schedule import advance
+from stts_slowfast.schedule import update_schedule
 from stts_slowfast.standalone.model import build_model
 
 
@@ -182,10 +182,10 @@ def test_compiles_without_graph_breaks(model, clips, mode):
 
 def test_a_falling_sigma_does_not_recompile(model, clips):
     compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
-    advance(model, 0.0)
+    update_schedule(model, 0.0)
     compiled(clips)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        advance(model, 0.5)
+        update_schedule(model, 0.5)
         compiled(clips)
 
 
@@ -574,7 +574,7 @@ def test_fusion_that_fails_leaves_the_model_as_it_was(plain, tiny_cfg, clips, mo
         raise RuntimeError("no")
 
     before = plain(clips)
-    monkeypatch.setattr("stts_slowfast.fused.configure", fail)
+    monkeypatch.setattr("stts_slowfast.fused.fuse_model", fail)
     with pytest.raises(RuntimeError):
         attach(plain, tiny_cfg.STTS)
     assert not hasattr(plain, "stts") and torch.equal(plain(clips), before)

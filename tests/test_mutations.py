@@ -21,7 +21,12 @@ def test_a_row_finds_its_line(name):
 
 
 def test_a_change_that_no_test_notices_is_told():
-    row = mutations.Mutation("keys.py", "import difflib", "import difflib  #", "tests/test_keys.py")
+    row = mutations.Mutation(
+        "configfiles/values.py",
+        "import difflib",
+        "import difflib  #",
+        "tests/configfiles/test_values.py",
+    )
     assert mutations.judge(row) == "GREEN"
 
 

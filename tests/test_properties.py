@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from stts_slowfast import backbones, block_hooks, hooks
 from stts_slowfast.checkpoints import load_weights
 from stts_slowfast.checkpoints.formats import convert, targets
-from stts_slowfast.config import add_stts_config, plan, validate_stts
+from stts_slowfast.config import add_stts_config, selection_plan, validate_stts
+from stts_slowfast.configfiles.files import read_yaml
 from stts_slowfast.grid import Grid
-from stts_slowfast.standalone.defaults import get_cfg
-from stts_slowfast.standalone.lists import NO_LABEL, list_kinetics, list_ssv2
-from stts_slowfast.yamlfiles import read_yaml
+from stts_slowfast.standalone.annotations import NO_LABEL, list_kinetics, list_ssv2
+from stts_slowfast.standalone.config import get_cfg
 
 # The same examples in every run, on any machine.
 settings.register_profile(
@@ -105,7 +105,7 @@ def test_a_node_is_refused_by_its_key_or_does_what_is_planned(steps_of, data):
     except ValueError as error:
         assert re.search(r"STTS\.[A-Z_.]*[A-Z]", str(error)), error
         return
-    steps = plan(node, grids)
+    steps = selection_plan(node, grids)
     done, kept = run(node, data.draw(st.booleans()))
     assert done == steps and list(kept) == list(steps)
     for key, (before, after) in steps.items():
@@ -132,7 +132,7 @@ def ascending(draw, size):
 @given(data=st.data())
 def test_a_grid_says_where_its_tokens_come_from(data):
     """However frames and windows are selected: told by coordinates that travel with the tokens."""
-    draw, batch = data.draw, data.draw(st.integers(1, 2))
+    draw, batch = data.draw, data.sample(st.integers(1, 2))
     sizes = draw(st.tuples(*[st.integers(1, 6)] * 3))
     axes = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
     places = torch.stack(axes, dim=3).expand(batch, *sizes, 3)  # (B, T, H, W, 3)
@@ -218,7 +218,7 @@ def test_kinetics_lists_say_what_was_written(lists_cfg, tmp_path, data):
     entry = st.tuples(words(separator), st.integers(0, 9))
     entries = data.draw(st.lists(entry, max_size=6))
     ends = st.sampled_from(["\n", "\r\n", " \n"])
-    lines = [f"{data.draw(blank)}{p}{separator}{n}{data.draw(ends)}" for p, n in entries]
+    lines = [f"{data.draw(blank)}{p}{separator}{n}{data.sample(ends)}" for p, n in entries]
     (tmp_path / "val.csv").write_bytes("".join(lines).encode())
     lists_cfg.DATA.PATH_LABEL_SEPARATOR = separator
     videos = list_kinetics(lists_cfg, "val")

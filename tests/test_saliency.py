@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from stts_slowfast import saliency
 from stts_slowfast.backbones import timesformer
 from stts_slowfast.hooks import attach, selections
-from stts_slowfast.schedule import Schedule, advance
-from stts_slowfast.selectors import WHOLE, SpatialSelector, TemporalSelector
+from stts_slowfast.schedule import Schedule, update_schedule
+from stts_slowfast.selectors import KEEP_SCALE, SpatialSelector, TemporalSelector
 from stts_slowfast.standalone.model import build_model
 
 FRAME = (4, 6)
@@ -232,7 +232,7 @@ def model(tiny_cfg):
     tiny_cfg.STTS.SPACE.KEEP = [0.3]
     tiny_cfg.MODEL.DROPOUT_RATE = tiny_cfg.MVIT.DROPPATH_RATE = 0.0
     model = build_model(tiny_cfg).train()
-    advance(model, 0.9)
+    update_schedule(model, 0.9)
     return model
 
 
@@ -293,7 +293,7 @@ def test_the_backbone_learns_from_the_hard_choice_alone(model):
         found = gradients(model)
         if wide:
             for selector in model.stts.values():
-                selector.low = selector.high = WHOLE
+                selector.low = selector.high = KEEP_SCALE
         for selector in model.stts.values():
             selector.eval()
         model.zero_grad()
@@ -369,7 +369,7 @@ def iteration_flops(model):
 def test_a_narrow_iteration_costs_its_share_of_flops():
     stock = timesformer.TimeSformer(32, 8, 8, 64, 4, 4, num_classes=5)
     model = attach(copy.deepcopy(stock), time={0: 0.5}, space={1: 0.3}, teacher="saliency")
-    advance(model, 1.0)
+    update_schedule(model, 1.0)
     costs = []
     for one in (model, stock):
         training = iteration_flops(one.train())
@@ -392,7 +392,7 @@ def test_all_tokens_pass_while_the_backbone_is_frozen(tiny_cfg, model):
         sizes = []
         for epoch in (0.0, 1.9, 2.0):
             schedule.step(epoch)
-            sizes.append([selector.goes_on(grid)[0] for selector in model.stts.values()])
+            sizes.append([selector.output_size(grid)[0] for selector in model.stts.values()])
         narrow = [4, 7]
         assert sizes == ([[8, 14], [8, 14], narrow] if teacher != "mixture" else [narrow] * 3)
 

@@ -8,9 +8,9 @@ import torch
 from stts_slowfast import backbones
 from stts_slowfast.backbones import timesformer
 from stts_slowfast.config import Settings
-from stts_slowfast.groups import param_groups
 from stts_slowfast.hooks import attach, detach, selections
-from stts_slowfast.schedule import Schedule, advance, backbone_lr, set_progress, sigma
+from stts_slowfast.optimizer_groups import param_groups
+from stts_slowfast.schedule import Schedule, backbone_lr, set_progress, sigma, update_schedule
 from stts_slowfast.selectors import TemporalSelector
 from stts_slowfast.standalone.model import build_model
 
@@ -44,9 +44,9 @@ def test_sigma_falls_to_zero_or_stays():
 
 
 def test_progress_reaches_every_selector_and_needs_no_history(model):
-    advance(model, 0.75)
+    update_schedule(model, 0.75)
     assert [float(s.sigma) for s in model.stts.values()] == pytest.approx([0.025, 0.025])
-    advance(model, 0.25)
+    update_schedule(model, 0.25)
     assert [float(s.sigma) for s in model.stts.values()] == pytest.approx([0.075, 0.075])
 
 
@@ -54,8 +54,8 @@ def budgets(model, steps=80, seed=0):
     """Frames and side of the window at each step of a training."""
     grid, found = torch.empty(1, 8, 14, 14, 1), []
     for number in range(steps):
-        advance(model, number / steps, seed)
-        found.append([module.goes_on(grid)[0] for module in model.stts.values()])
+        update_schedule(model, number / steps, seed)
+        found.append([module.output_size(grid)[0] for module in model.stts.values()])
     return found
 
 
@@ -91,7 +91,7 @@ def test_a_range_is_not_tested_before_anything_was_drawn_and_else_at_its_high_en
     clips = torch.randn(1, 3, 8, 32, 32)
     with pytest.raises(ValueError, match=r'is .*0.25 to 0.9: .*KEEP "\[0.9\]".*set_prog'):
         ranged.eval()(clips)
-    advance(ranged, 0.3)
+    update_schedule(ranged, 0.3)
     ranged.eval()(clips)
     assert {key: kept.shape for key, kept in selections(ranged).items()} == {
         "time_0": (1, 3), "space_2": (3, 4)
@@ -114,9 +114,9 @@ def test_budgets_are_drawn_up_to_a_widest_that_shrinks_to_what_is_kept(tiny_cfg,
         widest = [max(drawn[first : first + 67]) for first in range(0, 400, 67)]
         assert widest == sorted(widest, reverse=True) and len(set(map(tuple, widest))) == 4
         assert len(set(map(tuple, drawn))) == 5  # what torch.compile has graphs for
-    advance(model, 0.0)
+    update_schedule(model, 0.0)
     model.eval()  # keeps what a test would
-    assert [s.goes_on(torch.empty(1, 8, 14, 14, 1))[0] for s in model.stts.values()] == (
+    assert [s.output_size(torch.empty(1, 8, 14, 14, 1))[0] for s in model.stts.values()] == (
         [2, 7] if keep == 0.25 else [7, 13]
     )
 
@@ -147,7 +147,7 @@ def test_a_compiled_training_has_a_graph_for_each_budget():
     # With fullgraph, what comes behind `recompile_limit`, 8, is an error.
     compiled = torch.compile(model.train(), fullgraph=True, backend="eager")
     for number in range(64):
-        advance(model, number / 64)
+        update_schedule(model, number / 64)
         compiled(torch.randn(2, 3, 8, 32, 32))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
     compiled(torch.randn(1, 3, 8, 32, 32))  # the last batch of an epoch
@@ -167,7 +167,7 @@ def test_the_widest_budget_is_the_model_without_selectors(tiny_cfg):
     loss = logits.square().sum()
     loss.backward()  # reaches every parameter, as DDP asks
     assert all(parameter.grad is not None for parameter in model.parameters())
-    advance(model, 1.0)
+    update_schedule(model, 1.0)
     assert not torch.allclose(model(clips), logits)
     torch.testing.assert_close(detach(model)(clips), logits)
 
@@ -175,12 +175,12 @@ def test_the_widest_budget_is_the_model_without_selectors(tiny_cfg):
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_progress_outside_of_training_is_refused(model, fraction):
     with pytest.raises(ValueError, match="lies in 0 to 1"):
-        advance(model, fraction)
+        update_schedule(model, fraction)
 
 
 def test_backbone_is_frozen_then_capped(tiny_cfg):
     rates = [
-        backbone_lr(lr, epoch, Settings.of_node(tiny_cfg.STTS), 1e-3)
+        backbone_lr(lr, epoch, Settings.from_cfg(tiny_cfg.STTS), 1e-3)
         for lr, epoch in [(1e-3, 2.9), (1e-3, 3.0), (1e-5, 9.0)]
     ]
     assert rates == pytest.approx([0.0, 1e-4, 1e-5])

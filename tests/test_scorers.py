@@ -4,8 +4,7 @@ from torch.nn import functional as F
 
 from stts_slowfast.scorers import (
     SCORERS,
-    ChangeFrameScorer,
-    ChangeWindowScorer,
+    FrameDifferenceScorer,
     LearnedFrameScorer,
     LearnedWindowScorer,
     RandomFrameScorer,
@@ -13,7 +12,8 @@ from stts_slowfast.scorers import (
     ScoreNetwork,
     UniformFrameScorer,
     UniformWindowScorer,
-    normalize,
+    WindowDifferenceScorer,
+    minmax_normalize,
 )
 
 
@@ -78,7 +78,7 @@ def test_random_windows_have_one_score_each():
 
 
 def test_normalized_rows_span_zero_to_one():
-    scores = normalize(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]))
+    scores = minmax_normalize(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]]))
     torch.testing.assert_close(scores[0], torch.tensor([0.0, 1.0, 0.5]), atol=1e-4, rtol=0)
     assert torch.equal(scores[1], torch.zeros(3))
 
@@ -86,17 +86,17 @@ def test_normalized_rows_span_zero_to_one():
 def test_change_marks_frames_that_differ_from_the_one_before():
     grid = torch.zeros(1, 5, 2, 2, 4)
     grid[:, 2] = 1.0  # comes, and goes again
-    scores = ChangeFrameScorer(4)(grid, 2)
+    scores = FrameDifferenceScorer(4)(grid, 2)
     assert scores.tolist() == [[1.0, 0.0, 1.0, 1.0, 0.0]]  # all of the first frame is new
-    assert ChangeFrameScorer(4)(grid[:, :1], 1).tolist() == [[0.0]]
+    assert FrameDifferenceScorer(4)(grid[:, :1], 1).tolist() == [[0.0]]
 
 
 def test_change_marks_windows_in_which_something_moves():
     grid = torch.randn(1, 1, 4, 4, 4).expand(1, 3, 4, 4, 4).clone()
     grid[:, 1, 0, 3] += 2.0
-    scores = ChangeWindowScorer(4)(grid, (2, 2), (2, 2))
+    scores = WindowDifferenceScorer(4)(grid, (2, 2), (2, 2))
     assert scores.shape == (3, 4) and scores.argmax(dim=1).tolist() == [1, 1, 1]
-    assert ChangeWindowScorer(4)(grid[:, :1], (2, 2), (2, 2)).tolist() == [[0.0] * 4]
+    assert WindowDifferenceScorer(4)(grid[:, :1], (2, 2), (2, 2)).tolist() == [[0.0] * 4]
 
 
 @pytest.mark.parametrize("dimension, shape", [("TIME", (2, 4)), ("SPACE", (8, 4))])

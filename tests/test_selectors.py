@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stts_slowfast.selectors import Choice, SpatialSelector, TemporalSelector
+from stts_slowfast.selectors import Selection, SpatialSelector, TemporalSelector
 
 
 class FixedScores(torch.nn.Module):
@@ -30,8 +30,8 @@ def test_temporal_selection_keeps_the_best_frames_in_order():
 def test_training_mixes_frames_by_their_indicators():
     selector = TemporalSelector(4, 0, 0.5, sigma=0.5).train()
     grid = torch.randn(2, 4, 3, 3, 4)
-    choice = selector.choose(grid)
-    mixed = selector.take(grid, choice)
+    choice = selector.select(grid)
+    mixed = selector.apply_selection(grid, choice)
     torch.testing.assert_close(mixed, torch.einsum("bkt,bthwc->bkhwc", choice.weights, grid))
     assert not torch.equal(mixed, selector.eval()(grid))
 
@@ -74,7 +74,7 @@ def test_shared_windows_are_the_same_in_all_frames():
     kept = selector.kept.view(2, 3, 4)
     assert (kept == kept[:, :1]).all()
     assert (kept[:, 0, 0] * 3 + kept[:, 0, 1]).tolist() == own.tolist()
-    indicators = selector.train().choose(grid).weights.view(2, 3, 9)
+    indicators = selector.train().select(grid).weights.view(2, 3, 9)
     assert torch.equal(indicators, indicators[:, :1].expand(-1, 3, -1))
 
 
@@ -85,13 +85,13 @@ def test_mixed_windows_equal_the_unfolded_sum(height, width, stride):
     grid = torch.randn(2, 3, height, width, 4, dtype=torch.float64, requires_grad=True)
     (side_h, side_w), (step_h, step_w) = (
         selector.eval()(grid.float()).shape[2:4],
-        selector._steps(grid, selector.goes_on(grid)),
+        selector._steps(grid, selector.output_size(grid)),
     )
     windows = grid.unfold(2, side_h, step_h).unfold(3, side_w, step_w)  # (B, T, r, c, C, h, w)
     weights = torch.rand(6, windows.shape[2] * windows.shape[3], dtype=torch.float64)
     weights.requires_grad_()
     expected = torch.einsum("btn,btnchw->bthwc", weights.view(2, 3, -1), windows.flatten(2, 3))
-    mixed = selector.take(grid, Choice(None, weights))
+    mixed = selector.apply_selection(grid, Selection(None, weights))
     torch.testing.assert_close(mixed, expected)
     upstream = torch.randn_like(expected)
     ours = torch.autograd.grad(mixed, (grid, weights), upstream)
@@ -163,8 +163,8 @@ def test_nan_scores_are_an_error_at_once_on_a_cpu(kind, mode):
 @pytest.fixture
 def device(monkeypatch):
     """Makes this machine's memory pass for a device's, which is not looked at."""
-    for module in ("state", "topk"):
-        monkeypatch.setattr(f"stts_slowfast.{module}.on_host", lambda tensor: False)
+    for module in ("selector_state", "topk"):
+        monkeypatch.setattr(f"stts_slowfast.{module}.is_cpu", lambda tensor: False)
 
 
 @pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])

@@ -22,7 +22,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 import stts_slowfast as stts
-from stts_slowfast.keys import leaves
+from stts_slowfast.configfiles.values import flatten
 from stts_slowfast.tools import cli
 
 ROOT = Path(__file__).parents[1]
@@ -45,12 +45,12 @@ def test_documented_paths_are_importable(path):
 def test_config_keys_keep_their_defaults(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("{}\n")
-    found = dict(leaves(stts.load_config(str(path))))
+    found = dict(flatten(stts.load_config(str(path))))
     assert {key: found.get(key, "lost") for key in SURFACE["config"]} == SURFACE["config"]
     node = CfgNode()
     stts.add_stts_config(node)
     ours = {key: value for key, value in SURFACE["config"].items() if key.startswith("STTS.")}
-    assert ours.items() <= dict(leaves(node)).items()
+    assert ours.items() <= dict(flatten(node)).items()
 
 
 @pytest.mark.parametrize("registry", SURFACE["registries"])

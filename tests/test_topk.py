@@ -55,7 +55,7 @@ def test_matches_the_one_hot_formula(k):
 
 
 def test_gradient_matches_finite_differences():
-    """Common noise makes the smoothed operator's differences cheap to estimate."""
+    """Common noise makes the smoothed operator's config_diff cheap to estimate."""
     scores, k, sigma = torch.tensor([[0.1, 0.5, 0.45, 0.9]]), 2, 0.2
     noise = torch.randn(1, 400_000, 4)
     grad_output = torch.randn(1, k, 4)
@@ -268,7 +268,7 @@ class CountLaunches(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("d, k", [(8, 4), (96, 48), (33, 32)])
 def test_subset_takes_60_launches_whatever_the_clip(monkeypatch, d, k):
-    monkeypatch.setattr("stts_slowfast.topk.on_host", lambda tensor: False)  # no check of a CPU's
+    monkeypatch.setattr("stts_slowfast.topk.is_cpu", lambda tensor: False)  # no check of a CPU's
     scores, sigma = torch.rand(2, d, requires_grad=True), torch.tensor(0.2)
     subset(scores, k, sigma)
     with CountLaunches() as launches:
@@ -382,7 +382,7 @@ def test_a_batch_of_nothing_passes(name, gradient, k):
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 def test_infinite_scores_that_nobody_looks_at_give_no_nan(monkeypatch, value, k):
     """On a device looking would wait; the selector notes them there."""
-    monkeypatch.setattr("stts_slowfast.topk.on_host", lambda tensor: False)
+    monkeypatch.setattr("stts_slowfast.topk.is_cpu", lambda tensor: False)
     scores = torch.rand(2, 6)
     scores[0, 2] = value
     for name in ("perturbed", "subset"):

@@ -39,7 +39,7 @@ echo "torch.compile and torch.export are not tested with the oldest versions"
 python -m pytest -q --import-mode=importlib -p no:cacheprovider \
     -k "not compil and not exported and not has_no_place_for_it" \
     tests/test_topk.py tests/test_selectors.py tests/test_hooks.py tests/test_config.py \
-    tests/backbones tests/checkpoints tests/video tests/standalone/test_defaults.py \
+    tests/backbones tests/checkpoints tests/video tests/standalone/test_config.py \
     tests/standalone/test_engine.py
 stts run --help > /dev/null
 echo "the lower bounds of setup.cfg work with $(python --version)"

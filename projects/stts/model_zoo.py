@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.tools.published import TABLE, Published
+from stts_slowfast.tools.report.published import TABLE, Published
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path(__file__).with_name("README.md")

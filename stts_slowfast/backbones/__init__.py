@@ -9,9 +9,13 @@ from collections.abc import Collection
 from torch import nn
 
 from stts_slowfast.backbones import hf, mvit, timesformer, video_swin  # noqa: F401  they register
+from stts_slowfast.backbones.activation_checkpointing import (
+    detach_backbone,
+    recompute,
+    refuse_detached_scorers,
+)
 from stts_slowfast.backbones.family import FAMILIES, Family, Format
-from stts_slowfast.backbones.recompute import detach_backbone, recompute, refuse_detached_scorers
-from stts_slowfast.extensions import load_extensions
+from stts_slowfast.plugins import load_extensions
 
 __all__ = [
     "FAMILIES",
@@ -22,7 +26,7 @@ __all__ = [
     "build",
     "family_of",
     "refuse_detached_scorers",
-    "settle",
+    "resolve_config",
 ]
 
 
@@ -50,7 +54,7 @@ def build(cfg) -> nn.Module:
     return model
 
 
-def settle(cfg, given: Collection[str]) -> None:
+def resolve_config(cfg, given: Collection[str]) -> None:
     """Completes a config with what the model's own files say, where it has such.
 
     Args:
@@ -62,7 +66,7 @@ def settle(cfg, given: Collection[str]) -> None:
         ValueError: where a given key contradicts them.
     """
     if cfg.MODEL.MODEL_NAME in FAMILIES or cfg.MODEL.MODEL_NAME.startswith(hf.PREFIX):
-        family_of(cfg).settle(cfg, given)
+        family_of(cfg).resolve_config(cfg, given)
 
 
 def block_grids(cfg) -> list[tuple[int, int, int]]:

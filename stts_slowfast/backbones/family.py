@@ -7,7 +7,7 @@ from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import nn
 
-from stts_slowfast.backbones.names import State, layer_of
+from stts_slowfast.backbones.state_dict import State, layer_of
 
 Grid = tuple[int, int, int]
 
@@ -18,15 +18,15 @@ class Format:
 
     Attributes:
         name: what a user reads.
-        recognize: whether a state dict is of this format.
+        detect_format: whether a state dict is of this format.
         to_slowfast: (state, the model's selectors) to the names that checkpoints of a run have:
             SlowFast's, or the family's own where SlowFast does not have it. Where nothing is merged
             parameters keep their order.
         from_slowfast: the inverse, in this format's names; None where nobody writes it.
         target: what ``stts convert --to`` calls it; "" where nobody writes it.
         wrapper: the key under which a file of this format holds its parameters; "" for none.
-        facts: what a model of this format has that its parameters do not say, where it differs
-            from the family's ``facts``.
+        metadata: what a model of this format has that its parameters do not say, where it differs
+            from the family's ``metadata``.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Format:
     from_slowfast: Callable[[State], State] | None = None
     target: str = ""
     wrapper: str = ""
-    facts: Mapping = field(default_factory=dict)
+    metadata: Mapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Family:
         pretrained: a config to the file of weights to start from; "" for none.
         layer: (a parameter's name, number of blocks) to its layer for ``SOLVER.LAYER_DECAY``: 0
             before the blocks, block + 1, number of blocks + 1 behind them.
-        facts: what checkpoints carry beside parameters, with the values they have where they do
-            not say; ``read_facts(model)`` finds them, ``set_facts(model, facts)`` sets them and
+        metadata: what checkpoints carry beside parameters, with the values they have where they do
+            not say; ``read_metadata(model)`` finds them, ``set_metadata(model, metadata)`` sets them and
             says in sentences what it changed.
-        settle: (a config, the keys that a file or command line gives) completes the config with
+        resolve_config: (a config, the keys that a file or command line gives) completes the config with
             what the model's own files say; raises ValueError where that contradicts a given key.
-        trained: a config to the folder whose weights, and selectors, ``build`` starts from; "".
+        init_folder: a config to the folder whose weights, and selectors, ``build`` starts from; "".
     """
 
     name: str
@@ -75,11 +75,11 @@ class Family:
     to_slowfast: Callable[[State, nn.Module], State] = lambda state, model: dict(state)
     pretrained: Callable[[CfgNode], str] = lambda cfg: ""
     layer: Callable[[str, int], int] = layer_of
-    facts: Mapping = field(default_factory=dict)
-    read_facts: Callable[[nn.Module], dict] = lambda model: {}
-    set_facts: Callable[[nn.Module, Mapping], list[str]] = lambda model, facts: []
-    settle: Callable[[CfgNode, Collection[str]], None] = lambda cfg, given: None
-    trained: Callable[[CfgNode], str] = lambda cfg: ""
+    metadata: Mapping = field(default_factory=dict)
+    read_metadata: Callable[[nn.Module], dict] = lambda model: {}
+    set_metadata: Callable[[nn.Module, Mapping], list[str]] = lambda model, metadata: []
+    resolve_config: Callable[[CfgNode, Collection[str]], None] = lambda cfg, given: None
+    init_folder: Callable[[CfgNode], str] = lambda cfg: ""
 
     @property
     def __name__(self) -> str:  # what fvcore's Registry files it under

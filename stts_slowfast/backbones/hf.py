@@ -1,7 +1,7 @@
 """``MODEL.MODEL_NAME hf:FOLDER``: a video classifier of transformers from ``save_pretrained``.
 
 Sizes, classes, mean and standard deviation are what the folder says. A config that says otherwise
-is refused, but for ``MODEL.NUM_CLASSES``, which gives a model that is to be trained a new
+is refused, but for ``MODEL.NUM_CLASSES``, which gives a model that is to be init_folder a new
 classifier.
 """
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast.backbones.family import FAMILIES, Family
-from stts_slowfast.backbones.names import State
-from stts_slowfast.backbones.timesformer_names import is_transformers, to_transformers
-from stts_slowfast.extras import need
+from stts_slowfast.backbones.state_dict import State
+from stts_slowfast.backbones.timesformer_state_dict import is_transformers, to_transformers
 from stts_slowfast.hosts import HOSTS
+from stts_slowfast.plugins import require
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def folder_of(cfg) -> str:
     return folder
 
 
-def settle(cfg, given: Collection[str]) -> None:
+def resolve_config(cfg, given: Collection[str]) -> None:
     """Completes a config with what its folder says.
 
     Args:
@@ -122,7 +122,7 @@ def build(cfg) -> VideoClassifier:
     classes = {"num_labels": cfg.MODEL.NUM_CLASSES, "ignore_mismatched_sizes": True} if new else {}
     if new:
         logger.warning("%s: its classifier is new, for %d classes", folder, cfg.MODEL.NUM_CLASSES)
-    auto = need("transformers").AutoModelForVideoClassification
+    auto = require("transformers").AutoModelForVideoClassification
     model = VideoClassifier(auto.from_pretrained(folder, local_files_only=True, **classes))
     model.stts_new = ("model.classifier",) if new else ()
     return model
@@ -152,7 +152,7 @@ def from_slowfast(state: State, model: nn.Module) -> State:
 
 def _config(cfg):
     folder = folder_of(cfg)
-    config = need("transformers").AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = require("transformers").AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.model_type not in _HOSTS:
         raise ValueError(f"{folder} is a {config.model_type}: use one of {', '.join(_HOSTS)}")
     return config
@@ -164,7 +164,7 @@ def _processing(folder: str, side: int) -> tuple[list[float], list[float], int]:
     Each family normalises by its own formula, so it is asked what becomes of black and white.
     """
     try:
-        auto = need("transformers").AutoVideoProcessor
+        auto = require("transformers").AutoVideoProcessor
         processor = auto.from_pretrained(folder, local_files_only=True)
     except OSError as error:
         raise ValueError(
@@ -201,7 +201,7 @@ FAMILIES.register(
         models=(VideoClassifier,),
         from_slowfast=from_slowfast,
         layer=layer,
-        settle=settle,
-        trained=folder_of,
+        resolve_config=resolve_config,
+        init_folder=folder_of,
     )
 )

@@ -6,7 +6,7 @@ With parameters renamed one to one (see ``mvit_names.py``) it computes what Slow
 from torch import nn
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
-from stts_slowfast.backbones import mvit_names, vit
+from stts_slowfast.backbones import mvit_state_dict, vit
 from stts_slowfast.backbones.family import FAMILIES, Family
 
 # What torchvision's MViT cannot express, and what it has instead.
@@ -220,11 +220,11 @@ FAMILIES.register(
         build,
         block_grids,
         models=(MViT, vit.ViT),
-        formats=mvit_names.FORMATS,
-        from_slowfast=mvit_names.from_slowfast,
-        to_slowfast=mvit_names.to_slowfast,
-        facts={"pool_norm_eps": mvit_names.EPS_TODAY},
-        read_facts=mvit_names.read_facts,
-        set_facts=mvit_names.set_facts,
+        formats=mvit_state_dict.FORMATS,
+        from_slowfast=mvit_state_dict.from_slowfast,
+        to_slowfast=mvit_state_dict.to_slowfast,
+        metadata={"pool_norm_eps": mvit_state_dict.EPS_TODAY},
+        read_metadata=mvit_state_dict.read_metadata,
+        set_metadata=mvit_state_dict.set_metadata,
     )
 )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from stts_slowfast.backbones.family import FAMILIES, Family, Format
-from stts_slowfast.backbones.names import State, has, patches_are, without_prefix
-from stts_slowfast.backbones.timesformer_names import (
+from stts_slowfast.backbones.state_dict import State, has, patches_are, without_prefix
+from stts_slowfast.backbones.timesformer_state_dict import (
     from_transformers,
     is_transformers,
     to_transformers,
@@ -27,7 +27,7 @@ from stts_slowfast.backbones.vit import (
     sincos_1d,
     start_by_xavier,
 )
-from stts_slowfast.keys import check_choice
+from stts_slowfast.configfiles.values import check_choice
 
 
 def add_config(cfg) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from stts_slowfast.backbones.family import FAMILIES, Family, Format
-from stts_slowfast.backbones.names import (
+from stts_slowfast.backbones.state_dict import (
     HAS_AUTHORS_SCORER,
     State,
     has,

@@ -3,33 +3,33 @@
 ``formats.py`` knows state dicts, ``files.py`` knows files, ``check.py`` knows configs.
 """
 
-from stts_slowfast.checkpoints.check import check
-from stts_slowfast.checkpoints.files import read_checkpoint, write_whole
-from stts_slowfast.checkpoints.folders import own_weights
 from stts_slowfast.checkpoints.formats import (
     Loaded,
     convert,
+    detect_format,
     load_pretrained,
     load_weights,
     note_new,
-    recognize,
     save_checkpoint,
     slowfast_state,
     state_dict_of,
 )
+from stts_slowfast.checkpoints.hf_folder import pretrained_state
+from stts_slowfast.checkpoints.io import atomic_write, read_checkpoint
+from stts_slowfast.checkpoints.validate import validate_checkpoint
 
 __all__ = [
     "Loaded",
-    "check",
+    "atomic_write",
     "convert",
+    "detect_format",
     "load_pretrained",
     "load_weights",
     "note_new",
-    "own_weights",
+    "pretrained_state",
     "read_checkpoint",
-    "recognize",
     "save_checkpoint",
     "slowfast_state",
     "state_dict_of",
-    "write_whole",
+    "validate_checkpoint",
 ]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import stts_slowfast
 from stts_slowfast.backbones import FAMILIES, Family, Format, family_of
-from stts_slowfast.backbones.names import AUTHORS_SCORER, State
-from stts_slowfast.checkpoints.files import read_checkpoint, save, write_whole
-from stts_slowfast.checkpoints.folders import load_selectors
+from stts_slowfast.backbones.state_dict import AUTHORS_SCORER, State
+from stts_slowfast.checkpoints.hf_folder import load_selectors
+from stts_slowfast.checkpoints.io import atomic_write, read_checkpoint, save
 from stts_slowfast.hosts import modules_with_selectors
 
 logger = logging.getLogger(__name__)
@@ -101,11 +101,11 @@ def load_weights(
         source = os.fspath(checkpoint)
         checkpoint = read_checkpoint(checkpoint)
     state = state_dict_of(checkpoint)
-    known = recognize(state)
+    known = detect_format(state)
     loaded = _copy_into(model, state, to_model(state, model), known.name, source if strict else "")
     family = _family_of(model)
     if family:
-        loaded.notes += family.set_facts(model, _facts(checkpoint, family, known))
+        loaded.notes += family.set_metadata(model, _metadata(checkpoint, family, known))
     return loaded
 
 
@@ -158,7 +158,7 @@ def save_checkpoint(
 ) -> None:
     """Writes a SlowFast ``.pyth`` checkpoint, parameters under SlowFast's names.
 
-    The file appears whole or not at all, see :func:`write_whole`. Beside what SlowFast's have it
+    The file appears whole or not at all, see :func:`atomic_write`. Beside what SlowFast's have it
     says, under ``stts``, by which version and commit of this package it was written, and the node.
 
     Args:
@@ -185,9 +185,9 @@ def save_checkpoint(
     if scaler_state is not None:
         checkpoint["scaler_state"] = scaler_state
     if family := _family_of(model):
-        facts = family.read_facts(model)
-        checkpoint.update({k: v for k, v in facts.items() if v != family.facts.get(k)})
-    write_whole(path, lambda partial: save(checkpoint, partial))
+        facts = family.read_metadata(model)
+        checkpoint.update({k: v for k, v in facts.items() if v != family.metadata.get(k)})
+    atomic_write(path, lambda partial: save(checkpoint, partial))
 
 
 @functools.cache
@@ -234,7 +234,7 @@ def convert(checkpoint: dict, to: str, selectors: Sequence[str]) -> tuple[dict, 
         ValueError: where the format is not known, or the target does not have this family.
     """
     state = state_dict_of(checkpoint)
-    family, source = _recognize(state)
+    family, source = _detect_format(state)
     if family is None:
         raise ValueError(f"no known format has parameters such as {next(iter(state))}")
     own_names = Format("", lambda state: False, source.to_slowfast, dict, "slowfast", "model_state")
@@ -251,19 +251,19 @@ def convert(checkpoint: dict, to: str, selectors: Sequence[str]) -> tuple[dict, 
     if target.wrapper:
         converted = {target.wrapper: converted}
     if to == "slowfast":
-        facts = _facts(checkpoint, family, source)
-        converted.update({k: v for k, v in facts.items() if v != family.facts.get(k)})
+        facts = _metadata(checkpoint, family, source)
+        converted.update({k: v for k, v in facts.items() if v != family.metadata.get(k)})
         if isinstance(checkpoint.get("cfg"), str):
             converted["cfg"] = checkpoint["cfg"]
     return converted, source, left_over
 
 
-def recognize(state: State) -> Format:
+def detect_format(state: State) -> Format:
     """The format of a state dict; where it is none of the known, the model's own names."""
-    return _recognize(state)[1]
+    return _detect_format(state)[1]
 
 
-def _recognize(state: State) -> tuple[Family | None, Format]:
+def _detect_format(state: State) -> tuple[Family | None, Format]:
     for _, family in FAMILIES:
         for known in family.formats.values():
             if known.recognize(state):
@@ -271,16 +271,16 @@ def _recognize(state: State) -> tuple[Family | None, Format]:
     return None, _OWN
 
 
-def _facts(checkpoint: Mapping, family: Family, source: Format) -> dict:
+def _metadata(checkpoint: Mapping, family: Family, source: Format) -> dict:
     """What the file says, its format implies or the family takes for granted, in this order."""
-    known = {**family.facts, **source.facts}
+    known = {**family.metadata, **source.metadata}
     return {key: checkpoint.get(key, value) for key, value in known.items()}
 
 
 def _family_of(model: nn.Module) -> Family | None:
     """The family of a model: by its class, or by the names of its parameters."""
     by_class = next((family for _, family in FAMILIES if isinstance(model, family.models)), None)
-    return by_class or _recognize(dict(model.state_dict()))[0]
+    return by_class or _detect_format(dict(model.state_dict()))[0]
 
 
 def is_standalone(model: nn.Module) -> bool:
@@ -290,7 +290,7 @@ def is_standalone(model: nn.Module) -> bool:
 
 def to_model(state: State, model: nn.Module) -> State:
     """A state dict of any known format under the model's names, the file's parameters first."""
-    renamed = recognize(state).to_slowfast(state, list(getattr(model, "stts", ())))
+    renamed = detect_format(state).to_slowfast(state, list(getattr(model, "stts", ())))
     family = _family_of(model)
     return family.from_slowfast(renamed, model) if family else renamed
 

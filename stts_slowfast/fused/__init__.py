@@ -5,8 +5,15 @@ import logging
 from torch import nn
 
 from stts_slowfast.fused import pytorchvideo, torchvision  # noqa: F401  they add their views
-from stts_slowfast.fused.attention import AttentionView
-from stts_slowfast.fused.views import BLOCKS, PARTS, READERS, Request, View, differs
+from stts_slowfast.fused.attention import AttentionReplacement
+from stts_slowfast.fused.replacement import (
+    BLOCKS,
+    FINAL_NORMS,
+    SUBMODULES,
+    FuseOptions,
+    Replacement,
+    verify_equivalence,
+)
 from stts_slowfast.hosts import find_blocks
 
 logger = logging.getLogger(__name__)
@@ -15,7 +22,7 @@ logger = logging.getLogger(__name__)
 _TABLES = ("rel_pos_t", "rel_pos_h", "rel_pos_w", "relative_position_bias_table")
 
 
-def configure(model: nn.Module, fuse: bool, true_distances: bool) -> int:
+def fuse_model(model: nn.Module, fuse: bool, true_distances: bool) -> int:
     """Gives a model's attention what a node asks for, in place; calling it again starts afresh.
 
     Modules are replaced by views of them. Parameters and buffers stay the same objects under the
@@ -34,16 +41,16 @@ def configure(model: nn.Module, fuse: bool, true_distances: bool) -> int:
     Returns:
         How many attention modules were fused with ``fuse``; without, how many were replaced.
     """
-    restore(model)
-    request = Request(fuse, true_distances, _cropped(model), _readers(model))
+    unfuse_model(model)
+    request = FuseOptions(fuse, true_distances, _cropped(model), _readers(model))
     problems = {}
-    for kinds in (PARTS, BLOCKS):
+    for kinds in (SUBMODULES, BLOCKS):
         for parent, name, child in _children(model):
-            kind = next((kind for kind in kinds if kind.knows(child, parent, name)), None)
-            view = kind and kind.of(child, request)
+            kind = next((kind for kind in kinds if kind.matches(child, parent, name)), None)
+            view = kind and kind.build(child, request)
             if view is None:
                 continue
-            problem = differs(view)
+            problem = verify_equivalence(view)
             if problem:
                 problems.setdefault(type(child).__name__, problem)
             else:
@@ -54,22 +61,22 @@ def configure(model: nn.Module, fuse: bool, true_distances: bool) -> int:
     if true_distances and strange and hasattr(model, "stts"):
         names = ", ".join(sorted(strange))
         logger.warning(f"STTS.TRUE_DISTANCES is True, but is not for {names}, which is unknown")
-    views = [module for module in model.modules() if isinstance(module, AttentionView)]
+    views = [module for module in model.modules() if isinstance(module, AttentionReplacement)]
     return sum(view.fuse for view in views) if fuse else len(views)
 
 
-def restore(model: nn.Module) -> None:
+def unfuse_model(model: nn.Module) -> None:
     """Puts the stock modules back, the very objects that ``configure`` replaced."""
     for parent, name, child in _children(model):
-        if isinstance(child, View):
-            parent._modules[name] = child.stock
+        if isinstance(child, Replacement):
+            parent._modules[name] = child.original
 
 
 def has_attention(model: nn.Module) -> bool:
     """Whether some attention is of a kind that can be fused where nobody changed its parts."""
-    kinds = [kind for kind in PARTS if issubclass(kind, AttentionView)]
+    kinds = [kind for kind in SUBMODULES if issubclass(kind, AttentionReplacement)]
     return any(
-        isinstance(child, AttentionView) or kind.knows(child, parent, name)
+        isinstance(child, AttentionReplacement) or kind.matches(child, parent, name)
         for parent, name, child in _children(model)
         for kind in kinds
     )
@@ -92,7 +99,7 @@ def _cropped(model: nn.Module) -> set[nn.Module]:
 
 
 def _readers(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, nn.Module]]:
-    found = [(module, reader(module)) for module in model.modules() for reader in READERS]
+    found = [(module, reader(module)) for module in model.modules() for reader in FINAL_NORMS]
     return {find_blocks(module)[-1]: (module, norm) for module, norm in found if norm is not None}
 
 
@@ -102,6 +109,6 @@ def _strange_positions(model: nn.Module) -> set[str]:
         type(module).__name__
         for module in model.modules()
         if any(module._parameters.get(name) is not None for name in _TABLES)
-        and not isinstance(module, View)
-        and not any(kind.knows(module, module, "") for kind in PARTS)
+        and not isinstance(module, Replacement)
+        and not any(kind.matches(module, module, "") for kind in SUBMODULES)
     }

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, arange, cat, einsum, eye, nn
 from torch.nn import functional as F
 
-from stts_slowfast import symbolic
+from stts_slowfast import fx_tracing
 from stts_slowfast.constants import sized_constant
-from stts_slowfast.fused import cpu
-from stts_slowfast.fused.views import Request, View, run
+from stts_slowfast.fused import ops
+from stts_slowfast.fused.replacement import FuseOptions, Replacement, run
+from stts_slowfast.fx_tracing import tracer_of
 from stts_slowfast.grid import Grid
-from stts_slowfast.symbolic import tracer_of
 
 
-class AttentionView(View):
+class AttentionReplacement(Replacement):
     """Stands in for the pooling attention of a host, whose names a subclass knows.
 
     Args:
@@ -44,41 +44,41 @@ class AttentionView(View):
         super().__init__(stock, fuse, true_distances=true_distances)
 
     @classmethod
-    def of(cls, stock: nn.Module, request: Request) -> "AttentionView | None":
+    def build(cls, stock: nn.Module, request: FuseOptions) -> "AttentionReplacement | None":
         fuse = request.fuse and cls.fits(stock)
         view = cls(stock, fuse, request.true_distances)
         return view if fuse or (view.has_positions() and request.true_distances) else None
 
-    def examples(self, generator: torch.Generator) -> list[tuple]:
+    def sample_inputs(self, generator: torch.Generator) -> list[tuple]:
         tokens = int(self.has_cls()) + 5 * 9 * 7
         return [(torch.randn(2, tokens, self.channels(), generator=generator), (5, 9, 7))]
 
-    def ways(self) -> list:
+    def implementations(self) -> list:
         fused = [self.fused] if self.fuse else []
-        return [*fused, self.composed] if self.has_positions() else fused
+        return [*fused, self.reference] if self.has_positions() else fused
 
     def forward(self, x: Tensor, thw):
         if tracer := tracer_of(x):
-            return symbolic.call(tracer, run, self, x, thw)
+            return fx_tracing.call(tracer, run, self, x, thw)
         if self.is_fused():
             return self.fused(x, thw)
-        if self.reads_distances(thw):
-            return self.composed(x, thw)
-        return self.stock.forward(x, thw)
+        if self.uses_true_positions(thw):
+            return self.reference(x, thw)
+        return self.original.forward(x, thw)
 
     def has_positions(self) -> bool:
         return any(table is not None for table in self.tables())
 
-    def reads_distances(self, thw) -> bool:
+    def uses_true_positions(self, thw) -> bool:
         """Whether the tokens of a grid come from places that the stock module would not read."""
         if not (self.true_distances and isinstance(thw, Grid) and self.has_positions()):
             return False
         return thw.is_selected and not thw.is_whole
 
-    def composed(self, x: Tensor, thw):
+    def reference(self, x: Tensor, thw):
         """As the stock module's ``forward``, at true distances."""
         q, k, v, q_thw, k_thw = self.project_and_pool(x, thw)
-        out = self.attend_spelt_out(q, k, v, thw, tuple(q_thw), tuple(k_thw))
+        out = self.attend_eager(q, k, v, thw, tuple(q_thw), tuple(k_thw))
         if self.residual() == "all":
             out = out + q
         elif self.residual() == "patches":
@@ -86,7 +86,7 @@ class AttentionView(View):
         return self.finish(out.flatten(2)), _moved(thw, q_thw)
 
     def fused(self, x: Tensor, thw, norm: nn.LayerNorm | None = None, cls_alone: bool = False):
-        """As :meth:`composed`, by other means.
+        """As :meth:`reference`, by other means.
 
         Args:
             norm: what the tokens still have to be normalised by, if anything (for
@@ -108,12 +108,12 @@ class AttentionView(View):
         if not self.has_positions():
             return _attend(q, k, v, self.softmax_scale())
         k = k * self.softmax_scale()
-        dtype = cpu.compute_dtype(q)  # once, instead of in each product
+        dtype = ops.compute_dtype(q)  # once, instead of in each product
         q, k, v = (t.to(dtype) for t in (q, k, v))
         query, key, value = self._fold(q, k, v, thw, q_thw, k_thw)
         return _attend(query, key, value, 1.0)[..., : q.shape[3]]
 
-    def attend_spelt_out(self, q, k, v, thw, q_thw: tuple, k_thw: tuple) -> Tensor:
+    def attend_eager(self, q, k, v, thw, q_thw: tuple, k_thw: tuple) -> Tensor:
         """The same by operators that can be counted, transformed and differentiated twice."""
         cls, positions = int(self.has_cls()), 0.0
         for axis, products in self._products(q, thw, q_thw, k_thw):
@@ -132,7 +132,7 @@ class AttentionView(View):
         to_q, to_kv = self.projections()
         (pool_q, norm_q), (pool_k, norm_k), (pool_v, norm_v) = self.pools()
         if cls_alone:
-            q = cpu.linear(x[:, :1], *to_q, norm)
+            q = ops.linear(x[:, :1], *to_q, norm)
             q_thw = thw
         else:
             q, q_thw = self._pooled(x, thw, norm, to_q, [pool_q])
@@ -148,19 +148,19 @@ class AttentionView(View):
     def _pooled(self, x: Tensor, thw: tuple, norm, projection: tuple, pools: list):
         """Projects tokens, and pools the result ``(B, 1+L, len(pools)*heads*D)`` over the grid."""
         if pools[0] is None:
-            return cpu.linear(x, *projection, norm), thw
+            return ops.linear(x, *projection, norm), thw
         cls = int(self.has_cls())
         places, grid, stride = _read(thw, pools[0], x)
         if places is None:
-            y = cpu.linear(x, *projection, norm)
+            y = ops.linear(x, *projection, norm)
             first, y = y.split([cls, x.shape[1] - cls], dim=1)
         else:
-            first = cpu.linear(x[:, :1], *projection, norm) if cls else None
-            y = cpu.linear(x, *projection, norm, places + cls)
+            first = ops.linear(x[:, :1], *projection, norm) if cls else None
+            y = ops.linear(x, *projection, norm, places + cls)
         y = y.unflatten(1, grid).permute(0, 4, 1, 2, 3)  # channels-last in memory
         if isinstance(pools[0], nn.Conv3d):
             weight = cat([pool.weight for pool in pools for _ in range(self.num_heads)])
-            y = cpu.depthwise(y, weight.to(y.dtype), stride, pools[0].padding)
+            y = ops.depthwise(y, weight.to(y.dtype), stride, pools[0].padding)
         else:
             y = pools[0](y)
         grid = tuple(y.shape[2:])
@@ -201,7 +201,7 @@ class AttentionView(View):
         """
         pools = [self.pool_q, self.pool_k]
         strides = [geometry(pool)[1][axis] for pool in pools]
-        whole, moved = thw[axis], self.reads_distances(thw)
+        whole, moved = thw[axis], self.uses_true_positions(thw)
         if moved and axis == 0 and thw.frames is not None and max(strides) == 1:
             distances = thw.frames[:, :, None] - thw.frames[:, None, :] + len(table) // 2
             return table[distances.clamp(0, len(table) - 1)]

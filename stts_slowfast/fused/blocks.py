@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, cat, nn
 
-from stts_slowfast.fused import cpu
-from stts_slowfast.fused.attention import AttentionView
-from stts_slowfast.fused.views import Request, View, untouched
-from stts_slowfast.symbolic import tracer_of
+from stts_slowfast.fused import ops
+from stts_slowfast.fused.attention import AttentionReplacement
+from stts_slowfast.fused.replacement import FuseOptions, Replacement, is_pristine
+from stts_slowfast.fx_tracing import tracer_of
 
 
-class BlockView(View):
+class BlockReplacement(Replacement):
     """Stands in for an MViT block around fused attention, whose names a subclass knows.
 
     Args:
@@ -28,20 +28,20 @@ class BlockView(View):
         super().__init__(stock, model=model, reader=reader)
 
     @classmethod
-    def of(cls, stock: nn.Module, request: Request) -> "BlockView | None":
-        if not (request.fuse and untouched(stock, hooks=False) and cls.fits(stock)):
+    def build(cls, stock: nn.Module, request: FuseOptions) -> "BlockReplacement | None":
+        if not (request.fuse and is_pristine(stock, hooks=False) and cls.fits(stock)):
             return None
         # Patches' queries, and all that follows from them, can be left out where nobody reads them,
         # but not where parameters serve those alone: every parameter must get a gradient.
         cls_asks = not stock.attn.has_positions() and stock.attn.pool_q is None
-        return cls(stock, *request.readers.get(stock, ()) if cls_asks else ())
+        return cls(stock, *request.final_norms.get(stock, ()) if cls_asks else ())
 
     @classmethod
     def fits(cls, block: nn.Module) -> bool:
         """Whether the parts are of the kinds that can be rearranged exactly."""
         first, activation, second, *dropouts = cls.mlp_layers(block) or (None,) * 3
         return (
-            isinstance(block.attn, AttentionView)
+            isinstance(block.attn, AttentionReplacement)
             and block.attn.fuse
             and type(block.norm1) is type(block.norm2) is nn.LayerNorm
             and all(norm.elementwise_affine for norm in (block.norm1, block.norm2))
@@ -70,10 +70,10 @@ class BlockView(View):
         """What pools the residual, if anything."""
         raise NotImplementedError
 
-    def examples(self, generator: torch.Generator) -> list[tuple]:
-        return self.attn.examples(generator)
+    def sample_inputs(self, generator: torch.Generator) -> list[tuple]:
+        return self.attn.sample_inputs(generator)
 
-    def ways(self) -> list:
+    def implementations(self) -> list:
         return [self.fused, self._cls_beside_patches] if self.reader is not None else [self.fused]
 
     def _cls_beside_patches(self, x: Tensor, thw) -> Tensor:
@@ -84,17 +84,17 @@ class BlockView(View):
 
     def forward(self, x: Tensor, thw):
         if tracer_of(x) or not thw or not self.is_fused():
-            return self.stock.forward(x, thw)
-        return self.fused(x, thw, self._cls_alone())
+            return self.original.forward(x, thw)
+        return self.fused(x, thw, self._cls_only())
 
     def fused(self, x: Tensor, thw, cls_alone: bool = False):
         y, norm = x, self.norm1
-        if not cpu.in_pieces(x):  # cast once, instead of in each projection
-            y, norm = self.norm1(x).to(cpu.compute_dtype(x)), None
+        if not ops.use_chunks(x):  # cast once, instead of in each projection
+            y, norm = self.norm1(x).to(ops.compute_dtype(x)), None
         out, thw_new = self.attn.fused(y, thw, norm, cls_alone)
         project, in_attention = self.projection()
         if project is not None and in_attention:
-            x = cpu.linear(y, project.weight, project.bias, norm)
+            x = ops.linear(y, project.weight, project.bias, norm)
             project = None
         drop = getattr(self, self.stochastic)
         x = (x[:, :1] if cls_alone else self._skip(x, tuple(thw))) + drop(out)
@@ -104,14 +104,14 @@ class BlockView(View):
             scale = drop(ones)  # what stochastic depth multiplies each clip with
             scale = None if scale is ones else scale
         first, _, second, *_ = self.mlp_layers(self)
-        return cpu.residual_mlp(x, self.norm2, first, second, project, scale), thw_new
+        return ops.residual_mlp(x, self.norm2, first, second, project, scale), thw_new
 
-    def _cls_alone(self) -> bool:
+    def _cls_only(self) -> bool:
         """Whether nobody reads more of what comes out than the cls token."""
         reader, model = self.reader, self.model
         if reader is None or not any(child is reader for child in model._modules.values()):
             return False
-        return not self._forward_hooks and "forward" not in model.__dict__ and untouched(reader)
+        return not self._forward_hooks and "forward" not in model.__dict__ and is_pristine(reader)
 
     def _skip(self, x: Tensor, thw: tuple) -> Tensor:
         """Pools the residual ``(B, [1+]T*H*W, C)`` over the grid."""

@@ -2,13 +2,13 @@
 
 from torch import Tensor, cat, nn
 
-from stts_slowfast.fused import cpu
-from stts_slowfast.fused.attention import AttentionView, fusible, inner, split
-from stts_slowfast.fused.blocks import BlockView
-from stts_slowfast.fused.views import BLOCKS, PARTS, READERS
+from stts_slowfast.fused import ops
+from stts_slowfast.fused.attention import AttentionReplacement, fusible, inner, split
+from stts_slowfast.fused.blocks import BlockReplacement
+from stts_slowfast.fused.replacement import BLOCKS, FINAL_NORMS, SUBMODULES
 
 
-def is_a(module: nn.Module, name: str) -> bool:
+def is_instance_of(module: nn.Module, name: str) -> bool:
     """Whether the class of a module, or one that it derives from, has this dotted name."""
     return name in [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
 
@@ -18,12 +18,12 @@ def _is_separate(attn: nn.Module) -> bool:
     return getattr(attn, "separate_qkv", True)
 
 
-class PyTorchVideoAttention(AttentionView):
+class PyTorchVideoAttention(AttentionReplacement):
     """Stands in for ``pytorchvideo.layers.attention.MultiScaleAttention``."""
 
     @classmethod
-    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
-        return is_a(module, "pytorchvideo.layers.attention.MultiScaleAttention")
+    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        return is_instance_of(module, "pytorchvideo.layers.attention.MultiScaleAttention")
 
     def forward(self, x: Tensor, thw_shape):
         return super().forward(x, thw_shape)
@@ -62,25 +62,27 @@ class PyTorchVideoAttention(AttentionView):
         return "all" if getattr(self, "residual_pool", False) else "none"
 
     def output(self, x: Tensor) -> Tensor:
-        x = cpu.linear(x, self.proj.weight, self.proj.bias)
+        x = ops.linear(x, self.proj.weight, self.proj.bias)
         return self.proj_drop(x) if hasattr(self, "proj_drop") else x
 
 
-class PyTorchVideoBlock(BlockView):
+class PyTorchVideoBlock(BlockReplacement):
     """Stands in for ``pytorchvideo.layers.attention.MultiScaleBlock``."""
 
     stochastic = "drop_path"
 
     @classmethod
-    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
-        return is_a(module, "pytorchvideo.layers.attention.MultiScaleBlock")
+    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+        return is_instance_of(module, "pytorchvideo.layers.attention.MultiScaleBlock")
 
     def forward(self, x: Tensor, thw_shape=None):
         return super().forward(x, thw_shape)
 
     @classmethod
     def drops_clips(cls, module: nn.Module) -> bool:
-        return type(module) is nn.Identity or is_a(module, "pytorchvideo.layers.drop_path.DropPath")
+        return type(module) is nn.Identity or is_instance_of(
+            module, "pytorchvideo.layers.drop_path.DropPath"
+        )
 
     @staticmethod
     def mlp_layers(block: nn.Module) -> list[nn.Module]:
@@ -95,15 +97,17 @@ class PyTorchVideoBlock(BlockView):
         return self.pool_skip
 
 
-def reader(model: nn.Module) -> nn.Module | None:
+def final_norm(model: nn.Module) -> nn.Module | None:
     """What reads the tokens of the last block, where the head takes the cls token alone."""
-    if not is_a(model, "pytorchvideo.models.vision_transformers.MultiscaleVisionTransformers"):
+    if not is_instance_of(
+        model, "pytorchvideo.models.vision_transformers.MultiscaleVisionTransformers"
+    ):
         return None
     pool = getattr(model.head, "sequence_pool", None)
-    cls_alone = is_a(pool, "pytorchvideo.models.head.SequencePool") and pool.mode == "cls"
+    cls_alone = is_instance_of(pool, "pytorchvideo.models.head.SequencePool") and pool.mode == "cls"
     return model.norm_embed if cls_alone and type(model.norm_embed) is nn.LayerNorm else None
 
 
-PARTS.append(PyTorchVideoAttention)
+SUBMODULES.append(PyTorchVideoAttention)
 BLOCKS.append(PyTorchVideoBlock)
-READERS.append(reader)
+FINAL_NORMS.append(final_norm)

@@ -6,19 +6,26 @@ from torchvision.models.video.mvit import MultiscaleAttention, MultiscaleBlock, 
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import MLP, StochasticDepth
 
-from stts_slowfast import symbolic
-from stts_slowfast.fused import cpu
-from stts_slowfast.fused.attention import AttentionView, fusible, inner, split
-from stts_slowfast.fused.blocks import BlockView
-from stts_slowfast.fused.views import BLOCKS, PARTS, READERS, Request, View, run
-from stts_slowfast.symbolic import tracer_of
+from stts_slowfast import fx_tracing
+from stts_slowfast.fused import ops
+from stts_slowfast.fused.attention import AttentionReplacement, fusible, inner, split
+from stts_slowfast.fused.blocks import BlockReplacement
+from stts_slowfast.fused.replacement import (
+    BLOCKS,
+    FINAL_NORMS,
+    SUBMODULES,
+    FuseOptions,
+    Replacement,
+    run,
+)
+from stts_slowfast.fx_tracing import tracer_of
 
 
-class TorchvisionAttention(AttentionView):
+class TorchvisionAttention(AttentionReplacement):
     """Stands in for ``torchvision.models.video.mvit.MultiscaleAttention``."""
 
     @classmethod
-    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
         return isinstance(module, MultiscaleAttention)
 
     @staticmethod
@@ -59,7 +66,7 @@ class TorchvisionAttention(AttentionView):
 
     def output(self, x: Tensor) -> Tensor:
         linear, *dropout = self.project
-        x = cpu.linear(x, linear.weight, linear.bias)
+        x = ops.linear(x, linear.weight, linear.bias)
         return dropout[0](x) if dropout else x
 
     def project_and_pool(self, x: Tensor, thw: tuple):
@@ -82,13 +89,13 @@ class TorchvisionAttention(AttentionView):
         return q - (arange(k_size, device=device) + (1.0 - k_size)) * k_ratio
 
 
-class TorchvisionBlock(BlockView):
+class TorchvisionBlock(BlockReplacement):
     """Stands in for ``torchvision.models.video.mvit.MultiscaleBlock``."""
 
     stochastic = "stochastic_depth"
 
     @classmethod
-    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
         return isinstance(module, MultiscaleBlock)
 
     @classmethod
@@ -108,7 +115,7 @@ class TorchvisionBlock(BlockView):
         return self.pool_skip and self.pool_skip.pool
 
 
-class SwinAttention(View):
+class SwinAttention(Replacement):
     """Stands in for ``ShiftedWindowAttention3d`` behind a selection of windows.
 
     Its relative positions stay true where the grid is smaller than an attention window. The stock
@@ -119,25 +126,25 @@ class SwinAttention(View):
     """
 
     @classmethod
-    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
         return isinstance(module, ShiftedWindowAttention3d)
 
     @classmethod
-    def of(cls, stock: nn.Module, request: Request) -> "SwinAttention | None":
+    def build(cls, stock: nn.Module, request: FuseOptions) -> "SwinAttention | None":
         return cls(stock) if request.true_distances and stock in request.cropped else None
 
-    def examples(self, generator: torch.Generator) -> list[tuple]:
+    def sample_inputs(self, generator: torch.Generator) -> list[tuple]:
         whole, channels = self.window_size, inner(self.qkv, "in_features").in_features
         grids = [whole, [1, *whole[1:]], [size + 1 for size in whole]]
         return [(torch.randn(1, *grid, channels, generator=generator),) for grid in grids]
 
-    def ways(self) -> list:
+    def implementations(self) -> list:
         return [self.forward]
 
     def forward(self, x: Tensor) -> Tensor:
         if tracer := tracer_of(x):
-            return symbolic.call(tracer, run, self, x)
-        return type(self.stock).forward(self, x)
+            return fx_tracing.call(tracer, run, self, x)
+        return type(self.original).forward(self, x)
 
     def get_relative_position_bias(self, window_size: list[int]) -> Tensor:
         """The bias (1, heads, N, N) of a window of N tokens, (frames, rows, columns)."""
@@ -147,11 +154,11 @@ class SwinAttention(View):
         return self.relative_position_bias_table[index].permute(2, 0, 1)[None]
 
 
-def reader(model: nn.Module) -> nn.Module | None:
+def final_norm(model: nn.Module) -> nn.Module | None:
     """What reads the tokens of the last block, of which ``MViT`` keeps the cls token alone."""
     return model.norm if type(model) is MViT and "forward" not in vars(model) else None
 
 
-PARTS += [TorchvisionAttention, SwinAttention]
+SUBMODULES += [TorchvisionAttention, SwinAttention]
 BLOCKS += [TorchvisionBlock]
-READERS.append(reader)
+FINAL_NORMS.append(final_norm)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from stts_slowfast.extensions import load_extensions
 from stts_slowfast.grid import Grid
+from stts_slowfast.plugins import load_extensions
 
 HOSTS = Registry("HOSTS")
 
@@ -39,7 +39,7 @@ class Host:
     """What all hosts share; a host is made for one model.
 
     How a block knows which tokens arrive: where a block's call has a place for their grid
-    (``thw``), the ``Grid`` travels there (a host with ``hand_on``). Everywhere else it travels in
+    (``thw``), the ``Grid`` travels there (a host with ``set_block_grid``). Everywhere else it travels in
     the context of the model's call (``calls.Calls``), so nothing is lost when wrappers, FSDP or
     offloading make new tensors:
 
@@ -112,7 +112,7 @@ class Host:
         """The grid of a block that is called outside of a call of its model; None: unknown."""
         return None
 
-    def arrived(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
+    def incoming_grid(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
         """The grid of the tokens of a block's call.
 
         Args:
@@ -122,7 +122,7 @@ class Host:
         return thw
 
     def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
-        """The tokens of a block's call, whose grid is ``thw``, as :meth:`arrived` gave it.
+        """The tokens of a block's call, whose grid is ``thw``, as :meth:`incoming_grid` gave it.
 
         Raises:
             ValueError: where they do not fit the grid.
@@ -147,9 +147,9 @@ class Host:
         """What a host must change in a model before selectors stand in front of its blocks."""
 
     def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Takes back what :meth:`prepare` did."""
+        """Takes back what :meth:`normalize_clips` did."""
 
-    def hand_on(self, output, thw: Grid):
+    def set_block_grid(self, output, thw: Grid):
         """What a block returns, with the grid ``thw`` (the block's own, before pooling) on it.
 
         For hosts whose calls have a place for the grid, and no others.
@@ -157,7 +157,7 @@ class Host:
         return output
 
 
-def is_a(model: nn.Module, library: str, *names: str) -> bool:
+def is_instance_of(model: nn.Module, library: str, *names: str) -> bool:
     """Whether a model's class, or one it comes from, is one of ``names`` in a library.
 
     A library that nobody uses need not be imported, nor installed, to be told from the others.
@@ -168,7 +168,7 @@ def is_a(model: nn.Module, library: str, *names: str) -> bool:
     )
 
 
-def hosted(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     """The model that has the blocks: ``model.hosted`` where it wraps another, else itself."""
     return getattr(model, "hosted", model)
 
@@ -207,21 +207,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
+def resolve_host(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     """The host of a model, and the model's blocks.
 
     Raises:
         ValueError: where no host finds blocks in it.
     """
     load_extensions()
-    model = hosted(model)
-    if not is_a(model, "peft", "PeftModel"):  # it passes its model's attributes on
+    model = base_model(model)
+    if not is_instance_of(model, "peft", "PeftModel"):  # it passes its model's attributes on
         for _, host in reversed(list(HOSTS)):
             blocks = list(host.blocks(model))
             if blocks:
                 return host(model), blocks
     raise ValueError(
-        f"{type(model).__name__} has no blocks to select tokens before{_inside(model)}: STTS works "
+        f"{type(model).__name__} has no blocks to select tokens before{_hint_at_inner_model(model)}: STTS works "
         "on models with `blocks` called as x, thw = block(x, thw) (MViT, TimeSformer, ViT), on "
         "Video Swin, on VideoMAE, ViViT, V-JEPA 2, TimeSformer, VideoPrism, SigLIP, CLIP, DINOv2, "
         "DINOv3 and Qwen's vision towers of transformers, on timm's VisionTransformer and Eva, and "
@@ -229,9 +229,9 @@ def find(model: nn.Module) -> tuple[Host, list[nn.Module]]:
     )
 
 
-def _inside(model: nn.Module) -> str:
+def _hint_at_inner_model(model: nn.Module) -> str:
     """In words, which module inside of a model has blocks; empty if none has."""
-    if is_a(model, "peft", "PeftModel"):
+    if is_instance_of(model, "peft", "PeftModel"):
         return ", but what it adapts may have: attach(model.get_base_model(), ...)"
     for path, module in model.named_modules():
         if path:
@@ -252,12 +252,14 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: where no host finds blocks in it.
     """
-    return find(model)[1]
+    return resolve_host(model)[1]
 
 
 # They register themselves.
+from stts_slowfast.hosts import thw_blocks  # noqa: E402, F401  the last that is asked
+
+# isort: split
 from stts_slowfast.hosts import (  # noqa: E402, F401
-    blocks_with_grid,
     hf_images,
     hf_timesformer,
     plain_video_vit,

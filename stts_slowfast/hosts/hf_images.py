@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stts_slowfast.calls import first_tensor
+from stts_slowfast.call_context import first_tensor
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, is_a, masks
-from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
+from stts_slowfast.hosts import HOSTS, is_instance_of, masks
+from stts_slowfast.hosts.token_sequence import TokenSequenceHost, inner, pair, patches
 
 HEADS = {
     "Siglip": ("VisionModel", "ForImageClassification"),
@@ -35,7 +35,7 @@ REFUSED = {
 
 
 @HOSTS.register()
-class HFImages(TokensAlone):
+class HFImages(TokenSequenceHost):
     """Vision models without a text part, with any number of cls and register tokens."""
 
     by_frame = True
@@ -45,15 +45,15 @@ class HFImages(TokensAlone):
         config = tower.config
         self.patch = (1, *pair(config.patch_size))
         self.sizes = patches(getattr(model, "num_frames", 1), config.image_size, self.patch)
-        cls = 0 if is_a(tower, "transformers", "SiglipVisionModel") else 1
+        cls = 0 if is_instance_of(tower, "transformers", "SiglipVisionModel") else 1
         self.prefix = cls + getattr(config, "num_register_tokens", 0)
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         for name, why in REFUSED.items():
-            if is_a(model, "transformers", name):
+            if is_instance_of(model, "transformers", name):
                 raise ValueError(f"tokens of transformers' {name} cannot be selected: {why}")
-        if not is_a(model, "transformers", *NAMES):
+        if not is_instance_of(model, "transformers", *NAMES):
             return ()
         tower = _tower(model)
         encoder = tower.encoder if hasattr(tower, "encoder") else getattr(tower, "model", tower)

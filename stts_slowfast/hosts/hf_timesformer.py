@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, is_a
-from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
+from stts_slowfast.hosts import HOSTS, is_instance_of
+from stts_slowfast.hosts.token_sequence import TokenSequenceHost, inner, pair, patches
 
 
 class LayerConfig:
@@ -43,7 +43,7 @@ class LayerConfig:
 
 
 @HOSTS.register()
-class HFTimeSformer(TokensAlone):
+class HFTimeSformer(TokenSequenceHost):
     """``TimesformerModel`` and ``TimesformerForVideoClassification``."""
 
     prefix = 1
@@ -58,7 +58,7 @@ class HFTimeSformer(TokensAlone):
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        if not is_a(model, "transformers", "TimesformerPreTrainedModel"):
+        if not is_instance_of(model, "transformers", "TimesformerPreTrainedModel"):
             return ()
         return inner(model).encoder.layer
 

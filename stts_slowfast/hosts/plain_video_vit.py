@@ -13,14 +13,14 @@ from inspect import signature
 import torch
 from torch import nn
 
-from stts_slowfast.calls import first_tensor
+from stts_slowfast.call_context import first_tensor
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import HOSTS
-from stts_slowfast.hosts.tokens_alone import TokensAlone
+from stts_slowfast.hosts.token_sequence import TokenSequenceHost
 
 
 @HOSTS.register()
-class PlainVideoViT(TokensAlone):
+class PlainVideoViT(TokenSequenceHost):
     """``model.blocks`` behind ``model.patch_embed``, a convolution whose patches do not overlap."""
 
     def __init__(self, model: nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, cat, nn
 
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, Host, Tokens, is_a
+from stts_slowfast.hosts import HOSTS, Host, Tokens, is_instance_of
 
 NAMES = (
     "Qwen2VisionTransformerPretrainedModel",
@@ -57,13 +57,13 @@ class QwenVision(Host):
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        if is_a(model, "transformers", "Qwen2_5_VisionTransformerPretrainedModel"):
+        if is_instance_of(model, "transformers", "Qwen2_5_VisionTransformerPretrainedModel"):
             raise ValueError(
                 "tokens of Qwen2.5-VL's vision tower cannot be selected: its blocks attend in "
                 "windows of whole frames, and it puts tokens back by their place among all; the "
                 "towers of Qwen2-VL, Qwen3-VL and Qwen3.5 can be served"
             )
-        return model.blocks if is_a(model, "transformers", *NAMES) else ()
+        return model.blocks if is_instance_of(model, "transformers", *NAMES) else ()
 
     def channels(self, block: nn.Module) -> int:
         return super().channels(block) * self.unit

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, is_a
+from stts_slowfast.hosts import HOSTS, is_instance_of
 from stts_slowfast.hosts.timm_vit import TimmViT, refuse_patch_drop
 
 
@@ -19,7 +19,7 @@ class TimmEva(TimmViT):
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        if not is_a(model, "timm", "Eva"):
+        if not is_instance_of(model, "timm", "Eva"):
             return ()
         refuse_patch_drop(model)
         return model.blocks

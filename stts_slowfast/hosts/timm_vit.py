@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stts_slowfast.calls import first_tensor
+from stts_slowfast.call_context import first_tensor
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, is_a, masks
-from stts_slowfast.hosts.timm_maps import Intermediates
-from stts_slowfast.hosts.tokens_alone import TokensAlone
+from stts_slowfast.hosts import HOSTS, is_instance_of, masks
+from stts_slowfast.hosts.timm_feature_maps import Intermediates
+from stts_slowfast.hosts.token_sequence import TokenSequenceHost
 
 # Transformers of timm that no host here can serve, and why.
 REFUSED = {
@@ -38,7 +38,7 @@ def refuse_patch_drop(model: nn.Module) -> None:
 
 
 @HOSTS.register()
-class TimmViT(TokensAlone):
+class TimmViT(TokenSequenceHost):
     """``VisionTransformer`` and what comes from it, with any number of cls and register tokens."""
 
     def __init__(self, model: nn.Module):
@@ -54,11 +54,11 @@ class TimmViT(TokensAlone):
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        if is_a(model, "timm", "VisionTransformer"):
+        if is_instance_of(model, "timm", "VisionTransformer"):
             refuse_patch_drop(model)
             return model.blocks
         for name, why in REFUSED.items():
-            if is_a(model, "timm", name):
+            if is_instance_of(model, "timm", name):
                 raise ValueError(
                     f"tokens of timm's {type(model).__name__} cannot be selected: {why}; of timm, "
                     "VisionTransformer and Eva can be served, and what comes from them"

@@ -8,8 +8,7 @@ from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import HOSTS, Host, Tokens
 
 
-@HOSTS.register()
-class StagesOfGrids(Host):
+class SwinHost(Host):
     """The stages of ``model.features``, each called with a grid ``(B, T, H, W, C)`` alone.
 
     Windows of attention and patch merging need no grid but the one that arrives.
@@ -25,7 +24,7 @@ class StagesOfGrids(Host):
             return ()  # of images
         return [child for child in features if isinstance(child, nn.Sequential)]
 
-    def arrived(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
+    def incoming_grid(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
         x = args[0]
         if x.dim() != 5:
             raise ValueError(f"without thw tokens must be (B, T, H, W, C), not {tuple(x.shape)}")
@@ -38,3 +37,6 @@ class StagesOfGrids(Host):
 
     def write(self, tokens: Tokens, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return (tokens.grid, *args[1:]), kwargs
+
+
+HOSTS._do_register("StagesOfGrids", SwinHost)  # its name before 0.2

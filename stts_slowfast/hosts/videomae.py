@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stts_slowfast.hosts import HOSTS, is_a
-from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
+from stts_slowfast.hosts import HOSTS, is_instance_of
+from stts_slowfast.hosts.token_sequence import TokenSequenceHost, inner, pair, patches
 
 
 @HOSTS.register()
-class VideoMAE(TokensAlone):
+class VideoMAE(TokenSequenceHost):
     """``VideoMAEModel`` and ``VideoMAEForVideoClassification``."""
 
     def __init__(self, model: nn.Module):
@@ -23,7 +23,7 @@ class VideoMAE(TokensAlone):
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         names = ("VideoMAEModel", "VideoMAEForVideoClassification")
-        return inner(model).encoder.layer if is_a(model, "transformers", *names) else ()
+        return inner(model).encoder.layer if is_instance_of(model, "transformers", *names) else ()
 
     def entry(self, model: nn.Module) -> nn.Module:
         return inner(model).embeddings

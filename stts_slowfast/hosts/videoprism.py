@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from stts_slowfast.hosts import HOSTS, is_a
-from stts_slowfast.hosts.tokens_alone import TokensAlone, patches
+from stts_slowfast.hosts import HOSTS, is_instance_of
+from stts_slowfast.hosts.token_sequence import TokenSequenceHost, patches
 
 
 class TimesOfFrames:
@@ -34,7 +34,7 @@ class TimesOfFrames:
 
 
 @HOSTS.register()
-class VideoPrism(TokensAlone):
+class VideoPrism(TokenSequenceHost):
     """``VideoPrismVisionModel``, ``VideoModel`` and ``ForVideoClassification``."""
 
     by_frame = True
@@ -48,7 +48,7 @@ class VideoPrism(TokensAlone):
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         names = ("VisionModel", "VideoModel", "ForVideoClassification")
         names = [f"VideoPrism{name}" for name in names]
-        return _tower(model).spatial_layers if is_a(model, "transformers", *names) else ()
+        return _tower(model).spatial_layers if is_instance_of(model, "transformers", *names) else ()
 
     def entry(self, model: nn.Module) -> nn.Module:
         return _tower(model).spatial_embeddings

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, is_a, masks
-from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, patches
+from stts_slowfast.hosts import HOSTS, is_instance_of, masks
+from stts_slowfast.hosts.token_sequence import TokenSequenceHost, inner, patches
 
 
 @HOSTS.register()
-class ViViT(TokensAlone):
+class ViViT(TokenSequenceHost):
     """``VivitModel`` and ``VivitForVideoClassification``."""
 
     prefix = 1
@@ -22,7 +22,11 @@ class ViViT(TokensAlone):
 
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
-        return inner(model).layers if is_a(model, "transformers", "VivitPreTrainedModel") else ()
+        return (
+            inner(model).layers
+            if is_instance_of(model, "transformers", "VivitPreTrainedModel")
+            else ()
+        )
 
     def entry(self, model: nn.Module) -> nn.Module:
         return inner(model).embeddings

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stts_slowfast.calls import first_tensor
+from stts_slowfast.call_context import first_tensor
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, is_a
-from stts_slowfast.hosts.tokens_alone import TokensAlone, inner, pair, patches
+from stts_slowfast.hosts import HOSTS, is_instance_of
+from stts_slowfast.hosts.token_sequence import TokenSequenceHost, inner, pair, patches
 
 
 def refuse(*args, **kwargs):
@@ -23,7 +23,7 @@ def refuse(*args, **kwargs):
 
 
 @HOSTS.register()
-class VJEPA2(TokensAlone):
+class VJEPA2(TokenSequenceHost):
     """``VJEPA2ForVideoClassification``, and ``VJEPA2Model`` as an encoder; clips of any sizes."""
 
     def __init__(self, model: nn.Module):
@@ -34,13 +34,13 @@ class VJEPA2(TokensAlone):
     @staticmethod
     def blocks(model: nn.Module) -> Sequence[nn.Module]:
         names = ("VJEPA2Model", "VJEPA2ForVideoClassification")
-        return inner(model).encoder.layer if is_a(model, "transformers", *names) else ()
+        return inner(model).encoder.layer if is_instance_of(model, "transformers", *names) else ()
 
     def entry(self, model: nn.Module) -> nn.Module:
         return inner(model).encoder.embeddings
 
     def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        if is_a(model, "transformers", "VJEPA2Model"):
+        if is_instance_of(model, "transformers", "VJEPA2Model"):
             model.predictor.forward = refuse
 
     def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:

@@ -9,16 +9,16 @@ from inspect import signature
 
 from torch import nn
 
-from stts_slowfast.calls import first_tensor
+from stts_slowfast.call_context import first_tensor
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import HOSTS
-from stts_slowfast.hosts.tokens_alone import TokensAlone, patches
+from stts_slowfast.hosts.token_sequence import TokenSequenceHost, patches
 
 TAKES = {"mask", "H_patches", "W_patches"}
 
 
 @HOSTS.register()
-class VJEPA2Official(TokensAlone):
+class VJEPA2Official(TokenSequenceHost):
     """The encoder, known by what its blocks take; clips ``(B, 3, T, H, W)``."""
 
     def __init__(self, model: nn.Module):

@@ -17,14 +17,17 @@ from stts_slowfast.pyslowfast import compat
 # What this package adds to SlowFast; patches of SlowFast itself are in `compat.PATCHES`.
 OURS = {
     "slowfast": ["compat.check_switch"],
-    "slowfast.datasets.build": ["lists.wrap_build_dataset"],
-    "slowfast.datasets.kinetics": ["augment.wrap_augment"],
+    "slowfast.datasets.build": ["annotations.wrap_build_dataset"],
+    "slowfast.datasets.kinetics": ["rand_augment.wrap_augment"],
     "slowfast.models.attention": ["fused.register"],
     "slowfast.models.build": ["plugin.wrap_build_model"],
     "slowfast.models.optimizer": ["training.wrap_optimizer"],
-    "slowfast.utils.checkpoint": ["weights.wrap_load_checkpoint", "plugin.wrap_load_test"],
+    "slowfast.utils.checkpoint": [
+        "checkpoint_loading.wrap_load_checkpoint",
+        "plugin.wrap_load_test",
+    ],
     "slowfast.utils.logging": ["training.wrap_log"],
-    "slowfast.utils.misc": ["shards.wrap_launch_job", "training.wrap_losses"],
+    "slowfast.utils.misc": ["distributed.wrap_launch_job", "training.wrap_losses"],
     "slowfast.visualization.tensorboard_vis": ["training.wrap_tensorboard"],
     **{
         name: ["loops.wrap_jobs"]
@@ -34,9 +37,9 @@ OURS = {
     # If the others cannot be waited for, SlowFast does not know the node STTS either.
     "slowfast.config.defaults": [
         "plugin.add_config",
-        "settings.add_our_keys",
-        "settings.read_our_nodes",
-        "guard.wrap_config",
+        "config.add_our_keys",
+        "config.read_our_nodes",
+        "preflight.wrap_config",
         "plugin.wrap_config",
     ],
 }
@@ -91,7 +94,7 @@ def finish() -> None:
                 _call(function, sys.modules[module_name])
 
 
-def troubles() -> list[str]:
+def failed_hooks() -> list[str]:
     """What did not happen: ``plugin.wrap_models failed (KeyError: ...)``, ``... never ran``."""
     finish()
     found = []

@@ -12,12 +12,12 @@ from contextvars import ContextVar
 
 import torch
 
-from stts_slowfast.pyslowfast import reading
-from stts_slowfast.pyslowfast.clips import WaitingClip
+from stts_slowfast.pyslowfast import read_context
 from stts_slowfast.pyslowfast.compat import patch
-from stts_slowfast.pyslowfast.wrap import wrap
+from stts_slowfast.pyslowfast.lazy_clip import LazyClip
+from stts_slowfast.pyslowfast.patching import wrap
 from stts_slowfast.video import Video, frames_between
-from stts_slowfast.video.files import identity
+from stts_slowfast.video.io import stat_key
 
 
 @patch("decoder")
@@ -60,9 +60,9 @@ def _decode(pyav_works: bool, stock_decode, *args, **kwargs):
         frames, *others = stock_decode(*call.args, **call.kwargs)
     finally:
         _sparse.reset(token)
-    item = reading.item()
+    item = read_context.item()
     if frames is not None and not (item and item.crops_alone()):
-        frames = [clip.now() if isinstance(clip, WaitingClip) else clip for clip in frames]
+        frames = [clip.now() if isinstance(clip, LazyClip) else clip for clip in frames]
     return frames, *others
 
 
@@ -100,7 +100,7 @@ def decode_clips(
 
     Returns:
         A uint8 tensor ``(frames of the clip, H, W, 3)`` for each clip, in the order of time (for
-        a view of testing a `WaitingClip`, for SlowFast will crop it and no more); the
+        a view of testing a `LazyClip`, for SlowFast will crop it and no more); the
         frames per second; False; and for each clip its first and last frame and the distance to
         the clip before. Of a video shorter than its clips: all its frames; the frames per second;
         True; None.
@@ -108,8 +108,8 @@ def decode_clips(
     Raises:
         VideoError: if the video cannot be read; SlowFast's ``decode`` turns it into None.
     """
-    item = reading.item()
-    files = item.files if item else reading.Files()
+    item = read_context.item()
+    files = item.files if item else read_context.Files()
     rules = sampling_rate, num_frames, num_clips_uniform, target_fps, use_offset
     try:
         file = _open_file(files, source, (*map(repr, rules), max_spatial_scale))
@@ -177,16 +177,16 @@ class _File:
         self.video, self.short_side = video, short_side
         self.images, self.coming = {}, iter(())
 
-    def read(self, whole: list[int], taken: list[int], later: list[int]) -> WaitingClip:
+    def read(self, whole: list[int], taken: list[int], later: list[int]) -> LazyClip:
         """(frames of the clip, H, W, 3) uint8, with the frames ``taken`` (ascending) in place."""
         self.images = {n: image for n, image in self.images.items() if n >= whole[0]}
         if not self._reach(taken):
             wanted = sorted({*taken, *later})
             self.images = {}
-            self.coming = zip(wanted, self.video.iterate(wanted, self.short_side))
+            self.coming = zip(wanted, self.video.iter_frames(wanted, self.short_side))
             self._reach(taken)
         taken = set(taken)
-        return WaitingClip.of([self.images[n] if n in taken else None for n in whole])
+        return LazyClip.of([self.images[n] if n in taken else None for n in whole])
 
     def _reach(self, taken: list[int]) -> bool:
         """Goes on until all of ``taken`` are there; False where the pass does not have them."""
@@ -202,7 +202,7 @@ class _File:
         self.video.close()
 
 
-def _open_file(files: reading.Files, source, rules: tuple) -> _File:
+def _open_file(files: read_context.Files, source, rules: tuple) -> _File:
     path, threads = None, 1
     if not isinstance(source, bytes):
         # PyAV's container has been opened, and asked for threads, by SlowFast: take both over.
@@ -211,7 +211,7 @@ def _open_file(files: reading.Files, source, rules: tuple) -> _File:
             threads = 0
         path = source.name
         source.close()
-    key = source if path is None else identity(path)
+    key = source if path is None else stat_key(path)
     rules = *rules, threads
     if files.last is not None and key is not None and files.last[:2] == (key, rules):
         return files.last[2]

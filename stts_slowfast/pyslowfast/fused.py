@@ -3,7 +3,7 @@
 from torch import Tensor, arange, nn
 
 from stts_slowfast.fused.pytorchvideo import PyTorchVideoAttention, PyTorchVideoBlock
-from stts_slowfast.fused.views import BLOCKS, PARTS, READERS
+from stts_slowfast.fused.replacement import BLOCKS, FINAL_NORMS, SUBMODULES
 
 # The modules `slowfast.models.attention`, by whatever names they are imported.
 _hosts = []
@@ -23,7 +23,7 @@ class SlowFastAttention(PyTorchVideoAttention):
     """Stands in for ``slowfast.models.attention.MultiScaleAttention``."""
 
     @classmethod
-    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
         return _is_a(module, "MultiScaleAttention")
 
     def tables(self):
@@ -69,7 +69,7 @@ class SlowFastBlock(PyTorchVideoBlock):
     """Stands in for ``slowfast.models.attention.MultiScaleBlock``."""
 
     @classmethod
-    def knows(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
         return _is_a(module, "MultiScaleBlock")
 
     @classmethod
@@ -84,7 +84,7 @@ class SlowFastBlock(PyTorchVideoBlock):
         return getattr(self, "proj", None), self.dim_mul_in_att
 
 
-def reader(model: nn.Module) -> nn.Module | None:
+def final_norm(model: nn.Module) -> nn.Module | None:
     """What reads the tokens of the last block, where ``MViT`` keeps the cls token alone."""
     kind = type(model)
     if kind.__name__ != "MViT" or not kind.__module__.endswith("models.video_model_builder"):
@@ -93,6 +93,6 @@ def reader(model: nn.Module) -> nn.Module | None:
     return model.norm if model.cls_embed_on and not all_tokens else None
 
 
-PARTS.append(SlowFastAttention)
+SUBMODULES.append(SlowFastAttention)
 BLOCKS.append(SlowFastBlock)
-READERS.append(reader)
+FINAL_NORMS.append(final_norm)

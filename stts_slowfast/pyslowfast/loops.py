@@ -8,11 +8,11 @@ import contextlib
 import inspect
 from functools import partial
 
-from stts_slowfast.pyslowfast import badvideos, run_state
+from stts_slowfast.pyslowfast import error_log, run_state
 from stts_slowfast.pyslowfast.compat import patch
 from stts_slowfast.pyslowfast.compat.devices import quiet_synchronize
 from stts_slowfast.pyslowfast.compat.tools import is_a_tool
-from stts_slowfast.pyslowfast.wrap import wrap
+from stts_slowfast.pyslowfast.patching import wrap
 
 # Functions, with the names of their loader and their meter and the split that they go through.
 LOOPS = {
@@ -77,7 +77,7 @@ def _run_job(function, cfg):
 def _keep_account(loop, *args, **kwargs):
     loader, meter, mode = LOOPS[loop.__name__]
     call = _arguments(loop, args, kwargs)
-    with badvideos.account(call[loader], call[meter], mode):
+    with error_log.account(call[loader], call[meter], mode):
         return loop(*args, **kwargs)
 
 

@@ -12,12 +12,19 @@ from torch import nn
 from stts_slowfast import backbones
 from stts_slowfast.config import Settings, add_stts_config, check_testing
 from stts_slowfast.hooks import attach
-from stts_slowfast.hosts import find, modules_with_selectors
-from stts_slowfast.pyslowfast import compat, families, run_state, shards, torchrun, weights
-from stts_slowfast.pyslowfast.asked import enabled
+from stts_slowfast.hosts import modules_with_selectors, resolve_host
+from stts_slowfast.pyslowfast import (
+    checkpoint_loading,
+    compat,
+    distributed,
+    models,
+    run_state,
+    torchrun,
+)
+from stts_slowfast.pyslowfast.config_access import is_enabled
 from stts_slowfast.pyslowfast.dry_run import check_forward
-from stts_slowfast.pyslowfast.guard import OFF, check_selectors, confirm
-from stts_slowfast.pyslowfast.wrap import wrap
+from stts_slowfast.pyslowfast.patching import wrap
+from stts_slowfast.pyslowfast.preflight import OFF, check_selectors, require_hooks
 from stts_slowfast.schedule import reset
 
 # Models of SlowFast's that have no tokens.
@@ -42,8 +49,8 @@ def wrap_config(defaults) -> None:
 
 def _infer_config(assert_and_infer_cfg, cfg):
     compat.report(compat.asks_for_us(cfg))
-    if enabled(cfg):
-        refuse(cfg)
+    if is_enabled(cfg):
+        check_compatible(cfg)
         if cfg.TEST.ENABLE:
             check_testing(cfg.STTS)
     torchrun.count_machines(cfg)
@@ -69,12 +76,12 @@ def wrap_load_test(checkpoint) -> None:
 
 def _build_model(build_model, cfg, *args, **kwargs) -> nn.Module:
     compat.report(compat.asks_for_us(cfg))
-    families.offer(getattr(build_model, "__globals__", {}).get("MODEL_REGISTRY"), cfg)
-    if not enabled(cfg):
-        return shards.build(build_model, cfg, *args, **kwargs)
-    confirm(cfg)
-    refuse(cfg)
-    model = shards.build(_with_selectors(build_model), cfg, *args, **kwargs)
+    models.offer(getattr(build_model, "__globals__", {}).get("MODEL_REGISTRY"), cfg)
+    if not is_enabled(cfg):
+        return distributed.build(build_model, cfg, *args, **kwargs)
+    require_hooks(cfg)
+    check_compatible(cfg)
+    model = distributed.build(_with_selectors(build_model), cfg, *args, **kwargs)
     check_selectors(model, cfg)
     return model
 
@@ -110,7 +117,7 @@ def _builder(registry, name: str):
     return lambda cfg: add_selectors(registry.get(name)(cfg), cfg)
 
 
-def refuse(cfg) -> None:
+def check_compatible(cfg) -> None:
     """Refuses what token selection cannot do, before a model is built.
 
     Raises:
@@ -155,7 +162,7 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
     """
     name = cfg.MODEL.MODEL_NAME
     if holders := modules_with_selectors(model):
-        if len(holders) == 1 and _settings(holders) == [Settings.of_node(cfg.STTS)]:
+        if len(holders) == 1 and _settings(holders) == [Settings.from_cfg(cfg.STTS)]:
             return model
         raise ValueError(
             f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}, but modules of it have selectors "
@@ -170,12 +177,12 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
         if run_state.trains(cfg):
             reset(inner)
         if cfg.DETECTION.ENABLE and hasattr(inner, "head"):
-            pool_over_frames_left(inner.head)
+            make_roi_pool_adaptive(inner.head)
         if grids is None:
             check_forward(model, cfg)
     except ValueError as error:
         raise ValueError(f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}: {error}") from error
-    weights.note_config(model, cfg)
+    checkpoint_loading.register_config(model, cfg)
     return model
 
 
@@ -203,7 +210,7 @@ def transformer_in(model: nn.Module, name: str) -> nn.Module:
 
 def _transformers(path: str, module: nn.Module):
     try:
-        _, blocks = find(module)
+        _, blocks = resolve_host(module)
     except ValueError:
         blocks = []
     # Convolutional networks have `blocks` as well; a transformer's have a LayerNorm.
@@ -233,7 +240,7 @@ def arriving_grids(model: nn.Module, cfg) -> list[tuple[int, int, int]] | None:
     """
     # MViT is SlowFast's own; under the names of our other families there may be others.
     name = cfg.MODEL.MODEL_NAME
-    if name not in backbones.FAMILIES or (name != "MViT" and not families.is_ours(model)):
+    if name not in backbones.FAMILIES or (name != "MViT" and not models.is_ours(model)):
         return None
     if not run_state.trains(cfg):
         cfg = cfg.clone()
@@ -241,7 +248,7 @@ def arriving_grids(model: nn.Module, cfg) -> list[tuple[int, int, int]] | None:
     return backbones.block_grids(cfg)
 
 
-def pool_over_frames_left(head: nn.Module) -> None:
+def make_roi_pool_adaptive(head: nn.Module) -> None:
     """Makes SlowFast's RoI head average over however many frames arrive, in place.
 
     Its average pooling is as long as the clip and fails on fewer frames; over all frames both are

@@ -4,8 +4,8 @@ import contextlib
 
 import torch
 
-from stts_slowfast.keys import check_choice
-from stts_slowfast.pyslowfast.asked import ours, value
+from stts_slowfast.configfiles.values import check_choice
+from stts_slowfast.pyslowfast.config_access import ours, value
 
 DTYPES = ("", "float16", "bfloat16")
 

@@ -5,13 +5,13 @@ from decimal import Decimal
 import torch
 
 from stts_slowfast import backbones, schedule
-from stts_slowfast.groups import plain, run_groups
 from stts_slowfast.hooks import raise_on_nan
-from stts_slowfast.pictures import picture
-from stts_slowfast.pyslowfast import badvideos, families, run_state, shards, weights
-from stts_slowfast.pyslowfast.asked import enabled
-from stts_slowfast.pyslowfast.guard import check_selectors, confirm
-from stts_slowfast.pyslowfast.wrap import wrap
+from stts_slowfast.optimizer_groups import plain, run_groups
+from stts_slowfast.pyslowfast import checkpoint_loading, distributed, error_log, models, run_state
+from stts_slowfast.pyslowfast.config_access import is_enabled
+from stts_slowfast.pyslowfast.patching import wrap
+from stts_slowfast.pyslowfast.preflight import check_selectors, require_hooks
+from stts_slowfast.visualization import film_strip_figure
 
 SHOWN = 4  # clips of a validation in TensorBoard
 
@@ -41,16 +41,16 @@ def wrap_tensorboard(tensorboard_vis) -> None:
 
 
 def _construct_optimizer(construct_optimizer, model, cfg):
-    confirm(cfg)
+    require_hooks(cfg)
     check_selectors(model, cfg)
     optimizer = construct_optimizer(model, cfg)
-    optimizer.param_groups[:] = families.decay_by_layer(optimizer.param_groups, model, cfg)
-    if enabled(cfg):
+    optimizer.param_groups[:] = models.layer_decay_groups(optimizer.param_groups, model, cfg)
+    if is_enabled(cfg):
         optimizer.stts_training = run_state.Training(model, cfg)
         _split_as_saved(optimizer, model)
-        if shards.rank():
+        if distributed.rank():
             # SlowFast seeds all processes alike, and all would perturb their scores alike.
-            torch.manual_seed(cfg.RNG_SEED + 1_000_003 * shards.rank())
+            torch.manual_seed(cfg.RNG_SEED + 1_000_003 * distributed.rank())
     return optimizer
 
 
@@ -71,7 +71,7 @@ def _split_as_saved(optimizer, model) -> None:
 
 
 def _note_epoch(get_epoch_lr, cur_epoch, cfg):
-    if enabled(cfg):
+    if is_enabled(cfg):
         run_state.clock(cfg).epoch = cur_epoch
     return get_epoch_lr(cur_epoch, cfg)
 
@@ -91,7 +91,7 @@ def _set_rates_and_sigma(set_lr, optimizer, new_lr):
             training.model,
             optimizer,
             max_epochs=training.cfg.SOLVER.MAX_EPOCH,
-            pretrained=weights.is_trained(training.model),
+            pretrained=checkpoint_loading.is_trained(training.model),
             base_lr=training.cfg.SOLVER.BASE_LR,
             seed=training.cfg.RNG_SEED,
         )
@@ -111,7 +111,7 @@ def _rates() -> dict[str, float]:
 
 
 def _log_with_rates(log_json_stats, stats, output_dir=None):
-    more = badvideos.stats(stats)
+    more = error_log.stats(stats)
     if (rates := _rates()) and str(stats.get("_type", "")).startswith("train_"):
         # SlowFast cuts floats to five places, too few for a rate that falls to 1e-6.
         more = {**more, **{key: Decimal(f"{rate:.6g}") for key, rate in rates.items()}}
@@ -139,5 +139,5 @@ def _plot_with_pictures(plot_eval, writer, preds, labels, global_step=None):
     data = build_dataset(cfg.TRAIN.DATASET, cfg, "val")
     clips = [data[number][0][0] for number in range(min(SHOWN, len(data)))]
     classify = lambda clips: model([clips])  # noqa: E731 - its head gives probabilities
-    figure = picture(cfg, getattr(model, "module", model), clips, classify)
+    figure = film_strip_figure(cfg, getattr(model, "module", model), clips, classify)
     writer.writer.add_figure("Val/kept", figure, global_step)

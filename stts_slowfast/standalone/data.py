@@ -16,14 +16,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from stts_slowfast.keys import check_choice
-from stts_slowfast.standalone.lists import NO_LABEL, Entry, VideoList, list_kinetics, list_ssv2
-from stts_slowfast.standalone.stops import in_reader
+from stts_slowfast.configfiles.values import check_choice
+from stts_slowfast.standalone.annotations import (
+    NO_LABEL,
+    VideoList,
+    VideoRecord,
+    list_kinetics,
+    list_ssv2,
+)
+from stts_slowfast.standalone.signals import worker_init
 from stts_slowfast.standalone.transforms import (
-    cut_views,
-    decoded_side,
-    prepare,
-    stacked,
+    decode_short_side,
+    make_test_views,
+    normalize_clips,
+    stack_frames,
     test_crops,
     train_transform,
     view_scale,
@@ -32,19 +38,19 @@ from stts_slowfast.video import (
     VideoError,
     clip_frames,
     open_video,
+    run_with_timeout,
     segment_indices,
-    within,
 )
-from stts_slowfast.video.badvideos import UNREADABLE, BadVideos, Finding, too_many
-from stts_slowfast.video.images import read_image
+from stts_slowfast.video.error_log import UNREADABLE, VideoErrorLog, VideoIssue, exceeds_limit
+from stts_slowfast.video.image_files import read_image
 
-__all__ = ["UNREADABLE", "BadVideos", "ClipDataset", "build_loader", "prepare"]
+__all__ = ["UNREADABLE", "ClipDataset", "VideoErrorLog", "build_loader", "normalize_clips"]
 
 
 # ---- reading a video ------------------------------------------------------------------------
 
 
-def read_kinetics(cfg, entry: Entry, split: str, short_side: int, rng):
+def read_kinetics(cfg, entry: VideoRecord, split: str, short_side: int, rng):
     """The clips of a video file, in one pass: a random one, or in testing NUM_ENSEMBLE_VIEWS.
 
     ``rng`` is a `random.Random` of this item's own: a reading that was given up may still draw.
@@ -64,11 +70,11 @@ def read_kinetics(cfg, entry: Entry, split: str, short_side: int, rng):
             for clip in (range(views) if test else [-1])
         ]
         wanted = sorted(set().union(*clips))
-        images = list(video.iterate(wanted, short_side))
+        images = list(video.iter_frames(wanted, short_side))
         return images, _places(wanted, clips), video.damage
 
 
-def read_ssv2(cfg, entry: Entry, split: str, short_side: int, rng):
+def read_ssv2(cfg, entry: VideoRecord, split: str, short_side: int, rng):
     """As `read_kinetics`, from image files: one of each segment of the video. BGR, as SlowFast
     reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
     indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train", rng)
@@ -122,11 +128,11 @@ class ClipDataset(Dataset):
         if split == "test":
             self.crops = test_crops(cfg)
             self.num_views = cfg.TEST.NUM_ENSEMBLE_VIEWS * len(self.crops)
-            self.short_side = decoded_side(cfg, view_scale(cfg))
+            self.short_side = decode_short_side(cfg, view_scale(cfg))
         else:
             self.transform = train_transform(cfg, split)
             self.num_views, self.num_samples = 1, cfg.AUG.NUM_SAMPLE if split == "train" else 1
-            self.short_side = decoded_side(cfg, cfg.DATA.TRAIN_JITTER_SCALES[0])
+            self.short_side = decode_short_side(cfg, cfg.DATA.TRAIN_JITTER_SCALES[0])
         # What is known of each video, shared by all workers: 1 it can be read, 2 it cannot.
         self.known = torch.zeros(len(self.videos), dtype=torch.uint8).share_memory_()
 
@@ -135,7 +141,7 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        findings: list[Finding] = []
+        findings: list[VideoIssue] = []
         with _drawing_from(self.cfg.RNG_SEED, epoch, index):
             while True:
                 try:
@@ -143,7 +149,7 @@ class ClipDataset(Dataset):
                 except VideoError as error:
                     entry = self.videos[index]
                     reason = error.reason if error.name == entry.path else str(error)
-                    findings.append(Finding(index, entry.path, "unreadable", reason))
+                    findings.append(VideoIssue(index, entry.path, "unreadable", reason))
                     self.known[index] = 2
                     if self.split == "test":
                         return *self._item(self._blank(), UNREADABLE, index), findings
@@ -151,18 +157,20 @@ class ClipDataset(Dataset):
                 while self.known[index] == 2:  # another one, but none that just failed
                     index = random.randrange(len(self.videos))
 
-    def _read(self, index: int, findings: list[Finding]):
+    def _read(self, index: int, findings: list[VideoIssue]):
         entry = self.videos[index]
         read = functools.partial(
             self.read, self.cfg, entry, self.split, self.short_side, random.Random(random.random())
         )
-        images, clips, damage = within(self.cfg.DATA.READ_TIMEOUT, entry.path, read)
+        images, clips, damage = run_with_timeout(self.cfg.DATA.READ_TIMEOUT, entry.path, read)
         if damage:
-            findings.append(Finding(index, entry.path, "damaged", damage))
+            findings.append(VideoIssue(index, entry.path, "damaged", damage))
         self.known[index] = 1
         if self.split == "test":
-            return self._item(cut_views(self.cfg, images, clips, self.crops), entry.label, index)
-        frames = stacked(images, clips[0])
+            return self._item(
+                make_test_views(self.cfg, images, clips, self.crops), entry.label, index
+            )
+        frames = stack_frames(images, clips[0])
         samples = [self.transform(frames)[None] for _ in range(self.num_samples)]
         return self._item(_joined(self.cfg, samples), entry.label, index)
 
@@ -179,7 +187,7 @@ class ClipDataset(Dataset):
     def _check_share(self, error: VideoError) -> None:
         bad, seen = int((self.known == 2).sum()), int((self.known > 0).sum())
         limit = self.cfg.DATA.MAX_BAD_SHARE
-        if bad == len(self.videos) or too_many(bad, seen, len(self.videos), limit):
+        if bad == len(self.videos) or exceeds_limit(bad, seen, len(self.videos), limit):
             raise VideoError(
                 error.name,
                 f"{error.reason}; so were {bad - 1} other videos of the {seen} read from the "
@@ -206,7 +214,7 @@ def _drawing_from(seed: int, epoch: int, index: int) -> Iterator[None]:
 # ---- mini-batches ---------------------------------------------------------------------------
 
 
-class _Items(Sampler):
+class _EpochSampler(Sampler):
     """``(epoch, item)`` of one process in one epoch, from the item ``start`` on. (No `set_epoch`:
     Lightning would call it with a number of its own.)"""
 
@@ -246,7 +254,7 @@ class ClipLoader(DataLoader):
         collate = functools.partial(_collate, dataset.cfg, batch_videos is None)
         super().__init__(dataset, batch_videos, sampler=sampler, collate_fn=collate, **keys)
         self.views = views  # clips of a batch, where batches are cut out of videos' views
-        self.bad = BadVideos(dataset.cfg, dataset.split)
+        self.bad = VideoErrorLog(dataset.cfg, dataset.split)
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is that of ``epoch``, from its first batch on."""
@@ -320,7 +328,7 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
             "(NUM_GPUS): give each one video at least"
         )
     train, test = split == "train", split == "test"
-    sampler = _Items(len(dataset), rank, world, cfg.RNG_SEED if train else None)
+    sampler = _EpochSampler(len(dataset), rank, world, cfg.RNG_SEED if train else None)
     if train and len(sampler) < batch_size:
         raise ValueError(
             f"TRAIN.BATCH_SIZE is {node.BATCH_SIZE}, {batch_size} per process, but the train list "
@@ -336,7 +344,7 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
         num_workers=workers,
         # Whatever the default is (spawn in a process that was spawned): they end with their parent.
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=in_reader,
+        worker_init_fn=worker_init,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available() and not test,
         persistent_workers=not test and workers > 0,
         generator=torch.Generator().manual_seed(cfg.RNG_SEED + rank),
@@ -346,5 +354,5 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
 def _joined(cfg, clips: Sequence[torch.Tensor]) -> torch.Tensor:
     """(B, 3, T, H, W) of several; where some are float, all of them are."""
     if len({clip.dtype for clip in clips}) > 1:
-        clips = [prepare(clip, cfg) for clip in clips]
+        clips = [normalize_clips(clip, cfg) for clip in clips]
     return torch.cat(clips) if len(clips) > 1 else clips[0]

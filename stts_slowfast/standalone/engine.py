@@ -13,24 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast.schedule import reset
-from stts_slowfast.standalone import optim, resume
+from stts_slowfast.standalone import checkpointing, optim
+from stts_slowfast.standalone.cluster import INIT_METHOD
+from stts_slowfast.standalone.evaluator import run_test
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
 from stts_slowfast.standalone.fabric import __version__ as fabric_version
 from stts_slowfast.standalone.flops import count_gflops
+from stts_slowfast.standalone.launch import launch
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.standalone.places import INIT_METHOD
-from stts_slowfast.standalone.processes import launch
-from stts_slowfast.standalone.ranges import check_solver
-from stts_slowfast.standalone.report import Board
-from stts_slowfast.standalone.stops import Interrupted, Stop
-from stts_slowfast.standalone.testing import run_test
-from stts_slowfast.standalone.training import Training
+from stts_slowfast.standalone.run_logger import RunLogger
+from stts_slowfast.standalone.signals import Interrupted, SignalState
+from stts_slowfast.standalone.training_loop import TrainingLoop
+from stts_slowfast.standalone.value_ranges import check_solver
 
 logger = logging.getLogger(__name__)
 
 # Called after each batch with "train", "val" or "test", the model, and the batch on its device:
 # (clips, labels, video_index, view_index). With several processes it is pickled.
-Watch = Callable[[str, nn.Module, tuple[Tensor, ...]], None]
+BatchCallback = Callable[[str, nn.Module, tuple[Tensor, ...]], None]
 
 
 # --- the two jobs -------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def train(
     cfg,
     init_method: str = INIT_METHOD,
     processes: int | None = None,
-    watch: Watch | None = None,
+    watch: BatchCallback | None = None,
     strict_resume: bool = False,
 ) -> dict:
     """Trains the model of a config, from the last checkpoint in OUTPUT_DIR where there is one.
@@ -64,7 +64,7 @@ def train(
         options = {"watch": watch, "strict": strict_resume}
         return launch(_train, cfg, init_method, processes, **options)
     except KeyboardInterrupt as stop:
-        last = resume.last_checkpoint(cfg) if cfg.TRAIN.AUTO_RESUME else None
+        last = checkpointing.last_checkpoint(cfg) if cfg.TRAIN.AUTO_RESUME else None
         goes_on = f"goes on from {last}" if last else "begins anew: there is no checkpoint yet"
         interrupted = Interrupted(f"interrupted; the same command {goes_on}")
         interrupted.status = getattr(stop, "status", Interrupted.status)
@@ -75,7 +75,7 @@ def test(
     cfg,
     init_method: str = INIT_METHOD,
     processes: int | None = None,
-    watch: Watch | None = None,
+    watch: BatchCallback | None = None,
     strict_resume: bool = False,
 ) -> dict:
     """Tests with TEST.NUM_ENSEMBLE_VIEWS x TEST.NUM_SPATIAL_CROPS views of every video.
@@ -96,19 +96,21 @@ def test(
     return launch(_test, cfg, init_method, processes, watch=watch, strict=strict_resume)
 
 
-def _train(cfg, fabric: Fabric, stop: Stop, watch: Watch | None, strict: bool) -> dict:
+def _train(
+    cfg, fabric: Fabric, stop: SignalState, watch: BatchCallback | None, strict: bool
+) -> dict:
     check_solver(cfg)
     optim.scale_lr_by_shards(cfg)
     seed_everything(cfg.RNG_SEED, verbose=False)
-    _tell_machine(cfg, fabric, "Training")
+    _log_environment(cfg, fabric, "Training")
     if fabric.is_global_zero:
-        resume.remove_unfinished(cfg)
+        checkpointing.remove_unfinished(cfg)
     model = build_model(cfg)
     reset(model)
-    start = resume.starting_point(cfg, model, strict)
+    start = checkpointing.load_initial_state(cfg, model, strict)
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TRAIN_CROP_SIZE)
-    with Board(cfg, fabric.is_global_zero, writes=True) as board:
-        training = Training(cfg, fabric, model, start, board, stop, watch)
+    with RunLogger(cfg, fabric.is_global_zero, writes=True) as board:
+        training = TrainingLoop(cfg, fabric, model, start, board, stop, watch)
         with contextlib.closing(training):
             stop.deferred = True
             if start.epoch == cfg.SOLVER.MAX_EPOCH:
@@ -120,14 +122,16 @@ def _train(cfg, fabric: Fabric, stop: Stop, watch: Watch | None, strict: bool) -
     return {"checkpoint": training.last, **training.errors, **facts}
 
 
-def _test(cfg, fabric: Fabric, stop: Stop, watch: Watch | None, strict: bool) -> dict:
+def _test(
+    cfg, fabric: Fabric, stop: SignalState, watch: BatchCallback | None, strict: bool
+) -> dict:
     seed_everything(cfg.RNG_SEED, verbose=False)
-    _tell_machine(cfg, fabric, "Testing")
+    _log_environment(cfg, fabric, "Testing")
     model = build_model(cfg)
-    resume.load_for_test(cfg, model, strict)
+    checkpointing.load_for_test(cfg, model, strict)
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TEST_CROP_SIZE)
     fabric.to_device(model).eval()
-    with Board(cfg, fabric.is_global_zero, writes=False) as board:
+    with RunLogger(cfg, fabric.is_global_zero, writes=False) as board:
         return {**run_test(cfg, fabric, model, board, stop, watch), **facts}
 
 
@@ -145,7 +149,7 @@ def _model_facts(cfg, fabric: Fabric, model: nn.Module, crop_size: int) -> dict:
     return facts
 
 
-def _tell_machine(cfg, fabric: Fabric, job: str) -> None:
+def _log_environment(cfg, fabric: Fabric, job: str) -> None:
     if cfg.NUM_GPUS:
         device = torch.cuda.get_device_name(fabric.device)
     else:

@@ -4,7 +4,7 @@ from torch import nn
 
 from stts_slowfast import backbones
 from stts_slowfast.checkpoints import load_pretrained
-from stts_slowfast.fused import configure
+from stts_slowfast.fused import fuse_model
 from stts_slowfast.hooks import attach
 
 
@@ -28,5 +28,5 @@ def build_model(cfg) -> nn.Module:
     if cfg.STTS.ENABLE:
         attach(model, cfg.STTS, backbones.block_grids(cfg))
     elif cfg.STTS.FUSED_ATTENTION:
-        configure(model, True, cfg.STTS.TRUE_DISTANCES)
+        fuse_model(model, True, cfg.STTS.TRUE_DISTANCES)
     return model

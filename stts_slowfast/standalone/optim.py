@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import slowfast_state
-from stts_slowfast.groups import run_groups
 from stts_slowfast.hosts import find_blocks
+from stts_slowfast.optimizer_groups import run_groups
 
 
 def lr_at(epoch: float, cfg) -> float:

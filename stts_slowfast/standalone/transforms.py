@@ -14,7 +14,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from stts_slowfast.standalone.augment import RandAugment, RandomErasing
+from stts_slowfast.standalone.rand_augment import RandAugment, RandomErasing
 
 
 def scale_short_side(clip: torch.Tensor, size: int) -> torch.Tensor:
@@ -97,7 +97,7 @@ def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
     steps.append(functools.partial(_to_model, reverse=cfg.DATA.REVERSE_INPUT_CHANNEL))
     steps.append(_contiguous)
     if augment and cfg.AUG.RE_PROB > 0:  # normal noise of a normalised clip does not fit in uint8
-        normalise = functools.partial(prepare, cfg=cfg)
+        normalise = functools.partial(normalize_clips, cfg=cfg)
         steps.append(RandomErasing(cfg.AUG.RE_PROB, cfg.AUG.RE_MODE, cfg.AUG.RE_COUNT, normalise))
     return v2.Compose(steps)
 
@@ -132,19 +132,19 @@ def test_crops(cfg) -> list[UniformCrop]:
 
 
 def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """(T, 3, H, W) uint8 -> (3, T, TEST_CROP_SIZE, TEST_CROP_SIZE): one of `cut_views`."""
+    """(T, 3, H, W) uint8 -> (3, T, TEST_CROP_SIZE, TEST_CROP_SIZE): one of `make_test_views`."""
     crop = UniformCrop(view_scale(cfg), cfg.DATA.TEST_CROP_SIZE, position)
-    return lambda clip: cut_views(
+    return lambda clip: make_test_views(
         cfg, clip.permute(0, 2, 3, 1).numpy(), [range(len(clip))], [crop]
     )[0]
 
 
-def stacked(images: Sequence[np.ndarray], places: Sequence[int]) -> torch.Tensor:
+def stack_frames(images: Sequence[np.ndarray], places: Sequence[int]) -> torch.Tensor:
     """Images (H, W, 3), those at ``places``, as a clip (T, 3, H, W)."""
     return torch.from_numpy(np.stack([images[place] for place in places])).permute(0, 3, 1, 2)
 
 
-def cut_views(
+def make_test_views(
     cfg, images: Sequence[np.ndarray], clips: Sequence[Sequence[int]], crops: list[UniformCrop]
 ) -> torch.Tensor:
     """The test views of a video: every crop of every clip, crop after crop.
@@ -160,7 +160,7 @@ def cut_views(
     sides, size = images[0].shape[:2], crops[0].size
     if min(sides) != crops[0].scale:
         return torch.stack(
-            [view for clip in clips for view in _scaled(cfg, stacked(images, clip), crops)]
+            [view for clip in clips for view in _scaled(cfg, stack_frames(images, clip), crops)]
         )
     views = np.empty((len(clips), len(crops), len(clips[0]), size, size, 3), np.uint8)
     for views_of_clip, clip in zip(views, clips):
@@ -179,7 +179,7 @@ def _scaled(cfg, clip: torch.Tensor, crops: list[UniformCrop]) -> torch.Tensor:
     return torch.stack([_normalized(view, cfg) for view in views])
 
 
-def prepare(clips: torch.Tensor, cfg) -> torch.Tensor:
+def normalize_clips(clips: torch.Tensor, cfg) -> torch.Tensor:
     """Clips (..., 3, T, H, W) as a model takes them: uint8 pixels become normalised float32 of the
     same shape, float clips are normalised already and pass."""
     if clips.is_floating_point():
@@ -208,7 +208,7 @@ def view_scale(cfg) -> int:
     return cfg.DATA.TRAIN_JITTER_SCALES[0]
 
 
-def decoded_side(cfg, scale: int) -> int:
+def decode_short_side(cfg, scale: int) -> int:
     """The short side to decode at; 0 for the file's own, as SlowFast's PyAV backend leaves scaling
     to the transforms."""
     return 0 if cfg.DATA.DECODING_BACKEND == "pyav" else scale

@@ -7,19 +7,28 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from stts_slowfast.extras import explain
-from stts_slowfast.standalone.stops import lost_reader
+from stts_slowfast.plugins import missing_dependency_error
+from stts_slowfast.standalone.signals import worker_death_error
 
 # Subcommand -> the module that has add_arguments(parser) and main(args) -> int | None, and what
 # it does. A module is imported when its command is called, so that `stts --help` is quick.
 COMMANDS = {
     "run": ("stts_slowfast.tools.run", "train and test by SlowFast config files"),
-    "quickstart": ("stts_slowfast.tools.quickstart", "watch selection being learned on real video"),
-    "make-data": ("stts_slowfast.tools.makedata", "write small videos on which looking is hard"),
-    "study": ("stts_slowfast.tools.study", "measure whether selection wins, at every budget"),
-    "report": ("stts_slowfast.tools.report", "write a page about runs and studies"),
+    "quickstart": (
+        "stts_slowfast.tools.demo.quickstart",
+        "watch selection being learned on real video",
+    ),
+    "make-data": (
+        "stts_slowfast.tools.demo.make_data",
+        "write small videos on which looking is hard",
+    ),
+    "study": (
+        "stts_slowfast.tools.study.command",
+        "measure whether selection wins, at every budget",
+    ),
+    "report": ("stts_slowfast.tools.report.command", "write a page about runs and studies"),
     "visualize": ("stts_slowfast.tools.visualize", "show what was kept of a video"),
-    "bench": ("stts_slowfast.tools.bench", "compare speed, memory and cost of models"),
+    "bench": ("stts_slowfast.tools.bench.command", "compare speed, memory and cost of models"),
     "export": ("stts_slowfast.tools.export", "write a model for torch.export or ONNX"),
     "convert": ("stts_slowfast.tools.convert", "turn checkpoints and the authors' YAML into ours"),
     "doctor": ("stts_slowfast.tools.doctor", "say what a run inside SlowFast finds and misses"),
@@ -52,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command = importlib.import_module(module)
                 command.add_arguments(subparser)
             except ModuleNotFoundError as error:
-                missing = explain(error)
+                missing = missing_dependency_error(error)
                 if missing is None:
                     raise
     if missing:
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stts: {str(stop) or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "status", 130)
     except Exception as error:
-        error = explain(error) or lost_reader(error) or error
+        error = missing_dependency_error(error) or worker_death_error(error) or error
         if args.traceback or os.environ.get("STTS_TRACEBACK") or not _is_mendable(error):
             traceback.print_exc()
             return 2 if _is_mendable(error) else 1

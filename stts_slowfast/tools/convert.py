@@ -6,15 +6,15 @@ import yaml
 from iopath.common.file_io import g_pathmgr
 
 from stts_slowfast.checkpoints import (
+    atomic_write,
     convert,
     load_weights,
     read_checkpoint,
     state_dict_of,
-    write_whole,
 )
-from stts_slowfast.checkpoints.files import check_target, safetensors_bytes, save, save_bytes
 from stts_slowfast.checkpoints.formats import targets
-from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.checkpoints.io import check_output_path, safetensors_bytes, save, save_bytes
+from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
 
 # Where the paper selects; the authors' files number their score predictors, but name no blocks.
@@ -76,7 +76,7 @@ def convert_checkpoint_file(
         FileExistsError: where OUT is there already.
         ValueError: where the file is of no known format, or has no such target.
     """
-    check_target(target, overwrite, [source])
+    check_output_path(target, overwrite, [source])
     checkpoint = read_checkpoint(source)
     cfg = load_config(cfg_path) if cfg_path else None
     blocks = _selected_blocks(checkpoint, cfg)
@@ -93,7 +93,7 @@ def convert_checkpoint_file(
     left_behind = [key for key in _OF_A_RUN if key in checkpoint and key not in converted]
     if left_behind:
         print(f"  left behind: {', '.join(left_behind)}: no run resumes from {target}")
-    write_whole(target, lambda path: _write(converted, path, target), overwrite, [source])
+    atomic_write(target, lambda path: _write(converted, path, target), overwrite, [source])
     hint = "" if cfg is not None else "; --cfg YAML lists what a model misses and what it leaves"
     print(f"{target}: written in {to} form{hint}")
 
@@ -148,7 +148,7 @@ def convert_config_file(source: str, target: str, overwrite: bool = False) -> No
     if not isinstance(tree, dict):
         raise ValueError(f"{source} holds no KEY: VALUE lines")
     tree, notes = convert_config(tree)
-    write_whole(target, lambda path: _dump(tree, path), overwrite, [source])
+    atomic_write(target, lambda path: _dump(tree, path), overwrite, [source])
     for note in notes:
         print(f"  {note}")
     print(f"{target}: written")

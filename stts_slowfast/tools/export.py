@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stts_slowfast.checkpoints.files import check_target, save_bytes, write_whole
-from stts_slowfast.extras import need
+from stts_slowfast.checkpoints.io import atomic_write, check_output_path, save_bytes
+from stts_slowfast.plugins import require
 from stts_slowfast.tools.cli import add_checkpoint, add_opts
 
 # By how much the logits of an exported model may differ from the model's, as a share of the
@@ -37,14 +37,14 @@ def main(args: argparse.Namespace) -> int:
         ValueError: for an unknown kind of file, packages that are missing, and an exported model
             that computes something else than the model.
     """
-    from stts_slowfast.standalone.defaults import load_config
+    from stts_slowfast.standalone.checkpointing import load_for_test
+    from stts_slowfast.standalone.config import load_config
     from stts_slowfast.standalone.model import build_model
-    from stts_slowfast.standalone.resume import load_for_test
 
     if Path(args.out).suffix not in (".pt2", ".onnx"):
         raise ValueError(f"--out {args.out}: write a .pt2 (torch.export) or an .onnx file")
     sources = [path for path in (args.cfg, args.checkpoint) if path]
-    check_target(args.out, args.force, sources)
+    check_output_path(args.out, args.force, sources)
     cfg = load_config(args.cfg, args.opts)
     if args.checkpoint:
         cfg.TEST.CHECKPOINT_FILE_PATH = args.checkpoint
@@ -71,7 +71,7 @@ def export(
         model: a standalone model on the CPU; maps ``(B, 3, T, H, W)`` to ``(B, classes)``.
         clips: an example batch. Shapes are fixed to it; what is selected depends on the input.
         path: ``.pt2`` for ``torch.export``, ``.onnx`` for ONNX.
-        overwrite, sources: see :func:`write_whole`.
+        overwrite, sources: see :func:`atomic_write`.
 
     Returns:
         By how much the logits of what was written differ from the model's at most, on another
@@ -93,7 +93,7 @@ def export(
     difference = (logits - expected).abs().max().item()
     if difference > TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ValueError(f"{path} gives logits that differ from the model's by {difference:.1e}")
-    write_whole(path, lambda partial: save_bytes(data, partial), overwrite, sources)
+    atomic_write(path, lambda partial: save_bytes(data, partial), overwrite, sources)
     return difference
 
 
@@ -111,14 +111,14 @@ def _run_pt2(data: bytes, clips: torch.Tensor) -> torch.Tensor:
 
 
 def _onnx(model: nn.Module, clips: torch.Tensor) -> bytes:
-    need("onnxruntime")
-    need("onnxscript")  # torch.onnx's translator
+    require("onnxruntime")
+    require("onnxscript")  # torch.onnx's translator
     names = {"input_names": ["clips"], "output_names": ["logits"]}
     program = torch.onnx.export(model, (clips,), dynamo=True, verbose=False, **names)
     return program.model_proto.SerializeToString()
 
 
 def _run_onnx(data: bytes, clips: torch.Tensor) -> torch.Tensor:
-    runtime = need("onnxruntime")
+    runtime = require("onnxruntime")
     session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["logits"], {"clips": clips.numpy()})[0])

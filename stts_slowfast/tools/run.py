@@ -2,9 +2,9 @@
 
 import argparse
 
+from stts_slowfast.configfiles.files import find_config
 from stts_slowfast.pyslowfast import launch
 from stts_slowfast.tools.cli import add_opts
-from stts_slowfast.yamlfiles import find_config
 
 ENGINES = ("slowfast", "standalone")
 
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int | None:
                 raise ValueError(f"--{word} is for the standalone runner: add --engine standalone")
         return launch.run(_slowfast_arguments(args))
 
-    from stts_slowfast.standalone.defaults import load_config
+    from stts_slowfast.standalone.config import load_config
 
     # All files are read before the first one runs, so that a typo in the last shows at once.
     configs = [load_config(path, args.opts) for path in args.cfg]

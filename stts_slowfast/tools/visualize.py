@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from stts_slowfast.pictures import Window, draw, look, make_strip, predicted
 from stts_slowfast.tools.cli import add_checkpoint, add_opts
-from stts_slowfast.tools.filmstrip import Shown, center_crop, write_dimmed
+from stts_slowfast.tools.overlay_video import ViewOverlay, center_crop, write_dimmed
 from stts_slowfast.video import (
     Video,
     VideoError,
     clip_frames,
     segment_indices,
 )
+from stts_slowfast.visualization import Window, draw, inspect_clip, make_film_strip_row, predicted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,13 +48,13 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: where that goes for all of them, or the file to write is there already.
     """
-    from stts_slowfast.checkpoints.files import check_target, write_whole
-    from stts_slowfast.standalone.defaults import load_config
+    from stts_slowfast.checkpoints.io import atomic_write, check_output_path
+    from stts_slowfast.standalone.checkpointing import load_for_test
+    from stts_slowfast.standalone.config import load_config
     from stts_slowfast.standalone.model import build_model
-    from stts_slowfast.standalone.resume import load_for_test
 
     film = args.out.lower().endswith(".mp4")
-    check_target(args.out, args.force, args.video)
+    check_output_path(args.out, args.force, args.video)
     if film and len(args.video) > 1:
         raise ValueError(f"{args.out} shows one video: {len(args.video)} are given")
     if args.views < 1:
@@ -72,25 +72,27 @@ def main(args: argparse.Namespace) -> int:
         except VideoError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        looks = [look(cfg, model, view.clip) for view in views]
+        looks = [inspect_clip(cfg, model, view.clip) for view in views]
         mean = torch.stack([each.probs for each in looks]).mean(0)
         for number, (view, each) in enumerate(zip(views, looks)):
             title = f"{os.path.basename(path)}: {predicted(mean, names)}" if not number else ""
             if len(views) > 1:
                 of = f"view {number + 1} of {len(views)}: {predicted(each.probs, names)}"
                 title = f"{title}     {of}".strip()
-            strips.append(make_strip(cfg, view.clip, each, title))
-            shown.append(Shown(view.indices, len(strips[-1].frames), each.kept, view.crop))
+            strips.append(make_film_strip_row(cfg, view.clip, each, title))
+            shown.append(ViewOverlay(view.indices, len(strips[-1].frames), each.kept, view.crop))
     if not strips:
         raise ValueError("none of the videos could be read")
     if film:
         with Video(args.video[0], rotate=cfg.DATA.ROTATE) as video:
-            write_whole(args.out, lambda path: write_dimmed(path, video, shown), args.force)
+            atomic_write(args.out, lambda path: write_dimmed(path, video, shown), args.force)
         print(strips[0].title)
     else:
         ending = os.path.splitext(args.out)[1][1:].lower() or "png"
         figure = draw(strips)
-        write_whole(args.out, lambda path: figure.savefig(path, dpi=120, format=ending), args.force)
+        atomic_write(
+            args.out, lambda path: figure.savefig(path, dpi=120, format=ending), args.force
+        )
     print(f"wrote {args.out}")
     return 0
 
@@ -143,8 +145,8 @@ def read_clip(cfg, path: str) -> torch.Tensor:
 def read_views(cfg, path: str, number: int) -> list[View]:
     """Clips of a video from its first to its last frames, or the middle one; middle crops."""
     from stts_slowfast.standalone.transforms import (
-        decoded_side,
-        prepare,
+        decode_short_side,
+        normalize_clips,
         view_scale,
         view_transform,
     )
@@ -162,12 +164,14 @@ def read_views(cfg, path: str, number: int) -> list[View]:
                 for view in range(number)
             ]
         wanted = sorted(set().union(*clips))
-        frames = video.decode(wanted, decoded_side(cfg, scale))
+        frames = video.decode(wanted, decode_short_side(cfg, scale))
     frames = frames.flip(-1) if ssv2 else frames  # its images are read as BGR
     crop = center_crop(*frames.shape[1:3], scale, data.TEST_CROP_SIZE)
     transform = view_transform(cfg, 1)
     views = []
     for indices in clips:
         chosen = frames[[wanted.index(index) for index in indices]]
-        views.append(View(prepare(transform(chosen.permute(0, 3, 1, 2)), cfg), indices, crop))
+        views.append(
+            View(normalize_clips(transform(chosen.permute(0, 3, 1, 2)), cfg), indices, crop)
+        )
     return views

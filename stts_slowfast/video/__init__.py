@@ -7,10 +7,10 @@
         frames = video.decode(video.frames_at(slots))  # (16, H, W, 3)
 """
 
-from stts_slowfast.video.files import VideoError, within
+from stts_slowfast.video.frame_cache import cache_frames, open_video
+from stts_slowfast.video.io import VideoError, run_with_timeout
 from stts_slowfast.video.reader import Video, VideoInfo, decode_clip, probe
-from stts_slowfast.video.remember import open_video, remembering
-from stts_slowfast.video.rules import (
+from stts_slowfast.video.sampling import (
     clip_frames,
     clip_size,
     clip_span,
@@ -23,6 +23,7 @@ __all__ = [
     "Video",
     "VideoError",
     "VideoInfo",
+    "cache_frames",
     "clip_frames",
     "clip_size",
     "clip_span",
@@ -31,7 +32,6 @@ __all__ = [
     "frames_between",
     "open_video",
     "probe",
-    "remembering",
+    "run_with_timeout",
     "segment_indices",
-    "within",
 ]

@@ -44,13 +44,13 @@ def augment(frames: np.ndarray, operations: Sequence[Operation], box: Box | None
     beyond a pixel are done there alone."""
     afar = [place for place, each in enumerate(operations) if each.name not in POINTWISE]
     if box and not afar:
-        frames = cut(frames, box)
+        frames = crop(frames, box)
     for place, operation in enumerate(operations):
         frames = operate(frames, operation, box if afar[-1:] == [place] else None)
     return frames
 
 
-def cut(frames: np.ndarray, box: Box) -> np.ndarray:
+def crop(frames: np.ndarray, box: Box) -> np.ndarray:
     top, left, height, width = box
     return frames[:, top : top + height, left : left + width]
 
@@ -59,18 +59,20 @@ def operate(frames: np.ndarray, operation: Operation, box: Box | None = None) ->
     """The part ``box`` of the frames after one operation."""
     name, argument, bicubic = operation
     box = box or (0, 0, *frames.shape[1:3])
-    part = cut(frames, box)
+    part = crop(frames, box)
     if name in GEOMETRIC:
-        return _move(frames, name, argument, bicubic, box)
+        return _affine(frames, name, argument, bicubic, box)
     if name == "AutoContrast":
-        return _looked_up(part.transpose(0, 3, 1, 2), _stretching(frames)).transpose(0, 2, 3, 1)
+        return _apply_lut(part.transpose(0, 3, 1, 2), _autocontrast_lut(frames)).transpose(
+            0, 2, 3, 1
+        )
     if name == "Equalize":
-        return _looked_up(part.transpose(0, 3, 1, 2), _levelling(frames)).transpose(0, 2, 3, 1)
+        return _apply_lut(part.transpose(0, 3, 1, 2), _equalize_lut(frames)).transpose(0, 2, 3, 1)
     if name == "Contrast":
-        return _looked_up(part, _blend(_mean_grey(frames)[:, None], np.arange(256), argument))
+        return _apply_lut(part, _blend(_mean_grey(frames)[:, None], np.arange(256), argument))
     if name == "Brightness":
         table = _blend(0, np.arange(256), argument)
-        return _looked_up(part, np.broadcast_to(table, (len(part), 256)))
+        return _apply_lut(part, np.broadcast_to(table, (len(part), 256)))
     if name == "Color":
         return _saturate(part, argument)
     if name == "Sharpness":
@@ -89,7 +91,7 @@ def operate(frames: np.ndarray, operation: Operation, box: Box | None = None) ->
 _LUMA = np.float32([0.299, 0.587, 0.114])
 
 
-def _looked_up(pixels: np.ndarray, tables: np.ndarray) -> np.ndarray:
+def _apply_lut(pixels: np.ndarray, tables: np.ndarray) -> np.ndarray:
     """Each byte's entry in its table: ``tables`` (..., 256) has one for each ``pixels[...]``."""
     out = np.empty_like(pixels)
     for place in np.ndindex(tables.shape[:-1]):
@@ -110,7 +112,7 @@ def _mean_grey(frames: np.ndarray) -> np.ndarray:
     return np.rint(colours @ _LUMA).astype(np.float32)
 
 
-def _stretching(frames: np.ndarray) -> np.ndarray:
+def _autocontrast_lut(frames: np.ndarray) -> np.ndarray:
     """Tables (T, 3, 256) that stretch each channel's values to 0..255."""
     columns = frames.reshape(*frames.shape[:2], -1)
     low, high = (
@@ -123,7 +125,7 @@ def _stretching(frames: np.ndarray) -> np.ndarray:
     return np.where(high > low, stretched, values).astype(np.uint8)
 
 
-def _levelling(frames: np.ndarray) -> np.ndarray:
+def _equalize_lut(frames: np.ndarray) -> np.ndarray:
     """Tables (T, 3, 256) that make each channel's values about equally frequent."""
     planes = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).flatten(2)
     counts = np.array(
@@ -162,7 +164,7 @@ def _sharpen(frames: np.ndarray, factor: float, box: Box) -> np.ndarray:
     return out
 
 
-def _move(frames: np.ndarray, name: str, argument: float, bicubic, box: Box) -> np.ndarray:
+def _affine(frames: np.ndarray, name: str, argument: float, bicubic, box: Box) -> np.ndarray:
     height, width = frames.shape[1:3]
     if name == "Rotate":  # about the middle
         cos, sin = math.cos(math.radians(argument)), -math.sin(math.radians(argument))

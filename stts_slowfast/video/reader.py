@@ -10,22 +10,22 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
-from stts_slowfast.video import exact
+from stts_slowfast.video import exact_index
 from stts_slowfast.video.bitstream import packet_reader
-from stts_slowfast.video.convert import Converter
-from stts_slowfast.video.files import (
+from stts_slowfast.video.ffmpeg_log import quiet
+from stts_slowfast.video.frame_index import FrameIndex, LRUCache, from_index, from_packets, steady
+from stts_slowfast.video.io import (
     Source,
     VideoError,
-    identity,
-    keep_pages,
     open_source,
     source_name,
+    stat_key,
+    tune_malloc,
 )
-from stts_slowfast.video.log import quiet
 from stts_slowfast.video.stream import Stream
-from stts_slowfast.video.times import Memory, Times, from_index, from_packets, steady
+from stts_slowfast.video.to_rgb import Converter
 
-_memory = Memory()
+_memory = LRUCache()
 
 
 class VideoInfo(NamedTuple):
@@ -70,13 +70,13 @@ class Video:
         self.rotate = rotate
         self._reformatter = VideoReformatter()  # one for all frames: making one is slow
         self._kept: list[av.VideoFrame] = []
-        keep_pages()
+        tune_malloc()
         self._file, self._owns_file = open_source(source, self.name)
         self._stream = Stream(self._file, self.name, threads)
         try:
             with quiet():
                 self._stream.open()
-                self._find_times(identity(source))
+                self._find_times(stat_key(source))
             self._find_rate()
         except VideoError:
             self.close()
@@ -114,7 +114,7 @@ class Video:
             raise ValueError("indices is empty: name at least one frame")
         wanted = sorted(set(indices))
         pixels = None
-        for number, image in enumerate(self.iterate(wanted, short_side)):
+        for number, image in enumerate(self.iter_frames(wanted, short_side)):
             if pixels is None:
                 pixels = np.empty((len(wanted), *image.shape), np.uint8)
             pixels[number] = image
@@ -122,7 +122,7 @@ class Video:
             pixels if wanted == indices else pixels[np.searchsorted(wanted, indices)]
         )
 
-    def iterate(self, wanted: list[int], short_side: int = 0) -> Iterator[np.ndarray]:
+    def iter_frames(self, wanted: list[int], short_side: int = 0) -> Iterator[np.ndarray]:
         """As `decode`, image after image (H, W, 3) as the pass goes on: of frames that are given in
         ascending order, each once. All have the size of the first."""
         convert = Converter(short_side, self.rotate, self._reformatter)
@@ -172,9 +172,9 @@ class Video:
         if self._index is None:
             self._index = from_index(self._stream) or from_packets(self._stream)
             if self._index is None:
-                self._index, self._kept = exact.decode_all(self._stream)
+                self._index, self._kept = exact_index.decode_all(self._stream)
             _memory.put(key, self._index)
-        self._stream.blame(self._index.damage)
+        self._stream.record_damage(self._index.damage)
 
     def _find_rate(self) -> None:
         stream, times, count = self._stream.stream, self._index.times, self.num_frames
@@ -196,29 +196,29 @@ class Video:
     def _wanted(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
         """The frames ``wanted`` (ascending, each once)."""
         index, left = self._index, list(wanted)
-        if isinstance(index, Times):
-            if index.exact is None and self._learn(left):
+        if isinstance(index, FrameIndex):
+            if index.exact is None and self._read_groups(left):
                 self._stream.spoilt = ""
                 yield from self._by_time(left)
             if not left:
                 return
             if index.exact is None:
-                found, self._kept = exact.decode_all(self._stream)
+                found, self._kept = exact_index.decode_all(self._stream)
                 index.settle(found, self._stream)
                 _memory.put(self._key, index)
             left, index = index.numbers[left].tolist(), index.exact
         if left and left[-1] >= index.spoilt_from:
-            self._stream.blame(index.spoilt)
+            self._stream.record_damage(index.spoilt)
         if self._kept:
             yield from (self._kept[number] for number in left)
         else:
-            yield from exact.read(self._stream, index, left)
+            yield from exact_index.read(self._stream, index, left)
 
-    def _learn(self, wanted: list[int]) -> bool:
+    def _read_groups(self, wanted: list[int]) -> bool:
         """Reads the time stamps that the container's index does not tell, of the groups needed;
         False if they contradict it."""
         times, read = self._index, None
-        for run in times.unread(wanted):
+        for run in times.unread_groups(wanted):
             read = read or packet_reader(self._stream.stream)
             packets = (packet for packet in self._seek(run[0]) if packet.size)
             for group in run:
@@ -240,11 +240,11 @@ class Video:
                 last = times.group(left[count])
                 count += 1
             remaining = len(left) - count
-            yield from self._stretch(origin, left, count)
+            yield from self._decode_span(origin, left, count)
             if len(left) > remaining:
                 return
 
-    def _stretch(self, origin: int, left: list[int], count: int) -> Iterator[av.VideoFrame]:
+    def _decode_span(self, origin: int, left: list[int], count: int) -> Iterator[av.VideoFrame]:
         """The first ``count`` frames of ``left``, decoded from the group ``origin`` on."""
         times, key = self._index, self._index.keys[origin]
         start, end = times.bounds(origin)
@@ -272,7 +272,11 @@ class Video:
         """Packets from the keyframe of ``group`` on, or from an earlier one where the container
         does not find it."""
         times = self._index
-        tries = ((each, target) for each in range(group, -1, -1) for target in times.targets(each))
+        tries = (
+            (each, target)
+            for each in range(group, -1, -1)
+            for target in times.seek_candidates(each)
+        )
         for earlier, target in tries:
             packets = self._stream.seek(target)
             try:

@@ -6,8 +6,8 @@ from typing import BinaryIO
 
 import av
 
-from stts_slowfast.video.files import VideoError
-from stts_slowfast.video.log import errors
+from stts_slowfast.video.ffmpeg_log import errors
+from stts_slowfast.video.io import VideoError
 
 # Codecs whose decoders, told so, pass over a packet that no other needs, and give all other frames
 # as they would have. (VP9's do not pass over; AV1's lose frames; HEVC's take a picture for unneeded
@@ -98,9 +98,9 @@ class Stream:
 
     def _spoil(self, damage: str) -> None:
         self.spoilt = self.spoilt or damage
-        self.blame(damage)
+        self.record_damage(damage)
 
-    def blame(self, damage: str) -> None:
+    def record_damage(self, damage: str) -> None:
         self.damage = self.damage or damage
 
 

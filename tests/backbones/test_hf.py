@@ -8,10 +8,11 @@ import torch
 
 import stts_slowfast as stts
 from stts_slowfast import backbones
-from stts_slowfast.config import plan
-from stts_slowfast.standalone import engine, resume
-from stts_slowfast.standalone.data import prepare
-from stts_slowfast.tools import cli, makedata
+from stts_slowfast.config import selection_plan
+from stts_slowfast.standalone import checkpointing, engine
+from stts_slowfast.standalone.data import normalize_clips
+from stts_slowfast.tools import cli
+from stts_slowfast.tools.demo import make_data
 from tests.hosts.examples import EXAMPLES, videomae
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -54,7 +55,7 @@ def test_pixels_become_the_logits_of_transformers(tmp_path, name):
     if name == "timesformer-space":
         logits = logits.unflatten(0, (2, 8)).mean(1)
     model = stts.build_model(cfg).eval()
-    torch.testing.assert_close(model(prepare(clips, cfg)), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(normalize_clips(clips, cfg)), logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def test_grids_are_those_that_arrive(tmp_path, name):
     model = stts.build_model(cfg).eval()
     assert model(torch.randn(2, 3, 8, 32, 32)).shape == (2, 5)
     kept = stts.selections(model)
-    (before, after), (_, last) = plan(cfg.STTS, backbones.block_grids(cfg)).values()
+    (before, after), (_, last) = selection_plan(cfg.STTS, backbones.block_grids(cfg)).values()
     assert before[1:] == (4, 4) and kept["time_1"].shape == (2, after[0])
     assert kept["space_2"].shape == (2 * after[0], 4)
     assert kept["space_2"][0, 2:].tolist() == [3, 3] == list(last[1:])
@@ -120,26 +121,26 @@ def test_all_but_the_last_word_of_a_model_is_trained(tmp_path):
     cfg = config(tmp_path, opts=["MODEL.NUM_CLASSES", 7])
     model = stts.build_model(cfg)
     assert model(torch.randn(1, 3, 8, 32, 32)).shape == (1, 7)
-    assert resume.starting_point(cfg, model).trained
+    assert checkpointing.load_initial_state(cfg, model).trained
     with pytest.raises(ValueError, match="has a head for other classes"):
-        resume.load_for_test(cfg, model)
+        checkpointing.load_for_test(cfg, model)
 
 
 def test_selectors_of_the_folder_are_tested_or_told(tmp_path):
     example = save(tmp_path, selection={"time": {0: 0.5}, "space": {2: 0.6}})
     text = "STTS: {ENABLE: True, TIME: {KEEP: [0.5]}, SPACE: {BLOCKS: [2], KEEP: [0.6]}}"
     cfg = config(tmp_path, text)
-    for load in (resume.load_for_test, resume.starting_point):
+    for load in (checkpointing.load_for_test, checkpointing.load_initial_state):
         model = stts.build_model(cfg).eval()
         load(cfg, model)
         for key, value in example.model.stts.state_dict().items():
             assert torch.equal(model.stts.state_dict()[key], value), key
     with pytest.raises(ValueError, match=r"STTS\.ENABLE is False"):
         plain = config(tmp_path)
-        resume.load_for_test(plain, stts.build_model(plain))
+        checkpointing.load_for_test(plain, stts.build_model(plain))
     with pytest.raises(ValueError, match=r"STTS\.SPACE\.BLOCKS is \[3\], but .* with \[2\]"):
         other = config(tmp_path, text, ["STTS.SPACE.BLOCKS", [3]])
-        resume.load_for_test(other, stts.build_model(other))
+        checkpointing.load_for_test(other, stts.build_model(other))
 
 
 def test_untrained_scorers_are_not_tested(tmp_path):
@@ -147,17 +148,17 @@ def test_untrained_scorers_are_not_tested(tmp_path):
     cfg = config(tmp_path, "STTS: {ENABLE: True}")
     cfg.STTS.SPACE.BLOCKS = [2]
     with pytest.raises(ValueError, match=r"has no trained scorers for STTS\.TIME\.BLOCKS \[0\]"):
-        resume.load_for_test(cfg, stts.build_model(cfg))
+        checkpointing.load_for_test(cfg, stts.build_model(cfg))
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """Videos, a folder of VideoMAE, and a config that trains its scorers on them."""
     folder = tmp_path_factory.mktemp("hf")
-    makedata.write_dataset(str(folder), "needle", 16, 8, seed=0)
+    make_data.write_dataset(str(folder), "needle", 16, 8, seed=0)
     save(folder)
-    videomae(num_labels=makedata.NUM_CLASSES).model.save_pretrained(folder)
-    keys = makedata.config(str(folder), 0)
+    videomae(num_labels=make_data.NUM_CLASSES).model.save_pretrained(folder)
+    keys = make_data.config(str(folder), 0)
     keys["DATA"].update(NUM_FRAMES=8, SAMPLING_RATE=4)
     del keys["MVIT"], keys["MODEL"]["DROPOUT_RATE"]
     keys["MODEL"]["MODEL_NAME"] = f"hf:{folder}"
@@ -171,7 +172,7 @@ def job(tmp_path_factory):
         "TIME": {"BLOCKS": [0], "KEEP": [0.5]},
         "SPACE": {"BLOCKS": [2], "KEEP": [0.6]},
     }
-    makedata.write_config(str(folder / "job.yaml"), keys)
+    make_data.write_config(str(folder / "job.yaml"), keys)
     return folder
 
 
@@ -179,9 +180,9 @@ def test_the_runner_trains_resumes_and_tests(job, capsys):
     words = ["run", "--engine", "standalone", "--cfg", str(job / "job.yaml")]
     cli.main(words)
     cfg = stts.load_config(str(job / "job.yaml"))
-    last = Path(resume.checkpoint_path(cfg, 2))
-    whole = resume.read_checkpoint(last)
-    first = resume.read_checkpoint(resume.checkpoint_path(cfg, 1))["model_state"]
+    last = Path(checkpointing.checkpoint_path(cfg, 2))
+    whole = checkpointing.read_checkpoint(last)
+    first = checkpointing.read_checkpoint(checkpointing.checkpoint_path(cfg, 1))["model_state"]
     start = stts.build_model(cfg).state_dict()
     for key in whole["model_state"]:
         if not key.startswith("stts."):
@@ -192,7 +193,7 @@ def test_the_runner_trains_resumes_and_tests(job, capsys):
     assert any(key.startswith("model.videomae.encoder.layer.3") for key in changed)
     last.unlink()
     engine.train(cfg)
-    again = resume.read_checkpoint(resume.checkpoint_path(cfg, 2))["model_state"]
+    again = checkpointing.read_checkpoint(checkpointing.checkpoint_path(cfg, 2))["model_state"]
     assert all(torch.equal(again[key], value) for key, value in whole["model_state"].items())
     assert "top1_acc" in engine.test(cfg)
 

@@ -6,8 +6,8 @@ from stts_slowfast import backbones
 from stts_slowfast.backbones.mvit import block_settings
 from stts_slowfast.checkpoints import load_weights
 from stts_slowfast.hooks import attach
-from stts_slowfast.scorers import normalize
-from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.scorers import minmax_normalize
+from stts_slowfast.standalone.config import get_cfg
 
 
 @pytest.mark.parametrize("name", ["slowfast_mvit_v1", "slowfast_mvit_v2"])
@@ -28,7 +28,7 @@ def test_equals_the_authors_with_selection(golden, tiny_cfg):
     scores = {}
     for key, selector in model.stts.items():
         selector.scorer.register_forward_hook(
-            lambda module, args, out, key=key: scores.update({key: normalize(out)})
+            lambda module, args, out, key=key: scores.update({key: minmax_normalize(out)})
         )
     probs = model(case["input"]).softmax(dim=1)
     torch.testing.assert_close(probs, case["probs"], atol=1e-6, rtol=0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stts_slowfast import backbones
-from stts_slowfast.checkpoints import convert, load_weights, recognize, slowfast_state
+from stts_slowfast.checkpoints import convert, detect_format, load_weights, slowfast_state
 
 transformers = pytest.importorskip("pytorchvideo.models.vision_transformers")
 create = transformers.create_multiscale_vision_transformers
@@ -92,7 +92,7 @@ def test_files_convert_there_and_back(tiny_cfg, wrap, target):
     scorer = {"stts.time_0.scorer.network.embed.0.weight": torch.ones(3)}
     there, source, _ = convert({"model_state": {**state, **scorer}}, "slowfast", [])
     assert source.target == target
-    assert recognize(there["model_state"]).name == "a SlowFast MViT"
+    assert detect_format(there["model_state"]).name == "a SlowFast MViT"
     back, _, _ = convert(there, target, [])
     back = back.get("model_state", back)
     assert set(back) == {*state, *scorer}

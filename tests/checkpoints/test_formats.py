@@ -3,17 +3,17 @@ import torch
 from torchvision.models.video import mvit_v1_b, mvit_v2_s, swin3d_b, swin3d_t
 
 from stts_slowfast import backbones
-from stts_slowfast.backbones.mvit_names import (
+from stts_slowfast.backbones.mvit_state_dict import (
     pytorchvideo_from_slowfast,
     torchvision_from_slowfast,
     torchvision_to_slowfast,
 )
-from stts_slowfast.backbones.names import selectors_from_authors, selectors_to_authors
+from stts_slowfast.backbones.state_dict import selectors_from_authors, selectors_to_authors
 from stts_slowfast.backbones.timesformer import TimeSformer
 from stts_slowfast.backbones.video_swin import swin_from_mmaction
-from stts_slowfast.checkpoints import load_weights, read_checkpoint, recognize, save_checkpoint
+from stts_slowfast.checkpoints import detect_format, load_weights, read_checkpoint, save_checkpoint
 from stts_slowfast.hooks import attach, selections
-from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.standalone.config import get_cfg
 from stts_slowfast.standalone.model import build_model
 
 FORMATS = {key: known for _, family in backbones.FAMILIES for key, known in family.formats.items()}
@@ -256,7 +256,7 @@ def test_published_torchvision_models_have_the_names_we_know():
     for builder in (mvit_v1_b, mvit_v2_s, swin3d_t, swin3d_b):
         with torch.device("meta"):
             state = builder().state_dict()
-        known = recognize(state)
+        known = detect_format(state)
         assert known.name.startswith("a torchvision")
         ours = known.to_slowfast(state, [])
         assert list(known.from_slowfast(ours)) == list(state)
@@ -284,7 +284,7 @@ FILES = {
 def test_every_format_is_recognised_and_round_trips(golden, name):
     state = FILES[name](golden)
     known = FORMATS[name]
-    assert recognize(state) is known
+    assert detect_format(state) is known
     back = known.from_slowfast(known.to_slowfast(state, ["time_0", "space_2"]))
     assert list(back) == list(state)
     assert all(torch.equal(back[key], state[key]) for key in state)

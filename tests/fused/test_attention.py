@@ -15,8 +15,8 @@ from torchvision.models.video.mvit import (
 )
 
 from stts_slowfast.backbones import block_grids, build
-from stts_slowfast.fused import configure, restore
-from stts_slowfast.fused.attention import AttentionView
+from stts_slowfast.fused import fuse_model, unfuse_model
+from stts_slowfast.fused.attention import AttentionReplacement
 from stts_slowfast.hooks import attach, selections
 
 
@@ -28,7 +28,7 @@ def test_outputs_and_gradients_are_the_stock_ones(
 ):
     model = mvit(relative, residual_with_cls)
     stock, stock_grads = outputs_and_gradients(model, clips)
-    assert configure(model, True, True) == 3
+    assert fuse_model(model, True, True) == 3
     fused, fused_grads = outputs_and_gradients(model, clips)
     torch.testing.assert_close(fused, stock, rtol=1e-5, atol=1e-5)
     assert fused_grads.keys() == stock_grads.keys()
@@ -41,7 +41,7 @@ def test_outputs_and_gradients_are_the_stock_ones(
 def test_exact_in_double_precision(outputs_and_gradients, mvit, relative, clips):
     model = mvit(relative).double()
     stock, stock_grads = outputs_and_gradients(model, clips.double())
-    configure(model, True, True)
+    fuse_model(model, True, True)
     fused, fused_grads = outputs_and_gradients(model, clips.double())
     torch.testing.assert_close(fused, stock, rtol=1e-12, atol=1e-12)
     for name, grad in stock_grads.items():
@@ -64,7 +64,7 @@ def test_any_kernel_and_stride(kernel, stride_q, stride_kv):
     x = torch.randn(2, 1 + 6 * 13 * 11, 16, dtype=torch.float64, requires_grad=True)
     stock, thw = attn(x, (6, 13, 11))
     grad = torch.autograd.grad(stock.square().sum(), [x, *attn.parameters()])
-    assert configure(holder, True, True) == 1
+    assert fuse_model(holder, True, True) == 1
     fused, fused_thw = holder["attn"](x, (6, 13, 11))
     assert fused_thw == thw
     torch.testing.assert_close(fused, stock)
@@ -78,13 +78,13 @@ def test_parameters_keep_their_names_order_and_identity(mvit, clips):
     before = list(model.named_parameters())
     keys = list(model.state_dict())
     modules = [module for block in model.blocks for module in block.modules()]
-    configure(model, True, True)
+    fuse_model(model, True, True)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in before]
     assert all(a is b for a, (_, b) in zip(model.parameters(), before))
     assert list(model.state_dict()) == keys
     model.load_state_dict(mvit(True).state_dict())
     loaded = model(clips)
-    restore(model)
+    unfuse_model(model)
     assert all(
         a is b for a, b in zip(modules, (m for block in model.blocks for m in block.modules()))
     )
@@ -93,12 +93,12 @@ def test_parameters_keep_their_names_order_and_identity(mvit, clips):
 
 def test_unfused_model_follows_what_happened_while_fused(mvit, clips):
     model = mvit(True)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     model.double().train()
-    restore(model)
+    unfuse_model(model)
     assert all(p.dtype == torch.float64 for p in model.parameters())
     assert all(module.training for module in model.modules())
-    assert not any(isinstance(module, AttentionView) for module in model.modules())
+    assert not any(isinstance(module, AttentionReplacement) for module in model.modules())
     model(clips.double())
 
 
@@ -106,10 +106,10 @@ def test_what_cannot_be_fused_stays_stock(mvit):
     model = mvit(False)
     model.blocks[0].attn.pool_k.norm_act[0] = nn.BatchNorm3d(16)
     model.blocks[1].attn.qkv = nn.Sequential(model.blocks[1].attn.qkv)
-    assert configure(model, True, True) == 1
+    assert fuse_model(model, True, True) == 1
     assert isinstance(model.blocks[0].attn, MultiscaleAttention)
     assert isinstance(model.blocks[1].attn, MultiscaleAttention)
-    assert configure(nn.Linear(2, 2), True, True) == 0
+    assert fuse_model(nn.Linear(2, 2), True, True) == 0
 
 
 @pytest.fixture
@@ -136,10 +136,10 @@ SMALL = (2, 3, 8, 32, 32)
 @pytest.mark.parametrize("relative", [False, True])
 def test_with_selection_stretched_tables_give_the_stock_output(selecting, relative):
     model = selecting(relative)
-    restore(model)
+    unfuse_model(model)
     clips = torch.randn(SMALL)
     stock = model(clips)
-    configure(model, True, False)
+    fuse_model(model, True, False)
     torch.testing.assert_close(model(clips), stock, rtol=1e-5, atol=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_true_distances_equal_an_explicit_computation(selecting, number, trainin
         lambda module, args, out: seen.update(x=out)
     )
     model.blocks[number].register_forward_pre_hook(lambda m, args: seen.update(thw=args[1]))
-    assert configure(model, True, True) == len(model.blocks)
+    assert fuse_model(model, True, True) == len(model.blocks)
     model.blocks[number].attn.register_forward_hook(
         lambda module, args, out: seen.update(out=out[0])
     )
@@ -217,8 +217,8 @@ def test_true_distances_differ_from_stretched_ones_only_after_a_selection(mvit, 
     tokens = torch.randn(1, 1 + 3 * 10 * 10, 8)
     outputs = {}
     for true_distances in (True, False):
-        configure(model, True, true_distances)
-        configure(whole, True, true_distances)
+        fuse_model(model, True, true_distances)
+        fuse_model(whole, True, true_distances)
         outputs[true_distances] = model(clips), whole.blocks[0](tokens, (3, 10, 10))[0]
     assert (outputs[True][0] - outputs[False][0]).abs().max() > 1e-4
     assert torch.equal(outputs[True][1], outputs[False][1])
@@ -231,14 +231,14 @@ def test_flops_are_counted_as_for_the_stock_model(mvit, clips):
         return FlopCountAnalysis(model, clips[:1]).unsupported_ops_warnings(False).total()
 
     stock = count()
-    configure(model, True, True)
+    fuse_model(model, True, True)
     assert count() == stock
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traced_model_reads_true_distances(selecting):
     model = selecting()
-    configure(model, True, True)
+    fuse_model(model, True, True)
     clips = torch.randn(SMALL)
     with torch.no_grad():
         traced = torch.jit.trace(model, clips, check_trace=False)
@@ -248,7 +248,7 @@ def test_traced_model_reads_true_distances(selecting):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_follow_their_own_selectors(selecting, how):
     model = selecting()
-    configure(model, True, True)
+    fuse_model(model, True, True)
     clips, other = torch.randn(SMALL), torch.randn(SMALL)
     expected = model(clips)
     if how == "deepcopy":
@@ -259,7 +259,7 @@ def test_copies_follow_their_own_selectors(selecting, how):
     model(other)
     torch.testing.assert_close(twin(clips), expected, rtol=0, atol=0)
     twin.requires_grad_(False).zero_grad()
-    restore(twin)
+    unfuse_model(twin)
     assert twin.blocks[0].attn.rel_pos_h is not model.blocks[0].attn.rel_pos_h
     assert list(twin.state_dict()) == list(model.state_dict())
     buffer = io.BytesIO()
@@ -272,7 +272,7 @@ def test_autocast(outputs_and_gradients, mvit, clips):
     exact = model(clips)
     with torch.autocast("cpu", torch.bfloat16):
         stock, _ = outputs_and_gradients(model, clips)
-        configure(model, True, True)
+        fuse_model(model, True, True)
         fused, fused_grads = outputs_and_gradients(model, clips)
     assert fused.dtype == stock.dtype == torch.bfloat16
     assert all(torch.isfinite(grad).all() for grad in fused_grads.values())
@@ -283,7 +283,7 @@ def test_autocast(outputs_and_gradients, mvit, clips):
 
 def test_activation_checkpointing(mvit, clips):
     model = mvit(True)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     attn = model.blocks[0].attn
     x = torch.randn(2, 1 + 4 * 16 * 16, 8, requires_grad=True)
     plain = torch.autograd.grad(attn(x, (4, 16, 16))[0].square().sum(), x)
@@ -296,7 +296,7 @@ def test_activation_checkpointing(mvit, clips):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_without_graph_breaks(mvit, backend):
     model = mvit(True)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     block = model.blocks[1]
     parameters = list(block.parameters())
     x = torch.randn(2, 1 + 4 * 16 * 16, 16, requires_grad=True)
@@ -313,7 +313,7 @@ def test_compiles_without_graph_breaks(mvit, backend):
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_compiles_to_native_code(mvit):
     model = mvit(False)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     x = torch.randn(2, 1 + 4 * 16 * 16, 16)
     torch.compiler.reset()
     with torch.no_grad():
@@ -326,7 +326,7 @@ def test_compiles_to_native_code(mvit):
 def test_compiles_with_selection(selecting, training):
     model = selecting()
     model.stts.train(training)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     clips = torch.randn(SMALL)
     for selector in model.stts.values():
         selector.sigma = 0.0  # no noise, so that both runs select alike
@@ -341,7 +341,7 @@ def test_compiles_with_selection(selecting, training):
 @pytest.mark.parametrize("relative", [False, True])
 def test_no_score_matrix_on_cuda(mvit, relative, clips):
     model = mvit(relative).cuda().half()
-    configure(model, True, True)
+    fuse_model(model, True, True)
     with (
         torch.no_grad(),
         nn.attention.sdpa_kernel(
@@ -353,7 +353,7 @@ def test_no_score_matrix_on_cuda(mvit, relative, clips):
 
 def test_what_happens_to_a_part_of_a_fused_block_counts(mvit, clips):
     model = mvit(False)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     plain = model(clips)
     calls = []
     mlp = model.blocks[1].mlp
@@ -372,9 +372,9 @@ def test_blocks_with_dropout_stay_stock(mvit):
     model = mvit(False)
     for block in model.blocks:
         block.mlp[2].p = 0.1
-    assert configure(model, True, True) == 3
+    assert fuse_model(model, True, True) == 3
     assert all(type(block) is MultiscaleBlock for block in model.blocks)
-    assert all(isinstance(block.attn, AttentionView) for block in model.blocks)
+    assert all(isinstance(block.attn, AttentionReplacement) for block in model.blocks)
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -384,7 +384,7 @@ def test_stochastic_depth_drops_the_same(outputs_and_gradients, mvit, relative, 
         block.stochastic_depth.p = 0.5
     torch.manual_seed(0)
     stock, stock_grads = outputs_and_gradients(model, clips)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     torch.manual_seed(0)
     out, grads = outputs_and_gradients(model, clips)
     torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-4)
@@ -410,7 +410,7 @@ def test_last_block_computes_what_the_head_reads(outputs_and_gradients, mvit, cl
     model.blocks[2].attn.pool_q = model.blocks[2].pool_skip = None
     everything = last_tokens(model, clips)
     stock, stock_grads = outputs_and_gradients(model, clips)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     assert everything == [1 + 4 * 8 * 8]
     assert last_tokens(model, clips) == [1]
     out, grads = outputs_and_gradients(model, clips)
@@ -424,7 +424,7 @@ def test_last_block_computes_what_the_head_reads(outputs_and_gradients, mvit, cl
 
 def test_last_block_keeps_tokens_that_its_parameters_serve(outputs_and_gradients, mvit, clips):
     model = mvit(True)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     assert last_tokens(model, clips) == [1 + 4 * 4 * 4]
     _, grads = outputs_and_gradients(model, clips)
     assert all(grad is not None for grad in grads.values())

@@ -11,7 +11,7 @@ from torchvision.models.video.swin_transformer import SwinTransformer3d
 from stts_slowfast import attach, selections, set_progress
 from stts_slowfast.backbones.timesformer import TimeSformer
 from stts_slowfast.backbones.vit import ViT
-from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.standalone.config import get_cfg
 
 SELECTIONS = {
     "time": {"time": {0: 0.75}, "space": {}},

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
 
 from stts_slowfast import attach, detach
-from stts_slowfast.fused import configure
+from stts_slowfast.fused import fuse_model
 from stts_slowfast.fused.torchvision import SwinAttention
 
 
@@ -87,4 +87,4 @@ def test_a_window_attention_of_another_formula_stays_stock(caplog):
     attach(model, space={1: 0.6})
     assert kinds(model)[-2:] == [SwinAttention, Doubled]
     assert "Doubled stays as it is" in caplog.text
-    assert configure(model, False, False) == 0
+    assert fuse_model(model, False, False) == 0

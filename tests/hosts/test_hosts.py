@@ -6,7 +6,7 @@ import sys
 import pytest
 from torch import nn
 
-from stts_slowfast.hosts import find, is_a
+from stts_slowfast.hosts import is_instance_of, resolve_host
 
 
 class VisionTransformer(nn.Module):
@@ -15,14 +15,14 @@ class VisionTransformer(nn.Module):
 
 def test_a_class_of_the_same_name_from_elsewhere_is_another():
     with pytest.raises(ValueError, match="VisionTransformer has no blocks to select tokens before"):
-        find(VisionTransformer())
-    assert is_a(VisionTransformer(), __name__.partition(".")[0], "VisionTransformer")
+        resolve_host(VisionTransformer())
+    assert is_instance_of(VisionTransformer(), __name__.partition(".")[0], "VisionTransformer")
 
 
 def test_what_comes_from_a_known_class_is_known(example):
     kind = type(example.model)
     example.model.__class__ = type("Mine", (kind,), {"__module__": "mine"})
-    assert len(find(example.model)[1]) == 4
+    assert len(resolve_host(example.model)[1]) == 4
 
 
 def test_no_library_is_imported_to_tell_a_host():

@@ -8,7 +8,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from stts_slowfast.pyslowfast import autoload, plugin
-from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.standalone.config import get_cfg
 
 
 class Block(nn.Module):

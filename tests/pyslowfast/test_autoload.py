@@ -198,7 +198,7 @@ def test_a_switch_that_names_no_patch_is_refused_on_one_line(checkout, word):
     assert done.stdout.strip() == "True"  # a run without selection goes its way
     assert done.stderr.count("\n") == 1
     assert f"STTS_COMPAT is {word!r}, but {wrong!r} switches nothing off: use 0 for" in done.stderr
-    code = "import stts_slowfast.pyslowfast.autoload as a, slowfast; print(a.troubles())"
+    code = "import stts_slowfast.pyslowfast.autoload as a, slowfast; print(a.failed_hooks())"
     assert "check_switch failed" in output(code, checkout, STTS_COMPAT=word)
 
 

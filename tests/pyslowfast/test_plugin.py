@@ -130,7 +130,7 @@ def test_roi_pooling_averages_the_frames_left():
     head.s0_tpool = nn.AvgPool3d([4, 1, 1], stride=1)
     features = torch.randn(2, 3, 4, 5, 5)
     before = head.s0_tpool(features)
-    plugin.pool_over_frames_left(head)
+    plugin.make_roi_pool_adaptive(head)
     torch.testing.assert_close(head.s0_tpool(features), before)
     few = features[:, :, :3]
     torch.testing.assert_close(head.s0_tpool(few), few.mean(2, keepdim=True))

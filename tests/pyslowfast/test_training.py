@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stts_slowfast.pyslowfast import run_state, training, weights
+from stts_slowfast.pyslowfast import checkpoint_loading, run_state, training
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_configs_without_the_node_build_stock_models(registry, cfg, optim):
 def test_scorers_and_backbone_have_their_own_rates_and_sigma_decays(registry, cfg, optim):
     cfg.merge_from_list(["SOLVER.MAX_EPOCH", 10, "SOLVER.BASE_LR", 0.8])
     model = registry.get("Transformer")(cfg)
-    weights.note_trained(model)
+    checkpoint_loading.mark_pretrained(model)
     optimizer = optim.construct_optimizer(model, cfg)
     assert [group["backbone"] for group in optimizer.param_groups] == [True, False]
     assert step(optim, optimizer, 1.5, cfg) == pytest.approx([0.0, 0.4])
@@ -89,14 +89,14 @@ def test_disabled_optimizers_are_stock(registry, cfg, optim):
 def test_a_resumed_run_is_held_back_as_it_was(registry, cfg, optim, trained):
     model = registry.get("Transformer")(cfg)
     if trained:
-        weights.note_trained(model)
+        checkpoint_loading.mark_pretrained(model)
     first = optim.construct_optimizer(model, cfg)
     step(optim, first, 0.0, cfg)
     state = first.state_dict()
     model = registry.get("Transformer")(cfg)
     optimizer = optim.construct_optimizer(model, cfg)
     optimizer.load_state_dict(state)
-    weights.note_trained(model)
+    checkpoint_loading.mark_pretrained(model)
     assert (step(optim, optimizer, 0.0, cfg)[0] == 0.0) == trained
     assert set(state) == {"state", "param_groups"}
 
@@ -107,12 +107,12 @@ def test_a_model_is_trained_once_a_checkpoint_was_loaded_into_it(wrapped):
         load_checkpoint=lambda path, model, data_parallel=True: 7,
         normal_to_sub_bn=lambda *states: states,
     )
-    weights.wrap_load_checkpoint(checkpoint)
+    checkpoint_loading.wrap_load_checkpoint(checkpoint)
     model = nn.Linear(1, 1)
     outer = nn.DataParallel(model) if wrapped else model
-    assert not weights.is_trained(outer)
+    assert not checkpoint_loading.is_trained(outer)
     assert checkpoint.load_checkpoint("x.pyth", outer, wrapped) == 7
-    assert weights.is_trained(outer) and weights.is_trained(model)
+    assert checkpoint_loading.is_trained(outer) and checkpoint_loading.is_trained(model)
 
 
 def test_the_line_says_once_where_a_run_starts_from(registry, cfg, optim, caplog):
@@ -185,7 +185,7 @@ def test_a_head_that_the_checkpoint_did_not_fill_is_new_also_in_a_resumed_run(re
             optimizer.load_state_dict(checkpoint["optimizer"])
 
     module = SimpleNamespace(load_checkpoint=load_checkpoint, normal_to_sub_bn=lambda a, b: a)
-    weights.wrap_load_checkpoint(module)
+    checkpoint_loading.wrap_load_checkpoint(module)
     cfg.TRAIN.CHECKPOINT_FILE_PATH = "fine-tune"
 
     def begin(path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stts_slowfast.fused import configure
-from stts_slowfast.fused.attention import AttentionView
+from stts_slowfast.fused import fuse_model
+from stts_slowfast.fused.attention import AttentionReplacement
 from stts_slowfast.grid import Grid
 
 KERNELS = {"kernel_q": (3, 3, 3), "kernel_kv": (3, 3, 3), "stride_kv": (1, 4, 4)}
@@ -51,7 +51,7 @@ def test_equals_slowfast(make, options, size):
     inputs = [x, *holder.parameters()]
     stock, stock_thw = holder["attn"](x, [4, size, size])
     stock_grads = torch.autograd.grad(stock.square().sum(), inputs)
-    assert configure(holder, True, True) == 1
+    assert fuse_model(holder, True, True) == 1
     fused, thw = holder["attn"](x, [4, size, size])
     assert thw == stock_thw and type(thw) is list
     torch.testing.assert_close(fused, stock)
@@ -61,8 +61,8 @@ def test_equals_slowfast(make, options, size):
 @pytest.mark.parametrize("mode", ["conv", "conv_unshared"])
 def test_pooling_before_the_projection_stays_stock(make, mode):
     holder = make(pool_first=True, mode=mode)
-    assert configure(holder, True, True) == 0
-    assert not isinstance(holder["attn"], AttentionView)
+    assert fuse_model(holder, True, True) == 0
+    assert not isinstance(holder["attn"], AttentionReplacement)
 
 
 @pytest.mark.parametrize("recipe", ["MVIT_B_16x4_CONV", "MVITv2_S_16x4"])
@@ -75,7 +75,7 @@ def test_stock_recipes_are_fused(get_cfg, build, recipe):
     clips = torch.randn(1, 3, 8, 64, 64)
     with torch.no_grad():
         stock = model([clips])
-        assert configure(model, True, True) == len(model.blocks)
+        assert fuse_model(model, True, True) == len(model.blocks)
         torch.testing.assert_close(model([clips]), stock, rtol=1e-5, atol=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_numbers_do_not_depend_on_fusion(get_cfg, build, version, selection, tra
     results = {}
     for fuse in (True, False):
         for true_distances in (True, False):
-            count = configure(model, fuse, true_distances)
+            count = fuse_model(model, fuse, true_distances)
             assert count == (4 if fuse or (true_distances and version) else 0)
             torch.manual_seed(0)
             out = model([clips])
@@ -133,7 +133,7 @@ def test_pooling_before_the_projection_reads_true_distances(make, mode, fuse):
     holder = make(**RELATIVE, pool_first=True, mode=mode)
     x = torch.randn(2, 1 + 4 * 9 * 9, 16, dtype=torch.float64)
     stock = holder["attn"](x, [4, 9, 9])[0]
-    assert configure(holder, fuse, True) == (0 if fuse else 1)
+    assert fuse_model(holder, fuse, True) == (0 if fuse else 1)
     frames = torch.arange(4).expand(2, -1)
     torch.testing.assert_close(holder["attn"](x, Grid((4, 9, 9), frames))[0], stock)
     frames = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])

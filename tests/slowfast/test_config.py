@@ -115,8 +115,8 @@ def test_a_text_that_looks_like_a_number_stays_one(get_cfg, tmp_path):
 def test_the_standalone_runner_knows_every_key_with_its_default(checkout):
     from slowfast.config import defaults
 
-    from stts_slowfast.keys import all_keys
-    from stts_slowfast.standalone.defaults import get_cfg
+    from stts_slowfast.configfiles.values import all_keys
+    from stts_slowfast.standalone.config import get_cfg
 
     def at(node, key):
         for name in key.split("."):

@@ -38,12 +38,12 @@ def decode(checkout):
 @pytest.fixture
 def files(checkout):
     """The files of a dataset of which every call of ``decode`` is for an item."""
-    from stts_slowfast.pyslowfast import reading
+    from stts_slowfast.pyslowfast import read_context
 
-    item = reading.Item(SimpleNamespace())
-    token = reading._item.set(item)
+    item = read_context.Item(SimpleNamespace())
+    token = read_context._item.set(item)
     yield item.files
-    reading._item.reset(token)
+    read_context._item.reset(token)
     item.files.close()
 
 
@@ -174,24 +174,24 @@ def test_views_are_cropped_before_they_are_normalised(
 ):
     from slowfast.datasets import build_dataset
 
-    from stts_slowfast.pyslowfast.clips import WaitingClip
+    from stts_slowfast.pyslowfast.lazy_clip import LazyClip
 
     cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", backend)
     cfg.DATA.MEAN, cfg.DATA.STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
     cfg.TEST.NUM_SPATIAL_CROPS, cfg.DATA.TRAIN_JITTER_SCALES = 3, [jitter, 48]
     dataset = build_dataset("kinetics", cfg, "test")
-    computed, now = [], WaitingClip.now
+    computed, now = [], LazyClip.now
 
     def counted(self, *square):
         computed.append(now(self, *square))
         return computed[-1]
 
-    monkeypatch.setattr(WaitingClip, "now", counted)
+    monkeypatch.setattr(LazyClip, "now", counted)
     views = [dataset[view][0][0] for view in range(6)]
     assert len(computed) == 6 and all(type(view) is torch.Tensor for view in views)
     if backend == "torchvision":
         assert {each.shape for each in computed} == {(3, 8, 32, 32)}
-    monkeypatch.setattr(WaitingClip, "_put_off", lambda *_: None)
+    monkeypatch.setattr(LazyClip, "_record_op", lambda *_: None)
     for view in range(6):
         assert torch.equal(dataset[view][0][0], views[view])
 
@@ -289,8 +289,8 @@ def test_views_are_those_of_the_standalone_runner(get_cfg, videos, backend, crop
     """Frames of another size than the crop: with pyav SlowFast scales after decoding, in floats."""
     from slowfast.datasets import build_dataset
 
-    from stts_slowfast.standalone.data import ClipDataset, prepare
-    from stts_slowfast.standalone.defaults import get_cfg as standalone_cfg
+    from stts_slowfast.standalone.config import get_cfg as standalone_cfg
+    from stts_slowfast.standalone.data import ClipDataset, normalize_clips
 
     cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", backend,
                   "TEST.NUM_SPATIAL_CROPS", crops)  # fmt: skip
@@ -298,7 +298,7 @@ def test_views_are_those_of_the_standalone_runner(get_cfg, videos, backend, crop
     ours.DATA.update({key: cfg.DATA[key] for key in ours.DATA if key in cfg.DATA})
     ours.TEST.update(NUM_ENSEMBLE_VIEWS=2, NUM_SPATIAL_CROPS=crops)
     dataset = build_dataset("kinetics", cfg, "test")
-    views = prepare(ClipDataset(ours, "test")[0][0], ours)
+    views = normalize_clips(ClipDataset(ours, "test")[0][0], ours)
     assert len(views) == 2 * crops
     for number, view in enumerate(views):
         torch.testing.assert_close(view, dataset[number][0][0], rtol=0, atol=2e-6)

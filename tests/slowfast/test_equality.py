@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stts_slowfast import checkpoints
-from stts_slowfast.standalone.defaults import get_cfg as standalone_cfg
+from stts_slowfast.standalone.config import get_cfg as standalone_cfg
 from stts_slowfast.standalone.model import build_model
 
 V2 = [

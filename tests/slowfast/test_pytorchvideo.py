@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import stts_slowfast as stts
-from stts_slowfast.fused import configure
-from stts_slowfast.fused.attention import AttentionView
-from stts_slowfast.fused.blocks import BlockView
+from stts_slowfast.fused import fuse_model
+from stts_slowfast.fused.attention import AttentionReplacement
+from stts_slowfast.fused.blocks import BlockReplacement
 
 pytorchvideo = pytest.importorskip("pytorchvideo.models.vision_transformers")
 layers = pytest.importorskip("pytorchvideo.layers.attention")
@@ -58,8 +58,8 @@ def test_fused_numbers_are_the_stock_ones(options, training):
         nn.init.normal_(parameter, std=0.2)
     clips = torch.randn(2, 3, 8, 32, 32)
     stock = results(model, clips)
-    assert configure(model, True, True) == 4
-    assert all(isinstance(block, BlockView) for block in model.blocks)
+    assert fuse_model(model, True, True) == 4
+    assert all(isinstance(block, BlockReplacement) for block in model.blocks)
     assert all(block.is_fused() for block in model.blocks)
     fused = results(model, clips)
     torch.testing.assert_close(fused[0], stock[0], rtol=1e-5, atol=1e-5)
@@ -87,10 +87,10 @@ def test_selection_outside_of_slowfast():
 
 def test_pooling_before_the_projection_and_hooks_stay_stock():
     model = mvit(pool_first=True).eval()
-    assert configure(model, True, True) == 0
+    assert fuse_model(model, True, True) == 0
     model, clips, calls = mvit().eval(), torch.randn(1, 3, 8, 32, 32), []
     plain = model(clips)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     model.blocks[1].attn._attention_pool_k.register_forward_hook(lambda *args: calls.append(1))
     torch.testing.assert_close(model(clips), plain, rtol=1e-5, atol=1e-5)
     assert calls == [1]
@@ -106,8 +106,8 @@ def test_slowfasts_ptvmvit_is_fused(get_cfg, build):
     model = MODEL_REGISTRY.get("PTVMViT")(cfg).eval()
     clips = [torch.randn(1, 3, 8, 64, 64)]
     stock = model(clips)
-    assert configure(model, True, True) == 16
-    assert sum(isinstance(module, AttentionView) for module in model.modules()) == 16
+    assert fuse_model(model, True, True) == 16
+    assert sum(isinstance(module, AttentionReplacement) for module in model.modules()) == 16
     torch.testing.assert_close(model(clips), stock, rtol=1e-5, atol=1e-5)
 
 

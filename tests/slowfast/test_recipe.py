@@ -9,20 +9,20 @@ import torch
 from PIL import Image
 
 from stts_slowfast import checkpoints
-from stts_slowfast.standalone import mixup, optim, report
-from stts_slowfast.standalone.data import ClipDataset, build_loader, prepare
-from stts_slowfast.standalone.defaults import get_cfg as standalone_cfg
+from stts_slowfast.standalone import mixup, optim, run_logger
+from stts_slowfast.standalone.checkpointing import ResumeState
+from stts_slowfast.standalone.cluster import ProcessInfo
+from stts_slowfast.standalone.config import get_cfg as standalone_cfg
+from stts_slowfast.standalone.data import ClipDataset, build_loader, normalize_clips
+from stts_slowfast.standalone.evaluator import ViewEnsemble
+from stts_slowfast.standalone.launch import open_fabric
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.optim import lr_at
-from stts_slowfast.standalone.places import Place
-from stts_slowfast.standalone.processes import open_fabric
-from stts_slowfast.standalone.ranges import check_solver
-from stts_slowfast.standalone.report import Board
-from stts_slowfast.standalone.resume import Start
-from stts_slowfast.standalone.stops import Stop
-from stts_slowfast.standalone.testing import Views
-from stts_slowfast.standalone.training import Training, iteration_seed
+from stts_slowfast.standalone.run_logger import RunLogger
+from stts_slowfast.standalone.signals import SignalState
+from stts_slowfast.standalone.training_loop import TrainingLoop, iteration_seed
 from stts_slowfast.standalone.transforms import train_transform
+from stts_slowfast.standalone.value_ranges import check_solver
 
 
 def theirs_as_ours(cfg):
@@ -155,7 +155,7 @@ def test_views_of_ssv2_are_slowfasts(ssv2, crops):
 
     cfg = ssv2("TEST.NUM_SPATIAL_CROPS", crops)
     ours = theirs_as_ours(cfg)
-    views = prepare(ClipDataset(ours, "test")[0][0], ours)
+    views = normalize_clips(ClipDataset(ours, "test")[0][0], ours)
     dataset = build_dataset("ssv2", cfg, "test")
     assert len(views) == len(dataset) == 2 * crops
     for number, view in enumerate(views):
@@ -179,7 +179,7 @@ def test_crops_of_ssv2_are_as_large_as_slowfasts(ssv2, augmented, split):
         """Of noise that is scaled up less."""
         return clip.diff(dim=-1).abs().mean().item()
 
-    found = np.mean([roughness(prepare(dataset[n, 0][0], ours)) for n in range(8)])
+    found = np.mean([roughness(normalize_clips(dataset[n, 0][0], ours)) for n in range(8)])
     expected = np.mean([roughness(theirs[0][0][0]) for _ in range(8)])
     assert found == pytest.approx(expected, rel=0.1)
 
@@ -290,7 +290,7 @@ def test_views_become_slowfasts_predictions(checkout, method):
     meter = TestMeter(videos, views, classes, 1, ensemble_method=method)
     ours = standalone_cfg()
     ours.DATA.ENSEMBLE_METHOD, ours.MODEL.NUM_CLASSES = method, classes
-    ensemble = Views(ours, videos, views)
+    ensemble = ViewEnsemble(ours, videos, views)
     predictions = torch.randn(videos * views, classes).softmax(1)
     labels = torch.randint(classes, (videos,)).repeat_interleave(views)
     for part in torch.randperm(videos * views).split(4):
@@ -298,7 +298,7 @@ def test_views_become_slowfasts_predictions(checkout, method):
         ensemble.add(predictions[part], labels[part], part // views, part % views)
     torch.testing.assert_close(ensemble.predictions, meter.video_preds)
     meter.finalize_metrics()
-    top1, top5 = (100 - e.item() for e in report.errors(ensemble.predictions, ensemble.labels))
+    top1, top5 = (100 - e.item() for e in run_logger.errors(ensemble.predictions, ensemble.labels))
     assert f"{top1:.2f}" == meter.stats["top1_acc"] and f"{top5:.2f}" == meter.stats["top5_acc"]
 
 
@@ -381,12 +381,12 @@ def test_iterations_are_slowfasts(checkout, get_cfg, build, recipe, monkeypatch,
         train_net["eval_epoch"](feed, model, val_meter, epoch, cfg, feed, None)
     monkeypatch.undo()
 
-    monkeypatch.setattr("stts_slowfast.standalone.training.build_loader", lambda *_: loader)
-    monkeypatch.setattr(report, "log_json_stats", lambda stats, *_: found.append(dict(stats)))
-    monkeypatch.setattr(Training, "save", lambda *_: None)
-    with Board(ours, True, writes=False) as board:
-        fabric = open_fabric(ours, Place(0, 1, 0, 1, "localhost", 0))
-        training = Training(ours, fabric, our_model, Start(), board, Stop(), None)
+    monkeypatch.setattr("stts_slowfast.standalone.training_loop.build_loader", lambda *_: loader)
+    monkeypatch.setattr(run_logger, "log_json_stats", lambda stats, *_: found.append(dict(stats)))
+    monkeypatch.setattr(TrainingLoop, "save", lambda *_: None)
+    with RunLogger(ours, True, writes=False) as board:
+        fabric = open_fabric(ours, ProcessInfo(0, 1, 0, 1, "localhost", 0))
+        training = TrainingLoop(ours, fabric, our_model, ResumeState(), board, SignalState(), None)
         for epoch in range(2):
             training.train_epoch(epoch)
 

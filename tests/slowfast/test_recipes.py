@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from stts_slowfast.hooks import selections
-from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.config import load_config
 
 ROOT = Path(__file__).parents[2]
 FILES = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stts_slowfast.tools import cli, outputs
+from stts_slowfast.tools import cli
+from stts_slowfast.tools.report import run_log
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
@@ -31,7 +32,7 @@ def folder(checkout, opts, tmp_path_factory):
 
 def test_report_reads_a_run_of_slowfast(folder, tmp_path):
     pytest.importorskip("matplotlib")
-    run = outputs.read_output(str(folder))
+    run = run_log.read_output(str(folder))
     assert run.config["STTS.ENABLE"] is True and run.final("top1_acc") is not None
     assert run.gflops > 0 and run.params > 0 and run.curve("train_epoch", "loss")[0] == [1]
     page = tmp_path / "page.html"
@@ -43,7 +44,7 @@ def test_report_reads_a_run_of_slowfast(folder, tmp_path):
 
 def test_study_measures_a_checkpoint_of_slowfast(folder, opts, tmp_path):
     pytest.importorskip("matplotlib")
-    checkpoint = outputs.last_checkpoint(str(folder))
+    checkpoint = run_log.last_checkpoint(str(folder))
     words = ["study", "--cfg", str(TINY), "--checkpoint", checkpoint, "--out", str(tmp_path)]
     words += ["--time", "0.5", "--space", "--both", "--scorers", "learned", "--opts", *opts]
     assert cli.main(words) == 0

@@ -6,7 +6,7 @@ import torch
 from stts_slowfast import backbones
 from stts_slowfast.backbones.vit import build as build_ours
 from stts_slowfast.backbones.vit import is_plain_vit
-from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.config import load_config
 
 VARIANTS = {
     "FT": {},

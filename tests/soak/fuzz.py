@@ -24,11 +24,11 @@ import torch
 
 from stts_slowfast import backbones
 from stts_slowfast.checkpoints import load_weights, save_checkpoint
-from stts_slowfast.checkpoints.files import safetensors_bytes
-from stts_slowfast.standalone.defaults import get_cfg, load_config
-from stts_slowfast.standalone.lists import list_kinetics, list_ssv2
+from stts_slowfast.checkpoints.io import safetensors_bytes
+from stts_slowfast.configfiles.files import find_config
+from stts_slowfast.standalone.annotations import list_kinetics, list_ssv2
+from stts_slowfast.standalone.config import get_cfg, load_config
 from stts_slowfast.video import Video, VideoError
-from stts_slowfast.yamlfiles import find_config
 
 PATIENCE = 20.0  # seconds for one input
 

@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from stts_slowfast.tools import cli, makedata
+from stts_slowfast.tools import cli
+from stts_slowfast.tools.demo import make_data
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 SOON = 10.0  # seconds in which all must be gone
@@ -50,7 +51,7 @@ def main() -> int:
     counts, faults, stops = Counter(), [], 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        makedata.write_dataset(str(folder / "data"), "needle", 24, 4, args.seed)
+        make_data.write_dataset(str(folder / "data"), "needle", 24, 4, args.seed)
         start(folder, "warm", args, epochs=1).join()  # what a first run compiles and reads
         process, started = start(folder, "whole", args), time.monotonic()
         startup = begin(process, folder / "whole") - started

@@ -9,7 +9,7 @@ import pytest
 
 from stts_slowfast import selections
 from stts_slowfast.standalone import engine
-from stts_slowfast.standalone.stops import Interrupted
+from stts_slowfast.standalone.signals import Interrupted
 from stts_slowfast.tools.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"

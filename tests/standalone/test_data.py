@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 
 from stts_slowfast.standalone import transforms
-from stts_slowfast.standalone.data import UNREADABLE, ClipDataset, build_loader, prepare
-from stts_slowfast.standalone.defaults import get_cfg
-from stts_slowfast.standalone.lists import list_kinetics, list_ssv2
-from stts_slowfast.video import Video, VideoError, clip_span, frame_indices, reader, times
-from stts_slowfast.video.badvideos import BadVideos, Finding, too_many
+from stts_slowfast.standalone.annotations import list_kinetics, list_ssv2
+from stts_slowfast.standalone.config import get_cfg
+from stts_slowfast.standalone.data import UNREADABLE, ClipDataset, build_loader, normalize_clips
+from stts_slowfast.video import Video, VideoError, clip_span, frame_index, frame_indices, reader
+from stts_slowfast.video.error_log import VideoErrorLog, VideoIssue, exceeds_limit
 
 
 def write_video(path, num_frames=32, size=(48, 64), color=None):
@@ -76,7 +76,7 @@ def test_training_batches_have_the_declared_shapes(cfg):
     assert len(batches) == 3
     clips, labels, videos, views = batches[0]
     assert clips.shape == (2, 3, 4, 32, 32) and clips.dtype == torch.uint8
-    assert prepare(clips, cfg).dtype == torch.float32
+    assert normalize_clips(clips, cfg).dtype == torch.float32
     assert labels.dtype == videos.dtype == torch.long
     assert sorted(torch.cat([batch[2] for batch in batches]).tolist()) == [0, 1, 2, 3, 4, 5]
     assert torch.equal(labels, videos % 3) and not views.any()
@@ -117,7 +117,7 @@ def test_a_video_is_opened_once_for_all_its_views(cfg, batch, workers, monkeypat
             opened[0] += 1
             super().__init__(*args, **keys)
 
-    monkeypatch.setattr("stts_slowfast.video.remember.Video", Counting)
+    monkeypatch.setattr("stts_slowfast.video.frame_cache.Video", Counting)
     loader = build_loader(cfg, "test")
     batches = list(loader)
     assert opened.item() == 5
@@ -136,7 +136,7 @@ def test_views_equal_those_decoded_alone(cfg, tmp_path, size, jitter, backend):
     cfg.DATA.MEAN, cfg.DATA.STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
     cfg.DATA.TRAIN_JITTER_SCALES = [jitter, 48]
     scale = transforms.view_scale(cfg)
-    clips = torch.cat([prepare(clips, cfg) for clips, *_ in build_loader(cfg, "test")])
+    clips = torch.cat([normalize_clips(clips, cfg) for clips, *_ in build_loader(cfg, "test")])
     for view in range(6):
         with Video(tmp_path / "videos" / "0.mp4") as video:
             span = clip_span(32, 16.0, view // 3, 2)
@@ -227,9 +227,9 @@ def test_processes_share_the_videos(cfg):
 
 def test_reversed_channels(cfg):
     cfg.DATA.MEAN = [0.3, 0.4, 0.5]
-    plain = prepare(ClipDataset(cfg, "test")[1][0], cfg)
+    plain = normalize_clips(ClipDataset(cfg, "test")[1][0], cfg)
     cfg.DATA.REVERSE_INPUT_CHANNEL = True
-    assert torch.equal(prepare(ClipDataset(cfg, "test")[1][0], cfg), plain.flip(1))
+    assert torch.equal(normalize_clips(ClipDataset(cfg, "test")[1][0], cfg), plain.flip(1))
 
 
 def test_relative_scales_crop_and_resize(cfg):
@@ -279,10 +279,10 @@ def test_broken_video_is_replaced_told_and_written_once(cfg, workers, caplog):
 
 
 def test_a_bad_video_is_written_once_over_restarts_and_processes(cfg):
-    finding = Finding(2, "2.mp4", "unreadable", "not a video")
+    finding = VideoIssue(2, "2.mp4", "unreadable", "not a video")
     for _ in range(3):
-        BadVideos(cfg, "train").add([finding])
-    BadVideos(cfg, "train").add([finding._replace(kind="damaged")])
+        VideoErrorLog(cfg, "train").add([finding])
+    VideoErrorLog(cfg, "train").add([finding._replace(kind="damaged")])
     assert [record["kind"] for record in written(cfg)] == ["unreadable", "damaged"]
 
 
@@ -290,10 +290,12 @@ def _in_a_group(rank, cfg, store, results):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
-    bad = BadVideos(cfg, "test")
-    bad.add([Finding(2, "2.mp4", "unreadable", "gone")] * 2)  # both processes met it
+    bad = VideoErrorLog(cfg, "test")
+    bad.add([VideoIssue(2, "2.mp4", "unreadable", "gone")] * 2)  # both processes met it
     if rank == 1:
-        bad.add([Finding(4, "4.mp4", "damaged", "cut"), Finding(5, "5.mp4", "unreadable", "cut")])
+        bad.add(
+            [VideoIssue(4, "4.mp4", "damaged", "cut"), VideoIssue(5, "5.mp4", "unreadable", "cut")]
+        )
     count = bad.count()
     try:
         bad.require_all(allow_missing=False)
@@ -347,10 +349,10 @@ def test_training_goes_on_up_to_the_share_of_bad_videos_and_stops_above(cfg):
 
 
 def test_the_share_of_bad_videos_is_judged_beyond_doubt():
-    assert not too_many(60, 100, 100_000, 0.5)  # luck
-    assert too_many(80, 100, 100_000, 0.5)
-    assert not too_many(50, 100, 100, 0.5)
-    assert too_many(51, 100, 100, 0.5)  # certain
+    assert not exceeds_limit(60, 100, 100_000, 0.5)  # luck
+    assert exceeds_limit(80, 100, 100_000, 0.5)
+    assert not exceeds_limit(50, 100, 100, 0.5)
+    assert exceeds_limit(51, 100, 100, 0.5)  # certain
 
 
 def test_a_damaged_video_is_used_counted_and_written(cfg, tmp_path):
@@ -381,7 +383,7 @@ def test_a_pipe_and_a_hung_file_do_not_stop_a_run(cfg, tmp_path, monkeypatch):
             time.sleep(20)
         return real(path, **keys)
 
-    monkeypatch.setattr("stts_slowfast.video.remember.Video", hung)
+    monkeypatch.setattr("stts_slowfast.video.frame_cache.Video", hung)
     cfg.DATA.READ_TIMEOUT = 0.5
     start = time.perf_counter()
     loader = build_loader(cfg, "val")
@@ -478,11 +480,11 @@ def test_an_item_is_the_same_whatever_was_read_before(cfg, monkeypatch):
     dataset = ClipDataset(cfg, "train")
 
     def fresh(epoch, index):
-        monkeypatch.setattr(reader, "_memory", times.Memory())
+        monkeypatch.setattr(reader, "_memory", frame_index.LRUCache())
         return dataset[epoch, index][0]
 
     alone = {(epoch, index): fresh(epoch, index) for epoch in range(3) for index in range(5)}
-    monkeypatch.setattr(reader, "_memory", times.Memory())
+    monkeypatch.setattr(reader, "_memory", frame_index.LRUCache())
     for (epoch, index), clips in alone.items():
         assert torch.equal(dataset[epoch, index][0], clips)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stts_slowfast.standalone import engine, report, resume
+from stts_slowfast.standalone import checkpointing, engine, run_logger
 from stts_slowfast.standalone.data import ClipLoader
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.standalone.stops import Interrupted
-from stts_slowfast.standalone.training import Training
+from stts_slowfast.standalone.signals import Interrupted
+from stts_slowfast.standalone.training_loop import TrainingLoop
 
 
 @pytest.fixture
@@ -104,7 +104,9 @@ def test_fine_tuning_holds_the_backbone_back(run, cfg, tmp_path):
 
 def test_the_least_errors_survive_a_stop(run, cfg, tmp_path, monkeypatch):
     errors = iter([[60.0, 50.0], [20.0, 10.0], [90.0, 80.0], [40.0, 30.0]] + [[70.0, 60.0]] * 2)
-    monkeypatch.setattr(report.Meter, "means", lambda meter: dict(zip(meter.names, next(errors))))
+    monkeypatch.setattr(
+        run_logger.Meter, "means", lambda meter: dict(zip(meter.names, next(errors)))
+    )
 
     def validate_alone(training, epoch, first=0):
         training.save(epoch + 1)
@@ -112,7 +114,7 @@ def test_the_least_errors_survive_a_stop(run, cfg, tmp_path, monkeypatch):
         if epoch == stop_after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Training, "train_epoch", validate_alone)
+    monkeypatch.setattr(TrainingLoop, "train_epoch", validate_alone)
     cfg.SOLVER.MAX_EPOCH, stop_after = 4, 1
     with pytest.raises(Interrupted):
         engine.train(cfg)
@@ -277,15 +279,15 @@ def test_float16_goes_on_with_the_scale_of_the_gradients(run, cfg, tmp_path):
 def test_files_that_are_no_whole_checkpoint_are_passed_over(run, cfg):
     folder = Path(cfg.OUTPUT_DIR, "checkpoints")
     folder.mkdir(parents=True)
-    assert resume.last_checkpoint(cfg) is None
+    assert checkpointing.last_checkpoint(cfg) is None
     for name in ("checkpoint_epoch_00003.pyth", "checkpoint_epoch_00012.pyth"):
         (folder / name).touch()
     for name in ("checkpoint_epoch_00013.pyth.partial", "best.pyth", "ssl_checkpoint_x.pyth"):
         (folder / name).touch()
-    assert resume.last_checkpoint(cfg) == str(folder / "checkpoint_epoch_00012.pyth")
+    assert checkpointing.last_checkpoint(cfg) == str(folder / "checkpoint_epoch_00012.pyth")
     cfg.TASK = "ssl_eval"
-    assert resume.last_checkpoint(cfg) is None
-    assert resume.checkpoint_path(cfg, 3).endswith("/ssl_eval_checkpoint_epoch_00003.pyth")
+    assert checkpointing.last_checkpoint(cfg) is None
+    assert checkpointing.checkpoint_path(cfg, 3).endswith("/ssl_eval_checkpoint_epoch_00003.pyth")
 
 
 def test_training_starts_from_a_baselines_weights(run, cfg, tmp_path):
@@ -320,7 +322,7 @@ def test_another_models_checkpoint_is_refused(run, cfg, tmp_path):
 
 
 def test_a_last_checkpoint_without_its_epoch_is_refused(run, cfg):
-    path = Path(resume.checkpoint_path(cfg, 1))
+    path = Path(checkpointing.checkpoint_path(cfg, 1))
     path.parent.mkdir(parents=True)
     torch.save({"model_state": build_model(cfg).state_dict()}, path)
     with pytest.raises(ValueError, match=r"00001\.pyth does not say after which epoch"):
@@ -385,8 +387,8 @@ def test_mixed_precision_and_clipping_train(run, cfg):
 
 def test_nan_scores_on_a_device_stop_training_by_the_selectors_name(cfg, monkeypatch):
     """Together with the loss; here the machine's memory passes for a device's."""
-    for module in ("state", "topk"):
-        monkeypatch.setattr(f"stts_slowfast.{module}.on_host", lambda tensor: False)
+    for module in ("selector_state", "topk"):
+        monkeypatch.setattr(f"stts_slowfast.{module}.is_cpu", lambda tensor: False)
     steps = []
 
     def poison(split, model, batch):
@@ -406,7 +408,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint(run, cfg):
         ValueError, match=r"the (loss|norm of the gradient) is (nan|inf) at epoch .*SOLVER\.BASE_LR"
     ):
         engine.train(cfg)
-    assert resume.last_checkpoint(cfg) is None
+    assert checkpointing.last_checkpoint(cfg) is None
 
 
 @pytest.mark.parametrize(
@@ -449,5 +451,5 @@ def test_several_numbers_of_clips_are_said_in_testing(run, cfg):
 def test_mixed_labels_count_both_classes_as_right():
     logits = torch.tensor([[3.0, 2.5, 0.0, 4.0, -1.0, -2.0]])
     labels = torch.tensor([[0.6, 0.4, 0.0, 0.0, 0.0, 0.0]])
-    assert [error.item() for error in report.train_errors(logits, labels)] == [0.0, 0.0]
-    assert report.errors(logits, torch.tensor([0]))[0].item() == 100.0
+    assert [error.item() for error in run_logger.train_errors(logits, labels)] == [0.0, 0.0]
+    assert run_logger.errors(logits, torch.tensor([0]))[0].item() == 100.0

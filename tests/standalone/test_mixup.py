@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.standalone.config import get_cfg
 from stts_slowfast.standalone.mixup import batch_mixer
 
 

@@ -7,7 +7,7 @@ import torch
 
 from stts_slowfast.checkpoints import load_weights
 from stts_slowfast.standalone import optim
-from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.standalone.config import get_cfg
 from stts_slowfast.standalone.model import build_model
 
 

@@ -11,7 +11,7 @@ from tests.hosts.examples import videomae
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytest.importorskip("accelerate", reason="accelerate, which Trainer needs, is not installed")
 
-from stts_slowfast.standalone.trainer import SelectionCallback  # noqa: E402
+from stts_slowfast.integrations.transformers_trainer import SelectionCallback  # noqa: E402
 
 SELECTION = {"time": {0: 0.5}, "space": {2: 0.6}, "fused_attention": False, "shrink": 0}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from stts_slowfast.standalone import augment, transforms
-from stts_slowfast.standalone.defaults import get_cfg
+from stts_slowfast.standalone import rand_augment, transforms
+from stts_slowfast.standalone.config import get_cfg
 from stts_slowfast.video import image_ops
 
 GREY = (128, 128, 128)
@@ -58,7 +58,7 @@ def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, bicubi
     resample = Image.BICUBIC if bicubic else Image.BILINEAR
     for level in (0.0, 0.3, 0.7, 1.0):
         for sign in (-1, 1):
-            operation = augment.operation(name, level, increasing, sign, (37, 52), bicubic)
+            operation = rand_augment.operation(name, level, increasing, sign, (37, 52), bicubic)
             out = image_ops.operate(images, operation)
             assert out.shape == images.shape and out.dtype == np.uint8
             for image, frame in zip(images, out):
@@ -70,7 +70,7 @@ def test_every_operation_is_within_a_grey_level_of_pils(name, increasing, bicubi
 
 
 def test_a_part_of_an_augmented_clip_is_that_part_of_the_whole():
-    policy = augment.RandAugment("rand-m7-n4-mstd0.5-inc1", "random")
+    policy = rand_augment.RandAugment("rand-m7-n4-mstd0.5-inc1", "random")
     clip = torch.randint(0, 256, (2, 37, 52, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     for seed in range(60):
         random.seed(seed)
@@ -120,30 +120,30 @@ def test_frames_may_be_interpolated_each_in_its_own_way():
 
 def test_operations_treat_frames_alike():
     clip = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8).expand(3, 3, 24, 32)
-    policy = augment.RandAugment("rand-m7-n4-mstd0.5-inc1")
+    policy = rand_augment.RandAugment("rand-m7-n4-mstd0.5-inc1")
     for _ in range(10):
         out = policy(clip)
         assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
 
 
 def test_policy_is_parsed_as_timm_writes_it():
-    policy = augment.RandAugment("rand-m7-n4-mstd0.5-inc1")
+    policy = rand_augment.RandAugment("rand-m7-n4-mstd0.5-inc1")
     assert (policy.magnitude, policy.num_ops, policy.deviation) == (7, 4, 0.5)
-    assert policy.increasing and not augment.RandAugment("rand-m9").increasing
+    assert policy.increasing and not rand_augment.RandAugment("rand-m9").increasing
     for wrong in ("auto-m7", "rand-q3", "rand-m", "rand-m9-inc0"):
         with pytest.raises(ValueError, match=r"AUG\.AA_TYPE"):
-            augment.RandAugment(wrong)
+            rand_augment.RandAugment(wrong)
 
 
 def test_erased_boxes_lie_in_the_same_place_in_all_frames():
     clip = torch.ones(3, 4, 32, 32)
     for mode, count in (("pixel", 1), ("rand", 1), ("const", 1)):
-        out = augment.RandomErasing(1.0, mode, count)(clip)
+        out = rand_augment.RandomErasing(1.0, mode, count)(clip)
         gone = (out != 1).all(0)
         assert torch.equal(gone, gone[:1].expand_as(gone))
         assert 0.01 < gone[0].float().mean() < 0.36
         assert mode == "const" or not torch.equal(out[:, 0], out[:, 1])
-    assert torch.equal(augment.RandomErasing(0.0)(clip), clip) and (clip == 1).all()
+    assert torch.equal(rand_augment.RandomErasing(0.0)(clip), clip) and (clip == 1).all()
 
 
 def test_short_side_is_scaled_and_the_long_side_rounded_down():

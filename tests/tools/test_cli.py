@@ -1,5 +1,6 @@
 """The command ``stts``: help, engines, and how mistakes and Ctrl-C end it."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -15,10 +16,10 @@ from torch.utils.data import get_worker_info
 
 from stts_slowfast import build_model
 from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.configfiles.files import find_config
 from stts_slowfast.pyslowfast import launch
 from stts_slowfast.standalone.data import ClipDataset
 from stts_slowfast.tools import cli, run
-from stts_slowfast.yamlfiles import find_config
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +79,7 @@ def test_help_is_quick_and_names_the_commands():
 
 def test_every_command_has_its_module():
     for name, (module, text) in cli.COMMANDS.items():
-        path = Path(cli.__file__).parent / f"{module.rpartition('.')[2]}.py"
-        assert path.is_file() and text, name
+        assert importlib.util.find_spec(module) and text, name
 
 
 def test_run_trains_tests_and_takes_options(config, capsys):

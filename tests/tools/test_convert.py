@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from stts_slowfast.checkpoints import load_weights, read_checkpoint, save_checkpoint
-from stts_slowfast.standalone.defaults import load_config
+from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import convert
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stts_slowfast.checkpoints import save_checkpoint
-from stts_slowfast.fused import configure
+from stts_slowfast.fused import fuse_model
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import cli, export
 
@@ -31,7 +31,7 @@ def model(tiny_cfg):
     model = build_model(tiny_cfg)
     for parameter in model.stts.parameters():
         nn.init.normal_(parameter, std=0.3)
-    configure(model, True, True)
+    fuse_model(model, True, True)
     return model
 
 
@@ -58,7 +58,7 @@ def test_onnx_computes_the_same(model, tmp_path):
 
 
 def test_command_line(config, tmp_path, tiny_cfg, capsys):
-    weights, out = tmp_path / "weights.pyth", tmp_path / "model.pt2"
+    weights, out = tmp_path / "checkpoint_loading.pyth", tmp_path / "model.pt2"
     save_checkpoint(str(weights), build_model(tiny_cfg), tiny_cfg, 0)
     words = ["export", "--cfg", str(config), "--out", str(out), "--checkpoint", str(weights)]
     assert cli.main([*words, "--batch-size", "2"]) == 0
@@ -67,7 +67,7 @@ def test_command_line(config, tmp_path, tiny_cfg, capsys):
 
 
 def test_weights_are_those_that_the_config_tests(config, tmp_path, tiny_cfg):
-    weights, out = tmp_path / "weights.pyth", tmp_path / "model.pt2"
+    weights, out = tmp_path / "checkpoint_loading.pyth", tmp_path / "model.pt2"
     model = build_model(tiny_cfg).eval()
     save_checkpoint(str(weights), model, tiny_cfg, 0)
     words = ["export", "--cfg", str(config), "--out", str(out), "--opts"]

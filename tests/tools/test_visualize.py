@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from stts_slowfast import pictures
+from stts_slowfast import visualization
 from stts_slowfast.checkpoints import save_checkpoint
-from stts_slowfast.standalone.data import ClipDataset, prepare
+from stts_slowfast.standalone.data import ClipDataset, normalize_clips
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.tools import cli, makedata, visualize
+from stts_slowfast.tools import cli, visualize
+from stts_slowfast.tools.demo import make_data
 from stts_slowfast.video import Video
 
 
@@ -29,11 +30,11 @@ def cfg(tiny_cfg):
 def test_regions_follow_time_then_space(cfg):
     kept = {"time_0": torch.tensor([[0, 2], [1, 3]])}
     kept["space_1"] = torch.tensor([[0, 0, 6, 6], [2, 2, 6, 6], [1, 0, 6, 6], [0, 2, 6, 6]])
-    assert pictures.kept_regions(cfg, kept, 0) == {
+    assert visualization.kept_regions(cfg, kept, 0) == {
         0: (0.0, 0.0, 0.75, 0.75),
         2: (0.25, 0.25, 0.75, 0.75),
     }
-    assert pictures.kept_regions(cfg, kept, 1) == {
+    assert visualization.kept_regions(cfg, kept, 1) == {
         1: (0.125, 0.0, 0.75, 0.75),
         3: (0.0, 0.25, 0.75, 0.75),
     }
@@ -48,7 +49,7 @@ def test_later_selections_work_inside_earlier_ones(cfg):
         "time_1": torch.tensor([[1, 2]]),
         "space_1": torch.tensor([[2, 0, 2, 2], [0, 2, 2, 2]]),
     }
-    assert pictures.kept_regions(cfg, kept) == {
+    assert visualization.kept_regions(cfg, kept) == {
         2: (0.5, 0.5, 0.25, 0.25),
         3: (0.5, 0.75, 0.25, 0.25),
     }
@@ -58,9 +59,9 @@ def test_strip_shows_the_frames_of_the_clip_and_their_scores(cfg):
     model = build_model(cfg)
     clip = torch.arange(8.0).view(1, 8, 1, 1).expand(3, 8, 32, 32) * 10 / 255
     clip = (clip - cfg.DATA.MEAN[0]) / cfg.DATA.STD[0]
-    seen = pictures.look(cfg, model, clip)
+    seen = visualization.inspect_clip(cfg, model, clip)
     assert seen.probs.sum().item() == pytest.approx(1)
-    strip = pictures.make_strip(cfg, clip, seen, "a clip")
+    strip = visualization.make_film_strip_row(cfg, clip, seen, "a clip")
     assert strip.frames.shape == (4, 32, 32, 3)
     assert strip.frames[:, 0, 0, 0].tolist() == [10, 30, 50, 70]
     assert sorted(strip.kept) == model.stts["time_0"].kept[0].tolist()
@@ -76,10 +77,10 @@ def test_pictures_have_the_colours_of_the_video(cfg, tmp_path, dataset, reverse)
     cfg.TEST.DATASET, cfg.DATA.REVERSE_INPUT_CHANNEL = dataset, reverse
     red = np.zeros((16, 32, 32, 3), np.uint8)
     red[..., 0] = 250
-    makedata.write_video(str(tmp_path / "red.mp4"), red)
+    make_data.write_video(str(tmp_path / "red.mp4"), red)
     clip = visualize.read_clip(cfg, str(tmp_path / "red.mp4"))
     assert clip.shape == (3, 8, 32, 32)
-    colour = pictures.to_pictures(cfg, clip).float().mean((0, 1, 2))
+    colour = visualization.to_pictures(cfg, clip).float().mean((0, 1, 2))
     assert colour[0] > 200 and colour[1:].max() < 40
 
 
@@ -101,16 +102,16 @@ def test_what_is_looked_at_is_what_testing_sees(cfg, tmp_path, rotate, backend):
         container.mux(stream.encode())
     (tmp_path / "test.csv").write_text(f"{path} 0\n")
     clips, *_ = ClipDataset(cfg, "test")[0]
-    assert torch.equal(visualize.read_clip(cfg, str(path)), prepare(clips[0], cfg))
+    assert torch.equal(visualize.read_clip(cfg, str(path)), normalize_clips(clips[0], cfg))
 
 
 def test_without_selection_every_frame_is_kept_whole(cfg):
     cfg.STTS.ENABLE = False
     clip = torch.zeros(3, 8, 32, 32)
-    seen = pictures.look(cfg, build_model(cfg), clip)
-    strip = pictures.make_strip(cfg, clip, seen, "a clip")
+    seen = visualization.inspect_clip(cfg, build_model(cfg), clip)
+    strip = visualization.make_film_strip_row(cfg, clip, seen, "a clip")
     assert strip.scores is None
-    assert strip.kept == dict.fromkeys(range(4), pictures.WHOLE)
+    assert strip.kept == dict.fromkeys(range(4), visualization.FULL_FRAME)
 
 
 @pytest.fixture
@@ -118,8 +119,8 @@ def words(cfg, tmp_path):
     """The command up to its videos; there are two with odd names."""
     generator = np.random.default_rng(0)
     for name in ("a $\\frac$ \udcff\n.mp4", "b.mp4"):
-        frames = makedata.draw_video("needle", 1, generator)[0]
-        makedata.write_video(str(tmp_path / name), frames)
+        frames = make_data.draw_video("needle", 1, generator)[0]
+        make_data.write_video(str(tmp_path / name), frames)
     (tmp_path / "model.yaml").write_text(cfg.dump())
     save_checkpoint(str(tmp_path / "model.pyth"), build_model(cfg), cfg, 1)
     words = ["visualize", "--cfg", str(tmp_path / "model.yaml")]
@@ -165,9 +166,9 @@ def test_a_range_of_budgets_is_not_shown_as_one(words, tmp_path, capsys):
 
 def test_film_is_the_video_with_what_was_dropped_dimmed(cfg, words, tmp_path, monkeypatch, capsys):
     white = np.full((20, 48, 64, 3), 250, np.uint8)
-    makedata.write_video(str(tmp_path / "white.mp4"), white)
+    make_data.write_video(str(tmp_path / "white.mp4"), white)
     kept = {1: (0.0, 0.0, 1.0, 1.0), 2: (0.5, 0.5, 0.5, 0.5)}
-    monkeypatch.setattr(pictures, "kept_regions", lambda *_: kept)
+    monkeypatch.setattr(visualization, "kept_regions", lambda *_: kept)
     out = tmp_path / "film.mp4"
     opts = ["--opts", "DATA.SAMPLING_RATE", "2", "DATA.TARGET_FPS", "16"]
     assert cli.main([*words, str(tmp_path / "white.mp4"), "--out", str(out), *opts]) == 0
@@ -192,7 +193,7 @@ def test_film_is_the_video_with_what_was_dropped_dimmed(cfg, words, tmp_path, mo
 
 def test_classes_are_named(tmp_path):
     probs = torch.tensor([0.1, 0.7, 0.2])
-    assert pictures.predicted(probs, None) == "class 1 70%, class 2 20%, class 0 10%"
+    assert visualization.predicted(probs, None) == "class 1 70%, class 2 20%, class 0 10%"
     names = ["cat", "dog", "a cow"]
     for file, text in (
         ("lines.txt", "cat\ndog\na cow\n"),
@@ -204,7 +205,7 @@ def test_classes_are_named(tmp_path):
         assert visualize.read_classes(str(tmp_path / file), 3) == names
         with pytest.raises(ValueError, match=r"names 3 classes but MODEL\.NUM_CLASSES is 4"):
             visualize.read_classes(str(tmp_path / file), 4)
-    assert pictures.predicted(probs, names).startswith("dog 70%")
+    assert visualization.predicted(probs, names).startswith("dog 70%")
     (tmp_path / "wrong.json").write_text(json.dumps({"cat": 0, "dog": 3, "cow": 2}))
     with pytest.raises(ValueError, match="one name for each number"):
         visualize.read_classes(str(tmp_path / "wrong.json"), 3)

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from stts_slowfast.video import Video, decode_clip, exact, reader, times
+from stts_slowfast.video import Video, decode_clip, exact_index, frame_index, reader
 
 FILES = Path(__file__).parents[1] / "fixtures" / "videos"
 NAMES = sorted(path.name for path in FILES.iterdir() if path.suffix not in (".jpg", ".png"))
@@ -25,7 +25,7 @@ def nothing_remembered(monkeypatch):
 
 
 def forget(monkeypatch):
-    monkeypatch.setattr(reader, "_memory", times.Memory())
+    monkeypatch.setattr(reader, "_memory", frame_index.LRUCache())
 
 
 def decode_all(path):
@@ -65,7 +65,7 @@ def test_files_that_claim_what_they_are_not(name, monkeypatch):
     check(FILES / name, monkeypatch, step=6, clips=6)
     forget(monkeypatch)
     with Video(FILES / name) as video:
-        assert isinstance(video._index, times.Times) == (name in BELIEVED)
+        assert isinstance(video._index, frame_index.FrameIndex) == (name in BELIEVED)
         assert video.damage == ""
 
 
@@ -200,7 +200,7 @@ def test_an_untrue_file_is_decoded_once_and_its_frames_are_kept():
 @pytest.fixture
 def long_files(monkeypatch):
     """All files are long: so that no frames are kept, and seeking is tried."""
-    monkeypatch.setattr(exact, "KEPT_BYTES", 0)
+    monkeypatch.setattr(exact_index, "KEPT_BYTES", 0)
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - BELIEVED))

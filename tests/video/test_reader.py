@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from stts_slowfast.video import Video, VideoError, decode_clip, probe, reader, times, within
+from stts_slowfast.video import (
+    Video,
+    VideoError,
+    decode_clip,
+    frame_index,
+    probe,
+    reader,
+    run_with_timeout,
+)
 
 SIZE = (32, 48)
 
@@ -26,7 +34,7 @@ needs_index = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch):
-    monkeypatch.setattr(reader, "_memory", times.Memory())
+    monkeypatch.setattr(reader, "_memory", frame_index.LRUCache())
 
 
 def write_video(
@@ -182,7 +190,7 @@ def test_an_index_saves_reading_the_packets(tmp_path, monkeypatch):
 def test_an_index_that_is_wrong_is_not_believed(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", g="12", bf="2")
     expected = decode_all(path)
-    real = times.from_index
+    real = frame_index.from_index
 
     def wrong(*args):
         found = real(*args)
@@ -219,10 +227,10 @@ def test_what_was_found_out_is_remembered_as_long_as_the_file_stays(tmp_path, mo
 
 
 def test_what_is_remembered_is_bounded():
-    memory = times.Memory(limit=100_000)
+    memory = frame_index.LRUCache(limit=100_000)
     for number in range(50):
         empty = np.empty(0, np.int64)
-        memory.put(number, times.Times(np.arange(1000), empty, empty))
+        memory.put(number, frame_index.FrameIndex(np.arange(1000), empty, empty))
     assert 5 < len(memory.items) < 13 and memory.get(49) and not memory.get(30)
 
 
@@ -332,11 +340,15 @@ def test_reading_is_waited_for_only_so_long():
 
     start = time.perf_counter()
     with pytest.raises(VideoError, match=r"hung\.mp4: .*more than DATA\.READ_TIMEOUT 0\.2 s"):
-        within(0.2, "hung.mp4", lambda: Video(Hung(bytes(100))))
+        run_with_timeout(0.2, "hung.mp4", lambda: Video(Hung(bytes(100))))
     assert time.perf_counter() - start < 10
-    assert within(5, "quick.mp4", lambda: 3) == within(0, "quick.mp4", lambda: 3) == 3
+    assert (
+        run_with_timeout(5, "quick.mp4", lambda: 3)
+        == run_with_timeout(0, "quick.mp4", lambda: 3)
+        == 3
+    )
     with pytest.raises(KeyError):
-        within(5, "failing.mp4", lambda: {}["no"])
+        run_with_timeout(5, "failing.mp4", lambda: {}["no"])
 
 
 @pytest.mark.parametrize("turn", [90, 180, -90])

@@ -147,8 +147,8 @@ def slowfast_ways(folder: Path) -> dict:
 
 
 def standalone_ways(folder: Path) -> dict:
+    from stts_slowfast.standalone.config import get_cfg
     from stts_slowfast.standalone.data import ClipDataset
-    from stts_slowfast.standalone.defaults import get_cfg
 
     def views(crops: int):
         items = ClipDataset(settings(get_cfg(), folder, crops), "test")

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from stts_slowfast import build_model, load_config
 from stts_slowfast.backbones import FAMILIES, vit
 from stts_slowfast.standalone import engine
-from stts_slowfast.standalone.resume import checkpoint_path
-from stts_slowfast.tools.evaluate import TestClips, evaluate
-from stts_slowfast.tools.study import load
+from stts_slowfast.standalone.checkpointing import checkpoint_path
+from stts_slowfast.tools.study.command import load
+from stts_slowfast.tools.study.evaluate import TestClips, evaluate
 
 XAVIER = ["MODEL.MODEL_NAME", "Xavier"]
 SELECTED = [*XAVIER, "STTS.ENABLE", True, "STTS.TIME.KEEP", [0.5], "STTS.SPACE.KEEP", [0.5]]

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from stts_slowfast import perturbed_topk
-from stts_slowfast.tools.bench import peak_memory
+from stts_slowfast.tools.bench.command import peak_memory
 
 SHAPES = ["8,8,4,500", "64,16,1,500", "8,196,98,500"]
 SIGMA = 0.05

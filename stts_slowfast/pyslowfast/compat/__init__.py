@@ -12,7 +12,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from stts_slowfast.pyslowfast.asked import OUR_KEYS, enabled, ours, value
+from stts_slowfast.pyslowfast.config_access import OUR_KEYS, is_enabled, ours, value
 
 
 class Patch(NamedTuple):
@@ -70,7 +70,7 @@ PATCHES = {
         "`decode` of `slowfast.datasets.decoder`, if a backend is broken: PyAV decodes",
         {
             "slowfast.datasets.decoder": "decoder.patch_decoder",
-            "slowfast.datasets.kinetics": "reading.patch_decoder_items",
+            "slowfast.datasets.kinetics": "read_context.patch_decoder_items",
         },
     ),
     "bad_videos": Patch(
@@ -78,7 +78,7 @@ PATCHES = {
         "`train_epoch`, `eval_epoch` and `perform_test` of `tools/`, for the dataset `Kinetics` "
         "itself, no subclass: they are named, written down and, if allowed, count as wrong",
         {
-            "slowfast.datasets.kinetics": "badvideos.patch_bad_videos",
+            "slowfast.datasets.kinetics": "error_log.patch_bad_videos",
             "tools.train_net": "loops.patch_bad_videos",
             "tools.test_net": "loops.patch_bad_videos",
         },
@@ -229,7 +229,7 @@ def asks_for_us(cfg) -> bool:
     """Whether a run asks for something that SlowFast does not have without this package: its config
     does, or `stts run` started it."""
     return (
-        enabled(cfg)
+        is_enabled(cfg)
         or os.environ.get(BY_US) == "1"
         or value(cfg, "STTS.FAST_AUGMENT", False)
         or any(

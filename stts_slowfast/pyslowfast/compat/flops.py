@@ -5,7 +5,7 @@ import logging
 import sys
 
 from stts_slowfast.pyslowfast.compat import asks_for_us, patch
-from stts_slowfast.pyslowfast.wrap import wrap
+from stts_slowfast.pyslowfast.patching import wrap
 
 
 @patch("flop_count")

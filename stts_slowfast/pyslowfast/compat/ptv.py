@@ -6,7 +6,7 @@ import inspect
 
 from stts_slowfast.pyslowfast.compat import patch
 from stts_slowfast.pyslowfast.compat.tools import is_a_tool
-from stts_slowfast.pyslowfast.wrap import is_wrapped, wrap
+from stts_slowfast.pyslowfast.patching import is_wrapped, wrap
 
 # Functions of tools/, and what they call the loader.
 LOOPS = {"train_epoch": "train_loader", "eval_epoch": "val_loader", "perform_test": "test_loader"}

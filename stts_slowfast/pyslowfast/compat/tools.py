@@ -7,7 +7,7 @@ import types
 
 from stts_slowfast.pyslowfast import run_state
 from stts_slowfast.pyslowfast.compat import patch
-from stts_slowfast.pyslowfast.wrap import is_wrapped, wrap
+from stts_slowfast.pyslowfast.patching import is_wrapped, wrap
 
 
 @patch("mt_adamw")

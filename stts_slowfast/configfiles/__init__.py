@@ -1,0 +1,1 @@
+"""Config files: found and read with their bases (``files``); their keys and values (``values``)."""

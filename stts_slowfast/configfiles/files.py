@@ -1,0 +1,156 @@
+"""Config files: found by path or by the name of one that comes along, read with their bases."""
+
+import difflib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from fvcore.common.config import BASE_KEY, CfgNode
+from iopath.common.file_io import g_pathmgr
+
+logger = logging.getLogger(__name__)
+
+# Groups of keys in which nothing may stand twice.
+OURS = ("STTS.",)
+
+# In the repository a link to configs/, in a wheel its files.
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def find_config(name: str | os.PathLike) -> str:
+    """The path of a config file, or of one that comes with this package.
+
+    Args:
+        name: a path that iopath opens; or a name such as ``STTS_MVIT_B_16x4_T0_0.9_S4_0.9``
+            (Kinetics), ``SSv2/STTS_MVIT_B_16x4_T0_0.9_S4_0.9``, with ``.yaml`` or without.
+
+    Raises:
+        FileNotFoundError: where there is neither, naming the nearest.
+    """
+    name = os.fspath(name)
+    if g_pathmgr.exists(name) or "://" in name:
+        return name
+    stem = name.removeprefix("configs/").removesuffix(".yaml")
+    for folder in ("", "Kinetics", "SSv2"):
+        path = CONFIGS / folder / f"{stem}.yaml"
+        if path.is_file():
+            return str(path)
+    if os.sep in stem and not stem.startswith(("Kinetics/", "SSv2/")):
+        raise FileNotFoundError(f"there is no config file {name}")
+    known = [str(p.relative_to(CONFIGS).with_suffix("")) for p in sorted(CONFIGS.glob("*/*.yaml"))]
+    near = difflib.get_close_matches(f"Kinetics/{stem}", known, 1, cutoff=0.7)
+    raise FileNotFoundError(
+        f"there is no config file {name}, and none of that name comes with stts-slowfast"
+        + (f"; did you mean {near[0].removeprefix('Kinetics/')}?" if near else "")
+    )
+
+
+def read_yaml(path: str | os.PathLike, allow_unsafe: bool = False) -> dict:
+    """A config file as nested dicts, the files that it names as ``_BASE_`` merged in.
+
+    Args:
+        path: a file that iopath opens.
+        allow_unsafe: as fvcore's reader has it: read tags that run code.
+
+    Raises:
+        FileNotFoundError: where the file, or one of its bases, does not exist.
+        ValueError: where it is no YAML, or for what :func:`check_file` refuses.
+    """
+    path = os.fspath(path)
+    try:
+        check_file(path)
+        return CfgNode.load_yaml_with_base(path, allow_unsafe)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no config file {error.filename or path}"
+            + (f" (asked for by {path})" if error.filename not in (None, path) else "")
+        ) from error
+    except IsADirectoryError as error:
+        raise FileNotFoundError(f"config file {path} is a folder") from error
+    except TypeError as error:
+        raise ValueError(f"config file {path} is empty, or its base file is") from error
+    except (yaml.YAMLError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config file {path} is not YAML that can be read: {reason}") from error
+
+
+def check_file(path: str, above: tuple[str, ...] = ()) -> None:
+    """Looks for what the reader passes over: keys given twice, and bases that lead in a circle.
+
+    Of a group of keys given twice the first would be lost whole, so that is refused; of a key of
+    ours too. SlowFast's own files give single keys twice, and the last counts: that is told.
+
+    Args:
+        path: a file that iopath opens.
+        above: the files whose base it is, outermost first.
+
+    Raises:
+        ValueError: naming the key and both lines, or the circle.
+    """
+    real = path if "://" in path else os.path.realpath(path)
+    if real in above:
+        raise ValueError(
+            f"{BASE_KEY} leads in a circle: {' -> '.join([*above[above.index(real) :], real])}; "
+            "a config file cannot be its own base"
+        )
+    with g_pathmgr.open(path) as f:
+        try:
+            root = yaml.compose(f, Loader=yaml.SafeLoader)
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"config file {path} is not YAML that can be read: {error}") from error
+    if root is None:
+        raise ValueError(f"config file {path} is empty")
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"config file {path} is no mapping: write lines such as 'STTS:'")
+    _no_key_twice(root, path)
+    for base in _bases(root):
+        base = os.path.expanduser(base)
+        if not base.startswith("/") and "://" not in base:
+            base = os.path.join(os.path.dirname(path), base)
+        check_file(base, (*above, real))
+
+
+def _no_key_twice(root: yaml.Node, path: str) -> None:
+    done = set()  # what several places name is looked at once
+
+    def look(node: yaml.Node, prefix: str, above: tuple[yaml.Node, ...]) -> None:
+        if node in above:
+            line = node.start_mark.line + 1
+            raise ValueError(f"config file {path}: what begins in line {line} contains itself")
+        if node in done:
+            return
+        above = (*above, node)
+        if isinstance(node, yaml.SequenceNode):
+            for part in node.value:
+                look(part, prefix, above)
+        if isinstance(node, yaml.MappingNode):
+            _keys_of(node, path, prefix)
+            for key, value in node.value:
+                look(value, f"{prefix}{key.value}.", above)
+        done.add(node)
+
+    look(root, "", ())
+
+
+def _keys_of(node: yaml.MappingNode, path: str, prefix: str) -> None:
+    first: dict[str, tuple[int, yaml.Node]] = {}
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in first:
+            line_before, before = first[name]
+            text = f"{name} is given twice in {path}, in lines {line_before} and {line}"
+            groups = any(isinstance(each, yaml.MappingNode) for each in (before, value))
+            if groups or name.startswith(OURS):
+                raise ValueError(f"{text}: only the last would count; leave one")
+            if yaml.serialize(before) != yaml.serialize(value):
+                logger.warning("%s: the last counts", text)
+        first[name] = (line, value)
+
+
+def _bases(root: yaml.MappingNode) -> Iterator[str]:
+    for key, value in root.value:
+        if key.value == BASE_KEY:
+            parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            yield from (part.value for part in parts if isinstance(part, yaml.ScalarNode))

@@ -1,0 +1,1 @@
+"""Selection in other libraries' training loops: a callback for transformers' ``Trainer``."""

@@ -1,0 +1,64 @@
+"""What transformers' ``Trainer`` restores from a checkpoint, by the names that the model has.
+
+``save_pretrained`` writes the names of a model's first release. ``from_pretrained`` converts them,
+``Trainer`` does not when it resumes or loads the best model: it leaves tensors of ViViT and
+VideoMAE as they are.
+"""
+
+import torch
+from torch import nn
+
+from stts_slowfast.hosts import is_instance_of
+
+
+class Restoration:
+    """Hooks on a model's ``load_state_dict``: converts names, and notes what was not restored.
+
+    Args:
+        model: of transformers, wrapped or not; any other is only watched.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.restored: set[str] | None = None  # None: nothing was loaded
+        for module in _outermost(model):
+            module.register_load_state_dict_pre_hook(self._convert)
+        model.register_load_state_dict_post_hook(self._note)
+
+    def missing(self) -> list[str]:
+        """Names of parameters that learn and that no loading since the last call has restored;
+        none if nothing was loaded."""
+        restored, self.restored = self.restored, None
+        if restored is None:
+            return []
+        learn = (name for name, p in self.model.named_parameters() if p.requires_grad)
+        return [name for name in learn if name not in restored]
+
+    @staticmethod
+    @torch.no_grad()
+    def _convert(module: nn.Module, state: dict, prefix: str, *_) -> None:
+        own = module.state_dict()
+        given = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
+        if given.keys() <= own.keys():
+            return
+        theirs = {key: state[given[key]] for key in given if "stts" not in key.split(".")}
+        kinds = (kind for kind in type(module).__mro__ if "transformers." in kind.__module__)
+        kind = next(kinds)  # FSDP2 makes a class of its own
+        converted = kind.from_pretrained(None, config=module.config, state_dict=theirs)
+        for name, parameter in converted.named_parameters():
+            loaded = getattr(parameter, "_is_hf_initialized", False)
+            if loaded and name in own and name not in given:
+                state[prefix + name] = parameter.detach()
+        for key in theirs.keys() - own.keys():
+            del state[given[key]]
+
+    def _note(self, module: nn.Module, incompatible) -> None:
+        own = {name for name, _ in module.named_parameters()}
+        self.restored = (self.restored or set()) | (own - set(incompatible.missing_keys))
+
+
+def _outermost(model: nn.Module) -> list[nn.Module]:
+    """The models of transformers in a model that are in no other one."""
+    if is_instance_of(model, "transformers", "PreTrainedModel"):
+        return [model]
+    return [found for child in model.children() for found in _outermost(child)]

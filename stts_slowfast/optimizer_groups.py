@@ -1,0 +1,217 @@
+"""Optimizer groups: a trained backbone apart from what is new (scorers, adapters, a new head)."""
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from stts_slowfast.config import check_training
+from stts_slowfast.hooks import settings_of
+from stts_slowfast.hosts import is_instance_of
+from stts_slowfast.selectors import Selector
+
+logger = logging.getLogger(__name__)
+
+
+def param_groups(params, model: nn.Module, new: Iterable[str] = ()) -> list[dict]:
+    """Splits an optimizer's parameters into the backbone's part and what is new.
+
+    New are the scorers, adapters of peft with what they save beside themselves, what
+    ``from_pretrained`` or :func:`load_weights` found no weights for (the head of other classes,
+    say), and what ``new`` names: it learns from the first step, while a trained backbone may be
+    frozen.
+
+    Args:
+        params: whatever PyTorch's optimizers take: parameters, ``(name, parameter)`` pairs, or
+            groups (dicts) of either; in a list, a generator, or one alone.
+        model: with selectors or without, wrapped or not.
+        new: names of further new parameters or modules, as ``model.named_parameters()`` has them.
+
+    Returns:
+        Groups with the keys they had, and ``backbone``: whether they hold the backbone's
+        parameters; ``new`` names those of the others that are no scorer's. Empty parts are left
+        out. If no scorer learns (``uniform``, ``random``, no selector at all), there is nothing to
+        hold the backbone back for, and the groups are not split.
+
+    Raises:
+        TypeError: for what PyTorch's optimizers do not take.
+        ValueError: if the scorers would not learn: by the settings, because their parameters are
+            frozen, or because none of them is among ``params``; for names in ``new`` that the model
+            does not have.
+    """
+    groups = as_groups(params)
+    scorers = {id(parameter) for _, parameter in scorer_parameters(model)}
+    if not scorers:
+        return groups
+    check_scorers(model)
+    apart = new_parameters(model, new)
+    given = {id(parameter) for group in groups for parameter in tensors(group)}
+    if not given & scorers:
+        raise ValueError(
+            "none of the scorers' parameters is among these, so they would never learn: give "
+            "model.parameters() of the whole model"
+        )
+    return split_groups(groups, model, apart)
+
+
+def split_groups(groups: list[dict], model: nn.Module, apart: Mapping[int, str]) -> list[dict]:
+    """Groups of :func:`as_groups`, each split into the backbone's part and what is ``apart``.
+
+    Args:
+        groups: each stays one that a saved optimizer state fits, if split by the same names.
+        model: whose scorers ``apart`` has.
+        apart: names by the ``id`` of parameters.
+    """
+    scorers = {id(parameter) for _, parameter in scorer_parameters(model)}
+    split = []
+    for group in groups:
+        for backbone in (True, False):
+            part = _part(group, [(id(p) not in apart) == backbone for p in tensors(group)])
+            if not part["params"]:
+                continue
+            part["backbone"] = backbone
+            names = [apart[id(p)] for p in tensors(part) if id(p) in apart.keys() - scorers]
+            split.append({**part, "new": names} if names else part)
+    return split
+
+
+def run_groups(
+    groups: list[dict], model: nn.Module, names: Mapping[int, str], saved: Iterable[dict] = ()
+) -> list[dict]:
+    """:func:`param_groups` for a run that may be resumed, where nothing is new any more.
+
+    Args:
+        groups: lists of parameters, as the run's config asks for.
+        model: with the weights that the run starts from.
+        names: of the model's parameters, by their ``id``, the same in both engines.
+        saved: groups of the optimizer's state in the checkpoint that is resumed: they name what
+            was new when the run began.
+    """
+    found = list(saved)
+    if not found:
+        split = param_groups(groups, model)
+        for group in split:
+            if "new" in group:
+                ids = {plain(n): id(p) for n, p in model.named_parameters()}
+                group["new"] = [names.get(ids[name], name) for name in group["new"]]
+        return split
+    apart = {id(parameter): name for name, parameter in scorer_parameters(model)}
+    if not apart:
+        return groups
+    check_scorers(model)
+    new = {name for group in found for name in group.get("new", ())}
+    apart.update((number, name) for number, name in names.items() if name in new)
+    return split_groups(groups, model, apart)
+
+
+def as_groups(params) -> list[dict]:
+    """Any form of ``params`` that PyTorch's optimizers take, as a list of groups with lists.
+
+    Raises:
+        TypeError: for another.
+    """
+    entries = [params] if isinstance(params, (Tensor, dict)) else list(params)
+    if not any(isinstance(entry, dict) for entry in entries):
+        entries = [{"params": entries}] if entries else []
+    groups = []
+    for group in entries:
+        if not isinstance(group, dict) or "params" not in group or isinstance(group["params"], set):
+            raise TypeError(
+                f"{type(group).__name__} beside groups: give parameters, (name, parameter) pairs, "
+                "or groups, dicts whose params are an ordered collection of either"
+            )
+        inner = group["params"]
+        groups.append({**group, "params": [inner] if isinstance(inner, Tensor) else list(inner)})
+    for group in groups:
+        for tensor in tensors(group):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"an optimizer's parameters hold {tensor!r}: give tensors, or (name, tensor)"
+                )
+    return groups
+
+
+def tensors(group: dict) -> list[Tensor]:
+    """The tensors of a group, named or not."""
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+
+
+def _part(group: dict, which: list[bool]) -> dict:
+    part = {**group, "params": [entry for entry, mine in zip(group["params"], which) if mine]}
+    if "param_names" in group:  # of a living optimizer
+        part["param_names"] = [n for n, mine in zip(group["param_names"], which) if mine]
+    return part
+
+
+def scorer_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the scorers that run: not those that peft keeps as they were."""
+    for path, module in model.named_modules():
+        if isinstance(module, Selector) and "original_module" not in path.split("."):
+            for name, parameter in module.named_parameters():
+                yield f"{path}.{name}", parameter
+
+
+def check_scorers(model: nn.Module) -> None:
+    """Raises ``ValueError`` if scorers that learn would get no gradient."""
+    check_training(settings_of(model))
+    frozen = [name for name, parameter in scorer_parameters(model) if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"{len(frozen)} parameters of the scorers have requires_grad False ({frozen[0]}, ...): "
+            "they would learn nothing; with peft give modules_to_save=['stts'], else call "
+            "requires_grad_(True) on them, or attach scorers that do not learn (uniform)"
+        )
+
+
+def new_parameters(model: nn.Module, more: Iterable[str] = ()) -> dict[int, str]:
+    """What learns from the first step, by ``id``, with its name; see :func:`param_groups`."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found = {id(parameter): plain(name) for name, parameter in scorer_parameters(model)}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        inside = {name: p for name, p in named.items() if name.startswith(prefix)}
+        for name in _new_in(module, prefix, inside):
+            found[id(named[name])] = plain(name)
+    for wanted in more:
+        names = [name for name in named if _is_or_in(plain(name), plain(wanted))]
+        if not names:
+            raise ValueError(f"new names {wanted!r}, but the model has no such parameter or module")
+        found.update((id(named[name]), plain(name)) for name in names)
+    return found
+
+
+def _new_in(module: nn.Module, prefix: str, inside: dict[str, nn.Parameter]) -> Iterator[str]:
+    """Names of new parameters that a module knows of: it is an adapter, or was loaded."""
+    for library_class, old in (
+        ("BaseTunerLayer", "base_layer"),
+        ("AuxiliaryTrainingWrapper", "original_module"),
+    ):
+        if is_instance_of(module, "peft", library_class):
+            yield from (name for name in inside if not _is_or_in(name, prefix + old))
+    if is_instance_of(module, "transformers", "PreTrainedModel"):
+        loaded = {name for name, p in inside.items() if getattr(p, "_is_hf_initialized", False)}
+        if loaded:
+            yield from inside.keys() - loaded
+        elif getattr(module, "name_or_path", ""):
+            logger.warning(
+                "STTS: which parameters of this %s are new cannot be seen any more (copied or "
+                "sharded since from_pretrained): name a new head, param_groups(..., new=[...])",
+                type(module).__name__,
+            )
+    known = getattr(module, "stts_new", ())
+    yield from (n for n in inside if any(_is_or_in(n[len(prefix) :], part) for part in known))
+
+
+def _is_or_in(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what wrappers put before it (DDP, ``torch.compile``)."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def missing_scorers(groups: Collection[dict], model: nn.Module) -> list[str]:
+    """Names of scorers' parameters that no group holds."""
+    given = {id(parameter) for group in groups for parameter in tensors(group)}
+    return [name for name, p in scorer_parameters(model) if id(p) not in given]

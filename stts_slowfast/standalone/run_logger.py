@@ -1,0 +1,254 @@
+"""What a run tells: SlowFast's ``json_stats`` lines, ``stdout.log`` and TensorBoard."""
+
+import contextlib
+import datetime
+import decimal
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+import simplejson
+import torch
+from iopath.common.file_io import g_pathmgr
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+NUM_SHOWN_ERRORS = 4  # clips of a validation in TensorBoard
+
+_FORMAT = "[%(asctime)s][%(levelname)s] %(filename)s: %(lineno)4d: %(message)s"
+
+
+class _Stdout(logging.Handler):
+    """Prints to what ``sys.stdout`` is at that moment: a progress bar puts itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stdout, flush=True)
+
+
+@contextlib.contextmanager
+def log_to(output_dir: str, main: bool):
+    """Logs this package's lines to stdout and ``OUTPUT_DIR/stdout.log`` while it is open.
+
+    Args:
+        output_dir: made where it is missing.
+        main: whether this process may speak; the others log errors alone.
+    """
+    package = logging.getLogger("stts_slowfast")
+    level, handlers = package.level, []
+    package.setLevel(logging.INFO if main else logging.ERROR)
+    if main:
+        g_pathmgr.mkdirs(output_dir)
+        file = g_pathmgr.open(os.path.join(output_dir, "stdout.log"), "a")
+        handlers.append(logging.StreamHandler(file))
+        if not logging.getLogger().handlers:  # whoever set up logging sees our lines anyway
+            handlers.append(_Stdout())
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT, "%m/%d %H:%M:%S"))
+        package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        for handler in handlers:
+            package.removeHandler(handler)
+        if main:
+            file.close()
+
+
+def log_json_stats(stats: dict, output_dir: str | None = None) -> None:
+    """Logs one ``json_stats`` line: keys sorted, floats with five places, as SlowFast does.
+
+    Args:
+        stats: numbers and texts.
+        output_dir: where given, the line is added to ``json_stats.log`` there too.
+    """
+    told = {key: _rounded(value) for key, value in stats.items()}
+    line = f"json_stats: {simplejson.dumps(told, sort_keys=True, use_decimal=True)}"
+    logger.info(line)
+    if output_dir:
+        with g_pathmgr.open(os.path.join(output_dir, "json_stats.log"), "a") as file:
+            file.write(f"{line}\n")
+
+
+def _rounded(value):
+    if not isinstance(value, float):
+        return value
+    return decimal.Decimal(f"{value:.5f}") if math.isfinite(value) else str(value)  # no JSON number
+
+
+class Timer:
+    """Seconds of one iteration, and of its two parts: waiting for data, and computing."""
+
+    def __init__(self):
+        self.tic()
+
+    def tic(self) -> None:
+        """An iteration begins: the next batch is asked for."""
+        self.start = self.data = self.end = time.perf_counter()
+
+    def got_data(self) -> None:
+        """The batch is here."""
+        self.data = time.perf_counter()
+
+    def toc(self) -> None:
+        """The batch is done."""
+        self.end = time.perf_counter()
+
+    def stats(self) -> dict:
+        return {
+            "dt": self.end - self.start,
+            "dt_data": self.data - self.start,
+            "dt_net": self.end - self.data,
+        }
+
+    def eta(self, iterations: int) -> str:
+        return str(datetime.timedelta(seconds=int((self.end - self.start) * iterations)))
+
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches; what is done with one is over when the next is asked for."""
+        self.tic()
+        for batch in batches:
+            self.got_data()
+            yield batch
+            self.tic()
+
+
+class Meter:
+    """Named numbers of each batch: medians over the last batches, means over all clips."""
+
+    def __init__(self, names: Sequence[str], period: int, totals: Sequence[float] = ()):
+        self.names, self.window = names, deque(maxlen=period)
+        self.totals = list(totals) or [0.0] * (len(names) + 1)  # sums over clips; clips
+
+    def add(self, values: Sequence[float], clips: int) -> None:
+        self.window.append(values)
+        for place, value in enumerate((*values, 1.0)):
+            self.totals[place] += value * clips
+
+    def medians(self) -> dict[str, float]:
+        return dict(zip(self.names, (statistics.median(column) for column in zip(*self.window))))
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.totals[-1] for name, total in zip(self.names, self.totals)}
+
+
+class LossMonitor:
+    """Stops a run whose loss is no number, or explodes (TRAIN.KILL_LOSS_EXPLOSION_FACTOR)."""
+
+    def __init__(self, cfg):
+        self.cfg, self.losses = cfg, deque(maxlen=6)
+
+    def check(self, loss: float, grad_norm: float, epoch: float) -> None:
+        """Raises ``ValueError`` with what is wrong at this exact epoch."""
+        found = {"loss": loss}
+        if not self.cfg.TRAIN.MIXED_PRECISION:  # there a step is left out where it overflows
+            found["norm of the gradient"] = grad_norm
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the {name} is {value} at epoch {epoch:.2f}: try a smaller SOLVER.BASE_LR, "
+                    "longer SOLVER.WARMUP_EPOCHS or SOLVER.CLIP_GRAD_L2NORM"
+                )
+        limit = self.cfg.TRAIN.KILL_LOSS_EXPLOSION_FACTOR
+        if limit > 0.0 and len(self.losses) == 6:
+            before = statistics.mean(list(self.losses)[1:])
+            if loss > limit * before:
+                raise ValueError(
+                    f"the loss is {loss:.4g} at epoch {epoch:.2f}, more than "
+                    f"TRAIN.KILL_LOSS_EXPLOSION_FACTOR {limit:g} times the {before:.4g} before"
+                )
+        self.losses.append(loss)
+
+
+class RunLogger:
+    """TensorBoard's scalars and pictures where TENSORBOARD.ENABLE, and a bar on a terminal."""
+
+    def __init__(self, cfg, main: bool, writes: bool):
+        self.writer = self.bar = None
+        if main and writes and cfg.TENSORBOARD.ENABLE:
+            from torch.utils.tensorboard import SummaryWriter
+
+            name = cfg.TENSORBOARD.LOG_DIR or f"runs-{cfg.TRAIN.DATASET}"
+            self.writer = SummaryWriter(os.path.join(cfg.OUTPUT_DIR, name))
+        if main and sys.stdout.isatty():
+            from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+            columns = *Progress.get_default_columns()[:2], MofNCompleteColumn()
+            self.bar = Progress(*columns, TimeRemainingColumn(), transient=True)
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.writer:
+            self.writer.close()
+
+    def progress(self, batches: Iterable, what: str, length: int, done: int = 0) -> Iterator:
+        """The batches, with a bar that says how many of ``length`` are done."""
+        if not self.bar:
+            yield from batches
+            return
+        task = self.bar.add_task(what, total=length, completed=done)
+        try:
+            for batch in batches:
+                yield batch
+                self.bar.advance(task)
+        finally:
+            self.bar.remove_task(task)
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
+    def show(self, cfg, model, clips: Tensor, step: int) -> None:
+        """What is kept of the first of some normalised clips (B, 3, T, H, W)."""
+        if self.writer and cfg.STTS.ENABLE:
+            from stts_slowfast.visualization import film_strip_figure
+
+            self.writer.add_figure(
+                "Val/kept", film_strip_figure(cfg, model, clips[:NUM_SHOWN_ERRORS]), step
+            )
+
+
+def memory() -> dict[str, str]:
+    """GPU memory at its peak, in GiB."""
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"gpu_mem": f"{used / 2**30:.2f}G"}
+
+
+def ram() -> dict[str, str]:
+    """Memory of the machine in use, of all, in GiB."""
+    page = os.sysconf("SC_PAGE_SIZE") / 2**30
+    total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
+    return {"RAM": f"{total - free:.2f}/{total:.2f}G"}
+
+
+# --- errors in percent --------------------------------------------------------------------------
+
+
+def errors(predictions: Tensor, labels: Tensor) -> list[Tensor]:
+    """Top-1 and top-5 error in percent of predictions (B, classes) for labels (B,)."""
+    best = predictions.topk(min(5, predictions.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return [100.0 - 100.0 * hits[:, :k].any(1).float().mean() for k in (1, 5)]
+
+
+def train_errors(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """As :func:`errors`; of a mixed clip either class is right: SlowFast adds their logits."""
+    if labels.dim() == 1:
+        return errors(logits, labels)
+    first, second = labels.topk(2, dim=1).indices.unsqueeze(-1).unbind(1)
+    logits = logits.float()
+    logits = logits.scatter_add(1, first, logits.gather(1, second)).scatter(1, second, 0.0)
+    return errors(logits, first.squeeze(1))

@@ -1,0 +1,284 @@
+"""The training loop: epochs, steps, validations and checkpoints of one process of a run."""
+
+import logging
+import os
+import signal
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from iopath.common.file_io import g_pathmgr
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.hooks import raise_on_nan
+from stts_slowfast.schedule import Schedule
+from stts_slowfast.standalone import checkpointing, optim, run_logger
+from stts_slowfast.standalone.data import build_loader, normalize_clips
+from stts_slowfast.standalone.fabric import Fabric, seed_everything
+from stts_slowfast.standalone.mixup import batch_mixer
+from stts_slowfast.standalone.predictions import predict
+from stts_slowfast.standalone.run_logger import LossMonitor, Meter, RunLogger, Timer
+from stts_slowfast.standalone.signals import Interrupted, SignalState
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingLoop:
+    """A run in one of its processes; each method is a part of the loop.
+
+    Attributes:
+        model, network: the model, and the same as Fabric wraps it: under autocast and DDP.
+        errors: ``top1_err`` and ``top5_err`` of the last validation.
+        last: the path of the last checkpoint.
+    """
+
+    def __init__(
+        self, cfg, fabric: Fabric, model, start, board: RunLogger, stop: SignalState, watch
+    ):
+        self.cfg, self.fabric, self.model, self.start = cfg, fabric, model, start
+        self.board, self.stop, self.watch = board, stop, watch
+        self.train_loader = self._loader("train")
+        self.val_loader = self._loader("val")
+        self.mixer = batch_mixer(cfg)
+        if self.mixer and cfg.MIXUP.PROB and self.train_loader.batch_size * cfg.AUG.NUM_SAMPLE < 2:
+            raise ValueError(
+                f"MIXUP.ENABLE is True but TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} leaves 1 clip a "
+                "process, which has no other to be mixed with: give it 2 at least"
+            )
+        fabric.to_device(model)
+        self.optimizer = optim.build_optimizer(model, cfg, start.optimizer_state)
+        if start.optimizer_state:
+            optim.load_optimizer_state(self.optimizer, start.optimizer_state, start.path)
+        self.schedule = Schedule(
+            model,
+            self.optimizer,
+            max_epochs=cfg.SOLVER.MAX_EPOCH,
+            pretrained=start.trained,
+            base_lr=cfg.SOLVER.BASE_LR,
+            seed=cfg.RNG_SEED,
+        )
+        self.network, self.stepper = fabric.setup(model, self.optimizer)
+        if cfg.MODEL.FP16_ALLREDUCE and fabric.world_size > 1:
+            self.network._forward_module.register_comm_hook(None, fp16_compress_hook)
+        if start.scaler_state:
+            fabric.strategy.precision.load_state_dict(start.scaler_state)
+        start.optimizer_state = start.scaler_state = None  # memory
+        self.losses = LossMonitor(cfg)
+        self.validations = checkpointing.past_validations(cfg, start)
+        self.last, self.within = start.path, [start.path] if start.iteration else []
+        self.saved_at = time.monotonic()
+        self.length = len(self.train_loader)
+        if start.iteration and start.length != self.length:
+            raise ValueError(
+                f"{start.path} is {start.iteration} of {start.length} iterations into an epoch, "
+                f"which now has {self.length}: set the TRAIN.BATCH_SIZE and the number of "
+                "processes that it had, or remove it to go on from the last whole epoch"
+            )
+
+    def _loader(self, split: str):
+        loader = build_loader(self.cfg, split, self.fabric.global_rank, self.fabric.world_size)
+        videos = len(loader.dataset.videos)
+        logger.info("%s: %d videos, batches of %d", split, videos, loader.batch_size)
+        return loader
+
+    def close(self) -> None:
+        """Ends the loaders' workers."""
+        self.train_loader.close()
+        self.val_loader.close()
+
+    def train_epoch(self, epoch: int, first: int = 0) -> None:
+        """Trains from iteration ``first`` on; then a checkpoint and a validation, where due."""
+        totals = self.start.totals if first else ()
+        meter = Meter(("loss", "top1_err", "top5_err"), self.cfg.LOG_PERIOD, totals)
+        timer = Timer()
+        self.model.train()
+        self.train_loader.set_epoch(epoch)
+        if first:
+            self.train_loader.skip(first)
+        logger.info("Start epoch: %d", epoch + 1)
+        batches = self.board.progress(self.train_loader, f"epoch {epoch + 1}", self.length, first)
+        for iteration, batch in enumerate(timer.timed(batches), first):
+            asked = self.step(epoch, iteration, batch, meter, timer)
+            if iteration + 1 < self.length:
+                self.handle_requests(asked, epoch, iteration + 1, meter)
+        stats = {**self.stats, **meter.means(), **self.train_loader.bad.count(), **run_logger.ram()}
+        self._log({**stats, "_type": "train_epoch"}, to_file=True)
+        epoch += 1
+        last = epoch == self.cfg.SOLVER.MAX_EPOCH
+        # Before the validation, as SlowFast does.
+        if epoch % self.cfg.TRAIN.CHECKPOINT_PERIOD == 0 or last:
+            self.save(epoch)
+        self.handle_requests(asked, epoch, 0, meter)
+        if epoch % self.cfg.TRAIN.EVAL_PERIOD == 0 or last:
+            self.validate(epoch - 1)
+
+    def step(self, epoch: int, iteration: int, batch, meter: Meter, timer: Timer) -> list[bool]:
+        """One iteration; whether any process was asked for a checkpoint, and to end."""
+        # Each has its own seed, so that a resumed run draws what the whole one would have.
+        seed = iteration_seed(self.cfg.RNG_SEED, epoch, iteration, self.fabric.global_rank)
+        seed_everything(seed, verbose=False)
+        exact = epoch + iteration / self.length
+        lr = optim.lr_at(exact, self.cfg)
+        optim.set_lr(self.optimizer, lr)
+        rates = self.schedule.step(exact)
+        batch = self.fabric.to_device(batch)
+        clips, labels = normalize_clips(batch[0], self.cfg), batch[1]
+        if self.mixer is not None:
+            clips, labels = self.mixer(clips, labels)
+        self.stepper.zero_grad()
+        logits = self.network(clips)
+        loss = F.cross_entropy(logits, labels)  # labels: (B,) classes, or (B, classes) shares
+        self.fabric.backward(loss)
+        grad_norm = self.clip_gradients()
+        self.stepper.step()
+
+        stats = [loss.detach(), grad_norm, *run_logger.train_errors(logits.detach(), labels)]
+        stats += [torch.tensor(float(x), device=loss.device) for x in self._pending_requests()]
+        stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats])).tolist()
+        loss, grad_norm, top1, top5, *asked = stats
+        timer.toc()
+        raise_on_nan(self.model)  # which names the selector; the loss would not
+        self.losses.check(loss, grad_norm, exact)
+        meter.add((loss, top1, top5), len(clips))
+        self._log_step(epoch, iteration, {"lr": lr, **rates}, grad_norm, meter, timer)
+        if self.watch:
+            self.watch("train", self.model, batch)
+        return [value > 0 for value in asked]
+
+    def clip_gradients(self) -> Tensor:
+        """Clips as SOLVER.CLIP_GRAD_* ask; the norm of all gradients before."""
+        limit = self.cfg.SOLVER.CLIP_GRAD_L2NORM
+        if self.cfg.SOLVER.CLIP_GRAD_VAL or not limit:
+            limit = float("inf")
+        arguments = {"max_norm": limit, "error_if_nonfinite": False}
+        norm = self.fabric.clip_gradients(self.network, self.stepper, **arguments)
+        if self.cfg.SOLVER.CLIP_GRAD_VAL:
+            nn.utils.clip_grad_value_(self.model.parameters(), self.cfg.SOLVER.CLIP_GRAD_VAL)
+        return norm
+
+    def _pending_requests(self) -> tuple[bool, bool]:
+        """Whether this process was asked for a checkpoint, by time or by signal; and to end."""
+        minutes = self.cfg.TRAIN.CHECKPOINT_EVERY_MINUTES
+        due = minutes > 0 and time.monotonic() - self.saved_at >= 60.0 * minutes
+        return due or self.stop.save, bool(self.stop.number)
+
+    def handle_requests(self, asked: list[bool], epoch: int, iteration: int, meter: Meter) -> None:
+        """Writes a checkpoint inside an epoch, and ends, where a step was told so: all processes
+        of a run after the same one."""
+        save, end = asked
+        if save or end:
+            self.stop.save, self.saved_at = False, time.monotonic()
+            if iteration:
+                self.save(epoch, iteration, meter)
+        if end:
+            stopped = Interrupted(number=self.stop.number or signal.SIGTERM)
+            stopped.agreed = True
+            raise stopped
+
+    def save(self, epoch: int, iteration: int = 0, meter: Meter | None = None) -> None:
+        """Writes the checkpoint after ``epoch`` epochs, and iterations of the next one."""
+        path = checkpointing.checkpoint_path(self.cfg, epoch, iteration)
+        self.last, self.saved_at = path, time.monotonic()
+        if not self.fabric.is_global_zero:
+            return
+        g_pathmgr.mkdirs(os.path.dirname(path))
+        state = optim.optimizer_state(self.optimizer, self.model)
+        scaler = self.fabric.strategy.precision.state_dict() or None
+        extra = {}
+        if iteration:
+            place = {"iteration": iteration, "length": self.length, "totals": meter.totals}
+            extra = {"within_epoch": place}
+        save_checkpoint(path, self.model, self.cfg, epoch - 1, state, scaler, extra)
+        logger.info("Wrote %s", path)
+        self.within += [path] if iteration else []
+        # The one before stays, should the last be damaged.
+        for old in self.within[: -2 if iteration else None]:
+            if old != path and g_pathmgr.exists(old):
+                g_pathmgr.rm(old)
+        self.within = self.within[-2:] if iteration else []
+
+    @torch.no_grad()
+    def validate(self, epoch: int) -> None:
+        """Validates after ``epoch``, each process its share of the videos."""
+        meter, timer = Meter(("top1_err", "top5_err"), self.cfg.LOG_PERIOD), Timer()
+        self.model.eval()
+        self.val_loader.set_epoch(epoch)
+        start, length = time.perf_counter(), len(self.val_loader)
+        batches = self.board.progress(self.val_loader, "validation", length)
+        for iteration, batch in enumerate(timer.timed(batches)):
+            self.stop.check()
+            batch = self.fabric.to_device(batch)
+            clips = normalize_clips(batch[0], self.cfg)
+            logits = predict(self.model, clips, self.val_loader.dataset.videos, batch[2])
+            if not iteration:
+                self.board.show(self.cfg, self.model, clips, epoch)
+            errors = torch.stack(run_logger.errors(logits, batch[1])).tolist()
+            timer.toc()
+            meter.add(errors, len(batch[0]))
+            if (iteration + 1) % self.cfg.LOG_PERIOD == 0:
+                stats = {
+                    "_type": "val_iter",
+                    "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
+                    "iter": f"{iteration + 1}/{length}",
+                    "time_diff": timer.stats()["dt"],
+                    "eta": timer.eta(length - iteration - 1),
+                    **meter.medians(),
+                    **run_logger.memory(),
+                }
+                self._log(stats)
+            if self.watch:
+                self.watch("val", self.model, batch)
+        totals = torch.tensor(meter.totals, device=self.fabric.device)
+        meter.totals = self.fabric.all_reduce(totals, reduce_op="sum").tolist()
+        self.errors = meter.means()
+        self.validations[epoch] = self.errors
+        if self.fabric.is_global_zero:
+            checkpointing.write_validations(self.cfg, self.validations)
+        least = {
+            f"min_{key}": min(past[key] for past in self.validations.values())
+            for key in self.errors
+        }
+        stats = {
+            "_type": "val_epoch",
+            "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
+            "time_diff": time.perf_counter() - start,
+            **self.errors,
+            **least,
+            **self.val_loader.bad.count(),
+            **run_logger.memory(),
+            **run_logger.ram(),
+        }
+        self._log(stats, to_file=True)
+        scalars = {f"Val/{key.capitalize()}": value for key, value in self.errors.items()}
+        self.board.write(scalars, epoch)
+
+    def _log_step(self, epoch, iteration, rates, grad_norm, meter: Meter, timer: Timer) -> None:
+        left = (self.cfg.SOLVER.MAX_EPOCH - epoch) * self.length - iteration - 1
+        self.stats = {
+            "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
+            **timer.stats(),
+            "eta": timer.eta(left),
+            "grad_norm": grad_norm,
+            **rates,
+            **run_logger.memory(),
+        }
+        if (iteration + 1) % self.cfg.LOG_PERIOD == 0:
+            # SlowFast's type really ends in an underscore.
+            place = {"_type": "train_iter_", "iter": f"{iteration + 1}/{self.length}"}
+            self._log({**self.stats, **meter.medians(), **place})
+        loss, top1, top5 = meter.window[-1]
+        scalars = {"loss": loss, "Top1_err": top1, "Top5_err": top5, **rates}
+        scalars = {f"Train/{key}": value for key, value in scalars.items()}
+        self.board.write(scalars, self.length * epoch + iteration)
+
+    def _log(self, stats: dict, to_file: bool = False) -> None:
+        if self.fabric.is_global_zero:
+            run_logger.log_json_stats(stats, self.cfg.OUTPUT_DIR if to_file else None)
+
+
+def iteration_seed(*numbers: int) -> int:
+    """A seed from all of the numbers together."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

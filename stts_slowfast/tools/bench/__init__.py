@@ -1,0 +1,1 @@
+"""``stts bench``: rows (``spec``), loaders (``loader``) and the command."""

@@ -1,0 +1,307 @@
+"""``stts bench``: speed, memory and cost of any models, side by side in one run."""
+
+import argparse
+import contextlib
+import gc
+import statistics
+import sys
+import time
+from dataclasses import asdict, replace
+from itertools import accumulate
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from stts_slowfast.schedule import update_schedule
+from stts_slowfast.standalone.flops import count_gflops
+from stts_slowfast.tools.bench import loader
+from stts_slowfast.tools.bench.spec import ENGINES, BenchSpec, build_all, markdown, parse_row
+from stts_slowfast.tools.report.published import Published
+from stts_slowfast.tools.study.results import write_json
+
+DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("eval", "train")
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``stts bench``."""
+    parser.add_argument(
+        "rows",
+        nargs="+",
+        metavar="[NAME=]FILE[,KEY=VALUE...]",
+        help="a config, with keys to change; the first row is what the others are compared with. "
+        "STTS.ENABLE=False leaves selection out, STTS.FUSED_ATTENTION=False the fused attention",
+    )
+    parser.add_argument(
+        "--engine",
+        default="standalone",
+        choices=ENGINES,
+        help="who builds the models; slowfast has SlowFast, X3D, C2D, I3D and the like, too",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--data", action="store_true", help="measure the loader alone, not models")
+    what.add_argument(
+        "--end-to-end", action="store_true", help="measure a whole test, from files to scores"
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0], help="of the loader, for these two"
+    )
+    parser.add_argument("--batches", type=int, default=20, help="of each loader with --data")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of autocast")
+    parser.add_argument("--batch-size", type=int, default=2, help="clips in a step")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--frames", type=int, nargs="+", help="clip lengths, for a scaling curve")
+    parser.add_argument("--repeats", type=int, default=5, help="measured steps of each row")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--core-seconds",
+        action="store_true",
+        help="time steps by the cores' work instead of the clock: where others use them too",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay a CUDA graph in eval")
+    parser.add_argument("--no-memory", action="store_true", help="leave memory out")
+    parser.add_argument("--json", metavar="FILE", help="write every number here")
+    parser.add_argument("--plot", metavar="PNG", help="draw time against GFLOPs, or frames")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures all rows and prints the table.
+
+    Raises:
+        ValueError: for a row that cannot be read or built, or options that exclude each other.
+    """
+    if args.cuda_graph and args.device != "cuda":
+        raise ValueError("--cuda-graph needs --device cuda")
+    if args.core_seconds and (args.device == "cuda" or args.data or args.end_to_end):
+        raise ValueError("--core-seconds is for models on --device cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch sees no GPU, use --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = [parse_row(text, args.engine) for text in args.rows]
+    if args.data or args.end_to_end:
+        return loader.run(rows, args)
+    if args.frames:
+        rows = [
+            replace(row, frames=frames, seconds={}, memory={})
+            for frames in args.frames
+            for row in rows
+        ]
+    try:
+        measure(rows, args)
+    finally:  # what was measured counts, whatever ended the run
+        if any(rows[-1].seconds.values()):
+            print(table(rows, args.batch_size), flush=True)
+    if args.plot:
+        plot(rows, args.batch_size, args.plot)
+    return 0
+
+
+def measure(rows: list[BenchSpec], args: argparse.Namespace) -> None:
+    """Fills in the rows: one step of each in turn, so that all meet the same machine. --json has at
+    any time what is measured so far."""
+    models = build_all(rows, args.device)
+    for row, (model, shapes) in zip(rows, models):
+        row.gflops = count_gflops(model, torch.zeros(1, *shapes["eval"], device=args.device))
+        print(f"{row.name}: {row.gflops:.2f} GFLOPs", file=sys.stderr)
+    for mode in args.modes:
+        steps = [make_step(model, shapes[mode], mode, args) for model, shapes in models]
+        for repeat in range(args.warmup + args.repeats):
+            for row, step in zip(rows, steps):
+                seconds = timed(step, args.device, args.core_seconds)
+                if repeat >= args.warmup:
+                    row.seconds.setdefault(mode, []).append(seconds)
+            print(f"{mode} {repeat + 1}/{args.warmup + args.repeats}", file=sys.stderr)
+            save(rows, args)
+    if args.no_memory:
+        return
+    for row, (model, shapes) in zip(rows, models):
+        for mode in args.modes:
+            step = make_step(model, shapes[mode], mode, args)
+            step()
+            weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+            row.memory[mode] = weights + peak_memory(step, args.device)
+        save(rows, args)
+
+
+def save(rows: list[BenchSpec], args: argparse.Namespace) -> None:
+    """Writes --json: the machine, the options, and the rows."""
+    if args.json:
+        machine = {"device": device_name(args.device), "threads": torch.get_num_threads()}
+        settings = {key: value for key, value in vars(args).items() if _is_plain(value)}
+        report = {**machine, "torch": torch.__version__, "settings": settings}
+        write_json(args.json, report | {"rows": [asdict(row) for row in rows]})
+
+
+def make_step(model: nn.Module, shape: torch.Size, mode: str, args: argparse.Namespace):
+    """A function of no arguments that runs one batch: forward, in training also backward."""
+    model.train(mode == "train")
+    update_schedule(model, 1.0)  # of training, the cost of an iteration once budgets have shrunk
+    clips = torch.randn(args.batch_size, *shape, device=args.device)
+    labels = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
+    forward = torch.compile(model, fullgraph=True) if args.compile else model
+    dtype = getattr(torch, args.dtype)
+
+    def autocast():
+        half = dtype != torch.float32
+        return torch.autocast(args.device, dtype) if half else contextlib.nullcontext()
+
+    def train():
+        model.train()
+        with autocast():
+            logits = forward(clips)
+        F.cross_entropy(logits.float(), labels).backward()
+        model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate():
+        model.eval()
+        with autocast():
+            return forward(clips)
+
+    if mode == "train":
+        return train
+    return graphed(evaluate) if args.cuda_graph else evaluate
+
+
+def graphed(step):
+    """Captures a step as a CUDA graph; what comes back replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def timed(step, device: str, core_seconds: bool = False) -> float:
+    """Wall-clock seconds of one step, with the device waited for, or those of all cores."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    clock = time.process_time if core_seconds else time.perf_counter
+    synchronize()
+    start = clock()
+    step()
+    synchronize()
+    return clock() - start
+
+
+def peak_memory(step, device: str) -> int:
+    """The most bytes that a step allocates for tensors at a time, by PyTorch's own account.
+
+    On a CPU, what its libraries take besides, and what the C allocator keeps, is not in it.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    changes.sort(key=lambda change: change[0])
+    return max(accumulate((change for _, change in changes), initial=0))
+
+
+def table(rows: list[BenchSpec], batch_size: int) -> str:
+    """The rows as a Markdown table; speed as median, +- half the spread of the middle half.
+
+    Ratios are to the first row of the same clip length: how many times as fast, and what share
+    of its memory.
+    """
+    modes = list(rows[-1].seconds)
+    remembered = all(len(row.memory) == len(modes) for row in rows)
+    known = any(row.published for row in rows)
+    head = ["model", "frames", "params (M)", "GFLOPs", "views", "GFLOPs / video", "published top-1"]
+    left_out = {"frames": not rows[0].frames, "published top-1": not known}
+    head = [title for title in head if not left_out.get(title)]
+    for mode in modes:
+        head += [f"{mode} clips/s", "ratio"]
+        head += [f"{mode} GiB", "ratio"] if remembered else []
+    lines = [head]
+    for row in rows:
+        base = next(other for other in rows if other.frames == row.frames)
+        cells = [row.name] + ([str(row.frames)] if row.frames else [])
+        clips, crops = row.views
+        cells += [f"{row.parameters / 1e6:.2f}", f"{row.gflops:.2f}", f"{clips} x {crops}"]
+        cells += [f"{clips * crops * row.gflops:.2f}"]
+        if known:
+            cells += [_published(row.published) if row.published else ""]
+        for mode in modes:
+            speed, spread = clips_per_second(row.seconds[mode], batch_size)
+            ratio = speed / clips_per_second(base.seconds[mode], batch_size)[0]
+            cells += [f"{speed:.3f} ± {spread:.3f}", f"{ratio:.2f}"]
+            if remembered:
+                cells += [f"{row.memory[mode] / GIB:.2f}"]
+                cells += [f"{row.memory[mode] / base.memory[mode]:.2f}"]
+        lines.append(cells)
+    return markdown(lines)
+
+
+def _published(result: Published) -> str:
+    """``78.4 of 5 x 1 (its source)``: the views are those of the published number."""
+    views = " of {} x {}".format(*result.views) if result.views else ""
+    return f"{result.top1:.1f}{views} ({result.source})"
+
+
+def clips_per_second(seconds: list[float], batch_size: int) -> tuple[float, float]:
+    """Median, and half the distance between the quartiles."""
+    speeds = [batch_size / second for second in seconds]
+    if len(speeds) < 2:
+        return speeds[0], 0.0
+    low, middle, high = statistics.quantiles(speeds, n=4, method="inclusive")
+    return middle, (high - low) / 2
+
+
+def plot(rows: list[BenchSpec], batch_size: int, path: str) -> None:
+    """Draws time of a clip against GFLOPs with the line of perfect saving, or against frames."""
+    from matplotlib.figure import Figure
+
+    modes = list(rows[0].seconds)
+    figure = Figure(figsize=(5 * len(modes), 4), layout="constrained")
+    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes):
+        times = [1 / clips_per_second(row.seconds[mode], batch_size)[0] for row in rows]
+        if len({row.frames for row in rows}) > 1:
+            for name in dict.fromkeys(row.name for row in rows):
+                chosen = [i for i, row in enumerate(rows) if row.name == name]
+                frames = [rows[i].frames for i in chosen]
+                axes.plot(frames, [times[i] for i in chosen], marker="o", label=name)
+            axes.set_xlabel("frames")
+            axes.legend()
+        else:
+            gflops = [row.gflops for row in rows]
+            axes.plot([0, gflops[0]], [0, times[0]], "--", color="grey", label="perfect saving")
+            for row, x, y in zip(rows, gflops, times):
+                axes.plot(x, y, "o")
+                axes.annotate(row.name, (x, y), xytext=(4, 4), textcoords="offset points")
+            axes.set_xlabel("GFLOPs")
+            axes.set_xlim(left=0)
+            axes.legend()
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("seconds a clip")
+        axes.set_title("evaluation" if mode == "eval" else "training")
+    figure.savefig(path, dpi=150)
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or how many CPU threads there are."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def _is_plain(value) -> bool:
+    return isinstance(value, (str, int, float, bool, list, type(None)))

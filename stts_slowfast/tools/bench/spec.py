@@ -1,0 +1,132 @@
+"""The rows of ``stts bench``: what stands in one, and the models behind them."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stts_slowfast.tools.report.published import Published, published
+
+ENGINES = ("standalone", "slowfast")
+
+
+@dataclass
+class BenchSpec:
+    """A model that is measured, and what came out.
+
+    Attributes:
+        name: what the table calls it.
+        config: a YAML file.
+        opts: KEY VALUE pairs on top of it.
+        engine: who builds it, see ``ENGINES``.
+        frames: frames of a clip; None for the config's.
+        parameters: how many.
+        gflops: multiply-adds of one clip in evaluation, in 1e9, as fvcore counts them.
+        views: clips and crops of a video in testing, such as (10, 3).
+        published: what was published for the very config, unchanged.
+        seconds: by mode, the time of every measured step of one batch.
+        memory: by mode, the most bytes of the model's and one step's tensors at a time.
+    """
+
+    name: str
+    config: str
+    opts: list[str] = field(default_factory=list)
+    engine: str = "standalone"
+    frames: int | None = None
+    parameters: int = 0
+    gflops: float = 0.0
+    views: tuple[int, int] = (1, 1)
+    published: Published | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def parse_row(text: str, engine: str = "standalone") -> BenchSpec:
+    """Reads ``[NAME=]FILE[,KEY=VALUE...]``; commas inside brackets belong to a value.
+
+    Raises:
+        ValueError: where a key has no value.
+    """
+    first, *pairs = re.split(r",(?![^\[(]*[\])])", text)
+    name, _, config = first.rpartition("=")
+    opts = []
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"row {text!r}: {pair!r} is no KEY=VALUE")
+        opts += [key.strip(), value.strip()]
+    return BenchSpec(name or Path(config).stem, config, opts, engine)
+
+
+def read_config(row: BenchSpec):
+    """The row's config, as its engine reads it."""
+    frames = [] if row.frames is None else ["DATA.NUM_FRAMES", row.frames]
+    opts = [*row.opts, *frames]
+    if row.engine == "slowfast":
+        from stts_slowfast.pyslowfast import bench
+
+        return bench.read_config(row.config, opts)
+    from stts_slowfast.standalone.config import load_config
+
+    return load_config(row.config, opts)
+
+
+def build(row: BenchSpec, device: str) -> tuple[nn.Module, dict[str, torch.Size]]:
+    """The row's model, with random weights, and by mode the shape of one clip; fills in what is
+    known of the row without measuring."""
+    cfg = read_config(row)
+    torch.manual_seed(0)
+    if row.engine == "slowfast":
+        from stts_slowfast.pyslowfast import bench
+
+        model = bench.build(cfg)
+    else:
+        from stts_slowfast.standalone.model import build_model
+
+        model = build_model(cfg)
+    row.views = (cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_SPATIAL_CROPS)
+    if not row.opts and row.frames is None:
+        row.published = published(row.config, cfg.TEST.DATASET, row.views)
+    row.parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = {"train": cfg.DATA.TRAIN_CROP_SIZE, "eval": cfg.DATA.TEST_CROP_SIZE}
+    shapes = {
+        mode: torch.Size((3, cfg.DATA.NUM_FRAMES, side, side)) for mode, side in sizes.items()
+    }
+    return model.to(device), shapes
+
+
+def build_all(rows: list[BenchSpec], device: str) -> list[tuple[nn.Module, dict[str, torch.Size]]]:
+    """The models of all rows.
+
+    Raises:
+        ValueError: naming every row that cannot be built, and why.
+    """
+    return map_rows(rows, lambda row: build(row, device), "cannot be built")
+
+
+def map_rows(rows: Sequence[BenchSpec], what: Callable[[BenchSpec], object], failure: str) -> list:
+    """Does it for all rows, before anything is measured.
+
+    Raises:
+        ValueError: naming every row that failed, and why.
+    """
+    done, failed = [], []
+    for row in rows:
+        try:
+            done.append(what(row))
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failed.append(f"row {row.name} {failure} by {row.engine}: {reason}")
+    if failed:
+        raise ValueError("; ".join(failed))
+    return done
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as a Markdown table; the first is the head, all but the first column right."""
+    head, *rest = lines
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rest]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

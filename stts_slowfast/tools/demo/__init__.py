@@ -1,0 +1,1 @@
+"""``stts make-data`` and ``stts quickstart``: made videos (``synthetic_scenes``, ``make_data``)."""

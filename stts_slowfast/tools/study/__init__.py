@@ -1,0 +1,1 @@
+"""``stts study``: the runs (``command``), each evaluation (``evaluate``), tables and plots (``results``)."""

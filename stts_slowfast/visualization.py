@@ -1,0 +1,217 @@
+"""Looks at what a model keeps of a clip, and draws it as film strip."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from stts_slowfast import backbones
+from stts_slowfast.config import selection_plan
+from stts_slowfast.hooks import selections
+from stts_slowfast.scorers import minmax_normalize
+from stts_slowfast.selectors import TemporalSelector
+
+# Top, left, height and width as shares of the frame.
+Window = tuple[float, float, float, float]
+FULL_FRAME: Window = (0.0, 0.0, 1.0, 1.0)
+Classify = Callable[[Tensor], Tensor]
+TOP = 3  # classes that are named
+
+
+@dataclass
+class FilmStripRow:
+    """A row of the picture.
+
+    Attributes:
+        title: what stands above it.
+        frames: (T, H, W, 3) uint8, one picture for each frame of tokens.
+        kept: the frames that all selectors kept, and of each the window that went on.
+        marked: frames to point at, such as those that show the class.
+        scores: of the frames, in 0..1, where frames were scored.
+    """
+
+    title: str
+    frames: Tensor
+    kept: dict[int, Window]
+    marked: Sequence[int] = field(default_factory=tuple)
+    scores: Sequence[float] | None = None
+
+
+@dataclass
+class Inspection:
+    """What a model makes of a clip: probabilities (classes,), kept frames and windows, and the
+    frames' scores in 0..1 where it scores them."""
+
+    probs: Tensor
+    kept: dict[int, Window]
+    scores: list[float] | None
+
+
+@torch.no_grad()
+def inspect_clip(
+    cfg, model: nn.Module, clip: Tensor, classify: Classify | None = None
+) -> Inspection:
+    """Runs a model, in evaluation, on a clip (3, T, H, W).
+
+    Args:
+        classify: gives probabilities (1, classes) for clips (1, 3, T, H, W); softmax of the logits
+            by default.
+    """
+    clips = clip[None].to(next(model.parameters()).device)
+    model.eval()
+    with _frame_scores(model) as scores:
+        probs = (classify(clips) if classify else model(clips).softmax(1))[0].float().cpu()
+    if cfg.STTS.ENABLE:
+        kept = kept_regions(cfg, selections(model))
+    else:
+        kept = dict.fromkeys(range(backbones.block_grids(cfg)[0][0]), FULL_FRAME)
+    return Inspection(probs, kept, scores[0] if scores else None)
+
+
+@contextmanager
+def _frame_scores(model: nn.Module) -> Iterator[list[list[float]]]:
+    """While it is open, collects what the first selector of frames gives the frames of a clip."""
+    scores = []
+    first = next((m for m in model.modules() if isinstance(m, TemporalSelector)), None)
+    if first is None:
+        yield scores
+        return
+
+    def remember(scorer, args, output):
+        scores.append(minmax_normalize(output.float())[0].tolist())
+
+    handle = first.scorer.register_forward_hook(remember)
+    try:
+        yield scores
+    finally:
+        handle.remove()
+
+
+def make_film_strip_row(
+    cfg, clip: Tensor, what: Inspection, title: str, marked: Sequence[int] = ()
+) -> FilmStripRow:
+    """The row of a clip (3, T, H, W)."""
+    num_frames = backbones.block_grids(cfg)[0][0]
+    # The picture of a frame of tokens is the middle one of the frames of pixels that it is of.
+    middles = (torch.arange(num_frames) * 2 + 1) * clip.shape[1] // (2 * num_frames)
+    return FilmStripRow(title, to_pictures(cfg, clip[:, middles]), what.kept, marked, what.scores)
+
+
+def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> dict[int, Window]:
+    """What is left of a clip after all selectors: frame -> window.
+
+    Args:
+        kept: what ``selections(model)`` returns.
+        item: the clip of the batch.
+    """
+    grids = backbones.block_grids(cfg)
+    regions = dict.fromkeys(range(grids[0][0]), FULL_FRAME)
+    for key, ((frames, height, width), _) in selection_plan(cfg.STTS, grids).items():
+        if key.startswith("time"):
+            arrived = list(regions.items())
+            regions = dict(arrived[index] for index in kept[key][item].tolist())
+        else:
+            windows = kept[key].view(-1, frames, 4)[item].tolist()
+            regions = {
+                frame: _inside(region, window, height, width)
+                for (frame, region), window in zip(regions.items(), windows)
+            }
+    return regions
+
+
+def _inside(region: Window, window: Sequence[int], height: int, width: int) -> Window:
+    """The part of ``region`` that a window, in tokens of a height x width grid, takes of it."""
+    top, left, full_height, full_width = region
+    return (
+        top + full_height * window[0] / height,
+        left + full_width * window[1] / width,
+        full_height * window[2] / height,
+        full_width * window[3] / width,
+    )
+
+
+def to_pictures(cfg, clip: Tensor) -> Tensor:
+    """Undoes the normalisation: (3, T, H, W) float -> (T, H, W, 3) uint8, RGB."""
+    is_bgr = cfg.DATA.REVERSE_INPUT_CHANNEL ^ (cfg.TEST.DATASET == "ssv2")
+    clip = clip.flip(0) if is_bgr else clip
+    mean, std = (torch.tensor(value).view(-1, 1, 1, 1) for value in (cfg.DATA.MEAN, cfg.DATA.STD))
+    return (clip * std + mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
+
+
+def predicted(probs: Tensor, names: Sequence[str] | None) -> str:
+    """The most probable classes in words."""
+    best = probs.topk(min(TOP, len(probs)))
+    return ", ".join(
+        f"{names[number] if names else f'class {number}'} {share:.0%}"
+        for share, number in zip(best.values.tolist(), best.indices.tolist())
+    )
+
+
+# ---- drawing --------------------------------------------------------------------------------
+
+
+def draw(strips: Sequence[FilmStripRow]):
+    """The picture, a matplotlib ``Figure``: kept frames framed in green with their window, dropped
+    ones dim."""
+    from matplotlib.figure import Figure
+
+    columns = max(len(strip.frames) for strip in strips)
+    figure = Figure(figsize=(1.3 * columns, 1.75 * len(strips)), layout="constrained", dpi=120)
+    rows = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
+    for row, strip in zip(rows, strips):
+        title = row.suptitle(_printable(strip.title), fontsize=9, x=0.01, ha="left")
+        title.set_parse_math(False)  # file names may have dollar signs
+        axes, bars = row.subplots(2, columns, squeeze=False, height_ratios=[10, 1])
+        for number, (axis, bar) in enumerate(zip(axes, bars)):
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(number < len(strip.frames))
+            bar.set_axis_off()
+            if number < len(strip.frames):
+                _draw_frame(axis, strip, number)
+                if strip.scores is not None:
+                    bar.barh(0, 1, color="0.9")
+                    bar.barh(0, strip.scores[number], color="tab:blue")
+                    bar.set_xlim(0, 1)
+    legend = "green: frame kept (dim: dropped)     red: window that went on"
+    if any(strip.scores is not None for strip in strips):
+        legend += "     blue: score of the frame"
+    if any(strip.marked for strip in strips):
+        legend += "     \N{BLACK UP-POINTING TRIANGLE}: shows the class"
+    figure.supxlabel(legend, fontsize=8)
+    return figure
+
+
+def _draw_frame(axis, strip: FilmStripRow, number: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    height, width = strip.frames.shape[1:3]
+    window = strip.kept.get(number)
+    axis.imshow(strip.frames[number].numpy(), alpha=1.0 if window else 0.25)
+    for spine in axis.spines.values():
+        spine.set(color="tab:green" if window else "0.8", linewidth=3 if window else 0.5)
+    if window and window != FULL_FRAME:
+        top, left, tall, wide = window
+        corner, size = (left * width - 0.5, top * height - 0.5), (wide * width, tall * height)
+        axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=4))
+        axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor="tab:red", linewidth=2))
+    label = f"{number} \N{BLACK UP-POINTING TRIANGLE}" if number in strip.marked else f"{number}"
+    axis.set_xlabel(label, fontsize=7, labelpad=2)
+
+
+def _printable(text: str) -> str:
+    """Without line breaks and bytes that are no text, which file names may hold."""
+    text = text.encode(errors="replace").decode()
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def film_strip_figure(
+    cfg, model: nn.Module, clips: Sequence[Tensor], classify: Classify | None = None
+):
+    """The picture of some clips (3, T, H, W) of a validation, for TensorBoard."""
+    strips = []
+    for clip in clips:
+        seen = inspect_clip(cfg, model, clip, classify)
+        strips.append(make_film_strip_row(cfg, clip.cpu(), seen, predicted(seen.probs, None)))
+    return draw(strips)
