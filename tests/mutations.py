@@ -383,8 +383,8 @@ MUTATIONS = {
     ),
     "guard-that-lets-pass": Mutation(
         "pyslowfast/preflight.py",
-        "if troubles := autoload.failed_hooks():",
-        "if troubles := []:",
+        "if failed := autoload.failed_hooks():",
+        "if failed := []:",
         f"{GUARD} -k does_not_run",
     ),
     "selectors-not-missed": Mutation(
@@ -395,8 +395,8 @@ MUTATIONS = {
     ),
     "weights-that-were-read-are-not-checked": Mutation(
         "pyslowfast/checkpoint_loading.py",
-        "loading.note_read(checkpoint_sd)",
-        "loading.read = True",
+        "load.check_read(checkpoint_sd)",
+        "load.was_read = True",
         "tests/pyslowfast/test_checkpoint_loading.py -k old_files",
     ),
     "scorers-without-weights-are-tested": Mutation(
@@ -413,7 +413,7 @@ MUTATIONS = {
     ),
     "processes-of-torchrun-run-alone": Mutation(
         "pyslowfast/distributed.py",
-        "if ours and started:",
+        "if uses_stts and process:",
         "if False:",
         "tests/pyslowfast/test_distributed.py -k otherwise_than_torchrun",
     ),
@@ -425,8 +425,8 @@ MUTATIONS = {
     ),
     "a-node-that-slowfast-lacks": Mutation(
         "pyslowfast/config.py",
-        "if lacking := [name for name in read if name not in self]:",
-        "if lacking := []:",
+        "if missing := [name for name in read if name not in self]:",
+        "if missing := []:",
         f"{GUARD} -k does_not_run",
     ),
     "noise-without-rank": Mutation(
@@ -437,37 +437,37 @@ MUTATIONS = {
     ),
     "unreadable-videos-are-scored": Mutation(
         "pyslowfast/error_log.py",
-        "return frames, NOT_READ, *rest",
-        "return found",
+        "return frames, UNREAD_LABEL, *rest",
+        "return item",
         f"{BAD} -k is_marked",
     ),
     "unreadable-by-the-last-view": Mutation(
         "pyslowfast/error_log.py",
-        "meter.video_labels[videos[gone]] = UNREADABLE",
-        "gone = gone & (labels == NOT_READ)",
+        "meter.video_labels[videos[missing]] = UNREADABLE",
+        "missing = missing & (labels == UNREAD_LABEL)",
         f"{BAD} -k unreadable_in_a_view",
     ),
     "own-configs-in-slowfast": Mutation(
         "pyslowfast/config_access.py",
-        'return bool(value(cfg, "STTS.ENABLE", False))',
+        'return bool(get_value(cfg, "STTS.ENABLE", False))',
         'return "STTS" in cfg and cfg.STTS.ENABLE',
         "tests/slowfast/test_control.py",
     ),
     "unreadable-videos-allowed": Mutation(
         "pyslowfast/error_log.py",
-        'not ours(reads.cfg, "TEST.ALLOW_MISSING"):',
+        'not extra_key(errors.cfg, "TEST.ALLOW_MISSING"):',
         "False:",
         f"{BAD} -k both_accuracies",
     ),
     "no-read-timeout-in-slowfast": Mutation(
         "pyslowfast/error_log.py",
-        'found = run_with_timeout(ours(cfg, "DATA.READ_TIMEOUT"), item.path, call)',
-        "found = call()",
+        'run_with_timeout(extra_key(cfg, "DATA.READ_TIMEOUT"), context.path, call)',
+        "call()",
         f"{BAD} -k hung_file",
     ),
     "damage-is-not-written-down": Mutation(
         "pyslowfast/decoder.py",
-        "    if video.damage and item:",
+        "    if video.damage and context:",
         "    if False:",
         f"{BAD} -k damage_is_written",
     ),

@@ -74,9 +74,9 @@ def test_testing_without_trained_scorers_is_refused(load, saved, registry, cfg):
     path = saved("STTS.ENABLE", False)
     with pytest.raises(ValueError, match="has no trained scorers"):
         load(path, model, False)
-    assert not checkpoint_loading.is_trained(model)
+    assert not checkpoint_loading.is_pretrained(model)
     assert load(saved(), model, False) == 0
-    assert checkpoint_loading.is_trained(model)
+    assert checkpoint_loading.is_pretrained(model)
 
 
 def test_a_file_with_scorers_is_refused_where_selection_is_off(load, saved, registry, cfg):
@@ -85,7 +85,7 @@ def test_a_file_with_scorers_is_refused_where_selection_is_off(load, saved, regi
     model = registry.get("Transformer")(cfg)
     with (
         pytest.raises(ValueError, match=r"set STTS\.ENABLE True"),
-        run_state.started(cfg, load),
+        run_state.enter_job(cfg, load),
     ):
         load(path, model, False)
     model.cfg = cfg  # as SlowFast's MViT has it
@@ -105,7 +105,7 @@ def test_resuming_with_changed_scorers_names_the_key(load, saved, registry, cfg)
     path = saved()
     cfg.STTS.SPACE.SCORER = "uniform"
     model = registry.get("Transformer")(cfg)
-    told = re.escape("STTS.SPACE.SCORER learned became uniform; set it back, or choose another")
+    told = re.escape("STTS.SPACE.SCORER learned became uniform; change it back, or choose another")
     with pytest.raises(ValueError, match=told):
         load(path, model, False, optimizer_of(model))
 
@@ -144,7 +144,7 @@ def test_scorers_that_got_no_weights_are_not_tested(load, registry, cfg):
     model = registry.get("Transformer")(cfg)
     with pytest.raises(ValueError, match=r"no weights were loaded for \d+ parameters of the scor"):
         load("blobs.pkl", model, False, convert_from_caffe2=True)
-    assert not checkpoint_loading.is_trained(model)
+    assert not checkpoint_loading.is_pretrained(model)
     cfg.STTS.TIME.SCORER = cfg.STTS.SPACE.SCORER = "uniform"
     assert load("blobs.pkl", registry.get("Transformer")(cfg), False, convert_from_caffe2=True)
 

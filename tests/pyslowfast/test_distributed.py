@@ -54,11 +54,11 @@ def test_a_shard_that_the_run_does_not_have_is_refused(launch_job):
 
 def test_one_shard_is_left_to_slowfast(launch_job):
     def train(cfg):
-        return run_state.running().job, type(cfg.NUM_GPUS)
+        return run_state.current_job().job, type(cfg.NUM_GPUS)
 
     cfg = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 1, "SHARD_ID": 0})
     assert launch_job(cfg, "", train) == ("train", int)
-    assert run_state.running() is None
+    assert run_state.current_job() is None
 
 
 def test_shards_of_a_run_without_us_stay_runs_of_their_own(launch_job):
@@ -74,10 +74,10 @@ def started(monkeypatch):
     """``started(rank, world, local_rank, local_world)``: as torchrun starts a process."""
 
     def start(*numbers):
-        for name, number in zip(torchrun.NAMES, numbers):
+        for name, number in zip(torchrun.VARIABLES, numbers):
             monkeypatch.setenv(name, str(number))
 
-    for name in torchrun.NAMES:
+    for name in torchrun.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return start
 
@@ -106,14 +106,14 @@ def test_configs_that_say_otherwise_than_torchrun_are_refused(launch_job, starte
 
 def test_machines_of_torchrun_are_shards(started):
     cfg = config()
-    torchrun.count_machines(cfg)
+    torchrun.set_shards(cfg)
     assert (cfg.NUM_SHARDS, cfg.SHARD_ID) == (1, 0)
     started(3, 4, 1, 2)
-    torchrun.count_machines(cfg)
+    torchrun.set_shards(cfg)
     assert (cfg.NUM_SHARDS, cfg.SHARD_ID) == (2, 1)
-    torchrun.check(cfg, torchrun.process())
+    torchrun.check_process_counts(cfg, torchrun.current_process())
     for other in (config(NUM_GPUS=1), config(STTS={"ENABLE": False})):
-        torchrun.count_machines(other)
+        torchrun.set_shards(other)
         assert other.NUM_SHARDS == 1
 
 

@@ -228,7 +228,7 @@ def test_a_run_with_selection_stops_where_a_hook_does_not_run(runs, hook, how):
     assert "child" not in stages, stages["child"]
     name = f"broken.{hook} failed" if how == "fails" else f"{hook} never ran"
     if hook == "plugin.add_config":  # then SlowFast does not know the key
-        assert "STTS is given" in stages["opts"] and name in stages["opts"]
+        assert "STTS is set" in stages["opts"] and name in stages["opts"]
         return
     # Every stage but the hook's own tells of it.
     own = {
@@ -257,7 +257,7 @@ def test_an_optimizer_wants_the_selectors_of_its_config(registry, cfg):
     model = registry.get("Transformer")(cfg)
     preflight.check_selectors(model, cfg)
     cfg.STTS.ENABLE = True
-    with pytest.raises(RuntimeError, match=r"asks for .* time_0, space_1, but .* has none"):
+    with pytest.raises(RuntimeError, match=r"requires .* time_0, space_1, but .* has none"):
         preflight.check_selectors(model, cfg)
     model = registry.get("Transformer")(cfg)
     preflight.check_selectors(nn.DataParallel(model), cfg)

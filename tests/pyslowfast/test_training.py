@@ -21,7 +21,7 @@ def optim():
         for group in optimizer.param_groups:
             group["lr"] = new_lr * group["layer_decay"]
 
-    run_state.note_step(None)
+    run_state.set_training(None)
     module = SimpleNamespace(
         construct_optimizer=construct_optimizer,
         get_epoch_lr=lambda cur_epoch, cfg: cfg.SOLVER.BASE_LR,
@@ -110,9 +110,9 @@ def test_a_model_is_trained_once_a_checkpoint_was_loaded_into_it(wrapped):
     checkpoint_loading.wrap_load_checkpoint(checkpoint)
     model = nn.Linear(1, 1)
     outer = nn.DataParallel(model) if wrapped else model
-    assert not checkpoint_loading.is_trained(outer)
+    assert not checkpoint_loading.is_pretrained(outer)
     assert checkpoint.load_checkpoint("x.pyth", outer, wrapped) == 7
-    assert checkpoint_loading.is_trained(outer) and checkpoint_loading.is_trained(model)
+    assert checkpoint_loading.is_pretrained(outer) and checkpoint_loading.is_pretrained(model)
 
 
 def test_the_line_says_once_where_a_run_starts_from(registry, cfg, optim, caplog):

@@ -40,10 +40,10 @@ def files(checkout):
     """The files of a dataset of which every call of ``decode`` is for an item."""
     from stts_slowfast.pyslowfast import read_context
 
-    item = read_context.Item(SimpleNamespace())
-    token = read_context._item.set(item)
+    item = read_context.ReadContext(SimpleNamespace())
+    token = read_context._current.set(item)
     yield item.files
-    read_context._item.reset(token)
+    read_context._current.reset(token)
     item.files.close()
 
 
@@ -199,7 +199,7 @@ def test_views_are_cropped_before_they_are_normalised(
 def test_as_much_is_kept_as_a_clip_spans(checkout, counting, decode, files):
     for clip in range(10):
         decode(counting, "pyav", clip_idx=clip, num_clips_uniform=10)
-        assert len(files.last[2].images) <= SIZE * RATE
+        assert len(files.opened[2].images) <= SIZE * RATE
 
 
 def test_a_file_that_changed_is_opened_anew(decode, tmp_path, write_video, decoded, files):

@@ -36,7 +36,7 @@ def test_the_logged_grid_is_that_of_the_clips_to_come(get_cfg, build, caplog, jo
     opts += ["MODEL.MODEL_NAME", "VideoSwin", "STTS.SPACE.BLOCKS", []]
     cfg = get_cfg("STTS.ENABLE", True, "DATA.TEST_CROP_SIZE", 64, *opts)
     function = SimpleNamespace(__name__=job)
-    with caplog.at_level(logging.INFO), run_state.started(cfg, function):
+    with caplog.at_level(logging.INFO), run_state.enter_job(cfg, function):
         build(cfg)
     (line,) = [line for line in caplog.messages if line.startswith("STTS time_0")]
     assert step in line
@@ -99,7 +99,7 @@ def test_lists_of_which_no_video_is_there_are_refused(get_cfg, videos, tmp_path)
     (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
     opts = ("STTS.ENABLE", True, "DATA.PATH_TO_DATA_DIR", str(tmp_path))
     cfg = get_cfg(*opts, "DATA.PATH_PREFIX", "/nowhere")
-    told = rf"none of the 3 videos of {tmp_path}/train\.csv is there, such as /nowhere/0\.mp4"
+    told = rf"none of the 3 videos of {tmp_path}/train\.csv exists, such as /nowhere/0\.mp4"
     with pytest.raises(FileNotFoundError, match=told):
         build_dataset("kinetics", cfg, "train")
     rows += [f"{videos / 'val_0.mp4'} 1"]
