@@ -243,9 +243,9 @@ def test_a_second_run_in_a_folder_is_told_at_once(run, cfg):
 
 DEAF = """
 import contextlib, hashlib, sys
-from stts_slowfast.standalone import signals as stops
-stops.GRACE = 1.0
-with stops.listen() as stop:
+from stts_slowfast.standalone import signals
+signals.GRACE_PERIOD = 1.0
+with signals.handle_signals() as stop:
     stop.deferred = sys.argv[1] == "deferred"
     while True:  # on, where the signal comes before it is deaf
         with contextlib.suppress(KeyboardInterrupt):
@@ -271,14 +271,14 @@ def test_a_process_that_does_not_listen_ends_all_the_same(state, waited):
 
 HUNG = """
 import os, sys
-from stts_slowfast.standalone import data, engine, signals as stops
+from stts_slowfast.standalone import data, engine, signals
 from stts_slowfast.standalone.config import load_config
 
 def hung(path, **keys):
     os.write(1, b"waits\\n")
     return open(sys.argv[2])  # a pipe that nobody writes to
 
-stops.GRACE, data.open_video = 1.0, hung
+signals.GRACE_PERIOD, data.open_video = 1.0, hung
 engine.train(load_config(sys.argv[1]))
 """
 
@@ -306,9 +306,9 @@ def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, readers, nu
 
 LATE = """
 import os, signal, subprocess, sys
-from stts_slowfast.standalone import signals as stops
+from stts_slowfast.standalone import signals
 signal.signal(signal.SIGCHLD, lambda *_: None)  # as PyTorch's loaders do
-with stops.listen() as stop:
+with signals.handle_signals() as stop:
     stop.deferred = True
     os.kill(os.getpid(), signal.SIGTERM)
     for _ in range(20):
@@ -409,7 +409,7 @@ def test_a_signal_while_processes_are_started_reaches_them(run, cfg, monkeypatch
 
 IMPORTS = """
 import multiprocessing, os, pickle
-from stts_slowfast.standalone.signals import child_main as begin
+from stts_slowfast.standalone.signals import child_main
 
 class Slow:
     def __reduce__(self):
@@ -418,7 +418,7 @@ class Slow:
 
 if __name__ == "__main__":
     spawn = multiprocessing.get_context("spawn")
-    child = spawn.Process(target=begin, args=(os.getpid(), pickle.dumps(Slow())))
+    child = spawn.Process(target=child_main, args=(os.getpid(), pickle.dumps(Slow())))
     child.start()
     child.join()
     print("ended", -child.exitcode)
@@ -445,11 +445,11 @@ def test_a_process_that_still_imports_ends_at_once(tmp_path, number):
 
 
 def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
-    end_children = launch.end_children
+    kill_children = launch.kill_children
 
     def signalled(spared):
         os.kill(os.getpid(), signal.SIGINT)
-        end_children(spared)
+        kill_children(spared)
 
     monkeypatch.setattr(launch, "kill_children", signalled)
     try:
