@@ -1,7 +1,6 @@
 """A model over a test list: accuracy, speed, agreement between views, and which places it keeps."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast import backbones, selections
-from stts_slowfast.standalone.data import UNREADABLE, build_loader, normalize_clips
-from stts_slowfast.standalone.evaluator import ViewEnsemble, accuracies, require_readable
-from stts_slowfast.standalone.predictions import predict
+from stts_slowfast.standalone.data import UNREADABLE, build_loader
+from stts_slowfast.standalone.evaluator import Evaluator
 from stts_slowfast.tools.demo import make_data
 from stts_slowfast.visualization import FULL_FRAME, kept_regions
 
@@ -30,8 +28,8 @@ class TestClips:
     def __init__(self, cfg):
         self.allow_missing = cfg.TEST.ALLOW_MISSING
         self.loader = build_loader(cfg, "test")
-        self.videos = self.loader.dataset.videos
-        self.num_views = self.loader.dataset.num_views
+        self.dataset = self.loader.dataset
+        self.videos = self.dataset.videos
         self.cached: list[Batch] | None = None
 
     def __len__(self) -> int:
@@ -160,36 +158,24 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
     Raises:
         ValueError: for unreadable videos (`TestClips`), or outputs that are not finite.
     """
-    device = next(model.parameters()).device
     model.eval()
-    places, busy = CoverageStats.of(cfg), []
+    places, evaluator = CoverageStats.of(cfg), Evaluator(cfg, model, clips.dataset)
     whole = dict.fromkeys(range(len(places.frames)), FULL_FRAME)
-    views = ViewEnsemble(cfg, len(clips.videos), clips.num_views)
     predicted, of_video = [], []
-    for clip, labels, numbers, view in clips:
-        scores = torch.zeros(len(clip), cfg.MODEL.NUM_CLASSES)
-        readable = labels != UNREADABLE
-        if bool(readable.any()):
-            inputs, seen = normalize_clips(clip[readable].to(device), cfg), numbers[readable]
-            start = _now(device)
-            logits = predict(model, inputs, clips.videos, seen)
-            busy.append((len(inputs), _now(device) - start))
-            scores[readable] = logits.softmax(1).cpu()
-            predicted.append(scores[readable].argmax(1))
-            of_video.append(seen)
-            kept = selections(model) if cfg.STTS.ENABLE else None
-            for item, video in enumerate(seen.tolist()):
-                regions = whole if kept is None else kept_regions(cfg, kept, item)
-                places.add(cfg, regions, os.path.basename(clips.videos[video].path))
-        views.add(scores, labels, numbers, view)
+    for batch in clips:
+        readable, numbers = batch[1] != UNREADABLE, batch[2]
+        predicted.append(evaluator.add(batch)[readable].argmax(1))
+        of_video.append(numbers[readable])
+        kept = selections(model) if cfg.STTS.ENABLE else None
+        for item in torch.nonzero(readable).flatten().tolist():
+            regions = whole if kept is None else kept_regions(cfg, kept, item)
+            places.add(cfg, regions, os.path.basename(clips.videos[int(numbers[item])].path))
         advance()
-    require_readable(cfg, views.labels)
-    found = accuracies(views.predictions, views.labels)
-    busy = busy[1:] or busy
+    accuracy = evaluator.accuracies()
     return {
-        **{name.replace("_acc", ""): round(value, 3) for name, value in found.items()},
+        **{name.replace("_acc", ""): round(value, 3) for name, value in accuracy.items()},
         "agreement": agreement(torch.cat(predicted), torch.cat(of_video)),
-        "clips_per_s": round(sum(n for n, _ in busy) / sum(seconds for _, seconds in busy), 2),
+        "clips_per_s": round(evaluator.clips_per_s(), 2),
         **places.summary(),
         **clips.count(),
     }
@@ -205,9 +191,3 @@ def agreement(predicted: Tensor, videos: Tensor) -> float | None:
             same = (classes[:, None] == classes).sum().item() - len(classes)
             shares.append(same / pairs)
     return round(float(np.mean(shares)), 4) if shares else None
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
