@@ -11,10 +11,14 @@ import os
 import re
 from dataclasses import dataclass, field
 
+import torch
 import yaml
 
 from stts_slowfast.checkpoints.io import read_checkpoint
 from stts_slowfast.configfiles.values import flatten
+from stts_slowfast.standalone.flops import count_gflops
+from stts_slowfast.standalone.model import build_model
+from stts_slowfast.tools.inspection import stored_config
 
 _STATS_LINE = re.compile(r"json_stats: (\{.*\})")
 
@@ -122,12 +126,6 @@ def _read_without_record(output: RunOutput) -> None:
 
 def _count_cost(checkpoint: str) -> tuple[float | None, float | None]:
     """GFLOPs of one clip and millions of parameters; None for models of SlowFast alone."""
-    import torch
-
-    from stts_slowfast.standalone.flops import count_gflops
-    from stts_slowfast.standalone.model import build_model
-    from stts_slowfast.tools.inspection import stored_config
-
     try:
         cfg = stored_config(checkpoint)
         model = build_model(cfg)
