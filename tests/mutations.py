@@ -418,9 +418,9 @@ MUTATIONS = {
         "tests/pyslowfast/test_distributed.py -k otherwise_than_torchrun",
     ),
     "published-for-another-dataset": Mutation(
-        "tools/report/published.py",
-        "results = TABLE.get(_name(config), {}).get(dataset, ())",
-        "results = next(iter(TABLE.get(_name(config), {}).values()), ())",
+        "tools/bench/published.py",
+        "results = TABLE.get(_name(config), {}).get(dataset, [])",
+        "results = next(iter(TABLE.get(_name(config), {}).values()), [])",
         "tests/tools/bench/test_command.py -k very_config_and_dataset",
     ),
     "a-node-that-slowfast-lacks": Mutation(
