@@ -298,8 +298,8 @@ MUTATIONS = {
     ),
     "signals-lost-while-processes-start": Mutation(
         "standalone/launch.py",
-        "if relay.number:  # it came",
-        "if False:  # it came",
+        "if (lost or signals.number) and not terminated:",
+        "if lost and not terminated:",
         f"{STOPS} -k reaches_them",
     ),
     "orphans-go-on": Mutation(
