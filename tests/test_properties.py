@@ -132,7 +132,7 @@ def ascending(draw, size):
 @given(data=st.data())
 def test_a_grid_says_where_its_tokens_come_from(data):
     """However frames and windows are selected: told by coordinates that travel with the tokens."""
-    draw, batch = data.draw, data.sample(st.integers(1, 2))
+    draw, batch = data.draw, data.draw(st.integers(1, 2))
     sizes = draw(st.tuples(*[st.integers(1, 6)] * 3))
     axes = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
     places = torch.stack(axes, dim=3).expand(batch, *sizes, 3)  # (B, T, H, W, 3)
@@ -218,7 +218,7 @@ def test_kinetics_lists_say_what_was_written(lists_cfg, tmp_path, data):
     entry = st.tuples(words(separator), st.integers(0, 9))
     entries = data.draw(st.lists(entry, max_size=6))
     ends = st.sampled_from(["\n", "\r\n", " \n"])
-    lines = [f"{data.draw(blank)}{p}{separator}{n}{data.sample(ends)}" for p, n in entries]
+    lines = [f"{data.draw(blank)}{p}{separator}{n}{data.draw(ends)}" for p, n in entries]
     (tmp_path / "val.csv").write_bytes("".join(lines).encode())
     lists_cfg.DATA.PATH_LABEL_SEPARATOR = separator
     videos = list_kinetics(lists_cfg, "val")

@@ -83,7 +83,7 @@ def test_an_attach_that_fails_leaves_the_layers_their_config(monkeypatch):
     def fail(*args):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("stts_slowfast.hooks.fused.configure", fail)
+    monkeypatch.setattr("stts_slowfast.hooks.fused.fuse_model", fail)
     with pytest.raises(RuntimeError):
         attach(model, time={0: 0.5})
     assert all(layer.config is model.config for layer in model.timesformer.encoder.layer)
