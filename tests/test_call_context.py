@@ -65,10 +65,10 @@ class PlacesHost(hosts.Host):
     def call_grid(self, model, args, kwargs):
         return Grid((args[0].shape[1], 4, 4))
 
-    def read(self, args, kwargs, thw):
+    def unpack(self, args, kwargs, thw):
         return hosts.Tokens(args[0].unflatten(1, tuple(thw)), thw)
 
-    def write(self, tokens, args, kwargs):
+    def pack(self, tokens, args, kwargs):
         return (tokens.grid.flatten(1, 3),), kwargs
 
     def adapt_call(self, block, thw, args, kwargs):

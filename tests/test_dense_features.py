@@ -56,7 +56,7 @@ def test_features_of_all_tokens_are_put_where_they_were(example, monkeypatch):
     host, _ = resolve_host(model)
     places = stts.positions(model)
     dense = stts.scatter(out, model, fill=7.0)
-    whole = host.read((entered,), {}, Grid(dense.shape[1:4])).grid
+    whole = host.unpack((entered,), {}, Grid(dense.shape[1:4])).grid
     assert dense.shape == whole.shape
     flat, expected = dense.flatten(1, 3), whole.flatten(1, 3)
     left = torch.zeros(flat.shape[:2], dtype=torch.bool).scatter(1, places, True)

@@ -74,9 +74,9 @@ def test_positions_of_frames_windows_and_sets_compose():
     assert again.tokens.tolist() == [[35], [1]] and again.whole == (4, 3, 3)
     each = grid.keep_tokens(torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]]), frames=2)
     assert each == (2, 1, 2) and each.positions(2).tolist()[1] == [3, 4, 15, 16]
-    with pytest.raises(ValueError, match="select them before single tokens"):
+    with pytest.raises(ValueError, match="select frames and windows before single tokens"):
         few.keep_frames(torch.tensor([[0], [0]]))
-    with pytest.raises(ValueError, match="select them before single tokens"):
+    with pytest.raises(ValueError, match="select frames and windows before single tokens"):
         few.crop(rows([0, 0, 1, 1], [0, 0, 1, 1]), (1, 1))
     copy_of_it = pickle.loads(pickle.dumps(few))
     assert torch.equal(copy_of_it.tokens, few.tokens) and copy_of_it.whole == few.whole

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import mvit_v1_b, mvit_v2_s
 
 from stts_slowfast import backbones, hosts
+from stts_slowfast.annealing import update_schedule
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import attach, detach, selections
-from stts_slowfast.schedule import update_schedule
 from stts_slowfast.standalone.model import build_model
 
 
@@ -424,10 +424,10 @@ class LayersHost(hosts.Host):
     def default_grid(self):
         return Grid(self.grid)
 
-    def read(self, args, kwargs, thw):
+    def unpack(self, args, kwargs, thw):
         return hosts.Tokens(args[0].unflatten(1, tuple(thw)), thw)
 
-    def write(self, tokens, args, kwargs):
+    def pack(self, tokens, args, kwargs):
         return (tokens.grid.flatten(1, 3),), kwargs
 
     def adapt_call(self, block, thw, args, kwargs):
@@ -549,7 +549,7 @@ def test_every_key_of_the_node_is_an_argument(plain, tiny_cfg):
     "arguments, error, message",
     [
         ({"time": {9: 0.5}}, ValueError, "^time names block 9: the model's blocks are 0 to 3"),
-        ({"space": {2: 1.5}}, ValueError, r"^space holds 1.5: a share lies above 0"),
+        ({"space": {2: 1.5}}, ValueError, r"^space holds 1.5: a share is above 0"),
         ({"time": [0.5]}, ValueError, r"time is \[0.5\]: give shares by block, {4: 0.9}"),
         ({"time": {0: 0.5}, "time_scorer": "x"}, ValueError, "^time_scorer is 'x': use one of"),
         ({"time": {0: 0.5}, "sigma": -1}, ValueError, "^sigma is -1"),

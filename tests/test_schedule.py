@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from stts_slowfast import backbones
+from stts_slowfast.annealing import set_progress, sigma, update_schedule
 from stts_slowfast.backbones import timesformer
-from stts_slowfast.config import Settings
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.optimizer_groups import param_groups
-from stts_slowfast.schedule import Schedule, backbone_lr, set_progress, sigma, update_schedule
+from stts_slowfast.schedule import Schedule, backbone_lr
 from stts_slowfast.selectors import TemporalSelector
 from stts_slowfast.standalone.model import build_model
 
@@ -127,7 +127,7 @@ def test_windows_shrink_by_their_stride(tiny_cfg):
     assert {side for _, side in budgets(build_model(tiny_cfg))} == {13, 10, 7}
 
 
-def test_a_run_says_that_its_budgets_shrink(tiny_cfg, caplog):
+def test_a_run_logs_that_its_budgets_shrink(tiny_cfg, caplog):
     tiny_cfg.STTS.ENABLE = True
     tiny_cfg.STTS.TIME.SCORER = tiny_cfg.STTS.SPACE.SCORER = "uniform"  # learned or not
     for shrink, lines in ((0.25, 1), (0.0, 0)):
@@ -135,8 +135,8 @@ def test_a_run_says_that_its_budgets_shrink(tiny_cfg, caplog):
         caplog.clear()
         with caplog.at_level("INFO"):
             scheduled(build_model(tiny_cfg)).step(0)
-        told = "first 0.25 of training each iteration draws"
-        assert sum(told in text for text in caplog.messages) == lines
+        logged = "budget annealing in the first 0.25 of training"
+        assert sum(logged in text for text in caplog.messages) == lines
 
 
 def test_a_compiled_training_has_a_graph_for_each_budget():
@@ -174,13 +174,15 @@ def test_the_widest_budget_is_the_model_without_selectors(tiny_cfg):
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_progress_outside_of_training_is_refused(model, fraction):
-    with pytest.raises(ValueError, match="lies in 0 to 1"):
+    with pytest.raises(ValueError, match="0 to 1"):
         update_schedule(model, fraction)
 
 
 def test_backbone_is_frozen_then_capped(tiny_cfg):
+    node = tiny_cfg.STTS
+    limits = {"freeze_epochs": node.FREEZE_BACKBONE_EPOCHS, "cap": node.BACKBONE_LR}
     rates = [
-        backbone_lr(lr, epoch, Settings.from_cfg(tiny_cfg.STTS), 1e-3)
+        backbone_lr(lr, epoch, base_lr=1e-3, **limits)
         for lr, epoch in [(1e-3, 2.9), (1e-3, 3.0), (1e-5, 9.0)]
     ]
     assert rates == pytest.approx([0.0, 1e-4, 1e-5])
@@ -218,7 +220,7 @@ def test_from_random_weights_everything_learns_at_the_schedules_rate(model, capl
     assert schedule.step(0.0)["backbone_lr"] == 1e-3
     assert rates(schedule) == [1e-3, 1e-3]
     (record,) = caplog.records
-    assert "from random weights: everything learns at the schedule's rate" in record.message
+    assert "from random weights: everything learns at the scheduled learning rate" in record.message
 
 
 def test_from_trained_weights_the_papers_recipe_holds_and_is_logged(tiny_cfg, model, caplog):
@@ -317,7 +319,7 @@ def test_what_cannot_learn_does_not_begin(tiny_cfg):
 
 
 def test_a_step_names_a_selector_whose_scores_were_nan(model):
-    model.stts["time_0"]._nonfinite.fill_(True)
+    model.stts["time_0"]._nan_flag.fill_(True)
     with pytest.raises(ValueError, match="STTS time_0: scores hold NaN"):
         scheduled(model).step(1.0)
 
@@ -467,12 +469,15 @@ def test_progress_alone_does_not_pretend_to_freeze(tiny_cfg, caplog):
     model = attached(freeze_backbone_epochs=1000, backbone_lr=0.0)
     with pytest.raises(ValueError, match=r"freeze_backbone_epochs=1000, backbone_lr=0 cannot be"):
         set_progress(model, 0.5)
-    with pytest.raises(ValueError, match="cannot be obeyed"):
+    with pytest.raises(ValueError, match="cannot be applied"):
         set_progress(model.eval(), 0.5)  # as from_pretrained leaves it, before model.train()
     model = attached()
     for _ in range(2):
         set_progress(model, 0.5)
-    assert caplog.text.count("freeze_backbone_epochs=3, the default, is for loops with") == 1
+    assert (
+        caplog.text.count("freeze_backbone_epochs=3, the default, needs a stts_slowfast.Schedule")
+        == 1
+    )
     caplog.clear()
     set_progress(attached(freeze_backbone_epochs=0), 0.5)
     set_progress(attached(time_scorer="uniform"), 0.5)

@@ -91,7 +91,7 @@ def test_mixed_windows_equal_the_unfolded_sum(height, width, stride):
     weights = torch.rand(6, windows.shape[2] * windows.shape[3], dtype=torch.float64)
     weights.requires_grad_()
     expected = torch.einsum("btn,btnchw->bthwc", weights.view(2, 3, -1), windows.flatten(2, 3))
-    mixed = selector.apply_selection(grid, Selection(None, weights))
+    mixed = selector.apply_selection(grid, Selection(None, weights, None))
     torch.testing.assert_close(mixed, expected)
     upstream = torch.randn_like(expected)
     ours = torch.autograd.grad(mixed, (grid, weights), upstream)
@@ -191,7 +191,7 @@ def test_nan_scores_on_a_device_raise_in_the_next_pass_where_nobody_asks(device,
 def test_nan_scores_are_not_forgotten_before_they_are_told(device):
     selector, grid = nan_grid(TemporalSelector)
     selector(grid)
-    selector._nonfinite_host.fill_(False)  # as if it had not arrived yet
+    selector._nan_flag_host.fill_(False)  # as if it had not arrived yet
     selector(torch.randn_like(grid))
     with pytest.raises(ValueError, match="NaN"):
         selector.raise_on_nan()

@@ -50,14 +50,11 @@ class SelectionCallback(TrainerCallback):
     def optimizer(self, args: TrainingArguments) -> tuple[type, dict]:
         """``Trainer``'s own optimizer for these arguments, with groups of its own for scorers."""
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
-        split = self._split
 
-        class Optimizer(kind):
-            def __init__(self, params, **settings):
-                super().__init__(split(params), **settings)
+        def init(optimizer, params, **settings):
+            kind.__init__(optimizer, self._split(params), **settings)
 
-        Optimizer.__name__ = kind.__name__
-        return Optimizer, settings
+        return type(kind.__name__, (kind,), {"__init__": init}), settings
 
     def _split(self, groups: list[dict]) -> list[dict]:
         return param_groups(groups, self.model, self.new)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stts_slowfast.schedule import reset
+from stts_slowfast.annealing import reset
 from stts_slowfast.standalone import checkpointing, optim
 from stts_slowfast.standalone.cluster import INIT_METHOD
 from stts_slowfast.standalone.evaluator import run_test

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from stts_slowfast.annealing import set_progress
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.hosts import find_blocks
-from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone.flops import count_gflops
 from tests.hosts.examples import EXAMPLES
 

@@ -18,14 +18,15 @@ class Block(nn.Module):
 
 def every_other(*args, **kwargs):
     """Reads a call, keeps every other frame, so that where each token goes is known, writes."""
-    grid, _, _, frames = tokens = HOST.read(args, kwargs, HOST.incoming_grid(args, kwargs, None))
+    tokens = HOST.unpack(args, kwargs, HOST.incoming_grid(args, kwargs, None))
+    grid, frame_cls = tokens.grid, tokens.frame_cls
     kept = torch.arange(0, grid.shape[1], 2).expand(len(grid), -1)
     tokens = tokens._replace(
         grid=grid[:, ::2],
         thw=tokens.thw.keep_frames(kept),
-        frames=None if frames is None else frames[:, ::2],
+        frame_cls=None if frame_cls is None else frame_cls[:, ::2],
     )
-    return HOST.write(tokens, args, kwargs)
+    return HOST.pack(tokens, args, kwargs)
 
 
 def numbered(count):

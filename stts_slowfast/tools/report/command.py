@@ -230,7 +230,7 @@ def _strips(outputs: Sequence[Output], number: int) -> str:
 
 def _strip(output: Output, number: int) -> str:
     """Film strips of the first test videos."""
-    from stts_slowfast.schedule import reset
+    from stts_slowfast.annealing import reset
     from stts_slowfast.standalone.checkpointing import load_for_test
     from stts_slowfast.standalone.config import load_config
     from stts_slowfast.standalone.data import ClipDataset
