@@ -102,9 +102,8 @@ def _reached(model: nn.Module) -> Grid | list[Grid]:
     if reached is None:
         raise ValueError("nothing has been selected yet: run the model first")
     if isinstance(reached, list):
-        return [Grid(sizes, *parts, whole=whole) for sizes, *parts, whole in reached]
-    sizes, *parts, whole = reached
-    return Grid(sizes, *parts, whole=whole)
+        return [Grid(*parts) for parts in reached]
+    return Grid(*reached)
 
 
 def _grid_of(features: Tensor, model: nn.Module, thw: Grid) -> Tensor:

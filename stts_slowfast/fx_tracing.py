@@ -9,14 +9,16 @@ from torch import fx, nn
 def tracer_of(*values: Any) -> fx.Tracer | None:
     """The tracer of proxies among the arguments of a module; None outside of tracing."""
     for value in values:
+        found: Any = None
         if isinstance(value, (tuple, list)):
             found = tracer_of(*value)
         elif isinstance(value, dict):
             found = tracer_of(*value.values())
-        else:
-            found = value.tracer if isinstance(value, fx.Proxy) else None
+        elif isinstance(value, fx.Proxy):
+            found = value.tracer
         if found is not None:
-            return found
+            tracer: fx.Tracer = found
+            return tracer
     return None
 
 

@@ -58,7 +58,9 @@ class HFImages(TokenSequenceHost):
         if not is_instance_of(model, "transformers", *NAMES):
             return ()
         tower = _tower(model)
-        encoder: ForeignModule = tower.encoder if hasattr(tower, "encoder") else getattr(tower, "model", tower)
+        encoder: ForeignModule = (
+            tower.encoder if hasattr(tower, "encoder") else getattr(tower, "model", tower)
+        )
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
 
     def entry(self, model: nn.Module) -> nn.Module:
