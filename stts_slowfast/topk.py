@@ -312,8 +312,8 @@ class _PerturbedTopK(torch.autograd.Function):
             weights = weights - weights.mean(dim=1, keepdim=True)
             grad = torch.bmm(weights[:, None], noise).squeeze(1)  # (B, d)
         else:
-            # A sample keeps an entry at most once, so the scatter sums nothing: on a GPU sums depend
-            # on the order of threads; this gradient is bit-equal in every run.
+            # A sample keeps an entry at most once, so the scatter sums nothing (on a GPU the order
+            # of threads would change a sum): the gradient is bit-equal in every run.
             columns = flat_indices.remainder(d).unflatten(1, (num_samples, -1))  # (B, n, k)
             marked = marked.view_as(columns)
             grad = torch.zeros_like(noise).scatter_(2, columns, marked).mul_(noise).sum(dim=1)

@@ -361,7 +361,7 @@ MUTATIONS = {
         "hosts/token_sequence.py",
         "entries = entries.repeat_interleave(frames) * all_frames + first",
         "entries = entries.repeat_interleave(frames) * all_frames",
-        "tests/hosts/test_masks.py -k goes_with_its_frame",
+        "tests/hosts/test_masks.py -k is_selected_with_its_frame",
     ),
     "rotary-positions-of-the-first-patches": Mutation(
         "hosts/timm_eva.py",

@@ -47,12 +47,12 @@ def test_a_single_share_is_a_range_of_one():
     assert keep_range(0.5) == (0.5, 0.5) and keep_range([0.25, 0.9]) == (0.25, 0.9)
 
 
-def test_windows_are_half_of_what_is_left_apart_unless_a_stride_is_given():
+def test_neighbouring_windows_have_the_default_stride_unless_one_is_given():
     assert [window_stride(14, side, 0) for side in (6, 13, 14)] == [4, 1, 1]
     assert window_stride(14, 6, 3) == 3
 
 
-def test_grids_shrink_by_each_selection_and_by_pooling_behind_it():
+def test_grids_shrink_by_each_selection_and_by_pooling_after_it():
     grids = [(8, 28, 28), (8, 14, 14), (8, 14, 14)]
     assert plan_grids({0: (0.5, 1.0)}, {0: 0.5, 2: 0.25}, grids, end=0) == {
         "time_0": ((8, 28, 28), (4, 28, 28)),

@@ -60,7 +60,7 @@ def test_a_range_is_read_from_a_command_line_and_a_file(tmp_path):
     assert again.STTS.TIME.KEEP == [[0.25, 0.9]]
 
 
-def test_plan_follows_the_strides_behind_a_window(node):
+def test_plan_follows_the_strides_after_a_window(node):
     node.SPACE.BLOCKS, node.SPACE.KEEP = [4, 14], [0.7367, 0.5]
     assert selection_plan(node, MVIT_B)["space_14"] == ((7, 6, 6), (7, 4, 4))
 
@@ -192,7 +192,7 @@ def test_training_in_which_nothing_would_learn_is_refused(node, key, value, mess
         check_training(Settings.from_cfg(node))
 
 
-def test_one_sample_is_enough_where_it_gives_a_gradient(node):
+def test_one_sample_is_enough_if_it_gives_a_gradient(node):
     node.OPERATOR, node.NUM_SAMPLES = "perturbed", 1
     for key, value in (("GRADIENT", "diagonal"), ("OPERATOR", "subset")):
         other = node.clone()

@@ -122,7 +122,7 @@ def test_only_hooks_puts_hooks_on_blocks(path):
 
 
 @EVERY_FILE
-def test_nobody_reads_what_a_selector_kept_last(path):
+def test_no_module_reads_what_a_selector_kept_last(path):
     """Where tokens come from travels with them; ``hooks.selections`` alone looks at the modules."""
     if room(path) in (
         "block_hooks",

@@ -53,7 +53,7 @@ def test_pooling_scales_windows_and_frames():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))])
-def test_copies_know_where_they_come_from(duplicate):
+def test_copies_keep_their_positions(duplicate):
     grid = duplicate(Grid((2, 4, 4), torch.tensor([[1, 3]]), torch.zeros(1, 2, 4)))
     assert type(grid) is Grid and grid == (2, 4, 4)
     assert grid.frames.tolist() == [[1, 3]] and grid.windows.shape == (1, 2, 4)

@@ -463,17 +463,17 @@ def test_autocast_runs_in_training_and_evaluation(model, clips):
         assert torch.isfinite(out).all()
 
 
-def test_attach_twice_says_so(model, tiny_cfg):
+def test_attach_twice_is_refused(model, tiny_cfg):
     with pytest.raises(ValueError, match=r"has selectors already \(time_0, space_2\): call detach"):
         attach(model, tiny_cfg.STTS)
 
 
-def test_detach_without_selectors_says_so(plain):
+def test_detach_without_selectors_is_refused(plain):
     with pytest.raises(ValueError, match="has no selectors"):
         detach(plain)
 
 
-def test_selections_before_a_forward_say_so(model):
+def test_selections_before_a_forward_pass_are_refused(model):
     with pytest.raises(ValueError, match="run the model first"):
         selections(model)
 
@@ -580,7 +580,7 @@ def test_fusion_that_fails_leaves_the_model_as_it_was(plain, tiny_cfg, clips, mo
     assert not hasattr(plain, "stts") and torch.equal(plain(clips), before)
 
 
-def test_attention_that_could_be_fused_and_was_not_is_told(tiny_cfg, plain, caplog):
+def test_attention_that_could_be_fused_and_was_not_is_logged(tiny_cfg, plain, caplog):
     tiny_cfg.STTS.SPACE.BLOCKS = []
     attach(detach(attach(plain, tiny_cfg.STTS)), tiny_cfg.STTS)
     attach(AnyBlocks(0), tiny_cfg.STTS)  # has none that could be
@@ -611,7 +611,7 @@ def test_frames_then_windows_before_the_same_block(plain, tiny_cfg, clips):
     assert selections(model)["space_0"].shape == (2 * 2, 4)
 
 
-def test_random_selection_is_drawn_anew_in_evaluation(tiny_cfg, plain, clips):
+def test_random_selection_is_sampled_anew_in_evaluation(tiny_cfg, plain, clips):
     tiny_cfg.STTS.TIME.SCORER = tiny_cfg.STTS.SPACE.SCORER = "random"
     model = attach(plain, tiny_cfg.STTS)
     draws = set()

@@ -121,7 +121,7 @@ def test_a_head_for_other_classes_than_the_folders_is_new(videomae, wrap):
     assert not new_names(stts.param_groups(again.parameters(), again))
 
 
-def test_a_copy_does_not_know_what_was_new_and_says_so(videomae, caplog):
+def test_a_copy_of_a_model_warns_that_new_parameters_are_unknown(videomae, caplog):
     import copy
 
     model = copy.deepcopy(videomae(ignore_mismatched_sizes=True))

@@ -189,7 +189,7 @@ def marked_clips(everywhere):
 
 
 @pytest.mark.parametrize("shared", [None, False, True])
-def test_a_scorer_learns_where_the_loss_looks(shared):
+def test_a_scorer_learns_which_tokens_the_loss_depends_on(shared):
     torch.manual_seed(0)
     if shared is None:
         selector = TemporalSelector(8, 0, 0.25, teacher="saliency").train()

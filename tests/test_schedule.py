@@ -66,7 +66,7 @@ def ranged(tiny_cfg):
     return build_model(tiny_cfg)
 
 
-def test_each_iteration_draws_a_budget_and_reaches_both_ends(ranged):
+def test_each_iteration_samples_a_budget_and_reaches_both_ends(ranged):
     frames, sides = (set(drawn) for drawn in zip(*budgets(ranged)))
     assert frames == {2, 3, 4, 5, 6, 7} and sides == {7, 8, 9, 10, 11, 12, 13}
 
@@ -82,12 +82,12 @@ def test_budgets_follow_from_seed_and_progress_alone(ranged):
     assert drawn[:4] == [[4, 13], [6, 13], [3, 9], [7, 7]]
 
 
-def test_selectors_draw_their_budgets_apart(ranged):
+def test_selectors_sample_their_budgets_independently(ranged):
     pairs = {(a - 2, b - 7) for a, b in budgets(ranged)}
     assert len({a - b for a, b in pairs}) > 2
 
 
-def test_a_range_is_not_tested_before_anything_was_drawn_and_else_at_its_high_end(ranged):
+def test_a_range_is_not_tested_before_it_was_sampled_and_then_at_its_high_end(ranged):
     clips = torch.randn(1, 3, 8, 32, 32)
     with pytest.raises(ValueError, match=r'is .*0.25 to 0.9: .*KEEP "\[0.9\]".*set_prog'):
         ranged.eval()(clips)
@@ -100,7 +100,7 @@ def test_a_range_is_not_tested_before_anything_was_drawn_and_else_at_its_high_en
 
 
 @pytest.mark.parametrize("keep", [0.25, [0.25, 0.9]])
-def test_budgets_are_drawn_up_to_a_widest_that_shrinks_to_what_is_kept(tiny_cfg, keep):
+def test_budgets_are_sampled_below_an_upper_bound_that_shrinks_to_keep(tiny_cfg, keep):
     tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TIME.KEEP, tiny_cfg.STTS.SPACE.KEEP = True, [keep], [keep]
     at_once = budgets(build_model(tiny_cfg), 800)
     tiny_cfg.STTS.SHRINK = 0.5
@@ -258,7 +258,7 @@ def test_an_optimizer_that_steps_before_its_schedule_is_refused(model):
         schedule.optimizer.step()
 
 
-def test_what_attach_was_given_holds_also_behind_a_wrapper(tiny_cfg):
+def test_settings_of_attach_hold_inside_a_wrapper(tiny_cfg):
     more = {"freeze_backbone_epochs": 1.5, "backbone_lr": 0.25}
     wrapped = torch.nn.Module()
     wrapped.module = attach(backbones.build(tiny_cfg), time={0: 0.5}, **more)
@@ -348,9 +348,7 @@ class Loop:
 
 
 @pytest.mark.parametrize("split", [True, False])
-def test_a_scheduler_of_pytorchs_sets_the_rates_and_the_recipe_what_is_left_of_them(
-    tiny_cfg, split
-):
+def test_a_scheduler_of_pytorchs_sets_the_rates_and_the_recipe_lowers_them(tiny_cfg, split):
     """Also one that computes its next rate from the last: it never sees ours."""
     model = attach(
         backbones.build(tiny_cfg), time={0: 0.5}, freeze_backbone_epochs=1, backbone_lr=0.25
@@ -380,7 +378,7 @@ def test_a_scheduler_of_pytorchs_sets_the_rates_and_the_recipe_what_is_left_of_t
     assert kinds[:4] == [{True}] * 4 and kinds[5] == {True, False}
 
 
-def test_an_optimizer_that_a_scheduler_knows_is_not_split(model):
+def test_an_optimizer_with_a_scheduler_is_not_split(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
     with pytest.raises(ValueError, match=r"make the optimizer with stts_slowfast\.param_groups"):
@@ -402,7 +400,7 @@ def test_two_schedules_of_an_optimizer_are_the_last_one(model):
     assert [group["lr"] for group in first.optimizer.param_groups] == [1e-3, 1e-3]
 
 
-def test_a_schedule_that_its_optimizer_does_not_obey_is_refused(model):
+def test_a_schedule_that_is_not_its_optimizers_is_refused(model):
     first = scheduled(model)
     second = Schedule(model, first.optimizer, max_epochs=20, pretrained=True)
     second.step(0.0)
@@ -429,7 +427,7 @@ def test_an_optimizer_of_one_rate_is_refused(model):
         Schedule(model, torch.optim.LBFGS(model.parameters()), max_epochs=2, pretrained=True)
 
 
-def test_rates_are_the_loops_again_behind_a_step_that_failed(model):
+def test_rates_are_the_loops_again_after_a_failed_step(model):
     schedule = scheduled(model)
     schedule.step(0.0)
     with pytest.raises(ZeroDivisionError):

@@ -52,7 +52,7 @@ def test_sigma_survives_copies_and_dtypes(model, how):
     assert sigmas(model) == pytest.approx([0.05, 0.05] if how == "bf16" else [0.1, 0.1])
 
 
-def test_a_state_that_was_left_behind_follows_the_scores():
+def test_state_on_another_device_follows_the_scores():
     """FSDP2 and accelerate move parameters alone."""
     selector = TemporalSelector(4, 0, 0.5, sigma=0.3).train()
     update_schedule(selector, 0.0)

@@ -25,7 +25,7 @@ def test_what_comes_from_a_known_class_is_known(example):
     assert len(resolve_host(example.model)[1]) == 4
 
 
-def test_no_library_is_imported_to_tell_a_host():
+def test_no_library_is_imported_to_find_a_host():
     code = (
         "import sys, torchvision; from stts_slowfast.hosts import resolve_host;"
         "resolve_host(torchvision.models.video.mvit_v1_b());"

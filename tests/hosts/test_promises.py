@@ -68,7 +68,7 @@ def test_detaching_gives_the_model_back(example):
     assert {name: set(vars(m)) for name, m in example.model.named_modules()} == attributes
 
 
-def test_selections_say_what_was_kept(example):
+def test_selections_are_what_was_kept(example):
     select(example.model)
     with torch.no_grad():
         example.logits(example.model, example.clips)

@@ -53,7 +53,7 @@ def test_one_cls_token_stays_in_front():
     assert x.flatten().tolist() == [0, *range(1, 7), *range(13, 19)]
 
 
-def test_a_cls_token_a_frame_goes_with_its_frame():
+def test_a_cls_token_per_frame_is_selected_with_its_frame():
     (x, thw), _ = every_other(numbered(28), (4, 3, 2))
     assert thw == (2, 3, 2)
     assert x.flatten().tolist() == [*range(7), *range(14, 21)]
