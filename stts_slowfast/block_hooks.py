@@ -158,8 +158,8 @@ class SelectTokensHook(Hook):
         if self.after_selection and not (isinstance(thw, Grid) and thw.is_selected):
             raise ValueError(
                 f"tokens reached block {self.number} ({type(block).__name__}) without their grid "
-                "after a selection: code between two blocks replaced thw; pass on the thw that the "
-                "block before returned"
+                "after a selection: code between two blocks made new tensors; pass on the thw that "
+                "the block before returned, and with checkpointing use_reentrant=False"
             )
         return thw
 
