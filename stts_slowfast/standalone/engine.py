@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import nn
 
-from stts_slowfast.schedule import reset
+from stts_slowfast.annealing import reset
 from stts_slowfast.standalone import checkpointing, optim, run_logger
 from stts_slowfast.standalone.cluster import INIT_METHOD
 from stts_slowfast.standalone.evaluator import run_test
