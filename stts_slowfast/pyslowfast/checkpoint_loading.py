@@ -189,15 +189,19 @@ def _normal_to_sub_bn(normal_to_sub_bn, checkpoint_sd, model_sd):
 def _previous_checkpoint(path: str) -> str | None:
     """The previous checkpoint in the folder of one, by name; None if there is none."""
     folder, name = os.path.split(path)
-    with contextlib.suppress(OSError):
+    try:
         names = sorted(n for n in os.listdir(folder) if "checkpoint" in n and n < name)
-        return os.path.join(folder, names[-1]) if names else None
+    except OSError:
+        names = []
+    return os.path.join(folder, names[-1]) if names else None
 
 
 def _config_in(path: str) -> str | None:
     """The config in a checkpoint, for an error; None if the file cannot be read this way."""
-    with contextlib.suppress(Exception):
+    try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["cfg"]
+    except Exception:
+        return None
 
 
 def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> None:

@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import pickle
+from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 from functools import partial
 
@@ -22,7 +23,7 @@ from stts_slowfast.pyslowfast import read_context
 from stts_slowfast.pyslowfast.compat import patch, uses_stts
 from stts_slowfast.pyslowfast.config_access import extra_key
 from stts_slowfast.pyslowfast.patching import replaced_methods, wrap
-from stts_slowfast.video import VideoError, run_with_timeout
+from stts_slowfast.video import VideoError, accuracy, run_with_timeout
 from stts_slowfast.video.error_log import (
     UNREADABLE,
     VideoErrorLog,
@@ -138,7 +139,7 @@ def track_errors(loader, meter, mode: str):
         return
     errors = dataset.stts_errors = ReadErrors(dataset)
     token = _errors.set(errors)
-    methods = {"log_epoch_stats": _log_epoch_stats}
+    methods: dict[str, Callable] = {"log_epoch_stats": _log_epoch_stats}
     if mode == "test":
         methods = {"update_stats": _update_stats, "finalize_metrics": _finalize_metrics}
     methods = {name: partial(_with_errors, errors, method) for name, method in methods.items()}
@@ -232,10 +233,10 @@ def _finalize_metrics(finalize_metrics, meter, errors, *args, **kwargs):
             raise_if_unreadable(
                 {paths[n]: reasons.get(paths[n], "unknown") for n in missing}, folder
             )
-        readable = labelled.clone()
-        readable[missing] = False
-        for k, correct in zip(ks, _topks_correct(meter, readable, ks) if readable.any() else ()):
-            errors.line[f"top{k}_acc_readable"] = f"{100.0 * correct / readable.sum():.2f}"
+        labels = torch.where(labelled, meter.video_labels, accuracy.NO_LABEL)
+        for name, value in accuracy.video_accuracies(meter.video_preds, labels, ks).items():
+            if name.endswith("_readable") and value is not None:
+                errors.line[name] = f"{value:.2f}"
     if bool(labelled.all()):
         return finalize_metrics(*args, **kwargs)
     errors.line["unlabelled"] = int((~labelled).sum())
@@ -250,12 +251,6 @@ def _finalize_metrics(finalize_metrics, meter, errors, *args, **kwargs):
     finally:
         for name, values in all_videos.items():
             setattr(meter, name, values)
-
-
-def _topks_correct(meter, part: torch.Tensor, ks) -> list:
-    from slowfast.utils.metrics import topks_correct
-
-    return topks_correct(meter.video_preds[part], meter.video_labels[part], ks)
 
 
 def _finalize_without_labels(meter, errors, ks) -> None:

@@ -1,5 +1,7 @@
-"""However a run is stopped, it goes on to the same weights; nothing of it stays behind."""
+"""However a run is stopped, it resumes to the same weights; nothing of it stays behind."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -16,7 +18,7 @@ from stts_slowfast.standalone.signals import Interrupted
 
 @pytest.fixture
 def cfg(run):
-    """Two readers, and augmentation."""
+    """Two workers, and augmentation."""
     run.cfg.DATA_LOADER.NUM_WORKERS, run.cfg.AUG.ENABLE = 2, True
     return run.cfg
 
@@ -43,7 +45,7 @@ def whole(run, cfg, tmp_path):
     return last
 
 
-def goes_on_to(run, cfg, whole):
+def resumes_to(run, cfg, whole):
     engine.train(cfg)
     for key in ("model_state", "optimizer_state"):
         torch.testing.assert_close(run.checkpoint(2)[key], whole[key], rtol=0, atol=0)
@@ -52,10 +54,10 @@ def goes_on_to(run, cfg, whole):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_loses_no_iteration(run, cfg, whole, number):
-    with pytest.raises(Interrupted, match=r"goes on from .*within_epoch_00001_iteration_0000002"):
+    with pytest.raises(Interrupted, match=r"resumes from .*within_epoch_00001_iteration_0000002"):
         engine.train(cfg, watch=Signal(4, number))  # processes tell each other in the next step
     assert len(run.json_stats("train_iter_")) == 5
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
     iterations = [s["epoch"] + " " + s["iter"] for s in run.json_stats("train_iter_")]
     assert iterations[5:] == ["2/2 3/3"]
     assert multiprocessing.active_children() == []
@@ -88,7 +90,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_to_the_whole_group_loses_no_iteration(run, cfg, processes, number):
-    """As timeout(1) and Slurm send it: the readers get it too."""
+    """As timeout(1) and Slurm send it: the workers get it too."""
     cfg.TRAIN.BATCH_SIZE = 2 * processes
     script = run.tmp_path / "group.py"
     script.write_text(GROUP)
@@ -113,14 +115,14 @@ def test_a_signal_to_the_whole_group_loses_no_iteration(run, cfg, processes, num
     status, said = train(4 if processes == 1 else 2)
     assert status == 128 + number, said
     (within,) = [name for name in run.checkpoints() if "within_epoch_00001" in name]
-    assert f"{within}\n" in said.partition("STOPPED interrupted; the same command goes on from")[2]
+    assert f"{within}\n" in said.partition("STOPPED interrupted; the same command resumes from")[2]
     assert "lost" not in said and "Exception ignored" not in said
     assert train(0)[0] == 0
     for key in ("model_state", "optimizer_state"):
         torch.testing.assert_close(run.checkpoint(2)[key], whole[key], rtol=0, atol=0)
 
 
-def test_a_warning_writes_a_checkpoint_and_goes_on(run, cfg, whole):
+def test_a_warning_writes_a_checkpoint_and_the_run_continues(run, cfg, whole):
     seen = []
 
     def watch(split, model, batch):
@@ -132,10 +134,10 @@ def test_a_warning_writes_a_checkpoint_and_goes_on(run, cfg, whole):
     # asked for after iteration 2, all processes know with the next one
     name = "within_epoch_00000_iteration_0000002.pyth"
     assert seen[:3] == [[], [], [name]] or seen[:3] == [[], [], []]
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
 
 
-def test_checkpoints_by_time_are_gone_on_from(run, cfg, whole):
+def test_checkpoints_by_time_are_resumed_from(run, cfg, whole):
     cfg.TRAIN.CHECKPOINT_EVERY_MINUTES = 1e-9
     kill = KeyboardInterrupt()
 
@@ -146,10 +148,10 @@ def test_checkpoints_by_time_are_gone_on_from(run, cfg, whole):
 
     with pytest.raises(Interrupted, match=r"within_epoch_00001_iteration_0000001"):
         engine.train(cfg, watch=watch)
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
     epochs = run.json_stats("train_epoch")
     cfg.TRAIN.CHECKPOINT_EVERY_MINUTES, cfg.TRAIN.AUTO_RESUME = 0.0, False
-    engine.train(cfg)  # what an epoch's line sums up goes on too
+    engine.train(cfg)  # the sums of an epoch's line are resumed too
     again = run.json_stats("train_epoch")[len(epochs) :]
     assert [s["loss"] for s in epochs] == [s["loss"] for s in again]
 
@@ -162,17 +164,17 @@ def test_another_batch_size_inside_an_epoch_is_refused(run, cfg):
         engine.train(cfg)
 
 
-def test_a_killed_reader_is_one_line(run, cfg, whole):
-    def reader():
+def test_a_killed_worker_is_one_line(run, cfg, whole):
+    def worker():
         return multiprocessing.active_children()[0].pid
 
-    with pytest.raises(ChildProcessError, match=r"reads videos was lost .*goes on from what"):
-        engine.train(cfg, watch=Signal(4, signal.SIGKILL, reader))
+    with pytest.raises(ChildProcessError, match=r"reads videos was lost .*resumes from the last"):
+        engine.train(cfg, watch=Signal(4, signal.SIGKILL, worker))
     assert multiprocessing.active_children() == []
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
 
 
-def test_a_lost_reader_is_told_from_an_error_in_one():
+def test_a_lost_worker_is_distinguished_from_an_error_in_one():
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     assert "(killed by signal: Killed)" in str(signals.worker_death_error(error))
     amid = KeyError("a thread that was being started")
@@ -186,7 +188,7 @@ def test_a_lost_reader_is_told_from_an_error_in_one():
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
-def test_a_damaged_last_checkpoint_is_told_and_the_one_before_used(run, cfg, whole, damage):
+def test_a_corrupt_last_checkpoint_is_logged_and_the_one_before_used(run, cfg, whole, damage):
     engine.train(cfg)
     path = run.folder / "checkpoints" / "checkpoint_epoch_00002.pyth"
     data = path.read_bytes()
@@ -197,9 +199,9 @@ def test_a_damaged_last_checkpoint_is_told_and_the_one_before_used(run, cfg, who
         engine.train(cfg, strict_resume=True)
     with pytest.raises(ValueError, match=r"00002\.pyth cannot be read .*strict-resume"):
         engine.test(cfg, strict_resume=True)
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
     log = (run.folder / "stdout.log").read_text()
-    assert "00002.pyth cannot be read" in log and "going on from the checkpoint before" in log
+    assert "00002.pyth cannot be read" in log and "resuming from the checkpoint before" in log
 
 
 def test_the_last_checkpoint_is_that_of_the_largest_number(run, cfg):
@@ -220,32 +222,42 @@ def test_the_last_checkpoint_is_that_of_the_largest_number(run, cfg):
 
 
 HOLD = """
-import fcntl, sys
-file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print("process 7 on here", file=file, flush=True)
+import sys
+from stts_slowfast.standalone.launch import run_lock
+lock = run_lock(sys.argv[1])
+lock.__enter__()
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_second_run_in_a_folder_is_told_at_once(run, cfg):
+def test_a_second_run_in_a_folder_is_refused_at_once(run, cfg):
     run.folder.mkdir()
-    command = [sys.executable, "-c", HOLD, str(run.folder / ".running")]
+    command = [sys.executable, "-c", HOLD, str(run.folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match=r"another run .*process 7 on here.*OUTPUT_DIR"):
+        with pytest.raises(ValueError, match=rf"another run .*process {other.pid} on .*OUTPUT_DIR"):
             engine.train(cfg)
         other.stdin.close()
     cfg.SOLVER.MAX_EPOCH = 1
     engine.train(cfg)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with launch.run_lock(str(tmp_path)):
+        assert (tmp_path / ".running").read_text().startswith(f"process {os.getpid()} on ")
+
+
 DEAF = """
 import contextlib, hashlib, sys
-from stts_slowfast.standalone import signals as stops
-stops.GRACE = 1.0
-with stops.listen() as stop:
+from stts_slowfast.standalone import signals
+signals.GRACE_PERIOD = 1.0
+with signals.handle_signals() as stop:
     stop.deferred = sys.argv[1] == "deferred"
     while True:  # on, where the signal comes before it is deaf
         with contextlib.suppress(KeyboardInterrupt):
@@ -257,7 +269,7 @@ with stops.listen() as stop:
 @pytest.mark.parametrize(
     ("state", "waited"), [("deferred", b"1 s"), ("nothing to save", b"0.25 s")]
 )
-def test_a_process_that_does_not_listen_ends_all_the_same(state, waited):
+def test_a_process_that_reads_no_signal_ends_all_the_same(state, waited):
     command = [sys.executable, "-c", DEAF, state]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
@@ -271,28 +283,28 @@ def test_a_process_that_does_not_listen_ends_all_the_same(state, waited):
 
 HUNG = """
 import os, sys
-from stts_slowfast.standalone import data, engine, signals as stops
+from stts_slowfast.standalone import data, engine, signals
 from stts_slowfast.standalone.config import load_config
 
 def hung(path, **keys):
     os.write(1, b"waits\\n")
     return open(sys.argv[2])  # a pipe that nobody writes to
 
-stops.GRACE, data.open_video = 1.0, hung
+signals.GRACE_PERIOD, data.open_video = 1.0, hung
 engine.train(load_config(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize(("readers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, readers, number):
-    cfg.DATA_LOADER.NUM_WORKERS = readers
+@pytest.mark.parametrize(("workers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, workers, number):
+    cfg.DATA_LOADER.NUM_WORKERS = workers
     pipe = run.tmp_path / "pipe"
     os.mkfifo(pipe)
     words = [sys.executable, "-c", HUNG, str(run.write()), str(pipe)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(words, start_new_session=True, **pipes)
     try:
-        for _ in range(readers or 1):
+        for _ in range(workers or 1):
             wait_for("waits", process)
         os.killpg(process.pid, number)
         assert process.wait(timeout=30) == 128 + number and all_gone(process.pid)
@@ -306,9 +318,9 @@ def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, readers, nu
 
 LATE = """
 import os, signal, subprocess, sys
-from stts_slowfast.standalone import signals as stops
+from stts_slowfast.standalone import signals
 signal.signal(signal.SIGCHLD, lambda *_: None)  # as PyTorch's loaders do
-with stops.listen() as stop:
+with signals.handle_signals() as stop:
     stop.deferred = True
     os.kill(os.getpid(), signal.SIGTERM)
     for _ in range(20):
@@ -360,7 +372,7 @@ def test_a_killed_process_takes_all_others_along(run, cfg, processes):
     try:
         wait_for('"epoch": "2/1000"', process)
         everyone = alive(process.pid)
-        # the one that was started last but for the readers: a rank, or the run itself
+        # the one that was started last except for the workers: a rank, or the run itself
         victim = process.pid if processes == 1 else sorted(ranks(process.pid))[-1]
         os.kill(victim, signal.SIGKILL)
         assert len(everyone) >= 1 + 2 * processes and all_gone(process.pid)
@@ -381,7 +393,7 @@ def ranks(parent):
     return found
 
 
-def test_forked_children_leave_stopping_to_their_parent():
+def test_forked_children_leave_signals_to_their_parent():
     with signals.handle_signals():
         context = multiprocessing.get_context("fork")
         reader, writer = context.Pipe(duplex=False)
@@ -409,7 +421,7 @@ def test_a_signal_while_processes_are_started_reaches_them(run, cfg, monkeypatch
 
 IMPORTS = """
 import multiprocessing, os, pickle
-from stts_slowfast.standalone.signals import child_main as begin
+from stts_slowfast.standalone.signals import child_main
 
 class Slow:
     def __reduce__(self):
@@ -418,7 +430,7 @@ class Slow:
 
 if __name__ == "__main__":
     spawn = multiprocessing.get_context("spawn")
-    child = spawn.Process(target=begin, args=(os.getpid(), pickle.dumps(Slow())))
+    child = spawn.Process(target=child_main, args=(os.getpid(), pickle.dumps(Slow())))
     child.start()
     child.join()
     print("ended", -child.exitcode)
@@ -444,32 +456,32 @@ def test_a_process_that_still_imports_ends_at_once(tmp_path, number):
         process.communicate()
 
 
-def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
-    end_children = launch.end_children
+def test_a_signal_at_the_very_end_leaves_no_worker(run, cfg, monkeypatch):
+    kill_children = launch.kill_children
 
     def signalled(spared):
         os.kill(os.getpid(), signal.SIGINT)
-        end_children(spared)
+        kill_children(spared)
 
     monkeypatch.setattr(launch, "kill_children", signalled)
     try:
-        with pytest.raises(Interrupted, match=r"goes on from .*checkpoint_epoch_00002"):
+        with pytest.raises(Interrupted, match=r"resumes from .*checkpoint_epoch_00002"):
             engine.train(cfg)
         assert multiprocessing.active_children() == []
     finally:
         signals.kill_children()
 
 
-def test_what_started_a_process_may_be_gone_already():
+def test_the_parent_of_a_process_may_be_gone_already():
     code = "from stts_slowfast.standalone.signals import die_with_parent as die; die({}); print(1)"
     for parent, status in (("__import__('os').getppid()", 0), (0, 1)):
         words = [sys.executable, "-c", code.format(parent)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stdout) == (status, "" if status else "1\n")
-    assert "what started it is gone" in done.stderr
+    assert "its parent process is gone" in done.stderr
 
 
-def test_names_that_are_numbers_are_refused_in_words(run, cfg, tmp_path):
+def test_names_that_are_numbers_are_refused(run, cfg, tmp_path):
     path = str(tmp_path / "numbers.pyth")
     torch.save({"model_state": {0: torch.zeros(1), 1: torch.zeros(1)}}, path)
     cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = path, ("module.",)

@@ -247,7 +247,7 @@ def test_a_study_needs_labels(folder, tmp_path, spoilt, capsys):
     assert "has videos without a label" in capsys.readouterr().err
 
 
-def test_a_study_refuses_outputs_that_are_no_numbers(folder, tmp_path, capsys):
+def test_a_study_refuses_outputs_that_are_not_finite(folder, tmp_path, capsys):
     checkpoint = read_checkpoint(folder / "plain.pyth")
     checkpoint["model_state"]["norm.weight"][0] = float("inf")
     cfg = load_config(str(folder / "config.yaml"), ["STTS.ENABLE", False])
@@ -257,7 +257,7 @@ def test_a_study_refuses_outputs_that_are_no_numbers(folder, tmp_path, capsys):
     more = ("--time", "--space", "--both")
     assert cli.main(words(folder, tmp_path / "out", *more, checkpoint="inf.pyth")) == 2
     told = capsys.readouterr().err
-    assert "test_0000.mp4 are no numbers: the weights norm.weight hold" in told
+    assert "test_0000.mp4 are not finite: the weights norm.weight have" in told
     assert not (tmp_path / "out" / "study.json").exists()
 
 
@@ -281,7 +281,7 @@ def test_shares_of_several_blocks_leave_the_budget(folder):
         (["--opts", "MVIT.DEPTH", "2"], "is of a larger model"),
         (["--opts", "MODEL.NUM_CLASSES", "5"], "is not of this config's model"),
         (["--checkpoint", "nowhere.pyth"], "checkpoint nowhere.pyth does not exist"),
-        (["--checkpoint", "."], "checkpoint . is a folder: name a file in it or, where"),
+        (["--checkpoint", "."], "checkpoint . is a folder: name a file in it or, if"),
     ],
 )
 def test_mistakes_show_before_anything_is_measured(folder, tmp_path, capsys, more, message):
