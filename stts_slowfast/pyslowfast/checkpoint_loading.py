@@ -6,7 +6,6 @@ of the file could fail where the first did not, and the check would be gone.
 
 import contextlib
 import inspect
-import os
 import re
 from contextvars import ContextVar
 
@@ -17,6 +16,8 @@ from torch import nn
 from yacs import config as yacs
 
 from stts_slowfast import checkpoints
+from stts_slowfast.checkpoints.names import previous_checkpoint
+from stts_slowfast.checkpoints.optimizer_state import optimizer_mismatch
 from stts_slowfast.configfiles.values import all_keys
 from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.pyslowfast import run_state
@@ -149,7 +150,7 @@ class Loading:
         way = "give another file"
         if self.purpose == "resume":
             way = "move it away to begin anew"
-            if before := _checkpoint_before(self.path):
+            if before := previous_checkpoint(self.path):
                 way = f"move it away to resume from {before}"
         raise RuntimeError(
             f"{self.path} cannot be read ({type(error).__name__}: {error}), as a file that was not "
@@ -193,14 +194,6 @@ def _note_read(normal_to_sub_bn, checkpoint_sd, model_sd):
     return normal_to_sub_bn(checkpoint_sd, model_sd)
 
 
-def _checkpoint_before(path: str) -> str | None:
-    """The checkpoint before one in its folder, by name; None if there is none."""
-    folder, name = os.path.split(path)
-    with contextlib.suppress(OSError):
-        names = sorted(each for each in os.listdir(folder) if "checkpoint" in each and each < name)
-        return os.path.join(folder, names[-1]) if names else None
-
-
 def _config_in(path: str) -> str | None:
     """The config in a checkpoint, for a message; None if the file is not read this simply."""
     with contextlib.suppress(Exception):
@@ -213,9 +206,8 @@ def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> No
     Raises:
         ValueError: naming the keys of ``STTS`` that have changed, and the way out.
     """
-    found = [len(group["params"]) for group in state.get("param_groups", ())]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if found == sizes and _fits(state.get("state", {}), optimizer):
+    mismatch = optimizer_mismatch(state, optimizer)
+    if not mismatch:
         return
     way = (
         "choose another OUTPUT_DIR, or set TRAIN.AUTO_RESUME False"
@@ -224,20 +216,8 @@ def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> No
     )
     changed = "; ".join(_changed_keys(_config_in(path), cfg))
     raise ValueError(
-        f"{path} holds the state of an optimizer for other parameters (groups of {found}, where "
-        f"this run has {sizes}), so that run cannot go on: "
-        + (f"since then {changed}; set it back, or " if changed else "")
-        + way
-    )
-
-
-def _fits(state: dict, optimizer) -> bool:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return all(
-        value.shape == parameters[number].shape
-        for number, entry in state.items()
-        for value in entry.values()
-        if isinstance(value, torch.Tensor) and value.dim()
+        f"{path} holds the state of an optimizer for other parameters ({mismatch}), so that run "
+        "cannot be resumed: " + (f"since then {changed}; set it back, or " if changed else "") + way
     )
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor, arange, nn
 
 from stts_slowfast.fused.pytorchvideo import PyTorchVideoAttention, PyTorchVideoBlock
-from stts_slowfast.fused.replacement import BLOCKS, FINAL_NORMS, SUBMODULES
+from stts_slowfast.fused.registry import BLOCKS, FINAL_NORMS, SUBMODULES
 
 # The modules `slowfast.models.attention`, by whatever names they are imported.
 _hosts = []
@@ -23,7 +23,7 @@ class SlowFastAttention(PyTorchVideoAttention):
     """Stands in for ``slowfast.models.attention.MultiScaleAttention``."""
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module) -> bool:
         return _is_a(module, "MultiScaleAttention")
 
     def tables(self):
@@ -69,7 +69,7 @@ class SlowFastBlock(PyTorchVideoBlock):
     """Stands in for ``slowfast.models.attention.MultiScaleBlock``."""
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module) -> bool:
         return _is_a(module, "MultiScaleBlock")
 
     @classmethod

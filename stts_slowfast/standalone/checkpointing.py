@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,11 +18,9 @@ from stts_slowfast.checkpoints import (
     read_checkpoint,
     validate_checkpoint,
 )
+from stts_slowfast.checkpoints.names import checkpoint_name, latest_first
 
 logger = logging.getLogger(__name__)
-
-# Those inside an epoch have names that SlowFast, which knows no such thing, does not take for its.
-_WITHIN = "within_epoch_{:05d}_iteration_{:07d}.pyth"
 
 
 @dataclass
@@ -54,9 +51,8 @@ def _of_task(cfg, name: str) -> str:
 
 def checkpoint_path(cfg, epoch: int, iteration: int = 0) -> str:
     """Where the checkpoint after ``epoch`` epochs lies, or after iterations of the next one."""
-    name = f"checkpoint_epoch_{epoch:05d}.pyth"
-    name = _WITHIN.format(epoch, iteration) if iteration else name
-    return os.path.join(cfg.OUTPUT_DIR, "checkpoints", _of_task(cfg, name))
+    name = checkpoint_name(epoch, iteration, cfg.TASK)
+    return os.path.join(cfg.OUTPUT_DIR, "checkpoints", name)
 
 
 def checkpoints(cfg, within: bool = True) -> list[str]:
@@ -64,12 +60,7 @@ def checkpoints(cfg, within: bool = True) -> list[str]:
     folder = os.path.dirname(checkpoint_path(cfg, 0))
     if not g_pathmgr.isdir(folder):
         return []
-    task = re.escape(_of_task(cfg, ""))
-    kinds = r"checkpoint_epoch_(\d+)" + (r"|within_epoch_(\d+)_iteration_(\d+)" if within else "")
-    whole = re.compile(rf"{task}(?:{kinds})\.pyth")
-    found = filter(None, map(whole.fullmatch, g_pathmgr.ls(folder)))
-    places = {name.string: [int(n) for n in name.groups() if n is not None] for name in found}
-    names = sorted(places, key=lambda name: places[name], reverse=True)
+    names = latest_first(g_pathmgr.ls(folder), cfg.TASK, within)
     return [os.path.join(folder, name) for name in names]
 
 
