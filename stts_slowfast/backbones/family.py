@@ -58,10 +58,11 @@ class Family:
         layer: (a parameter's name, number of blocks) to its layer for ``SOLVER.LAYER_DECAY``: 0
             before the blocks, block + 1, number of blocks + 1 behind them.
         metadata: what checkpoints carry beside parameters, with the values they have where they do
-            not say; ``read_metadata(model)`` finds them, ``set_metadata(model, metadata)`` sets them and
-            says in sentences what it changed.
-        resolve_config: (a config, the keys that a file or command line gives) completes the config with
-            what the model's own files say; raises ValueError where that contradicts a given key.
+            not say; ``read_metadata(model)`` finds them, ``set_metadata(model, metadata)`` sets
+            them and says in sentences what it changed.
+        resolve_config: (a config, the keys that a file or command line gives) completes the config
+            with what the model's own files say; raises ValueError where that contradicts a given
+            key.
         init_folder: a config to the folder whose weights, and selectors, ``build`` starts from; "".
     """
 

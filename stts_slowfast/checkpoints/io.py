@@ -63,9 +63,9 @@ def _read_pytorch(f: IO[bytes]) -> object:
     if f.read(1) == b"":
         raise _DamagedError("it is empty: its writing was interrupted, or the disk was full")
     f.seek(0)
-    if zipfile.is_zipfile(f):  # else it is of PyTorch before 1.6
-        if damaged := _damaged_record(f):
-            raise _DamagedError(f"its checksum does not hold at {damaged}, the file is damaged")
+    # Files of PyTorch before 1.6 are no archives.
+    if zipfile.is_zipfile(f) and (damaged := _damaged_record(f)):
+        raise _DamagedError(f"its checksum does not hold at {damaged}, the file is damaged")
     f.seek(0)
     checkpoint = torch.load(f, map_location="cpu", weights_only=True)
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("checksum"), str):

@@ -15,7 +15,7 @@ import numpy as np
 from iopath.common.file_io import g_pathmgr
 
 from stts_slowfast.video import list_lines
-from stts_slowfast.video.list_lines import read_label, split_line
+from stts_slowfast.video.list_lines import read_label, read_labels, read_lines
 
 __all__ = ["VideoList", "VideoRecord", "list_kinetics", "list_ssv2"]
 
@@ -91,10 +91,8 @@ def list_kinetics(cfg, split: str) -> VideoList:
         raise ValueError("DATA.PATH_LABEL_SEPARATOR is empty: say what stands before the label")
 
     def paths() -> Iterator[str]:
-        for number, line in _lines(path):
-            where = f"{path} line {number}"
-            name, text = split_line(line, separator, where)
-            labels.append(_label(cfg, text, where))
+        for name, label in read_labels(path, separator, cfg.MODEL.NUM_CLASSES):
+            labels.append(_unlabelled_as_ours(label))
             yield name
 
     return VideoList(_PackedStrings(paths(), cfg.DATA.PATH_PREFIX), labels)
@@ -120,7 +118,7 @@ def list_ssv2(cfg, split: str) -> VideoList:
         where = f"something-something-v2-{name}.json, video {video['id']}"
         if template not in known:
             raise ValueError(f"{where}: template {template!r} has no label in the labels file")
-        label = _label(cfg, known[template], where)
+        label = _unlabelled_as_ours(read_label(known[template], cfg.MODEL.NUM_CLASSES, where))
         if video["id"] in names:
             ids.append(video["id"])
             labels.append(label)
@@ -138,7 +136,7 @@ def _frame_list(cfg, name: str) -> tuple[_PackedStrings, np.ndarray, dict[str, i
     owners, names = array("q"), {}
 
     def images() -> Iterator[str]:
-        for number, line in _lines(path):
+        for number, line in read_lines(path):
             fields = line.split()
             if fields[0] == "original_vido_id":
                 continue
@@ -167,20 +165,11 @@ def _data_file(cfg, name: str, content: str) -> str:
     return path
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Number and text of the lines that are not empty."""
-    with g_pathmgr.open(path, "r") as file:
-        try:
-            yield from list_lines.numbered(file)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
 def _read_json(cfg, name: str, kind: type, content: str):
     path = _data_file(cfg, name, content)
     with g_pathmgr.open(path, "r") as file:
         try:
-            found = json.loads(file.read().removeprefix(list_lines.MARK))
+            found = json.loads(file.read().removeprefix(list_lines.BYTE_ORDER_MARK))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, kind):
@@ -190,6 +179,5 @@ def _read_json(cfg, name: str, kind: type, content: str):
     return found
 
 
-def _label(cfg, text: str | int, where: str) -> int:
-    label = read_label(text, cfg.MODEL.NUM_CLASSES, where)
+def _unlabelled_as_ours(label: int) -> int:
     return NO_LABEL if label == list_lines.NO_LABEL else label
