@@ -88,7 +88,7 @@ def test_what_lists_hold_is_looked_at_too(tmp_path):
 def test_a_node_that_contains_itself_is_told(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("A: 1\nB: &b\n  C: [*b]\n")
-    with pytest.raises(ValueError, match=r"a\.yaml: what begins in line . contains itself"):
+    with pytest.raises(ValueError, match=r"a\.yaml: the value in line . contains itself"):
         read_yaml(str(path))
 
 
