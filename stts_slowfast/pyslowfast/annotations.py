@@ -6,12 +6,10 @@ a video; of missing videos it tries a hundred and fails without naming one.
 
 import os
 
-from iopath.common.file_io import g_pathmgr
-
 from stts_slowfast.pyslowfast.config_access import is_enabled
 from stts_slowfast.pyslowfast.patching import wrap
 from stts_slowfast.pyslowfast.read_context import is_kinetics
-from stts_slowfast.video.list_lines import NO_LABEL, numbered, read_label, split_line
+from stts_slowfast.video.list_lines import NO_LABEL, read_labels
 
 
 def wrap_build_dataset(build) -> None:
@@ -36,12 +34,10 @@ def read_list(dataset, cfg) -> None:
     """
     listed = os.path.join(cfg.DATA.PATH_TO_DATA_DIR, f"{dataset.mode}.csv")
     paths, labels = [], []
-    with g_pathmgr.open(listed, "r") as file:
-        for number, line in numbered(file):
-            where = f"{listed} line {number}"
-            path, label = split_line(line, cfg.DATA.PATH_LABEL_SEPARATOR, where)
-            paths.append(os.path.join(cfg.DATA.PATH_PREFIX, path))
-            labels.append(read_label(label, cfg.MODEL.NUM_CLASSES, where))
+    separator = cfg.DATA.PATH_LABEL_SEPARATOR
+    for path, label in read_labels(listed, separator, cfg.MODEL.NUM_CLASSES):
+        paths.append(os.path.join(cfg.DATA.PATH_PREFIX, path))
+        labels.append(label)
     unlabelled = labels.count(NO_LABEL)
     if unlabelled and dataset.mode != "test":
         raise ValueError(

@@ -6,7 +6,6 @@ if SlowFast's succeeds, and the check would be skipped.
 
 import contextlib
 import inspect
-import os
 import re
 from contextvars import ContextVar
 
@@ -17,6 +16,8 @@ from torch import nn
 from yacs import config as yacs
 
 from stts_slowfast import checkpoints
+from stts_slowfast.checkpoints.names import previous_checkpoint
+from stts_slowfast.checkpoints.optimizer_state import optimizer_mismatch
 from stts_slowfast.configfiles.values import all_keys
 from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.pyslowfast import run_state
@@ -142,7 +143,7 @@ class CheckpointLoad:
         remedy = "use another file"
         if self.purpose == "resume":
             remedy = "move it away to train from the start"
-            if previous := _previous_checkpoint(self.path):
+            if previous := previous_checkpoint(self.path):
                 remedy = f"move it away to resume from {previous}"
         return RuntimeError(
             f"{self.path} cannot be read ({type(error).__name__}: {error}); it may be truncated: "
@@ -186,16 +187,6 @@ def _normal_to_sub_bn(normal_to_sub_bn, checkpoint_sd, model_sd):
     return normal_to_sub_bn(checkpoint_sd, model_sd)
 
 
-def _previous_checkpoint(path: str) -> str | None:
-    """The previous checkpoint in the folder of one, by name; None if there is none."""
-    folder, name = os.path.split(path)
-    try:
-        names = sorted(n for n in os.listdir(folder) if "checkpoint" in n and n < name)
-    except OSError:
-        names = []
-    return os.path.join(folder, names[-1]) if names else None
-
-
 def _config_in(path: str) -> str | None:
     """The config in a checkpoint, for an error; None if the file cannot be read this way."""
     try:
@@ -210,9 +201,8 @@ def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> No
     Raises:
         ValueError: naming the keys of ``STTS`` that changed, and the remedy.
     """
-    found = [len(group["params"]) for group in state.get("param_groups", ())]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if found == sizes and _fits(state.get("state", {}), optimizer):
+    mismatch = optimizer_mismatch(state, optimizer)
+    if not mismatch:
         return
     remedy = (
         "choose another OUTPUT_DIR, or set TRAIN.AUTO_RESUME False"
@@ -221,20 +211,8 @@ def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> No
     )
     changed = "; ".join(_changed_keys(_config_in(path), cfg))
     raise ValueError(
-        f"{path} has the optimizer state of other parameters (groups of {found}, but this run has "
-        f"{sizes}), so it cannot be resumed: "
-        + (f"since then {changed}; change it back, or " if changed else "")
-        + remedy
-    )
-
-
-def _fits(state: dict, optimizer) -> bool:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return all(
-        value.shape == parameters[number].shape
-        for number, entry in state.items()
-        for value in entry.values()
-        if isinstance(value, torch.Tensor) and value.dim()
+        f"{path} has the optimizer state of other parameters ({mismatch}), so it cannot be "
+        "resumed: " + (f"since then {changed}; change it back, or " if changed else "") + remedy
     )
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor, arange, nn
 
 from stts_slowfast.fused.pytorchvideo import PyTorchVideoAttention, PyTorchVideoBlock
-from stts_slowfast.fused.replacement import BLOCKS, FINAL_NORMS, SUBMODULES
+from stts_slowfast.fused.registry import BLOCKS, FINAL_NORMS, SUBMODULES
 
 # The imported modules `slowfast.models.attention`; there may be several by different names.
 _attention_modules = []
@@ -23,7 +23,7 @@ class SlowFastAttention(PyTorchVideoAttention):
     """Replaces ``slowfast.models.attention.MultiScaleAttention``."""
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module) -> bool:
         return _is_instance(module, "MultiScaleAttention")
 
     def tables(self):
@@ -70,7 +70,7 @@ class SlowFastBlock(PyTorchVideoBlock):
     """Replaces ``slowfast.models.attention.MultiScaleBlock``."""
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module) -> bool:
         return _is_instance(module, "MultiScaleBlock")
 
     @classmethod

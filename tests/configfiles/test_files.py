@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from stts_slowfast.configfiles.files import CONFIGS, _no_key_twice, find_config, read_yaml
+from stts_slowfast.configfiles.files import CONFIGS, _check_duplicates, find_config, read_yaml
 from stts_slowfast.standalone.config import load_config
 
 
@@ -88,7 +88,7 @@ def test_what_lists_hold_is_looked_at_too(tmp_path):
 def test_a_node_that_contains_itself_is_told(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("A: 1\nB: &b\n  C: [*b]\n")
-    with pytest.raises(ValueError, match=r"a\.yaml: what begins in line . contains itself"):
+    with pytest.raises(ValueError, match=r"a\.yaml: the value in line . contains itself"):
         read_yaml(str(path))
 
 
@@ -97,4 +97,4 @@ def test_what_many_places_name_is_looked_at_once(tmp_path):
     lines = ["A0: &a0 [1]"]
     lines += [f"A{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
     path.write_text("\n".join(lines))
-    _no_key_twice(yaml.compose(path.read_text()), "")  # ten to the eighth, place by place
+    _check_duplicates(yaml.compose(path.read_text()), "")  # ten to the eighth, place by place

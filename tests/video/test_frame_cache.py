@@ -68,7 +68,7 @@ def test_no_more_is_kept_than_was_said(tmp_path, opened):
         for path in paths[::-1]:
             read(path, list(range(12)))
         assert set(opened) == {paths[0]}
-    assert not frame_cache._memory.items
+    assert not frame_cache._cache.items
 
 
 def test_damage_is_told_again_and_what_cannot_be_read_is_tried_again(tmp_path, opened):

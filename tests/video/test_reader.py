@@ -24,6 +24,7 @@ from stts_slowfast.video import (
     reader,
     run_with_timeout,
 )
+from stts_slowfast.video.lru_cache import LRUCache
 
 SIZE = (32, 48)
 
@@ -34,7 +35,7 @@ needs_index = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch):
-    monkeypatch.setattr(reader, "_memory", frame_index.LRUCache())
+    monkeypatch.setattr(reader, "_cache", LRUCache())
 
 
 def write_video(
@@ -227,7 +228,7 @@ def test_what_was_found_out_is_remembered_as_long_as_the_file_stays(tmp_path, mo
 
 
 def test_what_is_remembered_is_bounded():
-    memory = frame_index.LRUCache(limit=100_000)
+    memory = LRUCache(limit=100_000)
     for number in range(50):
         empty = np.empty(0, np.int64)
         memory.put(number, frame_index.FrameIndex(np.arange(1000), empty, empty))
