@@ -10,7 +10,7 @@ _attention_modules = []
 
 
 def register_attention(attention_module) -> None:
-    """Makes the classes of ``slowfast.models.attention`` known to ``fused.fuse``."""
+    """Makes the classes of ``slowfast.models.attention`` known to ``fused.fuse_model``."""
     if attention_module not in _attention_modules:
         _attention_modules.append(attention_module)
 

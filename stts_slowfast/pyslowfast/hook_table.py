@@ -56,18 +56,18 @@ class Patch(NamedTuple):
 _VISUALIZATION = "slowfast.visualization"
 PATCHES = {
     "vision_imports": Patch(
-        "`vision.fair.slowfast`, which the launcher imports, is a package that only Meta has",
-        "imports of `vision.fair.slowfast` that nothing else satisfies: it is the checkout",
+        "`vision.fair.slowfast`, which the launcher imports, exists only inside Meta",
+        "imports of `vision.fair.slowfast` that nothing else resolves: they find the checkout",
         {"slowfast": "compat.imports.patch_vision_imports"},
     ),
     "ava_evaluation": Patch(
-        "older commits import `ava_evaluation`, which is found from the checkout's root alone",
-        "imports of `ava_evaluation` that nothing else satisfies",
+        "older commits import `ava_evaluation`, which is found only from the checkout's root",
+        "imports of `ava_evaluation` that nothing else resolves",
         {"slowfast": "compat.imports.patch_ava_evaluation"},
     ),
     "missing_packages": Patch(
         "the traceback of a missing detectron2 or pytorchvideo does not say where to get them",
-        "tracebacks of import errors out of SlowFast's files: one line more",
+        "tracebacks of import errors in SlowFast's files: one more line",
         {"slowfast": "compat.imports.patch_missing_packages"},
     ),
     "pkg_resources": Patch(
@@ -80,11 +80,11 @@ PATCHES = {
     ),
     "prefetch_key": Patch(
         "`configs/SSv2/MVITv2_*.yaml` have a key PREFETCH that SlowFast's config does not know",
-        "the config key `PREFETCH`: it is passed over",
+        "the config key `PREFETCH`: it is ignored",
         {"slowfast.config.defaults": "compat.tools.patch_prefetch_key"},
     ),
     "load_config": Patch(
-        "`tools/benchmark.py` passes `--cfg` over",
+        "`tools/benchmark.py` ignores `--cfg`",
         "`load_config` as `tools/benchmark.py` calls it",
         {"slowfast.utils.parser": "compat.tools.patch_load_config"},
     ),
@@ -100,7 +100,7 @@ PATCHES = {
     "bad_videos": Patch(
         "a video that cannot be read is not named; in a test it ends the run after 100 tries",
         "`train_epoch`, `eval_epoch` and `perform_test` of `tools/`, for the dataset `Kinetics` "
-        "itself, no subclass: they are named, written down and, if allowed, count as wrong",
+        "itself, not subclasses: they are logged and, if allowed, count as wrong",
         {
             "slowfast.datasets.kinetics": "error_log.patch_bad_videos",
             "tools.train_net": "loops.patch_bad_videos",
@@ -113,12 +113,12 @@ PATCHES = {
         {"tools.train_net": "loops.patch_cuda_synchronize"},
     ),
     "ava_test": Patch(
-        "AVA's test fails in its first iteration: its meter is asked twice",
+        "AVA's test fails in its first iteration: its meter is updated twice",
         "`perform_test` of `tools/test_net.py` with `DETECTION.ENABLE`",
         {"tools.test_net": "loops.patch_ava_test"},
     ),
     "mt_adamw": Patch(
-        "`SOLVER.OPTIMIZING_METHOD mt_adamw` asks for a module that PyTorch no longer has",
+        "`SOLVER.OPTIMIZING_METHOD mt_adamw` needs a module that PyTorch no longer has",
         "`construct_optimizer` with this method",
         {"slowfast.models.optimizer": "compat.tools.patch_mt_adamw"},
     ),
@@ -128,8 +128,9 @@ PATCHES = {
         {"slowfast.models.ptv_model_builder": "compat.tools.patch_ptv_mvit"},
     ),
     "ptv_datasets": Patch(
-        "`ptvkinetics` and its kin fail in the first batch, which has four things where SlowFast's "
-        "loops unpack five; `DATA.DECODING_BACKEND torchvision` fails on every video",
+        "`ptvkinetics`, `ptvssv2` and `ptvcharades` fail in the first batch, which has four items, "
+        "but SlowFast's loops unpack five; `DATA.DECODING_BACKEND torchvision` fails on every "
+        "video",
         "`train_epoch`, `eval_epoch` and `perform_test` of `tools/` for these datasets; their "
         "backend, if torchvision's is gone: PyAV decodes",
         {
@@ -139,33 +140,34 @@ PATCHES = {
         },
     ),
     "flop_count": Patch(
-        "a model with `MODEL.ACT_CHECKPOINT` fails as its FLOPs are counted (`unordered_map::at`)",
+        "a model with `MODEL.ACT_CHECKPOINT` fails when its FLOPs are counted "
+        "(`unordered_map::at`)",
         "`get_model_stats`: while it counts, fairscale recomputes nothing",
         {"slowfast.utils.misc": "compat.flops.patch_flop_count"},
     ),
     "unsupported_operators": Patch(
-        "counting FLOPs writes about 100 lines of operators that are not counted",
+        "counting FLOPs logs about 100 lines of operators that are not counted",
         "`get_model_stats` in runs with selection, or started by `stts run`: no such lines",
         {"slowfast.utils.misc": "compat.flops.patch_unsupported_operators"},
     ),
     "visualization": Patch(
-        "`tools/visualization.py` unpacks four of the five things in a batch",
+        "`tools/visualization.py` unpacks four of the five items in a batch",
         "the job `visualize` of `tools/visualization.py`",
         {"slowfast.datasets.loader": "compat.tools.patch_visualization"},
     ),
     "activations": Patch(
-        "activations are taken for tensors, where a block gives its tokens and their grid",
-        "`GetWeightAndActivation` of a layer that gives several things: the first is shown",
+        "activations must be tensors, but a block returns its tokens and their grid",
+        "`GetWeightAndActivation` of layers with several outputs: the first is shown",
         {f"{_VISUALIZATION}.utils": "compat.tools.patch_activations"},
     ),
     "layer_weights": Patch(
-        "weights of several layers are drawn with the indices of the first one's rows",
+        "weights of several layers are plotted with the row indices of the first layer",
         "`TensorboardWriter.plot_weights_and_activations`",
         {f"{_VISUALIZATION}.tensorboard_vis": "compat.tools.patch_layer_weights"},
     ),
     "demo": Patch(
         "the demo of a model with `ARCH mvit` fails on videos that are not square",
-        "`process_cv2_inputs` for such models and frames: it gets the middle square",
+        "`process_cv2_inputs` for such models and frames: they are cropped to the central square",
         {f"{_VISUALIZATION}.utils": "compat.tools.patch_demo"},
     ),
 }
