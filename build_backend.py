@@ -1,5 +1,5 @@
-"""setuptools' build backend; it adds a ``.pth`` file that Python reads when it starts, and to editable
-installs a copy of ``stts_slowfast_autoload.py``.
+"""setuptools' build backend; it adds a ``.pth`` file that Python reads when it starts, and a copy
+of ``stts_slowfast_autoload.py`` to editable installs.
 
 An editable install links modules to the checkout. Python and PyTorch import this module whenever
 they start, and must find it even if the checkout has moved.

@@ -415,7 +415,7 @@ MUTATIONS = {
         "pyslowfast/distributed.py",
         "if uses_stts and process:",
         "if False:",
-        "tests/pyslowfast/test_distributed.py -k otherwise_than_torchrun",
+        "tests/pyslowfast/test_distributed.py -k other_process_counts",
     ),
     "published-for-another-dataset": Mutation(
         "tools/bench/published.py",
@@ -481,13 +481,13 @@ MUTATIONS = {
         "pyslowfast/lazy_clip.py",
         "(*steps, (_IN_PLACE[function], rest[0]))",
         "((_IN_PLACE[function], rest[0]),)",
-        f"{CLIPS} -k square",
+        f"{CLIPS} -k a_crop",
     ),
     "one-of-many-is-pickled-as-one": Mutation(
         "pyslowfast/distributed.py",
         "return ForcedMultiProcessCount, (self.given, int(self))",
         "return int, (self.given,)",
-        "tests/pyslowfast/test_distributed.py -k one_of_many",
+        "tests/pyslowfast/test_distributed.py -k forced_process_count",
     ),
     "parts-are-cut-before-what-looks-beyond": Mutation(
         "video/image_ops.py",

@@ -79,7 +79,7 @@ def test_testing_without_trained_scorers_is_refused(load, saved, registry, cfg):
     assert checkpoint_loading.is_pretrained(model)
 
 
-def test_a_file_with_scorers_is_refused_where_selection_is_off(load, saved, registry, cfg):
+def test_a_file_with_scorers_is_refused_if_selection_is_off(load, saved, registry, cfg):
     path = saved()
     cfg.STTS.ENABLE = False
     model = registry.get("Transformer")(cfg)
@@ -110,7 +110,7 @@ def test_resuming_with_changed_scorers_names_the_key(load, saved, registry, cfg)
         load(path, model, False, optimizer_of(model))
 
 
-def test_a_run_that_is_what_it_was_goes_on(load, saved, registry, cfg):
+def test_an_unchanged_run_is_resumed(load, saved, registry, cfg):
     model = registry.get("Transformer")(cfg)
     assert load(saved(), model, False, optimizer_of(model)) == 0
 

@@ -22,14 +22,14 @@ def whole():
     return normalised(torch.from_numpy(np.stack(IMAGES)))
 
 
-def test_a_square_has_the_bits_of_the_whole(whole):
+def test_a_crop_has_the_bits_of_the_whole(whole):
     clip = normalised(LazyClip.create(IMAGES))
     assert type(clip) is LazyClip and clip.shape == whole.shape and clip.dtype == whole.dtype
     square = clip[:, :, 2:9, 3:10]
     assert type(square) is torch.Tensor and torch.equal(square, whole[:, :, 2:9, 3:10])
 
 
-def test_what_cannot_wait_is_done_on_the_whole(whole):
+def test_other_operations_run_on_whole_frames(whole):
     for ask in (lambda c: c * 2, lambda c: c.flip(-1), lambda c: c[1], lambda c: c / c.amax()):
         found = ask(normalised(LazyClip.create(IMAGES)))
         assert type(found) is torch.Tensor and torch.equal(found, ask(whole))

@@ -215,7 +215,7 @@ def runs(tmp_path_factory) -> dict:
     return {(function, how, enable): stages for function, how, enable, stages in lines}
 
 
-def test_every_hook_runs_where_none_fails(runs):
+def test_every_hook_runs_if_none_fails(runs):
     # Of another hook's failure this one tells: all others have run.
     told = runs["training.wrap_log", "fails", True]["build"]
     assert told.count(" failed (") == 1 and "never ran" not in told
@@ -223,7 +223,7 @@ def test_every_hook_runs_where_none_fails(runs):
 
 @pytest.mark.parametrize("how", ["fails", "never ran"])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_run_with_selection_stops_where_a_hook_does_not_run(runs, hook, how):
+def test_a_run_with_selection_stops_if_a_hook_does_not_run(runs, hook, how):
     stages = runs[hook, how, True]
     assert "child" not in stages, stages["child"]
     name = f"broken.{hook} failed" if how == "fails" else f"{hook} never ran"

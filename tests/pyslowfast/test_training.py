@@ -86,7 +86,7 @@ def test_disabled_optimizers_are_stock(registry, cfg, optim):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_resumed_run_is_held_back_as_it_was(registry, cfg, optim, trained):
+def test_a_resumed_run_is_frozen_and_capped_as_before(registry, cfg, optim, trained):
     model = registry.get("Transformer")(cfg)
     if trained:
         checkpoint_loading.mark_pretrained(model)
@@ -115,7 +115,7 @@ def test_a_model_is_trained_once_a_checkpoint_was_loaded_into_it(wrapped):
     assert checkpoint_loading.is_pretrained(outer) and checkpoint_loading.is_pretrained(model)
 
 
-def test_the_line_says_once_where_a_run_starts_from(registry, cfg, optim, caplog):
+def test_the_start_of_a_run_is_logged_once(registry, cfg, optim, caplog):
     caplog.set_level("INFO")
     optimizer = optim.construct_optimizer(model := registry.get("Transformer")(cfg), cfg)
     for epoch in (0.0, 0.5):

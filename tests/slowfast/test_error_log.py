@@ -82,7 +82,7 @@ def test_a_test_video_that_cannot_be_read_is_marked(dataset, bad_lists, backend)
 
 @BACKENDS
 @pytest.mark.parametrize("mode", ["train", "val"])
-def test_others_take_their_place_in_training(dataset, bad_lists, backend, mode):
+def test_other_videos_replace_them_in_training(dataset, bad_lists, backend, mode):
     random.seed(0)
     data = dataset(mode, "DATA.DECODING_BACKEND", backend)
     data._set_epoch_num(2)
@@ -254,7 +254,7 @@ def test_meter_and_dataset_are_slowfasts_again_after_the_loop(alone):
     assert pickle.loads(pickle.dumps(data))._labels == data._labels
 
 
-def test_without_a_loop_that_counts_slowfast_gives_up_as_it_does(alone):
+def test_without_a_tracking_loop_slowfast_gives_up_as_before(alone):
     data = alone("test")
     data._num_retries = 2
     views = data._num_clips

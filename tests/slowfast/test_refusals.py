@@ -92,7 +92,7 @@ def test_a_truncated_last_checkpoint_is_named_with_the_one_before(get_cfg, build
     cu.load_checkpoint(first, model, False, optimizer)
 
 
-def test_lists_of_which_no_video_is_there_are_refused(get_cfg, videos, tmp_path):
+def test_lists_of_which_no_video_exists_are_refused(get_cfg, videos, tmp_path):
     from slowfast.datasets import build_dataset
 
     rows = [f"{number}.mp4 0" for number in range(3)]

@@ -109,7 +109,7 @@ def test_two_epochs_with_the_torchvision_backend(command, checkout, tmp_path):
     }
 
 
-def test_fine_tuning_holds_the_backbone_back(command, checkout, tmp_path):
+def test_fine_tuning_freezes_and_caps_the_backbone(command, checkout, tmp_path):
     run(command(tmp_path / "first", "STTS.ENABLE", "False", "TEST.ENABLE", "False"), checkout)
     trained = tmp_path / "first" / "checkpoints" / "checkpoint_epoch_00002.pyth"
     opts = ("TRAIN.CHECKPOINT_FILE_PATH", str(trained), "TRAIN.CHECKPOINT_EPOCH_RESET", "True")
@@ -191,7 +191,7 @@ def test_doctor_finds_that_a_run_can_start(checkout):
     assert re.search(r"patch decoder *│ *(OK|patched)", done.stdout)
 
 
-def test_doctor_fails_where_there_is_no_checkout(checkout, tmp_path):
+def test_doctor_fails_without_a_checkout(checkout, tmp_path):
     done = stts("doctor", COLUMNS="200", SLOWFAST_ROOT=str(tmp_path))
     assert done.returncode == 1
     assert "A SlowFast run cannot start: SlowFast" in done.stdout

@@ -52,7 +52,7 @@ def scalars(runs, tag: str) -> list[float]:
     return [point.value for run in runs for point in run.Scalars(tag)]
 
 
-def test_sigma_and_the_backbones_rate_stand_beside_the_rate(visualized):
+def test_sigma_and_the_backbone_lr_are_logged_beside_the_lr(visualized):
     selects, runs = visualized
     rates = scalars(runs, "Train/lr")
     assert len(rates) == 3 and min(rates) > 0  # three batches of four

@@ -70,7 +70,7 @@ def test_a_wrapped_mvit_is_stock_with_selection_off(get_cfg, build, register):
     assert not modules_with_selectors(model)
 
 
-def test_a_part_that_was_built_on_its_own_keeps_its_selectors(get_cfg, build, register):
+def test_a_submodule_that_was_built_on_its_own_keeps_its_selectors(get_cfg, build, register):
     class Twice(nn.Module):
         def __init__(self, cfg):
             super().__init__()
