@@ -415,7 +415,7 @@ MUTATIONS = {
         "pyslowfast/distributed.py",
         "if uses_stts and process:",
         "if False:",
-        "tests/pyslowfast/test_distributed.py -k other_process_counts",
+        "tests/pyslowfast/test_distributed.py -k otherwise_than_torchrun",
     ),
     "published-for-another-dataset": Mutation(
         "tools/bench/published.py",

@@ -98,7 +98,7 @@ def config(**keys):
         ({"NUM_SHARDS": 4}, r"--num_shards is 4 .*processes on 2 machines: leave both out"),
     ],
 )
-def test_other_process_counts_than_torchruns_are_refused(launch_job, started, keys, told):
+def test_configs_that_say_otherwise_than_torchrun_are_refused(launch_job, started, keys, told):
     started(3, 4, 1, 2)
     with pytest.raises(ValueError, match=told):
         launch_job(config(**keys), "", print)

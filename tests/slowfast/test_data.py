@@ -133,7 +133,7 @@ def decoded(monkeypatch):
 
 @BACKENDS
 def test_views_of_one_file_are_one_pass_and_equal_views_alone(
-    checkout, decode, backend, tmp_path, write_video, decoded, files
+    checkout, decode, backend, tmp_path, write_video, decoded, last_file
 ):
     rng = np.random.default_rng(0)
     paths = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
@@ -145,7 +145,7 @@ def test_views_of_one_file_are_one_pass_and_equal_views_alone(
             path, backend, clip_idx=clip, num_clips_uniform=5, max_spatial_scale=24
         )
         if alone:
-            files.close()
+            last_file.close()
         return frames[0], spans
 
     alone = {(path, clip): view(path, clip, True) for path in paths for clip in range(5)}
@@ -157,7 +157,7 @@ def test_views_of_one_file_are_one_pass_and_equal_views_alone(
             frames, spans = view(path, clip)
             assert torch.equal(frames, alone[path, clip][0])
             np.testing.assert_array_equal(spans, alone[path, clip][1])
-        files.close()
+        last_file.close()
 
     check([(path, clip) for path in paths for clip in range(5) for _ in range(3)])
     assert decoded["opened"] == 2 and decoded["decoded"] <= 2 * 90

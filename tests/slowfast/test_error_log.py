@@ -82,7 +82,7 @@ def test_a_test_video_that_cannot_be_read_is_marked(dataset, bad_lists, backend)
 
 @BACKENDS
 @pytest.mark.parametrize("mode", ["train", "val"])
-def test_other_videos_replace_them_in_training(dataset, bad_lists, backend, mode):
+def test_others_take_their_place_in_training(dataset, bad_lists, backend, mode):
     random.seed(0)
     data = dataset(mode, "DATA.DECODING_BACKEND", backend)
     data._set_epoch_num(2)

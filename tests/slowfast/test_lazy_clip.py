@@ -267,7 +267,7 @@ def test_the_views_of_both_engines_are_equal(get_cfg, films, tmp_path, backend):
 
 @pytest.mark.parametrize("backend", ["pyav", "torchvision"])
 @pytest.mark.parametrize("name", ["xvid.avi", "h264.asf", "nvop.avi", "nostss_m4.mp4"])
-def test_frames_of_files_with_wrong_timestamps(checkout, backend, name):
+def test_frames_of_files_that_claim_what_they_are_not(checkout, backend, name):
     from slowfast.datasets import decoder
     from slowfast.datasets.video_container import get_video_container
 
