@@ -18,7 +18,7 @@ from stts_slowfast.hooks import attach, selections
 
 
 class Block(nn.Module):
-    """Needs to be told where its tokens come from."""
+    """Needs the positions of its tokens."""
 
     def __init__(self):
         super().__init__()

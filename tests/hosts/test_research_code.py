@@ -1,4 +1,4 @@
-"""Blocks of research code: those that count tokens are given places, or refused."""
+"""Blocks of research code: those that depend on token order get positions, or are refused."""
 
 import pytest
 import torch
