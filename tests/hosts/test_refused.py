@@ -1,4 +1,4 @@
-"""Models that cannot be served are refused by attach, with the reason; wrappers with the module to attach to."""
+"""Models that cannot be served are refused by attach, with the reason or the right module."""
 
 import pytest
 import torch
