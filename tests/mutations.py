@@ -71,7 +71,7 @@ MUTATIONS = {
         "standalone/predictions.py",
         "if bool(logits.isfinite().all()):",
         "if True:",
-        "tests/standalone/test_evaluator.py -k no_numbers",
+        "tests/standalone/test_evaluator.py -k not_finite",
     ),
     "unreadable-videos-in-a-study": Mutation(
         "tools/study/evaluate.py",
@@ -258,13 +258,13 @@ MUTATIONS = {
         "standalone/signals.py",
         "        if not over:",
         "        if False:",
-        f"{STOPS} -k does_not_listen",
+        f"{STOPS} -k reads_no_signal",
     ),
     "nothing-to-save-is-waited-for": Mutation(
         "standalone/signals.py",
         "if not over and self.deferred:",
         "if not over:",
-        f"{STOPS} -k does_not_listen",
+        f"{STOPS} -k reads_no_signal",
     ),
     "a-hung-read-keeps-a-run": Mutation(
         "standalone/signals.py",
@@ -294,12 +294,12 @@ MUTATIONS = {
         "standalone/signals.py",
         "return error.__context__ and worker_death_error(error.__context__)",
         "return None",
-        f"{STOPS} -k lost_reader",
+        f"{STOPS} -k lost_worker",
     ),
     "signals-lost-while-processes-start": Mutation(
         "standalone/launch.py",
-        "if relay.number:  # it came",
-        "if False:  # it came",
+        "if (lost or signals.number) and not terminated:",
+        "if lost and not terminated:",
         f"{STOPS} -k reaches_them",
     ),
     "orphans-go-on": Mutation(
