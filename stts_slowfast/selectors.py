@@ -20,7 +20,7 @@ from stts_slowfast.config import (
 from stts_slowfast.scorers import SCORERS, minmax_normalize
 from stts_slowfast.selector_state import SelectorState
 from stts_slowfast.topk import OPERATORS, autocast_disabled, hard_topk
-from stts_slowfast.window_sums import MixWindows
+from stts_slowfast.window_sums import mix_windows
 
 # Shares are kept in billionths: torch.compile takes a module's whole numbers for constants, but its
 # floats for variables as soon as two selectors differ, and no shape can depend on those.
@@ -380,7 +380,7 @@ class SpatialSelector(Selector):
         window = self.output_size(grid)
         if choice.weights is not None:
             weights = choice.weights.to(grid.dtype).unflatten(0, grid.shape[:2])
-            return MixWindows.apply(grid, weights, window, self._steps(grid, window))
+            return mix_windows(grid, weights, window, self._steps(grid, window))
         batch, frames = grid.shape[:2]
         device = grid.device
         # Four index tensors that broadcast to (B, T, h, w): one copy, whatever the strides.

@@ -11,6 +11,7 @@ import stts_slowfast as stts
 from stts_slowfast import backbones
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.topk import OPERATORS as REGISTRY
+from stts_slowfast.window_sums import mix_windows
 from tests.conftest import Golden
 from tests.gpu.pretended_cuda import Record, capturing, pretended, storage, to_cuda
 from tests.hosts.examples import EXAMPLES, Example
@@ -59,6 +60,9 @@ def _golden(name: str) -> tuple[Example, dict]:
     return _standalone(Golden(name).cfg(), {0: 0.5}, {2: 0.6})
 
 
+# Of hosts that others stand for: in one precision.
+VARIANTS = {"videomae-token", "videomae-model", "timesformer-joint", "timesformer-space"}
+VARIANTS |= {"clip", "dinov2", "timm-registers", "timm-tubelets"}
 HOST_SELECTION = {"time": {0: 0.5}, "space": {2: 0.6}}
 SMALL: dict[str, Callable[[], tuple[Example, dict]]] = {
     **{name: lambda make=make: (make(), HOST_SELECTION) for name, make in EXAMPLES.items()},
@@ -123,6 +127,10 @@ class Run(NamedTuple):
             return contextlib.nullcontext()
         return torch.autocast("cuda", self.dtype)
 
+    def choose(self, operator: str) -> None:
+        for selector in getattr(self.model, "stts", {}).values():
+            selector.operator = REGISTRY.get(operator)
+
     def evaluate(self) -> Record:
         self.model.eval()
         with torch.no_grad(), self.autocast(), Record() as record:
@@ -132,6 +140,7 @@ class Run(NamedTuple):
     def train(self, loop: "Loop | None" = None) -> dict[str, Record]:
         """Forward and backward pass; with a loop its schedule before them, its step after."""
         self.model.train()
+        self.model.zero_grad()
         parts = {part: Record() for part in ("forward", "backward")}
         if loop:
             with Record():
@@ -143,7 +152,6 @@ class Run(NamedTuple):
         if loop:
             with Record():
                 loop.optimizer.step()
-            loop.optimizer.zero_grad()
         return parts
 
 
@@ -154,6 +162,10 @@ class Loop:
         groups = stts.param_groups(model.parameters(), model)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
         self.schedule = stts.Schedule(model, self.optimizer, max_epochs=2, pretrained=False)
+
+
+def precisions(name: str) -> list[str]:
+    return ["bf16"] if name in VARIANTS else list(DTYPES)
 
 
 def run_small(name: str) -> dict:
@@ -170,14 +182,14 @@ def run_small(name: str) -> dict:
     with pretended():
         clips = torch.empty(clips.shape, device="cuda")
         loop = Loop(to_cuda(model))
-        for dtype, autocast in DTYPES.items():
+        for dtype in precisions(name):
+            autocast = DTYPES[dtype]
             run = Run(model, clips, logits, autocast)
             if run.evaluate().waits or not found:
                 run.train(loop)
             found[f"{dtype} evaluation"] = run.evaluate()
             for operator in OPERATORS:
-                for selector in model.stts.values():
-                    selector.operator = REGISTRY.get(operator)
+                run.choose(operator)
                 parts = run.train(loop)
                 found |= {f"{dtype} {operator} {part}": r for part, r in parts.items()}
         capture = _capture(run)
@@ -198,19 +210,34 @@ def _capture(run: Run) -> list[str]:
     return [f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" for tensor in strange]
 
 
-def count_launches(name: str, selection: str) -> dict[str, int]:
-    """Launches of a model of the table, bf16, batch 8; ``selection`` is an operator or "stock".
+def count_launches(name: str, selected: bool = True) -> dict[str, dict[str, int]]:
+    """Launches of a model of the table, bf16, batch 8, by operator, or of the stock model.
 
     ``without flash`` is how many of the attention kernels in evaluation are not flash's.
     """
     (model, clips, logits), settings = FULL[name]()
-    if selection != "stock":
-        stts.attach(model, **settings, operator=selection, shrink=0.0)
+    if selected:
+        stts.attach(model, **settings, shrink=0.0, freeze_backbone_epochs=0, backbone_lr=1.0)
         stts.set_progress(model, 0.5)
+    found = {}
     with pretended():
         run = Run(to_cuda(model), torch.empty(clips.shape, device="cuda"), logits, torch.bfloat16)
         run.evaluate()
-        found = {"evaluation": run.evaluate(), **run.train()}
-    launches = {part: record.launches.total() for part, record in found.items()}
-    slow = found["evaluation"].launches["_scaled_dot_product_efficient_attention"]
-    return {**launches, "without flash": slow}
+        evaluation = run.evaluate()
+        for operator in OPERATORS if selected else ("stock",):
+            run.choose(operator)
+            parts = {"evaluation": evaluation, **run.train()}
+            found[operator] = {part: record.launches.total() for part, record in parts.items()}
+    slow = evaluation.launches["_scaled_dot_product_efficient_attention"]
+    return {key: {**launches, "without flash": slow} for key, launches in found.items()}
+
+
+def count_window_launches(stride: int) -> int:
+    """Launches of a soft selection of windows 28x28 of 56x56, forward and backward."""
+    with pretended():
+        grid = torch.empty(2, 4, 56, 56, 96, device="cuda", requires_grad=True)
+        windows = ((56 - 28) // stride + 1) ** 2
+        weights = torch.empty(2, 4, windows, device="cuda", requires_grad=True)
+        with Record() as record:
+            mix_windows(grid, weights, (28, 28), (stride, stride)).square().mean().backward()
+    return record.launches.total()
