@@ -1,4 +1,4 @@
-"""What the pretended GPU runs: every host and family small, and models of the table at full size."""
+"""What the pretended GPU runs: hosts and families when small, models of the table when large."""
 
 import contextlib
 from collections.abc import Callable
