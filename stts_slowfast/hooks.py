@@ -244,22 +244,35 @@ def settings_of(model: nn.Module) -> Settings:
     return selectors_of(unwrap(model)).settings
 
 
-def raise_on_nan(model: nn.Module) -> None:
-    """Raises where a selector had NaN scores in a forward pass since the last call.
-
-    On a device they do not stop the forward pass, and asking waits for the device: call it where
-    the host waits anyway, after the loss was read, say. Without it the first forward pass that
-    can know raises.
+def nonfinite_scores(model: nn.Module) -> Tensor | None:
+    """Whether :func:`raise_on_nan` would raise: a 0-dim bool on the device, which is not waited for.
 
     Args:
-        model: with selectors, wrapped (DDP) or not; a model without has none to ask.
+        model: with selectors, wrapped (DDP) or not; None for a model without.
+    """
+    flags = [module._nonfinite for module in model.modules() if isinstance(module, Selector)]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if flags else None
+
+
+def raise_on_nan(model: nn.Module, wait: bool = True) -> None:
+    """Raises if a selector had NaN scores in a forward pass since the last call.
+
+    On a device NaN scores do not stop the forward pass, and reading their flag waits for the
+    device: call it when the host waits anyway, as after the loss was read. Without it, a later
+    forward pass raises as soon as the flag has reached the host.
+
+    Args:
+        model: with selectors, wrapped (DDP) or not; a model without has none to check.
+        wait: for a device. If not, a call raises for what the device had done by the call before.
 
     Raises:
         ValueError: naming the selector.
     """
+    if wait and not nonfinite_scores(model):  # one number to wait for, however many selectors
+        return
     for module in model.modules():
         if isinstance(module, Selector):
-            module.raise_on_nan()
+            module.raise_on_nan(wait)
 
 
 def selectors_of(model: nn.Module) -> Selectors:

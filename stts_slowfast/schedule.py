@@ -117,10 +117,10 @@ class Schedule:
 
         Raises:
             ValueError: if a rate is not finite, ``epoch`` is not one of the training's, a selector
-                had NaN scores in the iteration before, the optimizer's state is of one without a
+                had NaN scores in an iteration before, the optimizer's state is of one without a
                 schedule, or model or optimizer are not those of the schedule any more.
         """
-        raise_on_nan(self.model)  # the loss was read: the device has nothing left to do
+        raise_on_nan(self.model, wait=False)
         if not epoch >= 0:
             raise ValueError(f"epoch is {epoch!r}: count from 0, with the fraction that is done")
         if epoch > self.max_epochs * (1 + 1e-6):

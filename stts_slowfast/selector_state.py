@@ -70,13 +70,21 @@ class SelectorState(nn.Module):
         self._sigma = float(value)
         self._sigma_tensor.fill_(self._sigma)
 
-    def raise_on_nan(self) -> None:
-        """Raises if scores of a forward pass since the last call were not finite; waits for the
-        device.
+    def raise_on_nan(self, wait: bool = True) -> None:
+        """Raises if scores of a forward pass since the last call were not finite.
+
+        Args:
+            wait: for a device. If not, a call raises for what the device had done by the call
+                before.
 
         Raises:
             ValueError: naming the selector.
         """
+        if not wait and not is_cpu(self._nonfinite):
+            known = bool(self._nonfinite_host)
+            self._nonfinite_host.copy_(self._nonfinite, non_blocking=True)
+            if not known:
+                return
         if self._nonfinite:
             self._nonfinite.zero_()
             self._nonfinite_host.zero_()

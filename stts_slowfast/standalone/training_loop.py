@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import time
+from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from stts_slowfast.checkpoints import save_checkpoint
-from stts_slowfast.hooks import raise_on_nan
+from stts_slowfast.hooks import nonfinite_scores, raise_on_nan
 from stts_slowfast.schedule import Schedule
 from stts_slowfast.standalone import checkpointing, optim, run_logger
 from stts_slowfast.standalone.data import build_loader, normalize_clips
@@ -24,6 +26,23 @@ from stts_slowfast.standalone.run_logger import LossMonitor, Meter, RunLogger, T
 from stts_slowfast.standalone.signals import Interrupted, SignalState
 
 logger = logging.getLogger(__name__)
+
+
+class UnreadStep(NamedTuple):
+    """A step that was launched.
+
+    Attributes:
+        epoch, iteration: from 0.
+        exact: the epoch with the fraction that was done before the step.
+        clips: of its batch in this process.
+        rates: what to log besides.
+    """
+
+    epoch: int
+    iteration: int
+    exact: float
+    clips: int
+    rates: dict[str, float]
 
 
 class TrainingLoop:
@@ -67,6 +86,7 @@ class TrainingLoop:
             fabric.strategy.precision.load_state_dict(start.scaler_state)
         start.optimizer_state = start.scaler_state = None  # memory
         self.losses = LossMonitor(cfg)
+        self.unread: deque[tuple[UnreadStep, run_logger.HostCopy]] = deque()
         self.validations = checkpointing.past_validations(cfg, start)
         self.last, self.within = start.path, [start.path] if start.iteration else []
         self.saved_at = time.monotonic()
@@ -93,7 +113,7 @@ class TrainingLoop:
         """Trains from iteration ``first`` on; then a checkpoint and a validation, where due."""
         totals = self.start.totals if first else ()
         meter = Meter(("loss", "top1_err", "top5_err"), self.cfg.LOG_PERIOD, totals)
-        timer = Timer()
+        self.timer = timer = Timer()
         self.model.train()
         self.train_loader.set_epoch(epoch)
         if first:
@@ -101,7 +121,7 @@ class TrainingLoop:
         logger.info("Start epoch: %d", epoch + 1)
         batches = self.board.progress(self.train_loader, f"epoch {epoch + 1}", self.length, first)
         for iteration, batch in enumerate(timer.timed(batches), first):
-            asked = self.step(epoch, iteration, batch, meter, timer)
+            asked = self.step(epoch, iteration, batch, meter)
             if iteration + 1 < self.length:
                 self.handle_requests(asked, epoch, iteration + 1, meter)
         stats = {**self.stats, **meter.means(), **self.train_loader.bad.count(), **run_logger.ram()}
@@ -115,7 +135,7 @@ class TrainingLoop:
         if epoch % self.cfg.TRAIN.EVAL_PERIOD == 0 or last:
             self.validate(epoch - 1)
 
-    def step(self, epoch: int, iteration: int, batch, meter: Meter, timer: Timer) -> list[bool]:
+    def step(self, epoch: int, iteration: int, batch, meter: Meter) -> list[bool]:
         """One iteration; whether any process was asked for a checkpoint, and to end."""
         # Each has its own seed, so that a resumed run draws what the whole one would have.
         seed = iteration_seed(self.cfg.RNG_SEED, epoch, iteration, self.fabric.global_rank)
@@ -136,17 +156,34 @@ class TrainingLoop:
         self.stepper.step()
 
         stats = [loss.detach(), grad_norm, *run_logger.train_errors(logits.detach(), labels)]
-        stats += [torch.tensor(float(x), device=loss.device) for x in self._pending_requests()]
-        stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats])).tolist()
-        loss, grad_norm, top1, top5, *asked = stats
-        timer.toc()
-        raise_on_nan(self.model)  # which names the selector; the loss would not
-        self.losses.check(loss, grad_norm, exact)
-        meter.add((loss, top1, top5), len(clips))
-        self._log_step(epoch, iteration, {"lr": lr, **rates}, grad_norm, meter, timer)
+        stats += [torch.full_like(stats[0], flag) for flag in self._pending_requests()]
+        nonfinite = nonfinite_scores(self.model)
+        stats.append(torch.zeros_like(stats[0]) if nonfinite is None else nonfinite)
+        stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats]))
+        step = UnreadStep(epoch, iteration, exact, len(clips), {"lr": lr, **rates})
+        self.unread.append((step, run_logger.HostCopy(stats)))
+        # A device is a step ahead of what is read of it, so that it never waits for the host.
+        logs = (iteration + 1) % self.cfg.LOG_PERIOD == 0 or iteration + 1 == self.length
+        asked = self._read_steps(meter, 0 if logs or not stats.is_cuda else 1)
         if self.watch:
             self.watch("train", self.model, batch)
-        return [value > 0 for value in asked]
+        return asked
+
+    def _read_steps(self, meter: Meter, ahead: int = 0) -> list[bool]:
+        """Reads and logs what steps came to, but for the last ``ahead`` ones; whether any process
+        was asked in them for a checkpoint, and to end."""
+        asked = [False, False]
+        while len(self.unread) > ahead:
+            step, stats = self.unread.popleft()
+            loss, grad_norm, top1, top5, *flags, nonfinite = stats.read()
+            self.timer.toc()
+            if nonfinite:
+                raise_on_nan(self.model)  # which names the selector; the loss would not
+            self.losses.check(loss, grad_norm, step.exact)
+            meter.add((loss, top1, top5), step.clips)
+            self._log_step(step, grad_norm, meter)
+            asked = [before or flag > 0 for before, flag in zip(asked, flags)]
+        return asked
 
     def clip_gradients(self) -> Tensor:
         """Clips as SOLVER.CLIP_GRAD_* ask; the norm of all gradients before."""
@@ -170,6 +207,7 @@ class TrainingLoop:
         of a run after the same one."""
         save, end = asked
         if save or end:
+            self._read_steps(meter)  # what they asked for is done now
             self.stop.save, self.saved_at = False, time.monotonic()
             if iteration:
                 self.save(epoch, iteration, meter)
@@ -255,12 +293,13 @@ class TrainingLoop:
         scalars = {f"Val/{key.capitalize()}": value for key, value in self.errors.items()}
         self.board.write(scalars, epoch)
 
-    def _log_step(self, epoch, iteration, rates, grad_norm, meter: Meter, timer: Timer) -> None:
+    def _log_step(self, step: UnreadStep, grad_norm: float, meter: Meter) -> None:
+        epoch, iteration, rates = step.epoch, step.iteration, step.rates
         left = (self.cfg.SOLVER.MAX_EPOCH - epoch) * self.length - iteration - 1
         self.stats = {
             "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
-            **timer.stats(),
-            "eta": timer.eta(left),
+            **self.timer.stats(),
+            "eta": self.timer.eta(left),
             "grad_norm": grad_norm,
             **rates,
             **run_logger.memory(),

@@ -14,6 +14,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
+from stts_slowfast.constants import sized_constant
 from stts_slowfast.standalone.rand_augment import RandAugment, RandomErasing
 
 

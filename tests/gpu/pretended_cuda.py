@@ -33,6 +33,24 @@ NO_KERNEL = {
 HOST_READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"}
 
 
+class Event:
+    """``torch.cuda.Event``, numbered.
+
+    Attributes:
+        recorded: how many there were.
+        waited_for: the numbers of those that the host waited for.
+    """
+
+    recorded = 0
+    waited_for: list[int] = []
+
+    def record(self) -> None:
+        self.number, Event.recorded = Event.recorded, Event.recorded + 1
+
+    def synchronize(self) -> None:
+        Event.waited_for.append(self.number)
+
+
 class _Mode(FakeTensorMode):
     avoid_device_init = True  # though CUDA seems to be available
 
@@ -46,6 +64,7 @@ def install() -> None:
     _mode = _Mode(allow_non_fake_inputs=True)
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.cuda.Event = Event
     torch._C._select_conv_backend = lambda *_, **__: torch._C._ConvBackend.Cudnn
     torch._C._conv_determine_backend_memory_format = lambda *_, **__: torch.contiguous_format
     # Fake parameters are plain ones, and what is made once for a size is so on a GPU, too.
@@ -144,14 +163,14 @@ class Record(TorchDispatchMode):
         return out
 
     def _read(self, name, given, function, args, kwargs):
-        """A number that the host reads: 1, or False, for there is none."""
+        """A number that the host reads: 0 or False, for there is none."""
         if any(x.is_cuda for x in given):
             self.waits[name] += 1
         elif type(given[0]) is Tensor:
             return function(*args, **kwargs)
         if name == "nonzero":
             raise RuntimeError("the number of results of nonzero depends on the device's numbers")
-        return False if name in ("is_nonzero", "equal") or given[0].dtype == torch.bool else 1
+        return False if name in ("is_nonzero", "equal") or given[0].dtype == torch.bool else 0
 
     def _copy(self, name, out, given, args, kwargs) -> None:
         source = given[-1]

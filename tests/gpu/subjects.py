@@ -3,17 +3,20 @@
 import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import stts_slowfast as stts
 from stts_slowfast import backbones
+from stts_slowfast.standalone import run_logger, training_loop
 from stts_slowfast.standalone.config import load_config
+from stts_slowfast.standalone.model import build_model
 from stts_slowfast.topk import OPERATORS as REGISTRY
 from stts_slowfast.window_sums import mix_windows
 from tests.conftest import Golden
-from tests.gpu.pretended_cuda import Record, capturing, pretended, storage, to_cuda
+from tests.gpu.pretended_cuda import Event, Record, capturing, pretended, storage, to_cuda
 from tests.hosts.examples import EXAMPLES, Example
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -230,6 +233,69 @@ def count_launches(name: str, selected: bool = True) -> dict[str, dict[str, int]
             found[operator] = {part: record.launches.total() for part, record in parts.items()}
     slow = evaluation.launches["_scaled_dot_product_efficient_attention"]
     return {key: {**launches, "without flash": slow} for key, launches in found.items()}
+
+
+class PretendedFabric:
+    """What the training loop asks of Fabric, in one process."""
+
+    global_rank, world_size, is_global_zero = 0, 1, True
+
+    def to_device(self, what):
+        if isinstance(what, nn.Module):
+            return to_cuda(what)
+        return [tensor.to("cuda", non_blocking=True) for tensor in what]
+
+    def setup(self, model: nn.Module, optimizer):
+        for group in optimizer.param_groups:
+            group["fused"] = True  # PyTorch's other ways do not know fake tensors
+
+        def network(clips: Tensor) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                return model(clips).float()
+
+        return network, optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip_gradients(self, network, optimizer, **arguments) -> Tensor:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return nn.utils.clip_grad_norm_(parameters, arguments["max_norm"])
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def train_standalone(folder: str, steps: int, log_period: int) -> list[dict]:
+    """Steps of the standalone training loop with MIXUP: for each, what waits, and how many steps
+    behind the last one those are whose numbers are read."""
+    cfg = Golden("slowfast_mvit_v1").cfg()
+    cfg.STTS.NUM_SAMPLES, cfg.LOG_PERIOD, cfg.OUTPUT_DIR = 20, log_period, folder
+    cfg.STTS.SHRINK = 0.0  # what depends on sizes is made once for each
+    cfg.STTS.SPACE.BLOCKS, cfg.STTS.SPACE.KEEP = [2], [0.6]
+    cfg.MIXUP.ENABLE, cfg.SOLVER.CLIP_GRAD_L2NORM = True, 1.0
+    cfg.SOLVER.OPTIMIZING_METHOD = "adamw"
+    cfg.STTS.ENABLE = True
+    model = build_model(cfg)
+    batch = [torch.zeros(2, 3, 8, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)]
+    loader = mock.MagicMock(batch_size=2)
+    loader.__len__.return_value = steps
+    start = mock.Mock(optimizer_state=None, scaler_state=None, iteration=0, path="", trained=False)
+    stop = mock.Mock(save=False, number=0)
+    found = []
+    with pretended(), mock.patch.object(training_loop, "build_loader", return_value=loader):
+        arguments = cfg, PretendedFabric(), model, start, mock.MagicMock(), stop, None
+        loop = training_loop.TrainingLoop(*arguments)
+        loop.timer = run_logger.Timer()
+        meter = run_logger.Meter(("loss", "top1_err", "top5_err"), log_period)
+        model.train()
+        for iteration in range(steps):
+            Event.waited_for.clear()
+            with Record() as record:
+                loop.step(0, iteration, batch, meter)
+            behind = [Event.recorded - 1 - number for number in Event.waited_for]
+            found.append({"waits": record.waits, "behind": behind})
+    return found
 
 
 def count_window_launches(stride: int) -> int:

@@ -21,3 +21,13 @@ def test_passes_wait_for_nothing_and_take_nothing_from_the_host(worker, name):
         assert record == {"waits": stock, "from_host": {}}, part
     if "videomae" not in name:  # its graph would read the CPU's table, with or without selectors
         assert found["capture"] == (CACHED if name == "dinov3" else [])
+
+
+def test_the_standalone_loop_waits_for_nothing_between_two_log_lines(worker, tmp_path):
+    """It reads the numbers of the step before, which is over while the device has the next one to
+    do; with a log line those of its own step."""
+    first, *steps = worker.ask("train_standalone", str(tmp_path), 9, 4)
+    assert [step["behind"] for step in (first, *steps)] == (
+        [[], [1], [1], [1, 0], [], [1], [1], [1, 0], [0]]
+    )
+    assert [step["waits"] for step in steps] == [{}] * 8
