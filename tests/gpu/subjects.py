@@ -14,7 +14,7 @@ from stts_slowfast.standalone import run_logger, training_loop
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.topk import OPERATORS as REGISTRY
-from stts_slowfast.window_sums import mix_windows
+from stts_slowfast.windows import mix_windows
 from tests.conftest import Golden
 from tests.gpu.pretended_cuda import Event, Record, capturing, pretended, storage, to_cuda
 from tests.hosts.examples import EXAMPLES, Example

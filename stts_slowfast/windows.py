@@ -1,4 +1,7 @@
-"""Windows of a grid: their weighted sum, without a copy of each."""
+"""Windows of a token grid: cropped, and their weighted sum without a copy of each."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,10 +10,33 @@ from torch.autograd.function import once_differentiable
 
 from stts_slowfast.topk import autocast_disabled, is_cpu
 
+# Height and width in tokens.
+Window = tuple[int, int]
 
-def mix_windows(
-    grid: Tensor, weights: Tensor, window: tuple[int, int], steps: tuple[int, int]
-) -> Tensor:
+
+def crop_windows(grid: Tensor, corners: Tensor, window: Window) -> Tensor:
+    """One window of each frame.
+
+    Args:
+        grid: ``(B, T, H, W, C)``.
+        corners: LongTensor ``(B*T, 2)``, top and left of the window of each frame.
+        window: its height and width.
+
+    Returns:
+        ``(B, T, h, w, C)``.
+    """
+    batch, frames = grid.shape[:2]
+    device = grid.device
+    # Four index tensors that broadcast to (B, T, h, w): one copy, whatever the strides.
+    clips = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    times = torch.arange(frames, device=device).view(-1, 1, 1)
+    top, left = corners.view(batch, frames, 2).unbind(2)
+    rows = top[:, :, None] + torch.arange(window[0], device=device)  # (B, T, h)
+    columns = left[:, :, None] + torch.arange(window[1], device=device)  # (B, T, w)
+    return grid[clips, times, rows[..., None], columns[..., None, :]]
+
+
+def mix_windows(grid: Tensor, weights: Tensor, window: Window, steps: Window) -> Tensor:
     """``sum_i weights[..., i] * window_i(grid)`` of each frame.
 
     Args:
@@ -27,9 +53,7 @@ def mix_windows(
     return _convolve(grid, weights, window, steps)
 
 
-def _convolve(
-    grid: Tensor, weights: Tensor, window: tuple[int, int], steps: tuple[int, int]
-) -> Tensor:
+def _convolve(grid: Tensor, weights: Tensor, window: Window, steps: Window) -> Tensor:
     """The same as a depthwise convolution: frames are its channels, channels its batch, a frame's
     weights its kernel, and steps the dilation. One launch for each direction, however many windows.
     """
@@ -50,7 +74,7 @@ class _MixWindows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, grid, weights, window, steps):
+    def forward(ctx: Any, grid: Tensor, weights: Tensor, window: Window, steps: Window) -> Tensor:
         # grid (B, T, H, W, C), weights (B, T, rows * columns)
         ctx.save_for_backward(grid, weights)
         ctx.window, ctx.steps = window, steps
@@ -62,7 +86,7 @@ class _MixWindows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grid, weights = ctx.saved_tensors
         grad_grid = torch.zeros(grid.shape, dtype=grid.dtype, device=grid.device)
         grad_weights = []
@@ -74,7 +98,7 @@ class _MixWindows(torch.autograd.Function):
         return grad_grid, torch.stack(grad_weights, dim=2).to(weights.dtype), None, None
 
 
-def _windows(grid: Tensor, window: tuple[int, int], steps: tuple[int, int]):
+def _windows(grid: Tensor, window: Window, steps: Window) -> Iterator[tuple[slice, slice]]:
     """The slices of rows and columns of every window, row by row."""
     (height, width), (side_h, side_w) = grid.shape[2:4], window
     for top in range(0, height - side_h + 1, steps[0]):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stts_slowfast import window_sums
+from stts_slowfast import windows
 
 # Sizes, window and steps; of the last the windows do not reach the edge.
 CASES = [((7, 7), (6, 6), (1, 1)), ((8, 6), (4, 3), (1, 1)), ((9, 8), (4, 4), (2, 3))]
@@ -23,12 +23,12 @@ def spelled_out(grid, weights, window, steps):
 @pytest.mark.parametrize("sizes, window, steps", CASES)
 @pytest.mark.parametrize("device", ["cpu", "other"])
 def test_windows_are_summed_with_their_weights(monkeypatch, device, sizes, window, steps):
-    monkeypatch.setattr(window_sums, "is_cpu", lambda tensor: device == "cpu")
-    windows = [(s - w) // step + 1 for s, w, step in zip(sizes, window, steps)]
+    monkeypatch.setattr(windows, "is_cpu", lambda tensor: device == "cpu")
+    counts = [(s - w) // step + 1 for s, w, step in zip(sizes, window, steps)]
     grid = torch.randn(2, 3, *sizes, 5, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(2, 3, windows[0] * windows[1], dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(2, 3, counts[0] * counts[1], dtype=torch.float64, requires_grad=True)
     expected = spelled_out(grid, weights, window, steps)
-    mixed = window_sums.mix_windows(grid, weights, window, steps)
+    mixed = windows.mix_windows(grid, weights, window, steps)
     torch.testing.assert_close(mixed, expected)
     up = torch.randn_like(mixed)
     for ours, theirs in zip(
@@ -39,8 +39,8 @@ def test_windows_are_summed_with_their_weights(monkeypatch, device, sizes, windo
 
 
 def test_autocast_does_not_round_the_grid(monkeypatch):
-    monkeypatch.setattr(window_sums, "is_cpu", lambda tensor: False)
+    monkeypatch.setattr(windows, "is_cpu", lambda tensor: False)
     grid, weights = torch.randn(1, 2, 4, 4, 3), torch.rand(1, 2, 4)
-    plain = window_sums.mix_windows(grid, weights, (3, 3), (1, 1))
+    plain = windows.mix_windows(grid, weights, (3, 3), (1, 1))
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(window_sums.mix_windows(grid, weights, (3, 3), (1, 1)), plain)
+        torch.testing.assert_close(windows.mix_windows(grid, weights, (3, 3), (1, 1)), plain)
