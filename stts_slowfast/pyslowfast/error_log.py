@@ -32,7 +32,7 @@ from stts_slowfast.video.error_log import (
     read_log,
 )
 from stts_slowfast.video.io import require_regular
-from stts_slowfast.video.list_lines import NO_LABEL
+from stts_slowfast.video.list_lines import UNLABELLED
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Reads:
         # Without STTS a label of -1 is what SlowFast makes of it.
         self.asked = asks_for_us(dataset.cfg)
         self.unlabelled = torch.tensor(
-            [self.asked and label == NO_LABEL for label in dataset._labels], dtype=torch.bool
+            [self.asked and label == UNLABELLED for label in dataset._labels], dtype=torch.bool
         )
         self.kinds = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
         self.bad = VideoErrorLog(dataset.cfg, dataset.mode)
