@@ -1,4 +1,4 @@
-"""Replacements in SlowFast's MViT."""
+"""SlowFast's MViT: the views of its attention and blocks."""
 
 from torch import Tensor, arange, nn
 
@@ -10,7 +10,7 @@ _hosts = []
 
 
 def register(attention_module) -> None:
-    """Makes the modules of ``slowfast.models.attention`` known to ``fused.fuse_model``."""
+    """Makes the modules of ``slowfast.models.attention`` known to ``fused.configure``."""
     if attention_module not in _hosts:
         _hosts.append(attention_module)
 
@@ -20,7 +20,7 @@ def _is_a(module: nn.Module, name: str) -> bool:
 
 
 class SlowFastAttention(PyTorchVideoAttention):
-    """Replaces ``slowfast.models.attention.MultiScaleAttention``."""
+    """Stands in for ``slowfast.models.attention.MultiScaleAttention``."""
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -66,7 +66,7 @@ class SlowFastAttention(PyTorchVideoAttention):
 
 
 class SlowFastBlock(PyTorchVideoBlock):
-    """Replaces ``slowfast.models.attention.MultiScaleBlock``."""
+    """Stands in for ``slowfast.models.attention.MultiScaleBlock``."""
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -85,7 +85,7 @@ class SlowFastBlock(PyTorchVideoBlock):
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm that reads the last block's tokens, if ``MViT`` keeps the cls token alone."""
+    """What reads the tokens of the last block, where ``MViT`` keeps the cls token alone."""
     kind = type(model)
     if kind.__name__ != "MViT" or not kind.__module__.endswith("models.video_model_builder"):
         return None
