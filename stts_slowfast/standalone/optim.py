@@ -210,12 +210,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, source: 
     )
     if mismatch := optimizer_mismatch(state, optimizer, reshaped=True):
         raise ValueError(
-            f"{source} has the state of an optimizer for other parameters ({mismatch}): {advice}"
+            f"{source} holds the state of an optimizer for other parameters ({mismatch}): {advice}"
         )
     for key in ("momentum", "betas"):  # SGD has the one, Adam and AdamW the other
         if key in optimizer.param_groups[0] and key not in state["param_groups"][0]:
             raise ValueError(
-                f"{source} has the state of another optimizer than {type(optimizer).__name__}, "
+                f"{source} holds the state of another optimizer than {type(optimizer).__name__}, "
                 f"which SOLVER.OPTIMIZING_METHOD asks for: {advice}"
             )
     tensors = _reshaped(state["state"], optimizer, lambda p: p.shape)
