@@ -9,7 +9,7 @@ import os
 from stts_slowfast.pyslowfast.config_access import is_enabled
 from stts_slowfast.pyslowfast.patching import wrap
 from stts_slowfast.pyslowfast.read_context import is_kinetics
-from stts_slowfast.video.list_lines import NO_LABEL, read_labels
+from stts_slowfast.video.list_lines import UNLABELLED, read_labels
 
 
 def wrap_build_dataset(build) -> None:
@@ -38,7 +38,7 @@ def read_list(dataset, cfg) -> None:
     for path, label in read_labels(listed, separator, cfg.MODEL.NUM_CLASSES):
         paths.append(os.path.join(cfg.DATA.PATH_PREFIX, path))
         labels.append(label)
-    unlabelled = labels.count(NO_LABEL)
+    unlabelled = labels.count(UNLABELLED)
     if unlabelled and dataset.mode != "test":
         raise ValueError(
             f"{unlabelled} of the {len(labels)} videos of {listed} have no label: only a test list "

@@ -32,7 +32,7 @@ from stts_slowfast.video.error_log import (
     read_log,
 )
 from stts_slowfast.video.io import require_regular
-from stts_slowfast.video.list_lines import NO_LABEL
+from stts_slowfast.video.list_lines import UNLABELLED
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class ReadErrors:
         # Without STTS a label of -1 and outputs that are not finite are left to SlowFast.
         self.strict = uses_stts(dataset.cfg)
         self.labelled = torch.tensor(
-            [not (self.strict and label == NO_LABEL) for label in dataset._labels],
+            [not (self.strict and label == UNLABELLED) for label in dataset._labels],
             dtype=torch.bool,
         )
         self.log = VideoErrorLog(dataset.cfg, dataset.mode)

@@ -178,4 +178,4 @@ def _read_json(cfg, name: str, kind: type, content: str):
 
 
 def _unlabelled_as_ours(label: int) -> int:
-    return NO_LABEL if label == list_lines.NO_LABEL else label
+    return NO_LABEL if label == list_lines.UNLABELLED else label

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from iopath.common.file_io import g_pathmgr
 
 BYTE_ORDER_MARK = "\ufeff"  # some editors write it before UTF-8
-NO_LABEL = -1  # in a list, and of a line without a label
+UNLABELLED = -1  # in a list, and of a line without a label
 _SEPARATED_OTHERWISE = re.compile(r"[\s,;|]\s*-?\d+$")
 
 
 def read_labels(path: str, separator: str, num_classes: int) -> Iterator[tuple[str, int]]:
-    """Video and label of each line of a list; ``NO_LABEL`` if a line has none.
+    """Video and label of each line of a list; ``UNLABELLED`` if a line has none.
 
     Raises:
         ValueError: naming the line that is ambiguous or has no valid label.
@@ -56,11 +56,11 @@ def split_line(line: str, separator: str, location: str) -> tuple[str, str]:
             f"{location}: {line!r} ends with a number, but not after DATA.PATH_LABEL_SEPARATOR, "
             f"which is {separator!r}: set it to the text before the label"
         )
-    return fields[0], fields[-1] if len(fields) > 1 else str(NO_LABEL)
+    return fields[0], fields[-1] if len(fields) > 1 else str(UNLABELLED)
 
 
 def read_label(text: str | int, num_classes: int, location: str) -> int:
-    """A class, or ``NO_LABEL``.
+    """A class, or ``UNLABELLED``.
 
     Raises:
         ValueError: beginning with ``location``, for anything else.
@@ -71,7 +71,7 @@ def read_label(text: str | int, num_classes: int, location: str) -> int:
         label = None
     if label is None:
         raise ValueError(f"{location}: the label {text!r} is not a whole number")
-    if label != NO_LABEL and not 0 <= label < num_classes:
+    if label != UNLABELLED and not 0 <= label < num_classes:
         raise ValueError(
             f"{location}: the label is {label} but MODEL.NUM_CLASSES is {num_classes}, "
             f"so labels are 0 .. {num_classes - 1}: correct the key or the list"
