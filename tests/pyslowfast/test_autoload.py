@@ -185,9 +185,9 @@ def test_patches_are_switched_off_by_the_environment(checkout, switch):
 def test_one_line_lists_all_patches_if_requested(checkout):
     code = "import stts_slowfast.pyslowfast, slowfast.config.defaults; import vision.fair.slowfast"
     assert python(code, checkout).stderr == ""
-    told = python(code, checkout, STTS_COMPAT_VERBOSE="1").stderr
-    assert told.count("\n") == 1
-    assert "patched SlowFast in memory: vision_imports, prefetch_key (STTS_COMPAT=-NAME" in told
+    message = python(code, checkout, STTS_COMPAT_VERBOSE="1").stderr
+    assert message.count("\n") == 1
+    assert "patched SlowFast in memory: vision_imports, prefetch_key (STTS_COMPAT=-NAME" in message
 
 
 @pytest.mark.parametrize("word", ["-decode", "decoder", "-decoder,-bad"])

@@ -1,4 +1,4 @@
-"""Checkpoints that SlowFast's loader is asked for: what is refused, by key and way out."""
+"""Checkpoints that SlowFast's loader refuses with this package, naming the key and the remedy."""
 
 import re
 from functools import partial
@@ -105,8 +105,10 @@ def test_resuming_with_changed_scorers_names_the_key(load, saved, registry, cfg)
     path = saved()
     cfg.STTS.SPACE.SCORER = "uniform"
     model = registry.get("Transformer")(cfg)
-    told = re.escape("STTS.SPACE.SCORER learned became uniform; change it back, or choose another")
-    with pytest.raises(ValueError, match=told):
+    message = re.escape(
+        "STTS.SPACE.SCORER learned became uniform; change it back, or choose another"
+    )
+    with pytest.raises(ValueError, match=message):
         load(path, model, False, optimizer_of(model))
 
 
@@ -155,8 +157,8 @@ def test_a_truncated_checkpoint_is_named_with_the_one_before(load, saved, regist
     first.write_bytes(whole)
     last.write_bytes(whole[: len(whole) // 2])
     model = registry.get("Transformer")(cfg)
-    told = f"{last} cannot be read .* move it away to resume from {first}"
-    with pytest.raises(RuntimeError, match=told):
+    message = f"{last} cannot be read .* move it away to resume from {first}"
+    with pytest.raises(RuntimeError, match=message):
         load(str(last), model, False, optimizer_of(model))
     cfg.STTS.ENABLE = False
     model = registry.get("Transformer")(cfg)

@@ -1,4 +1,4 @@
-"""The number that stands for NUM_GPUS in a run of shards, and what is refused."""
+"""ForcedMultiProcessCount as NUM_GPUS in a run of shards, and refused process counts."""
 
 import copy
 import pickle
@@ -88,7 +88,7 @@ def config(**keys):
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         (
             {"NUM_GPUS": 8},
@@ -98,9 +98,9 @@ def config(**keys):
         ({"NUM_SHARDS": 4}, r"--num_shards is 4 .*processes on 2 machines: leave both out"),
     ],
 )
-def test_configs_that_say_otherwise_than_torchrun_are_refused(launch_job, started, keys, told):
+def test_configs_that_say_otherwise_than_torchrun_are_refused(launch_job, started, keys, message):
     started(3, 4, 1, 2)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         launch_job(config(**keys), "", print)
 
 

@@ -1,4 +1,4 @@
-"""Every hook fails, or never runs, in turn: where STTS.ENABLE is True the run stops, else not."""
+"""Each hook fails or never runs, in turn: the run stops if STTS.ENABLE is True, and only then."""
 
 import itertools
 import json
@@ -217,8 +217,8 @@ def runs(tmp_path_factory) -> dict:
 
 def test_every_hook_runs_if_none_fails(runs):
     # Of another hook's failure this one tells: all others have run.
-    told = runs["training.wrap_log", "fails", True]["build"]
-    assert told.count(" failed (") == 1 and "never ran" not in told
+    message = runs["training.wrap_log", "fails", True]["build"]
+    assert message.count(" failed (") == 1 and "never ran" not in message
 
 
 @pytest.mark.parametrize("how", ["fails", "never ran"])

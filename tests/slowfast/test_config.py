@@ -35,7 +35,7 @@ def test_yaml_and_opts_override_the_node(checkout, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "opts", "told"),
+    ("line", "opts", "message"),
     [
         ("TIME: {KEPE: [0.5]}", ["STTS.TIME.KEPE", "[0.5]"], r"did you mean STTS.TIME.KEEP\?"),
         ("TIME: {KEEP: 0.5}", ["STTS.TIME.KEEP", "0.5"], r"takes a list, such as \[0.9\]"),
@@ -43,12 +43,12 @@ def test_yaml_and_opts_override_the_node(checkout, tmp_path):
         ("TIME: 3", ["STTS.TIME", "3"], "give one of STTS.TIME.BLOCKS, STTS.TIME.KEEP"),
     ],
 )
-def test_mistakes_get_the_nearest_key_and_an_example(get_cfg, tmp_path, line, opts, told):
-    with pytest.raises(ValueError, match=told):
+def test_mistakes_get_the_nearest_key_and_an_example(get_cfg, tmp_path, line, opts, message):
+    with pytest.raises(ValueError, match=message):
         get_cfg(*opts)
     path = tmp_path / "run.yaml"
     path.write_text(f"STTS:\n  {line}\n")
-    with pytest.raises(ValueError, match=f"in {path}.*{told}"):
+    with pytest.raises(ValueError, match=f"in {path}.*{message}"):
         get_cfg().merge_from_file(str(path))
 
 

@@ -99,8 +99,8 @@ def test_lists_of_which_no_video_exists_are_refused(get_cfg, videos, tmp_path):
     (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
     opts = ("STTS.ENABLE", True, "DATA.PATH_TO_DATA_DIR", str(tmp_path))
     cfg = get_cfg(*opts, "DATA.PATH_PREFIX", "/nowhere")
-    told = rf"none of the 3 videos of {tmp_path}/train\.csv exists, such as /nowhere/0\.mp4"
-    with pytest.raises(FileNotFoundError, match=told):
+    message = rf"none of the 3 videos of {tmp_path}/train\.csv exists, such as /nowhere/0\.mp4"
+    with pytest.raises(FileNotFoundError, match=message):
         build_dataset("kinetics", cfg, "train")
     rows += [f"{videos / 'val_0.mp4'} 1"]
     (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
@@ -114,8 +114,8 @@ def test_a_range_is_not_trained_if_a_test_follows(get_cfg, dimension):
     from slowfast.config.defaults import assert_and_infer_cfg
 
     cfg = get_cfg("STTS.ENABLE", True, f"STTS.{dimension}.KEEP", [[0.25, 0.9]])
-    told = rf'STTS\.{dimension}\.KEEP is \[\[0\.25, 0\.9\]\], a range.*KEEP "\[0\.9\]"'
-    with pytest.raises(ValueError, match=told):
+    message = rf'STTS\.{dimension}\.KEEP is \[\[0\.25, 0\.9\]\], a range.*KEEP "\[0\.9\]"'
+    with pytest.raises(ValueError, match=message):
         assert_and_infer_cfg(cfg)
     cfg.TEST.ENABLE = False
     assert_and_infer_cfg(cfg)

@@ -59,7 +59,7 @@ def test_sigma_and_the_backbone_lr_are_logged_beside_the_lr(visualized):
     if not selects:
         assert not scalars(runs, "Train/sigma") + scalars(runs, "Train/backbone_lr")
         return
-    # From random weights nothing is held back; sigma falls linearly with the epoch.
+    # From random weights nothing is frozen or capped; sigma falls linearly with the epoch.
     assert scalars(runs, "Train/backbone_lr") == pytest.approx(rates)
     assert scalars(runs, "Train/sigma") == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
 

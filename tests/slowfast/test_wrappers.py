@@ -147,12 +147,12 @@ class Idle(WithGrid):
         return self.head(x.mean(1))
 
 
-@pytest.mark.parametrize(("model", "told"), [(Alone, "called without thw"), (Idle, "time_0")])
+@pytest.mark.parametrize(("model", "message"), [(Alone, "called without thw"), (Idle, "time_0")])
 def test_own_models_that_cannot_be_selected_in_are_refused_when_built(
-    get_cfg, build, register, model, told
+    get_cfg, build, register, model, message
 ):
     register(model)
-    with pytest.raises(ValueError, match=rf"MODEL_NAME '{model.__name__}': .*{told}"):
+    with pytest.raises(ValueError, match=rf"MODEL_NAME '{model.__name__}': .*{message}"):
         build(get_cfg("STTS.ENABLE", True, "MODEL.MODEL_NAME", model.__name__))
 
 
