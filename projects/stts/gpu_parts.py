@@ -292,7 +292,8 @@ def write_report(args) -> None:
     """Writes ``report.md`` of the parts that have run."""
     import torch
 
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "a CPU"
+    cuda = args.device == "cuda" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else "no GPU"
     lines = [f"# {device}, PyTorch {torch.__version__}", ""]
     for part in PARTS:
         path = args.out / f"{part.__name__}.json"

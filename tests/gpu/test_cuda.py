@@ -64,7 +64,9 @@ def assert_near(found: dict, expected: dict, tolerance: float) -> None:
     assert found.keys() == expected.keys()
     largest = max(tensor.abs().max() for tensor in expected.values())
     for name, tensor in expected.items():
-        scale = max(tensor.abs().max(), 0.3 * largest)  # some gradients are 0 but for rounding
+        if name.endswith("score.4.bias"):  # scores are normalised: 0 but for rounding
+            continue
+        scale = max(tensor.abs().max(), 0.01 * largest)
         assert (found[name] - tensor).abs().max() <= tolerance * scale, name
 
 
