@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast.schedule import reset
-from stts_slowfast.standalone import checkpointing, optim
+from stts_slowfast.standalone import checkpointing, optim, run_logger
 from stts_slowfast.standalone.cluster import INIT_METHOD
 from stts_slowfast.standalone.evaluator import run_test
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
@@ -119,6 +119,8 @@ def _train(
             for epoch in range(start.epoch, cfg.SOLVER.MAX_EPOCH):
                 training.train_epoch(epoch, start.iteration if epoch == start.epoch else 0)
             stop.deferred = False
+    if fabric.is_global_zero:
+        run_logger.record_run(cfg, facts, {"train": training.errors})
     return {"checkpoint": training.last, **training.errors, **facts}
 
 
@@ -132,7 +134,10 @@ def _test(
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TEST_CROP_SIZE)
     fabric.to_device(model).eval()
     with RunLogger(cfg, fabric.is_global_zero, writes=False) as board:
-        return {**run_test(cfg, fabric, model, board, stop, watch), **facts}
+        result = run_test(cfg, fabric, model, board, stop, watch)
+    if fabric.is_global_zero:
+        run_logger.record_run(cfg, facts, {"test": result})
+    return {**result, **facts}
 
 
 # --- what stands in the log's first lines -------------------------------------------------------
@@ -146,6 +151,8 @@ def _model_facts(cfg, fabric: Fabric, model: nn.Module, crop_size: int) -> dict:
         clip = torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, crop_size, crop_size)
         facts["gflops"] = count_gflops(model, clip)
         logger.info("GFLOPs: %.4g per clip", facts["gflops"])
+    if fabric.is_global_zero:
+        run_logger.record_run(cfg, facts)
     return facts
 
 

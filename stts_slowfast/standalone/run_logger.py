@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import decimal
+import json
 import logging
 import math
 import os
@@ -14,12 +15,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import simplejson
 import torch
+import yaml
 from iopath.common.file_io import g_pathmgr
 from torch import Tensor
+
+from stts_slowfast.checkpoints import atomic_write
 
 logger = logging.getLogger(__name__)
 
 NUM_SHOWN_ERRORS = 4  # clips of a validation in TensorBoard
+RUN_RECORD, RUN_SCHEMA = "run.json", 1
 
 _FORMAT = "[%(asctime)s][%(levelname)s] %(filename)s: %(lineno)4d: %(message)s"
 
@@ -74,6 +79,37 @@ def log_json_stats(stats: dict, output_dir: str | None = None) -> None:
     if output_dir:
         with g_pathmgr.open(os.path.join(output_dir, "json_stats.log"), "a") as file:
             file.write(f"{line}\n")
+
+
+def record_run(cfg, facts: dict, results: dict | None = None) -> None:
+    """Writes what is known of a run to ``OUTPUT_DIR/run.json``, for programs to read.
+
+    Its keys: ``schema`` (1), ``engine``, ``config`` (the nested config), ``params``, ``gflops`` of
+    one clip (None if not counted), and ``results``: ``train`` (``top1_err``, ``top5_err``) and
+    ``test`` (as ``engine.test`` returns it), each if it has ended.
+
+    Args:
+        facts: ``params`` and ``gflops``.
+        results: entries to add to those in the file.
+    """
+    path = os.path.join(cfg.OUTPUT_DIR, RUN_RECORD)
+    record = {"schema": RUN_SCHEMA, "engine": "standalone", **facts}
+    record |= {"config": yaml.safe_load(cfg.dump()), "results": {**_past_results(path)}}
+    record["results"] |= results or {}
+
+    def write(partial: str) -> None:
+        with open(partial, "w") as file:
+            json.dump(record, file, indent=1)
+
+    atomic_write(path, write)
+
+
+def _past_results(path: str) -> dict:
+    if not g_pathmgr.isfile(path):
+        return {}
+    with g_pathmgr.open(path) as file:
+        record = json.load(file)
+    return record["results"] if record.get("schema") == RUN_SCHEMA else {}
 
 
 def _rounded(value):

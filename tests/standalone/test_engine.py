@@ -1,6 +1,7 @@
 """Training, resuming and testing on real video files, with SlowFast's checkpoints and lines."""
 
 import gc
+import json
 import os
 import pickle
 from pathlib import Path
@@ -446,6 +447,20 @@ def test_several_numbers_of_clips_are_said_in_testing(run, cfg):
     cfg.TEST.NUM_TEMPORAL_CLIPS = [1, 3]
     assert engine.test(cfg)["num_views"] == 3
     assert len(run.json_stats("test_final")) == 2
+
+
+def test_what_a_run_found_is_in_a_file(run, cfg):
+    """For programs, which must not read logs; it survives the next job in the folder."""
+    cfg.LOG_MODEL_INFO = True
+    trained = engine.train(cfg)
+    tested = engine.test(cfg)
+    record = json.loads((run.folder / "run.json").read_text())
+    results = record.pop("results")
+    assert results["test"]["top1_acc"] == tested["top1_acc"]
+    assert results["train"] == {key: trained[key] for key in ("top1_err", "top5_err")}
+    assert record.pop("config")["STTS"]["ENABLE"] is True
+    expected = {"schema": 1, "engine": "standalone", "params": tested["params"]}
+    assert record == {**expected, "gflops": tested["gflops"]} and tested["gflops"] > 0
 
 
 def test_mixed_labels_count_both_classes_as_right():
