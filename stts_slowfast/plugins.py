@@ -13,6 +13,8 @@ EXTRAS = {
     "rich": "tools",
     "matplotlib": "tools",
     "safetensors": "tools",
+    "jinja2": "tools",
+    "pandas": "tools",
     "transformers": "hosts",
     "accelerate": "hosts",
     "timm": "hosts",

@@ -14,7 +14,7 @@ import torch
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.tools.report.published import TABLE, Published
+from stts_slowfast.tools.bench.published import TABLE, Published
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path(__file__).with_name("README.md")

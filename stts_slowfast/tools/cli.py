@@ -1,4 +1,4 @@
-"""The command ``stts``: its subcommands, and how errors and Ctrl-C leave it."""
+"""The command ``stts``: its subcommands, shared arguments, errors and exit codes."""
 
 import argparse
 import importlib
@@ -10,42 +10,48 @@ from collections.abc import Sequence
 from stts_slowfast.plugins import missing_dependency_error
 from stts_slowfast.standalone.signals import worker_death_error
 
-# Subcommand -> the module that has add_arguments(parser) and main(args) -> int | None, and what
-# it does. A module is imported when its command is called, so that `stts --help` is quick.
+# Subcommand -> its module, which has add_arguments(parser) and main(args) -> int | None, and its
+# help text. A module is imported when its command is called, so that `stts --help` is fast.
 COMMANDS = {
     "run": ("stts_slowfast.tools.run", "train and test by SlowFast config files"),
     "quickstart": (
         "stts_slowfast.tools.demo.quickstart",
-        "watch selection being learned on real video",
+        "train and compare selection on small synthetic videos",
     ),
     "make-data": (
         "stts_slowfast.tools.demo.make_data",
-        "write small videos on which looking is hard",
+        "write small synthetic videos whose class shows in few tokens",
     ),
     "study": (
         "stts_slowfast.tools.study.command",
-        "measure whether selection wins, at every budget",
+        "compare scorers at every budget on your model and videos",
     ),
-    "report": ("stts_slowfast.tools.report.command", "write a page about runs and studies"),
-    "visualize": ("stts_slowfast.tools.visualize", "show what was kept of a video"),
+    "report": ("stts_slowfast.tools.report.command", "write an HTML page about runs and studies"),
+    "visualize": ("stts_slowfast.tools.visualize", "show what a model keeps of a video"),
     "bench": ("stts_slowfast.tools.bench.command", "compare speed, memory and cost of models"),
-    "export": ("stts_slowfast.tools.export", "write a model for torch.export or ONNX"),
-    "convert": ("stts_slowfast.tools.convert", "turn checkpoints and the authors' YAML into ours"),
-    "doctor": ("stts_slowfast.tools.doctor", "say what a run inside SlowFast finds and misses"),
+    "export": ("stts_slowfast.tools.export", "export a model by torch.export or to ONNX"),
+    "convert": (
+        "stts_slowfast.tools.convert",
+        "convert checkpoints and the authors' YAML files",
+    ),
+    "doctor": (
+        "stts_slowfast.tools.doctor",
+        "list what a run inside SlowFast needs and lacks",
+    ),
 }
 
-# What a person can mend: told in one line. Anything else is a fault of ours, and shown in full.
-_MENDABLE = (ValueError, OSError)
+# Errors that the user can fix are printed as one line; all others are bugs, with traceback.
+_USER_ERRORS = (ValueError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``stts``.
 
     Args:
-        argv: the words after ``stts``; those of the command line by default.
+        argv: the arguments after ``stts``; those of the command line by default.
 
     Returns:
-        0, or what the subcommand returned; 2 for what the user can mend; 130 after Ctrl-C.
+        0, or what the subcommand returned; 2 for errors that the user can fix; 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser("stts", description="Token selection for video transformers.")
@@ -54,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module, text) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=f"{text.capitalize()}.")
         subparser.add_argument(
-            "--traceback", action="store_true", help="show where an error came from"
+            "--traceback", action="store_true", help="print the traceback of an error"
         )
         if name in argv[:1]:
             try:
@@ -75,20 +81,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(stop, "status", 130)
     except Exception as error:
         error = missing_dependency_error(error) or worker_death_error(error) or error
-        if args.traceback or os.environ.get("STTS_TRACEBACK") or not _is_mendable(error):
+        if args.traceback or os.environ.get("STTS_TRACEBACK") or not _is_user_error(error):
             traceback.print_exc()
-            return 2 if _is_mendable(error) else 1
+            return 2 if _is_user_error(error) else 1
         print(f"stts: error: {_one_line(error)}", file=sys.stderr)
         return 2
 
 
+# ---- arguments that several commands share --------------------------------------------------
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """``--cfg FILE``, the config of a model."""
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="config of the model")
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """``--checkpoint FILE``; where it is not given, the weights are those that a test takes."""
+    """``--checkpoint FILE``; without it, the weights are those that a test takes."""
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",
         help="weights; else TEST.CHECKPOINT_FILE_PATH, else the last in OUTPUT_DIR",
     )
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """``--force``, to replace the file that a command writes."""
+    parser.add_argument("--force", action="store_true", help="replace a file that exists already")
 
 
 def add_opts(parser: argparse.ArgumentParser) -> None:
@@ -102,11 +121,24 @@ def add_opts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _is_mendable(error: Exception) -> bool:
-    # A loader's worker turns errors that it cannot rebuild into RuntimeError.
+def read_config(args: argparse.Namespace):
+    """The config that ``--cfg``, ``--checkpoint`` and ``--opts`` name, to test its weights."""
+    from stts_slowfast.standalone.config import load_config
+
+    cfg = load_config(args.cfg, args.opts)
+    if args.checkpoint:
+        cfg.TEST.CHECKPOINT_FILE_PATH = args.checkpoint
+    return cfg
+
+
+# ---- errors ---------------------------------------------------------------------------------
+
+
+def _is_user_error(error: Exception) -> bool:
+    # A loader's worker turns errors that it cannot pickle into RuntimeError.
     from stts_slowfast.video import VideoError
 
-    return isinstance(error, (*_MENDABLE, VideoError)) or (
+    return isinstance(error, (*_USER_ERRORS, VideoError)) or (
         _from_worker(error) and "VideoError" in str(error)
     )
 

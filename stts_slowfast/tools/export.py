@@ -11,22 +11,23 @@ from torch import nn
 
 from stts_slowfast.checkpoints.io import atomic_write, check_output_path, save_bytes
 from stts_slowfast.plugins import require
-from stts_slowfast.tools.cli import add_checkpoint, add_opts
+from stts_slowfast.tools.cli import add_checkpoint, add_config, add_force, add_opts, read_config
+from stts_slowfast.tools.inspection import load_trained_model
 
-# By how much the logits of an exported model may differ from the model's, as a share of the
-# largest one.
+# Largest difference between the logits of the exported model and the model, as a share of the
+# largest logit.
 TOLERANCE = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``stts export``."""
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="config of the model")
+    add_config(parser)
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="file to write: .pt2 (torch.export) or .onnx"
     )
     add_checkpoint(parser)
     parser.add_argument("--batch-size", type=int, default=1, help="clips in a batch, fixed")
-    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    add_force(parser)
     add_opts(parser)
 
 
@@ -34,22 +35,15 @@ def main(args: argparse.Namespace) -> int:
     """Exports the model, runs what was written, and compares.
 
     Raises:
-        ValueError: for an unknown kind of file, packages that are missing, and an exported model
-            that computes something else than the model.
+        ValueError: for an unknown file ending, a missing package, or an exported model whose
+            logits differ from the model's.
     """
-    from stts_slowfast.standalone.checkpointing import load_for_test
-    from stts_slowfast.standalone.config import load_config
-    from stts_slowfast.standalone.model import build_model
-
     if Path(args.out).suffix not in (".pt2", ".onnx"):
         raise ValueError(f"--out {args.out}: write a .pt2 (torch.export) or an .onnx file")
     sources = [path for path in (args.cfg, args.checkpoint) if path]
     check_output_path(args.out, args.force, sources)
-    cfg = load_config(args.cfg, args.opts)
-    if args.checkpoint:
-        cfg.TEST.CHECKPOINT_FILE_PATH = args.checkpoint
-    model = build_model(cfg)
-    load_for_test(cfg, model)
+    cfg = read_config(args)
+    model = load_trained_model(cfg)
     size = cfg.DATA.TRAIN_CROP_SIZE
     generator = torch.Generator().manual_seed(0)
     clips = torch.randn(args.batch_size, 3, cfg.DATA.NUM_FRAMES, size, size, generator=generator)
@@ -74,18 +68,18 @@ def export(
         overwrite, sources: see :func:`atomic_write`.
 
     Returns:
-        By how much the logits of what was written differ from the model's at most, on another
+        The largest difference between the logits of the exported model and the model, on another
         batch than the example.
 
     Raises:
-        ValueError: where they differ by more than ``TOLERANCE``, and for missing packages; nothing
-            is written then.
+        ValueError: if they differ by more than ``TOLERANCE``, or a package is missing; nothing is
+            written then.
     """
     model.eval()
     other = clips.flip(0).roll(1, dims=2) * 0.5
     make, run = (_onnx, _run_onnx) if Path(path).suffix == ".onnx" else (_pt2, _run_pt2)
     with torch.no_grad(), warnings.catch_warnings():
-        # Selectors remember what they kept, an exported program has no use for it.
+        # Selectors store what they kept; the exported program does not need it.
         warnings.filterwarnings("ignore", "The tensor attributes .*kept")
         expected = model(other)
         data = make(model, clips)
@@ -97,7 +91,7 @@ def export(
     return difference
 
 
-# Both are made in memory: PyTorch's writer of files aborts the interpreter where the disk is full.
+# Both are built in memory: PyTorch's file writer aborts the interpreter if the disk is full.
 
 
 def _pt2(model: nn.Module, clips: torch.Tensor) -> bytes:

@@ -8,7 +8,7 @@ import torch
 from stts_slowfast.pyslowfast import bench
 from stts_slowfast.tools import cli
 from stts_slowfast.tools.bench import spec
-from stts_slowfast.tools.report.published import TABLE
+from stts_slowfast.tools.bench.published import TABLE
 
 ROWS = {
     "Kinetics/SLOWFAST_8x8_R50": (None, 32),  # the zoo names c2/SLOWFAST_8x8_R50

@@ -7,6 +7,7 @@ from PIL import Image
 
 from stts_slowfast import visualization
 from stts_slowfast.tools import overlay_video
+from stts_slowfast.tools.inspection import View, crop_window
 
 
 def test_picture_marks_kept_frames_green_and_windows_red(tmp_path):
@@ -27,10 +28,11 @@ def test_picture_marks_kept_frames_green_and_windows_red(tmp_path):
 
 def test_frames_of_the_video_belong_to_the_frame_of_tokens_before_them():
     kept = {0: (0.0, 0.0, 0.5, 0.5), 2: visualization.FULL_FRAME}
-    shown = overlay_video.ViewOverlay([10, 13, 16, 19, 22, 25], 3, kept, (0.25, 0.0, 0.5, 1.0))
+    view = View(torch.zeros(3, 6, 8, 8), [10, 13, 16, 19, 22, 25], (0.25, 0.0, 0.5, 1.0))
+    overlay = overlay_video.ViewOverlay(view, 3, kept)
     first, last = (0.25, 0.0, 0.25, 0.5), (0.25, 0.0, 0.5, 1.0)
-    at = [shown.at(number) for number in range(30)]
-    assert at == [None] * 10 + [first] * 6 + [None] * 6 + [last] * 6 + [None] * 2
+    windows = [overlay.window_at(number) for number in range(30)]
+    assert windows == [None] * 10 + [first] * 6 + [None] * 6 + [last] * 6 + [None] * 2
 
 
 def test_what_no_view_kept_is_dimmed():
@@ -44,7 +46,7 @@ def test_what_no_view_kept_is_dimmed():
 
 @pytest.mark.parametrize(("height", "width"), [(340, 256), (256, 340), (90, 120)])
 def test_crop_is_the_middle_square(height, width):
-    top, left, tall, wide = overlay_video.center_crop(height, width, 256, 224)
+    top, left, tall, wide = crop_window(height, width, 256, 224)
     assert tall * height == pytest.approx(wide * width, rel=0.01)
     assert top + tall / 2 == pytest.approx(0.5, abs=0.01)
     assert left + wide / 2 == pytest.approx(0.5, abs=0.01)

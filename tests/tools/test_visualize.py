@@ -14,6 +14,7 @@ from stts_slowfast.standalone.data import ClipDataset, normalize_clips
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import cli, visualize
 from stts_slowfast.tools.demo import make_data
+from stts_slowfast.tools.inspection import read_clip
 from stts_slowfast.video import Video
 
 
@@ -78,7 +79,7 @@ def test_pictures_have_the_colours_of_the_video(cfg, tmp_path, dataset, reverse)
     red = np.zeros((16, 32, 32, 3), np.uint8)
     red[..., 0] = 250
     make_data.write_video(str(tmp_path / "red.mp4"), red)
-    clip = visualize.read_clip(cfg, str(tmp_path / "red.mp4"))
+    clip = read_clip(cfg, str(tmp_path / "red.mp4"))
     assert clip.shape == (3, 8, 32, 32)
     colour = visualization.to_pictures(cfg, clip).float().mean((0, 1, 2))
     assert colour[0] > 200 and colour[1:].max() < 40
@@ -102,7 +103,7 @@ def test_what_is_looked_at_is_what_testing_sees(cfg, tmp_path, rotate, backend):
         container.mux(stream.encode())
     (tmp_path / "test.csv").write_text(f"{path} 0\n")
     clips, *_ = ClipDataset(cfg, "test")[0]
-    assert torch.equal(visualize.read_clip(cfg, str(path)), normalize_clips(clips[0], cfg))
+    assert torch.equal(read_clip(cfg, str(path)), normalize_clips(clips[0], cfg))
 
 
 def test_without_selection_every_frame_is_kept_whole(cfg):

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from stts_slowfast.schedule import update_schedule
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.tools.bench import loader
-from stts_slowfast.tools.bench.spec import ENGINES, BenchSpec, build_all, markdown, parse_row
-from stts_slowfast.tools.report.published import Published
-from stts_slowfast.tools.study.results import write_json
+from stts_slowfast.tools.bench.published import Published
+from stts_slowfast.tools.bench.spec import ENGINES, BenchSpec, build_all, parse_row
+from stts_slowfast.tools.output import markdown_table, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eval", "train")
@@ -231,7 +231,7 @@ def table(rows: list[BenchSpec], batch_size: int) -> str:
     for mode in modes:
         head += [f"{mode} clips/s", "ratio"]
         head += [f"{mode} GiB", "ratio"] if remembered else []
-    lines = [head]
+    lines = []
     for row in rows:
         base = next(other for other in rows if other.frames == row.frames)
         cells = [row.name] + ([str(row.frames)] if row.frames else [])
@@ -248,7 +248,7 @@ def table(rows: list[BenchSpec], batch_size: int) -> str:
                 cells += [f"{row.memory[mode] / GIB:.2f}"]
                 cells += [f"{row.memory[mode] / base.memory[mode]:.2f}"]
         lines.append(cells)
-    return markdown(lines)
+    return markdown_table(head, lines)
 
 
 def _published(result: Published) -> str:

@@ -8,8 +8,8 @@ from itertools import islice
 
 import torch
 
-from stts_slowfast.tools.bench.spec import BenchSpec, build_all, map_rows, markdown, read_config
-from stts_slowfast.tools.study.results import write_json
+from stts_slowfast.tools.bench.spec import BenchSpec, build_all, map_rows, read_config
+from stts_slowfast.tools.output import format_cell, markdown_table, write_json
 
 SPLITS = ("train", "test")
 DATA = ("row", "split", "workers", "clips", "videos / s", "clips / s", "core-ms / clip")
@@ -27,7 +27,8 @@ def run(rows: Sequence[BenchSpec], args: argparse.Namespace) -> int:
     measured = []
     for one in measure(rows, args):
         measured.append(one)
-        lines = markdown([columns, [_cell(one[column]) for column in columns]]).splitlines()
+        row = [format_cell(one[column]) for column in columns]
+        lines = markdown_table(columns, [row]).splitlines()
         print(*lines[0 if len(measured) == 1 else 2 :], sep="\n", flush=True)
         if args.json:
             write_json(args.json, measured)
@@ -153,12 +154,6 @@ def _preparation(row: BenchSpec) -> Callable:
 
 
 # ---- what is told ---------------------------------------------------------------------------
-
-
-def _cell(value) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def plot(measured: Sequence[dict], path: str) -> None:

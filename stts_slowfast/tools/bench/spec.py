@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stts_slowfast.tools.report.published import Published, published
+from stts_slowfast.tools.bench.published import Published, published
 
 ENGINES = ("standalone", "slowfast")
 
@@ -123,10 +123,3 @@ def map_rows(rows: Sequence[BenchSpec], what: Callable[[BenchSpec], object], fai
     if failed:
         raise ValueError("; ".join(failed))
     return done
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as a Markdown table; the first is the head, all but the first column right."""
-    head, *rest = lines
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rest]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,1 +1,1 @@
-"""``stts report``: reads what runs left (``run_log``), published accuracies (``published``), the page."""
+"""``stts report``: what runs left (``run_log``) and the page about it (``command``)."""

@@ -1,31 +1,39 @@
-"""Reads what a run left in its OUTPUT_DIR, of either engine: config, json_stats, costs, study."""
+"""Reads what a run of either engine left in its OUTPUT_DIR.
+
+Config, cost and test result are in ``run.json``, epochs in ``json_stats.log``, a study's rows in
+``study.json``. A folder without ``run.json`` (a run inside SlowFast) has the config in its last
+checkpoint, from which the cost is counted, and its test result among the ``json_stats`` lines of
+``stdout.log``.
+"""
 
 import json
 import os
 import re
 from dataclasses import dataclass, field
 
+import torch
 import yaml
 
-from stts_slowfast.checkpoints import read_checkpoint
+from stts_slowfast.checkpoints.io import read_checkpoint
 from stts_slowfast.configfiles.values import flatten
+from stts_slowfast.standalone.flops import count_gflops
+from stts_slowfast.standalone.model import build_model
+from stts_slowfast.tools.inspection import stored_config
 
-_LINE = re.compile(r"json_stats: (\{.*\})")
-# "GFLOPs: 0.1 per clip", "params: 3.4 M" of ours; "Flops: 0.1 G", "Params: 3,400,000" of SlowFast.
-_GFLOPS = re.compile(r"(?:GFLOPs: ([\d.e+-]+) per clip|Flops: ([\d.,e+-]+) G)")
-_PARAMS = re.compile(r"(?:params: ([\d.]+) M|Params: ([\d,]+))")
+_STATS_LINE = re.compile(r"json_stats: (\{.*\})")
 
 
 @dataclass
-class Output:
-    """A run.
+class RunOutput:
+    """What is known of a run.
 
     Attributes:
-        folder, name: where it lies, and what the page calls it.
-        config: key -> value, from its last checkpoint; empty where there is none.
-        checkpoint: that file's path.
-        stats: its json_stats, in order.
-        gflops, params: of one clip in 1e9 multiply-adds; in millions.
+        folder, name: its OUTPUT_DIR, and what the page calls it.
+        config: key -> value; empty if the folder has none.
+        checkpoint: path of the checkpoint of the latest epoch.
+        stats: the json_stats of its epochs, in order.
+        test: ``top1_acc`` and ``top5_acc`` of the last test, as far as it ended and has labels.
+        gflops, params: multiply-adds of one clip in 1e9; parameters in millions.
         study: the rows of a study.json in the folder.
     """
 
@@ -34,12 +42,13 @@ class Output:
     config: dict = field(default_factory=dict)
     checkpoint: str | None = None
     stats: list[dict] = field(default_factory=list)
+    test: dict = field(default_factory=dict)
     gflops: float | None = None
     params: float | None = None
     study: list[dict] = field(default_factory=list)
 
     def curve(self, kind: str, key: str) -> tuple[list[float], list[float]]:
-        """Epochs and values of the lines ``_type`` ``kind``; the last where one comes twice."""
+        """Epochs and values of the lines of ``_type`` ``kind``; the last value of each epoch."""
         values = {}
         for line in self.stats:
             if line.get("_type") == kind and key in line:
@@ -49,35 +58,30 @@ class Output:
 
     def final(self, key: str) -> float | None:
         """A number of the last test; None if there was none, or its list had no labels."""
-        found = [line.get(key) for line in self.stats if line.get("split") == "test_final"]
-        return float(found[-1]) if found and found[-1] is not None else None
+        value = self.test.get(key)
+        return None if value is None else float(value)
 
 
-def read_output(folder: str) -> Output:
+def read_output(folder: str) -> RunOutput:
     """Reads an OUTPUT_DIR of ``stts run`` or SlowFast, or the OUT of ``stts study``.
 
     Raises:
-        FileNotFoundError: where there is no such folder.
-        ValueError: where there is nothing of a run in it.
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if it holds nothing of a run.
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder}")
-    output = Output(folder, os.path.basename(os.path.abspath(folder)))
-    logs = [os.path.join(folder, name) for name in ("json_stats.log", "stdout.log")]
-    texts = [_text(path) for path in logs]
-    # SlowFast's json_stats.log has its epochs; the last lines of its tests are in stdout.log alone.
-    told = _stats(texts[1])
-    output.stats = (_stats(texts[0]) or told) + [
-        line for line in told if line.get("split") == "test_final"
-    ]
-    for name, pattern in (("gflops", _GFLOPS), ("params", _PARAMS)):
-        setattr(output, name, _number(pattern, texts[1], name))
+    output = RunOutput(folder, os.path.basename(os.path.abspath(folder)))
     output.checkpoint = last_checkpoint(folder)
-    if output.checkpoint:
-        output.config = _config(output.checkpoint)
-    if text := _text(os.path.join(folder, "study.json")):
-        output.study = json.loads(text)
-    if not (output.stats or output.checkpoint or output.study):
+    output.stats = _read_stats(os.path.join(folder, "json_stats.log"))
+    if record := _read_json(os.path.join(folder, "run.json")):
+        output.config = dict(flatten(record["config"]))
+        output.gflops, output.params = record["gflops"], record["params"] / 1e6
+        output.test = record["results"].get("test", {})
+    else:
+        _read_without_record(output)
+    output.study = _read_json(os.path.join(folder, "study.json")) or []
+    if not (output.stats or output.test or output.checkpoint or output.study):
         raise ValueError(
             f"{folder} holds no json_stats.log, checkpoint or study.json: name the OUTPUT_DIR of a "
             "run, or the --out of stts study"
@@ -95,47 +99,59 @@ def last_checkpoint(folder: str) -> str | None:
     return found[max(found)] if found else None
 
 
-def config_diff(outputs: list[Output]) -> dict[str, list]:
-    """Keys whose values are not the same in all runs that have a config; a value for each run."""
-    keys = sorted(set().union(*(output.config for output in outputs)))
-    skip = ("OUTPUT_DIR", "SHARD_ID")
-    found = {}
-    for key in keys:
+def config_diff(outputs: list[RunOutput]) -> dict[str, list]:
+    """Keys whose values differ between runs that have a config: key -> a value for each run."""
+    differing = {}
+    for key in sorted(set().union(*(output.config for output in outputs))):
         values = [output.config.get(key) for output in outputs]
         known = [value for value, output in zip(values, outputs) if output.config]
-        if key not in skip and any(value != known[0] for value in known):
-            found[key] = values
-    return found
+        if key not in ("OUTPUT_DIR", "SHARD_ID") and any(value != known[0] for value in known):
+            differing[key] = values
+    return differing
 
 
-def _text(path: str) -> str:
+def _read_without_record(output: RunOutput) -> None:
+    # SlowFast writes the result of a test to stdout.log alone.
+    lines = _read_stats(os.path.join(output.folder, "stdout.log"))
+    output.stats = output.stats or lines
+    tests = [line for line in output.stats + lines if line.get("split") == "test_final"]
+    output.test = tests[-1] if tests else {}
+    if not output.checkpoint:
+        return
+    text = read_checkpoint(output.checkpoint).get("cfg")
+    if isinstance(text, str):
+        output.config = dict(flatten(yaml.safe_load(text) or {}))
+        output.gflops, output.params = _count_cost(output.checkpoint)
+
+
+def _count_cost(checkpoint: str) -> tuple[float | None, float | None]:
+    """GFLOPs of one clip and millions of parameters; None for models of SlowFast alone."""
+    try:
+        cfg = stored_config(checkpoint)
+        model = build_model(cfg)
+    except ValueError:
+        return None, None
+    size = cfg.DATA.TEST_CROP_SIZE
+    gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
+    return gflops, sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+def _read_json(path: str):
     if not os.path.isfile(path):
-        return ""
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _read_stats(path: str) -> list[dict]:
+    if not os.path.isfile(path):
+        return []
     with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
-
-
-def _stats(text: str) -> list[dict]:
+        text = file.read()
     lines = []
-    for match in _LINE.finditer(text):
+    for match in _STATS_LINE.finditer(text):
         try:
             lines.append(json.loads(match[1]))
         except ValueError:  # the end of a run that was killed
             continue
     return lines
-
-
-def _number(pattern: re.Pattern, text: str, name: str) -> float | None:
-    found = pattern.findall(text)
-    if not found:
-        return None
-    ours, slowfast = found[-1]
-    if ours:
-        return float(ours)
-    number = float(slowfast.replace(",", ""))
-    return number / 1e6 if name == "params" else number
-
-
-def _config(path: str) -> dict:
-    text = read_checkpoint(path).get("cfg")
-    return dict(flatten(yaml.safe_load(text) or {})) if isinstance(text, str) else {}

@@ -1,1 +1,1 @@
-"""``stts study``: the runs (``command``), each evaluation (``evaluate``), tables and plots (``results``)."""
+"""``stts study``: runs (``command``), one evaluation (``evaluate``), tables (``results``)."""

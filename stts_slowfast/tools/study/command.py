@@ -1,16 +1,17 @@
-"""``stts study``: does selection win on your model and videos? Budgets x scorers, one table.
+"""``stts study``: compares scorers at every budget on your model and videos.
 
-Every row is one line of OUT/study.csv and one file in OUT/rows: a study that was stopped goes on
-where it was, and rows can be added to it.
+A row is a line of OUT/study.csv and a file in OUT/rows. A study that was stopped resumes with the
+first row without a file, and rows can be added to it.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -23,8 +24,10 @@ from stts_slowfast.config import validate_stts
 from stts_slowfast.standalone.annotations import NO_LABEL
 from stts_slowfast.standalone.data import ClipDataset
 from stts_slowfast.tools.cli import add_opts
-from stts_slowfast.tools.study.evaluate import CACHE_BYTES, TestClips, evaluate, find_truth
-from stts_slowfast.tools.study.results import ENDINGS, SCORERS, table, write_json, write_results
+from stts_slowfast.tools.output import write_json
+from stts_slowfast.tools.study.coverage import find_truth
+from stts_slowfast.tools.study.evaluate import CACHE_BYTES, TestClips, evaluate
+from stts_slowfast.tools.study.results import ENDINGS, SCORERS, table, write_results
 from stts_slowfast.video import cache_frames
 
 SHARES = (0.75, 0.5, 0.25)
@@ -32,14 +35,14 @@ SHARES = (0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class StudyRow:
-    """A way to select.
+    """A budget and a scorer.
 
     Attributes:
-        time, space: shares of frames and of a frame's tokens that are left in the end; None where
-            nothing is selected there.
-        scorer: of both; "all" keeps all tokens.
-        trained: fine-tuned by the recipe, or the checkpoint as it is.
-        seed: of what is random, in training or in testing.
+        time, space: shares of frames and of a frame's tokens after all selectors; None without
+            selection in that dimension.
+        scorer: of both dimensions; "all" keeps all tokens.
+        trained: whether the checkpoint is fine-tuned by the recipe first.
+        seed: of training, and of random scores in testing.
     """
 
     time: float | None
@@ -64,19 +67,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``stts study``."""
     parser.add_argument("--cfg", required=True, metavar="FILE", help="config of model and data")
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="weights; TEST.CHECKPOINT_FILE_PATH else"
+        "--checkpoint", metavar="FILE", help="weights (default: TEST.CHECKPOINT_FILE_PATH)"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
-    kept = {"type": float, "nargs": "*", "default": SHARES, "metavar": "SHARE"}
-    parser.add_argument("--time", **kept, help="budgets: shares of frames")
-    parser.add_argument("--space", **kept, help="shares of each frame's tokens")
-    both = [f"{share}x{share}" for share in SHARES]
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    for name, text in (("--time", "frames"), ("--space", "each frame's tokens")):
+        parser.add_argument(
+            name,
+            type=float,
+            nargs="*",
+            default=SHARES,
+            metavar="SHARE",
+            help=f"budgets: shares of {text}",
+        )
     parser.add_argument(
-        "--both", nargs="*", default=both, metavar="TIMExSPACE", help="shares of both at once"
+        "--both",
+        nargs="*",
+        default=[f"{share}x{share}" for share in SHARES],
+        metavar="TIMExSPACE",
+        help="budgets: shares of both at once",
     )
     parser.add_argument("--scorers", nargs="+", default=SCORERS, metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=3, help="for rows in which chance has a part")
-    parser.add_argument("--train", action="store_true", help="fine-tune a row of each kind, too")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="of rows with random scores or fine-tuning"
+    )
+    parser.add_argument("--train", action="store_true", help="add a fine-tuned row for each row")
     parser.add_argument(
         "--recipe",
         nargs="+",
@@ -88,13 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures the rows that are not there yet, and writes table and plot.
+    """Measures the rows that have no file yet, and writes table and plot.
 
     Raises:
         ValueError: for a budget, scorer, config or checkpoint that cannot be used.
     """
     cfg = load_config(args.cfg, args.opts)
-    cfg.OUTPUT_DIR = args.out  # of the list of videos that cannot be read
+    cfg.OUTPUT_DIR = args.out  # for the list of unreadable videos
     recipe = load_config(args.cfg, [*args.opts, *args.recipe])
     path = find_checkpoint(cfg, args.checkpoint)
     rows = plan_rows(cfg, args)
@@ -103,18 +117,18 @@ def main(args: argparse.Namespace) -> int:
     results = run_rows(cfg, recipe, path, rows, args.out)
     write_results(args.out, results)
     print(table(results))
-    if lost := max(row["unreadable"] for row in results):
-        print(f"{lost} of the test videos cannot be read, and count as wrong in all rows")
+    if unreadable := max(row["unreadable"] for row in results):
+        print(f"{unreadable} of the test videos cannot be read, and count as wrong in all rows")
     print(f"wrote {', '.join(os.path.join(args.out, f'study.{end}') for end in ENDINGS)}")
     return 0
 
 
 def find_checkpoint(cfg, named: str | None) -> str:
-    """The file whose weights are studied, or the folder that the config's model is made from.
+    """The checkpoint to study: a file, or the folder that the config's model is initialized from.
 
     Raises:
-        FileNotFoundError: where it is not there.
-        ValueError: where none is named, or a folder that the model is not made from.
+        FileNotFoundError: if it does not exist.
+        ValueError: if none is named, or it is another folder.
     """
     path = named or cfg.TEST.CHECKPOINT_FILE_PATH or cfg.TRAIN.CHECKPOINT_FILE_PATH
     folder = backbones.family_of(cfg).init_folder(cfg)
@@ -125,7 +139,7 @@ def find_checkpoint(cfg, named: str | None) -> str:
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     if os.path.isdir(path) and not (folder and os.path.samefile(path, folder)):
         raise ValueError(
-            f"checkpoint {path} is a folder: name a file in it or, where save_pretrained wrote it, "
+            f"checkpoint {path} is a folder: name a file in it or, if save_pretrained wrote it, "
             f"set MODEL.MODEL_NAME hf:{path}"
         )
     return path
@@ -135,10 +149,10 @@ def find_checkpoint(cfg, named: str | None) -> str:
 
 
 def plan_rows(cfg, args: argparse.Namespace) -> list[StudyRow]:
-    """The rows that are asked for, each checked against the model.
+    """The rows that the arguments ask for, each validated against the model.
 
     Raises:
-        ValueError: naming the budget or scorer that cannot be.
+        ValueError: naming the budget or scorer that is impossible.
     """
     budgets = [(share, None) for share in args.time] + [(None, share) for share in args.space]
     for text in args.both:
@@ -157,17 +171,17 @@ def plan_rows(cfg, args: argparse.Namespace) -> list[StudyRow]:
         validate_stts(row_config(cfg, row).STTS, len(grids), grids)
     if args.train:
         rows += [replace(row, trained=True) for row in rows]
-    return [row for one in rows for row in expand_seeds(one, args.seeds)]
+    return [seeded for row in rows for seeded in expand_seeds(row, args.seeds)]
 
 
 def expand_seeds(row: StudyRow, seeds: int) -> Iterable[StudyRow]:
-    """A row for each seed where chance has a part in it."""
-    chance = row.trained or row.scorer == "random"
-    return [replace(row, seed=seed) for seed in range(seeds if chance else 1)]
+    """A row for each seed if it is fine-tuned or has random scores, else the row alone."""
+    is_random = row.trained or row.scorer == "random"
+    return [replace(row, seed=seed) for seed in range(seeds if is_random else 1)]
 
 
 def row_config(cfg, row: StudyRow):
-    """The config of a row. Where several blocks select, each keeps the same share."""
+    """The config of a row. If several blocks select, each keeps the same share."""
     cfg = cfg.clone()
     cfg.RNG_SEED += row.seed
     cfg.STTS.ENABLE = row.scorer != "all"
@@ -187,7 +201,7 @@ def row_config(cfg, row: StudyRow):
 
 
 def has_scorer_weights(cfg, row: StudyRow, path: str) -> bool:
-    """Whether a checkpoint has the weights of a row's scorers; where not, says so."""
+    """Whether a checkpoint has the weights of a row's scorers; if not, prints that."""
     if row.scorer != "learned":
         return True
     missing = load(row_config(cfg, row), path)[1]
@@ -197,15 +211,15 @@ def has_scorer_weights(cfg, row: StudyRow, path: str) -> bool:
 
 
 def load(cfg, path: str) -> tuple[nn.Module, list[str]]:
-    """A row's model with a checkpoint of either engine, and its scorers' parameters that the
-    checkpoint lacks.
+    """A row's model with the weights of a checkpoint, and the names of the scorers' parameters
+    that the checkpoint lacks.
 
     Raises:
-        ValueError: where it is of another backbone.
+        ValueError: if it is of another backbone.
     """
     model = build_model(cfg)
     checkpoint = pretrained_state(model, path) if os.path.isdir(path) else read_checkpoint(path)
-    validate_checkpoint(model, checkpoint, cfg, "finetune", path)  # which lets other heads pass
+    validate_checkpoint(model, checkpoint, cfg, "finetune", path)  # other heads pass
     loaded = load_weights(model, checkpoint, strict=False)
     lost = [name for name in loaded.missing if not name.startswith("stts.")]
     if lost or loaded.mismatched:
@@ -217,7 +231,7 @@ def load(cfg, path: str) -> tuple[nn.Module, list[str]]:
 
 
 def run_rows(cfg, recipe, path: str, rows: Sequence[StudyRow], out: str) -> list[dict]:
-    """The results of all rows; those that OUT/rows has are not measured again."""
+    """The results of all rows; rows with a valid file in OUT/rows are not measured again."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
@@ -227,12 +241,14 @@ def run_rows(cfg, recipe, path: str, rows: Sequence[StudyRow], out: str) -> list
             f"the test list in DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} has videos "
             "without a label: a study compares accuracies, so give every one its class"
         )
-    tested = [digest(path), clips.videos.digest(), repr(find_truth(cfg))]
-    trained = [ClipDataset(recipe, "train").videos.digest()] if any(r.trained for r in rows) else []
+    test_inputs = [digest(path), clips.videos.digest(), repr(find_truth(cfg))]
+    train_inputs = []
+    if any(row.trained for row in rows):
+        train_inputs = [ClipDataset(recipe, "train").videos.digest()]
     device = "cuda" if cfg.NUM_GPUS > 0 and torch.cuda.is_available() else "cpu"
     columns = [SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn()]
     progress = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
-    # All rows are trained on the same videos: they are decoded once where they fit.
+    # All rows are trained on the same videos: these are decoded once if they fit in memory.
     size = CACHE_BYTES // max(1, cfg.DATA_LOADER.NUM_WORKERS)
     results = []
     with progress, quiet_logs(), cache_frames(size):
@@ -242,7 +258,7 @@ def run_rows(cfg, recipe, path: str, rows: Sequence[StudyRow], out: str) -> list
             progress.update(task, description=row.name)
             file = os.path.join(out, "rows", f"{row.name}.json")
             config = row_config(recipe if row.trained else cfg, row)
-            key = fingerprint(config, [*tested, *(trained if row.trained else ())])
+            key = fingerprint(config, [*test_inputs, *(train_inputs if row.trained else ())])
             result = read_row(file, key)
             if result is None:
                 weights = path
@@ -258,7 +274,7 @@ def run_rows(cfg, recipe, path: str, rows: Sequence[StudyRow], out: str) -> list
 
 
 def fine_tune(cfg, path: str, folder: str, progress) -> str:
-    """Trains a row's model from the checkpoint; goes on with what is there. Returns its weights."""
+    """Trains a row's model from the checkpoint, or resumes; returns the path of its weights."""
     from stts_slowfast.standalone import engine
 
     cfg.OUTPUT_DIR, cfg.TRAIN.ENABLE = folder, True
@@ -272,7 +288,7 @@ def fine_tune(cfg, path: str, folder: str, progress) -> str:
 
 
 def measure(cfg, row: StudyRow, path: str, clips: TestClips, device, progress, task) -> dict:
-    """Tests a row's model; returns its line of the table and what it keeps."""
+    """Tests a row's model; returns its entry of study.json."""
     from stts_slowfast.standalone.flops import count_gflops
 
     model, missing = load(cfg, path)
@@ -282,13 +298,13 @@ def measure(cfg, row: StudyRow, path: str, clips: TestClips, device, progress, t
     gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
     torch.manual_seed(cfg.RNG_SEED)
     model.to(device)
-    found = evaluate(cfg, model, clips, lambda: progress.advance(task))
+    result = evaluate(cfg, model, clips, lambda: progress.advance(task))
     names = {"name": row.name, "dimension": row.dimension}
-    return {**names, **asdict(row), "gflops": round(gflops, 5), **found}
+    return {**names, **asdict(row), "gflops": round(gflops, 5), **result}
 
 
 def fingerprint(cfg, inputs: Sequence[str]) -> str:
-    """Of all that a row's result depends on: its config, but for where things lie, and inputs."""
+    """A hash of all that a row's result depends on: its config without paths, and its inputs."""
     cfg = cfg.clone()
     cfg.OUTPUT_DIR = cfg.TEST.CHECKPOINT_FILE_PATH = cfg.TRAIN.CHECKPOINT_FILE_PATH = ""
     cfg.DATA.PATH_TO_DATA_DIR = cfg.DATA.PATH_PREFIX = ""
@@ -300,32 +316,32 @@ def digest(path: str) -> str:
     files = [path]
     if os.path.isdir(path):
         files = [os.path.join(path, name) for name in sorted(os.listdir(path))]
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for file in filter(g_pathmgr.isfile, files):
         with g_pathmgr.open(file, "rb") as opened:
             while block := opened.read(2**20):
-                found.update(block)
-    return found.hexdigest()
+                sha256.update(block)
+    return sha256.hexdigest()
 
 
 def read_row(path: str, key: str) -> dict | None:
-    """A row that was measured before, if by the same config, checkpoint and lists."""
+    """A row's result from a file, if config, checkpoint and lists are the same; else None."""
     try:
         with open(path) as file:
             result = json.load(file)
     except FileNotFoundError:
         return None
-    if result.get("unreadable", 1):  # its videos may have been repaired; once they were not counted
+    if result.get("unreadable", 1):  # those videos may be repaired now; old files lack the key
         return None
     return result if result.pop("key") == key else None
 
 
-class quiet_logs:
-    """Keeps a run's lines out of the terminal; they go to its ``stdout.log`` as always."""
-
-    def __enter__(self):
-        self.handler = logging.NullHandler()
-        logging.getLogger().addHandler(self.handler)
-
-    def __exit__(self, *_):
-        logging.getLogger().removeHandler(self.handler)
+@contextlib.contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Keeps a run's log lines out of the terminal; its ``stdout.log`` still has them."""
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)

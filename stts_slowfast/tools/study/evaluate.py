@@ -1,29 +1,25 @@
-"""A model over a test list: accuracy, speed, agreement between views, and which places it keeps."""
+"""A model over a test list: accuracy, speed, agreement between views, and what the model keeps."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stts_slowfast import backbones, selections
 from stts_slowfast.standalone.data import UNREADABLE, build_loader, normalize_clips
 from stts_slowfast.standalone.evaluator import ViewEnsemble, accuracies, require_readable
 from stts_slowfast.standalone.predictions import predict
-from stts_slowfast.tools.demo import make_data
-from stts_slowfast.visualization import FULL_FRAME, kept_regions
+from stts_slowfast.tools.study.coverage import CoverageStats
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # clips, labels, video_index, view_index
 CACHE_BYTES = 2**30
 
 
 class TestClips:
-    """The batches of a config's test list; what fits in memory is read once.
+    """The batches of a config's test list; kept in memory after the first pass if they fit.
 
-    A whole pass raises ``ValueError`` for videos that cannot be read, as ``stts run`` does, unless
+    A whole pass raises ``ValueError`` for unreadable videos, as ``stts run`` does, unless
     TEST.ALLOW_MISSING.
     """
 
@@ -51,92 +47,8 @@ class TestClips:
         self.cached = batches if size <= CACHE_BYTES else None
 
     def count(self) -> dict[str, int]:
-        """How many videos are ``unreadable`` and ``damaged``, after a whole pass."""
+        """Numbers of ``unreadable`` and ``damaged`` videos, after a whole pass."""
         return self.loader.bad.count()
-
-
-@dataclass
-class CoverageStats:
-    """Sums up which places of a clip go on.
-
-    Attributes:
-        frames: (T,) how many clips kept each frame of tokens.
-        tokens: (H, W) how many kept frames have each token in their window.
-        shown, found: frames of tokens that show the class, and how many of them were kept.
-        inside: share of each of those frames' box that went on, summed up.
-        clips: how many there were.
-    """
-
-    frames: np.ndarray
-    tokens: np.ndarray
-    clips: int = 0
-    shown: int = 0
-    found: int = 0
-    inside: float = 0.0
-    truth: dict[str, make_data.Truth] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, cfg) -> "CoverageStats":
-        """Nothing yet, of the grid that arrives at a config's first block."""
-        frames, height, width = backbones.block_grids(cfg)[0]
-        return cls(np.zeros(frames), np.zeros((height, width)), truth=find_truth(cfg))
-
-    def add(self, cfg, regions: dict, name: str) -> None:
-        """Counts a clip of video ``name``: ``regions`` as `pictures.kept_regions` gives them."""
-        self.clips += 1
-        for frame, region in regions.items():
-            self.frames[frame] += 1
-            rows, columns = (
-                slice(round(first * size), round((first + side) * size))
-                for first, side, size in zip(region[:2], region[2:], self.tokens.shape)
-            )
-            self.tokens[rows, columns] += 1
-        for frame, box in shown_boxes(cfg, self.truth[name]).items() if self.truth else ():
-            self.shown += 1
-            if frame in regions:
-                self.found += 1
-                self.inside += share_inside(box, regions[frame])
-
-    def summary(self) -> dict:
-        """Shares in 0..1; recalls are None where the truth is not known."""
-        recall = {"frame_recall": None, "box_recall": None}
-        if self.shown:
-            recall["frame_recall"] = round(self.found / self.shown, 4)
-            recall["box_recall"] = round(self.inside / self.shown, 4)
-        return {
-            **recall,
-            "frames_kept": (self.frames / self.clips).round(4).tolist(),
-            "tokens_kept": (self.tokens / self.frames.sum()).round(4).tolist(),
-        }
-
-
-def find_truth(cfg) -> dict[str, make_data.Truth]:
-    """The truth beside videos of ``stts make-data``; {} where a clip is not a whole video."""
-    folder = cfg.DATA.PATH_TO_DATA_DIR
-    whole = cfg.TEST.NUM_ENSEMBLE_VIEWS == cfg.TEST.NUM_SPATIAL_CROPS == 1
-    if not whole or not os.path.isfile(os.path.join(folder, "truth.json")):
-        return {}
-    return make_data.read_truth(folder)
-
-
-def shown_boxes(cfg, truth: make_data.Truth) -> dict[int, tuple[float, float, float, float]]:
-    """What shows the class in each frame of tokens: frame -> box, in shares of the frame."""
-    tokens = backbones.block_grids(cfg)[0][0]
-    step = cfg.DATA.SAMPLING_RATE * cfg.DATA.NUM_FRAMES // tokens
-    side = cfg.DATA.TEST_CROP_SIZE
-    boxes = {}
-    for frame, box in zip(truth.frames, truth.boxes):
-        boxes.setdefault(frame // step, tuple(size / side for size in box))
-    return boxes
-
-
-def share_inside(box, region) -> float:
-    """How much of a box lies in a region; both (top, left, height, width)."""
-    share = 1.0
-    for first, size, start, length in zip(box[:2], box[2:], region[:2], region[2:]):
-        overlap = min(first + size, start + length) - max(first, start)
-        share *= max(overlap, 0.0) / size
-    return share
 
 
 @torch.no_grad()
@@ -144,26 +56,25 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
     """Runs a model over all views of a test list.
 
     Args:
-        cfg: its config.
-        model: on the device that it shall run on; with or without selectors.
+        cfg: the model's config.
+        model: on its device; with or without selectors.
         clips: of that list.
         advance: called after each batch.
 
     Returns:
-        ``top1`` and ``top5`` in percent of videos, the views' predictions put together as
-        DATA.ENSEMBLE_METHOD says; ``agreement``, the share of pairs of views of a video that
-        predict the same class (None for one view); ``clips_per_s`` through the model alone, the
-        first batch left out; what `Places` sums up; ``unreadable`` and ``damaged`` videos. An
-        unreadable video counts as wrong, and for nothing else: ``top1_readable`` and
-        ``top5_readable``, which are there if there are such videos, leave it out.
+        ``top1`` and ``top5`` in percent of videos, from the views' predictions combined by
+        DATA.ENSEMBLE_METHOD; ``agreement``, the share of pairs of views of a video that predict
+        the same class (None for one view); ``clips_per_s`` of the model alone, without the first
+        batch; the keys of `CoverageStats.summary`; ``unreadable`` and ``damaged`` videos. An
+        unreadable video counts as wrong in top1 and top5, and nowhere else. If there are any,
+        ``top1_readable`` and ``top5_readable`` leave them out.
 
     Raises:
         ValueError: for unreadable videos (`TestClips`), or outputs that are not finite.
     """
     device = next(model.parameters()).device
     model.eval()
-    places, busy = CoverageStats.of(cfg), []
-    whole = dict.fromkeys(range(len(places.frames)), FULL_FRAME)
+    coverage, busy = CoverageStats(cfg, clips.videos), []
     views = ViewEnsemble(cfg, len(clips.videos), clips.num_views)
     predicted, of_video = [], []
     for clip, labels, numbers, view in clips:
@@ -177,20 +88,17 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
             scores[readable] = logits.softmax(1).cpu()
             predicted.append(scores[readable].argmax(1))
             of_video.append(seen)
-            kept = selections(model) if cfg.STTS.ENABLE else None
-            for item, video in enumerate(seen.tolist()):
-                regions = whole if kept is None else kept_regions(cfg, kept, item)
-                places.add(cfg, regions, os.path.basename(clips.videos[video].path))
+            coverage("test", model, (inputs, labels[readable], seen, view[readable]))
         views.add(scores, labels, numbers, view)
         advance()
     require_readable(cfg, views.labels)
-    found = accuracies(views.predictions, views.labels)
+    accuracy = accuracies(views.predictions, views.labels)
     busy = busy[1:] or busy
     return {
-        **{name.replace("_acc", ""): round(value, 3) for name, value in found.items()},
+        **{name.replace("_acc", ""): round(value, 3) for name, value in accuracy.items()},
         "agreement": agreement(torch.cat(predicted), torch.cat(of_video)),
         "clips_per_s": round(sum(n for n, _ in busy) / sum(seconds for _, seconds in busy), 2),
-        **places.summary(),
+        **coverage.summary(),
         **clips.count(),
     }
 

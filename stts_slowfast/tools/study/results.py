@@ -1,14 +1,16 @@
-"""A study's rows as CSV, JSON, table and plot."""
+"""The rows of a study as CSV, JSON, Markdown table and plot."""
 
-import csv
-import json
 import os
 from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING
 
-import torch
+from stts_slowfast.checkpoints.io import atomic_write
+from stts_slowfast.plugins import require
+from stts_slowfast.tools.output import format_cell, markdown_table, write_json
 
-from stts_slowfast.checkpoints import atomic_write
-from stts_slowfast.tools.bench.spec import markdown
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 ENDINGS = ("csv", "json", "png")
 SCORERS = ("learned", "change", "uniform", "random")
@@ -22,83 +24,72 @@ COLUMNS = (
 
 def write_results(out: str, results: Sequence[dict]) -> None:
     """Writes OUT/study.csv, .json and .png."""
+    pandas = require("pandas")
     write_json(os.path.join(out, "study.json"), results)
-    atomic_write(os.path.join(out, "study.csv"), lambda path: _write_csv(path, results))
+    # As objects, counts stay whole numbers beside empty cells.
+    frame = pandas.DataFrame(results, columns=COLUMNS, dtype=object)
+    atomic_write(
+        os.path.join(out, "study.csv"),
+        lambda path: frame.to_csv(path, index=False, lineterminator="\r\n"),
+    )
     atomic_write(os.path.join(out, "study.png"), lambda path: plot(results, path))
 
 
-def write_json(path: str, value) -> None:
-    """Writes JSON, whole or not at all."""
+def aggregate_seeds(results: Sequence[dict]) -> "DataFrame":
+    """Rows that differ in their seed alone as one: means of ``NUMBERS``, ``top1_std``, ``seeds``.
 
-    def write(partial: str) -> None:
-        with open(partial, "w") as file:
-            json.dump(value, file, indent=1)
-
-    atomic_write(path, write)
-
-
-def _write_csv(path: str, results: Sequence[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(results)
-
-
-def aggregate_seeds(results: Sequence[dict]) -> list[dict]:
-    """Rows that differ in their seed alone as one: means, ``top1_std``, ``seeds``."""
-    groups: dict[str, list[dict]] = {}
-    for row in results:
-        groups.setdefault(row["name"].rpartition("-seed")[0], []).append(row)
-    merged = []
-    for name, rows in groups.items():
-        means = {}
-        for column in NUMBERS:
-            values = [row[column] for row in rows if row[column] is not None]
-            means[column] = sum(values) / len(values) if values else None
-        spread = torch.tensor([row["top1"] for row in rows]).std(correction=min(len(rows) - 1, 1))
-        merged.append(
-            {**rows[0], "name": name, **means, "top1_std": spread.item(), "seeds": len(rows)}
-        )
+    The index is the row's name without its seed.
+    """
+    frame = require("pandas").DataFrame(results)
+    names = frame.pop("name").str.rpartition("-seed")[0]
+    numbers = frame.reindex(columns=list(NUMBERS)).astype(float).groupby(names, sort=False)
+    others = frame.drop(columns=list(NUMBERS), errors="ignore").groupby(names, sort=False)
+    merged = others.first().join(numbers.mean())
+    merged["top1_std"] = numbers["top1"].std().fillna(0.0)
+    merged["seeds"] = numbers.size()
     return merged
+
+
+def summarize(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """The columns of ``NUMBERS`` that were measured, and cells: name, numbers; seeds merged."""
+    merged = aggregate_seeds(results)
+    columns = [column for column in NUMBERS if merged[column].notna().any()]
+    lines = []
+    for name, row in merged.iterrows():
+        cells = [format_cell(value) for value in row[columns]]
+        if row["seeds"] > 1:
+            cells[0] += f" ± {row['top1_std']:.1f}"
+        lines.append([name, *cells])
+    return columns, lines
 
 
 def table(results: Sequence[dict]) -> str:
     """The rows as Markdown, a line for all seeds of a row."""
-    columns = [c for c in NUMBERS if any(row[c] is not None for row in results)]
-    lines = [["row", *columns]]
-    for row in aggregate_seeds(results):
-        cells = ["" if row[c] is None else f"{row[c]:.4g}" for c in columns]
-        if row["seeds"] > 1:
-            cells[0] = f"{row['top1']:.1f} ± {row['top1_std']:.1f}"
-        lines.append([row["name"], *cells])
-    return markdown(lines)
+    columns, lines = summarize(results)
+    return markdown_table(["row", *columns], lines)
 
 
-def plot(results: Sequence[dict], path: str):
-    """Draws accuracy against GFLOPs: a panel a dimension, a colour a scorer, hollow where nothing
-    was fine-tuned. Returns matplotlib's figure."""
-    from matplotlib.figure import Figure
-
+def plot(results: Sequence[dict], file: str | IO[bytes]) -> "Figure":
+    """Draws top-1 accuracy against GFLOPs as PNG: a panel for each dimension, a colour for each
+    scorer, hollow markers for rows without fine-tuning."""
+    figure_module = require("matplotlib.figure")
     rows = aggregate_seeds(results)
-    dimensions = [d for d in ("time", "space", "both") if any(r["dimension"] == d for r in rows)]
-    panels = max(len(dimensions), 1)
-    colours = list(dict.fromkeys(["all", *SCORERS, *(row["scorer"] for row in rows)]))
-    figure, legend = Figure(figsize=(4.4 * panels + 1.6, 4), layout="constrained"), {}
-    for axes, dimension in zip(
-        figure.subplots(1, panels, sharey=True, squeeze=False)[0], dimensions or ["none"]
-    ):
-        lines: dict[tuple, list] = {}
-        for row in rows:
-            if row["dimension"] in (dimension, "none"):
-                lines.setdefault((row["scorer"], row["trained"]), []).append(row)
-        for (scorer, trained), points in lines.items():
-            points.sort(key=lambda row: row["gflops"])
+    dimensions = [d for d in ("time", "space", "both") if (rows["dimension"] == d).any()]
+    dimensions = dimensions or ["none"]
+    colours = list(dict.fromkeys(["all", *SCORERS, *rows["scorer"]]))
+    figure = figure_module.Figure(figsize=(4.4 * len(dimensions) + 1.6, 4), layout="constrained")
+    panels = figure.subplots(1, len(dimensions), sharey=True, squeeze=False)[0]
+    legend = {}
+    for axes, dimension in zip(panels, dimensions):
+        panel = rows[rows["dimension"].isin([dimension, "none"])]
+        for (scorer, trained), line in panel.groupby(["scorer", "trained"], sort=False):
+            line = line.sort_values("gflops", kind="stable")
             if scorer == "all":
-                axes.axhline(points[0]["top1"], color="grey", linestyle=":", linewidth=1)
+                axes.axhline(line["top1"].iloc[0], color="grey", linestyle=":", linewidth=1)
             axes.errorbar(
-                [row["gflops"] for row in points],
-                [row["top1"] for row in points],
-                [row["top1_std"] for row in points],
+                line["gflops"],
+                line["top1"],
+                line["top1_std"],
                 marker="*" if scorer == "all" else "o",
                 color=f"C{colours.index(scorer)}",
                 markerfacecolor=None if trained else "white",
@@ -112,5 +103,5 @@ def plot(results: Sequence[dict], path: str):
         legend |= dict(zip(labels, handles))
     figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize=8)
     figure.axes[0].set_ylabel("top-1 (%)")
-    figure.savefig(path, dpi=120, format="png")
+    figure.savefig(file, dpi=120, format="png")
     return figure

@@ -11,8 +11,8 @@ from stts_slowfast.fused.attention import AttentionReplacement
 from stts_slowfast.tools import cli
 from stts_slowfast.tools.bench import command, spec
 from stts_slowfast.tools.bench import loader as bench_loader
+from stts_slowfast.tools.bench.published import TABLE, Published, published
 from stts_slowfast.tools.demo import make_data
-from stts_slowfast.tools.report.published import TABLE, Published, published
 
 
 @pytest.fixture

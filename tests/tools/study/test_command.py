@@ -281,7 +281,7 @@ def test_shares_of_several_blocks_leave_the_budget(folder):
         (["--opts", "MVIT.DEPTH", "2"], "is of a larger model"),
         (["--opts", "MODEL.NUM_CLASSES", "5"], "is not of this config's model"),
         (["--checkpoint", "nowhere.pyth"], "checkpoint nowhere.pyth does not exist"),
-        (["--checkpoint", "."], "checkpoint . is a folder: name a file in it or, where"),
+        (["--checkpoint", "."], "checkpoint . is a folder: name a file in it or, if"),
     ],
 )
 def test_mistakes_show_before_anything_is_measured(folder, tmp_path, capsys, more, message):

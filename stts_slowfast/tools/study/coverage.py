@@ -1,0 +1,101 @@
+"""What a model keeps of a test list: frames, positions, and the share of what shows the class."""
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from torch import Tensor, nn
+
+from stts_slowfast import backbones, selections
+from stts_slowfast.standalone.annotations import VideoList
+from stts_slowfast.standalone.data import UNREADABLE
+from stts_slowfast.tools.demo import make_data
+from stts_slowfast.visualization import FULL_FRAME, Window, kept_regions
+
+
+class CoverageStats:
+    """Sums up which frames and positions of the grid before a config's first block are kept.
+
+    Called as an evaluator's callback, it counts the clips of each batch.
+
+    Attributes:
+        frames: (T,) how many clips kept each frame of tokens.
+        tokens: (H, W) how many kept frames have each token in their window.
+        clips: how many clips were counted.
+        num_true: frames of tokens that show the class; num_hit: how many of them were kept.
+        box_share: sum over those frames of the kept share of the box.
+    """
+
+    def __init__(self, cfg, videos: VideoList):
+        self.cfg, self.videos, self.truth = cfg, videos, find_truth(cfg)
+        num_frames, height, width = backbones.block_grids(cfg)[0]
+        self.frames, self.tokens = np.zeros(num_frames), np.zeros((height, width))
+        self.clips = self.num_true = self.num_hit = 0
+        self.box_share = 0.0
+
+    def __call__(self, split: str, model: nn.Module, batch: tuple[Tensor, ...]) -> None:
+        _, labels, numbers, _ = batch
+        kept = selections(model) if self.cfg.STTS.ENABLE else None
+        everything = dict.fromkeys(range(len(self.frames)), FULL_FRAME)
+        for item, (label, number) in enumerate(zip(labels.tolist(), numbers.tolist())):
+            if label != UNREADABLE:
+                regions = everything if kept is None else kept_regions(self.cfg, kept, item)
+                self.add(regions, os.path.basename(self.videos[number].path))
+
+    def add(self, regions: dict[int, Window], name: str) -> None:
+        """Counts a clip of the video ``name``; ``regions`` as `kept_regions` returns them."""
+        self.clips += 1
+        for frame, (top, left, height, width) in regions.items():
+            self.frames[frame] += 1
+            rows, columns = (
+                slice(round(first * size), round((first + side) * size))
+                for first, side, size in zip((top, left), (height, width), self.tokens.shape)
+            )
+            self.tokens[rows, columns] += 1
+        for frame, box in true_boxes(self.cfg, self.truth[name]).items() if self.truth else ():
+            self.num_true += 1
+            if frame in regions:
+                self.num_hit += 1
+                self.box_share += share_inside(box, regions[frame])
+
+    def summary(self) -> dict:
+        """Shares in 0..1; recalls are None if the truth is not known."""
+        recall = {"frame_recall": None, "box_recall": None}
+        if self.num_true:
+            recall["frame_recall"] = round(self.num_hit / self.num_true, 4)
+            recall["box_recall"] = round(self.box_share / self.num_true, 4)
+        return {
+            **recall,
+            "frames_kept": (self.frames / self.clips).round(4).tolist(),
+            "tokens_kept": (self.tokens / self.frames.sum()).round(4).tolist(),
+        }
+
+
+def find_truth(cfg) -> dict[str, make_data.Truth]:
+    """The truth beside videos of ``stts make-data``; {} if a clip is not a whole video."""
+    folder = cfg.DATA.PATH_TO_DATA_DIR
+    whole = cfg.TEST.NUM_ENSEMBLE_VIEWS == cfg.TEST.NUM_SPATIAL_CROPS == 1
+    if not whole or not os.path.isfile(os.path.join(folder, "truth.json")):
+        return {}
+    return make_data.read_truth(folder)
+
+
+def true_boxes(cfg, truth: make_data.Truth) -> dict[int, Window]:
+    """What shows the class in each frame of tokens: frame -> box, in shares of the frame."""
+    num_frames = backbones.block_grids(cfg)[0][0]
+    step = cfg.DATA.SAMPLING_RATE * cfg.DATA.NUM_FRAMES // num_frames
+    boxes: dict[int, Window] = {}
+    for frame, box in zip(truth.frames, truth.boxes):
+        top, left, height, width = (size / cfg.DATA.TEST_CROP_SIZE for size in box)
+        boxes.setdefault(frame // step, (top, left, height, width))
+    return boxes
+
+
+def share_inside(box: Iterable[float], region: Iterable[float]) -> float:
+    """The share of a box inside a region; both are (top, left, height, width)."""
+    box, region = [*box], [*region]
+    share = 1.0
+    for first, size, start, length in zip(box[:2], box[2:], region[:2], region[2:]):
+        overlap = min(first + size, start + length) - max(first, start)
+        share *= max(overlap, 0.0) / size
+    return share
