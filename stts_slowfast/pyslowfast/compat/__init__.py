@@ -155,7 +155,7 @@ REMEDIES = {
 }
 # Set by `stts run` for the launcher that it starts.
 BY_US = "STTS_RUN"
-GUIDE = "'Beside SlowFast' in projects/stts/README.md"
+GUIDE = "'Inside SlowFast' in projects/stts/README.md"
 
 # The same file under the names by which launchers import it.
 ALIASES = {
