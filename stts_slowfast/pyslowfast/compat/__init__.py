@@ -23,7 +23,7 @@ REMEDIES = {
 }
 # Environment variable that `stts run` sets for the launcher that it starts.
 LAUNCHED_BY_CLI = "STTS_RUN"
-GUIDE = "'Beside SlowFast' in projects/stts/README.md"
+GUIDE = "'Inside SlowFast' in projects/stts/README.md"
 
 # In this process: the patches that were applied, and whether they have been reported.
 applied: list[str] = []

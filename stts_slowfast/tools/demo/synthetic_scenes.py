@@ -1,7 +1,7 @@
 """What the videos of ``stts make-data`` show: three kinds of scenes, each with its truth.
 
 All have four classes, and a dark background: beside it a token of a glyph is a loud one, also
-after a LayerNorm. What small models learn of them stands in projects/stts/selection.md.
+after a LayerNorm. What small models learn of them is in docs/experiments.md.
 """
 
 from collections.abc import Callable, Iterable
