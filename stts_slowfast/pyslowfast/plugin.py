@@ -10,6 +10,7 @@ from types import FunctionType, SimpleNamespace
 from torch import nn
 
 from stts_slowfast import backbones
+from stts_slowfast.annealing import reset
 from stts_slowfast.config import Settings, add_stts_config, check_testing
 from stts_slowfast.hooks import attach
 from stts_slowfast.hosts import modules_with_selectors, resolve_host
@@ -25,7 +26,6 @@ from stts_slowfast.pyslowfast.config_access import is_enabled
 from stts_slowfast.pyslowfast.dry_run import check_forward
 from stts_slowfast.pyslowfast.patching import wrap
 from stts_slowfast.pyslowfast.preflight import OFF, check_selectors, require_hooks
-from stts_slowfast.annealing import reset
 
 # Models of SlowFast's that have no tokens.
 CONVOLUTIONAL = (
