@@ -30,12 +30,12 @@ def test_a_needed_patch_that_is_switched_off_is_missing(monkeypatch, switch):
     assert doctor.patch("demo", LOG).status == doctor.OFF
 
 
-def test_a_package_without_the_needed_name_is_missing(monkeypatch):
-    monkeypatch.setitem(doctor.NEEDED_NAMES, "pytorchvideo", ("math", "cat_all_gather"))
-    check = doctor.needed_name("pytorchvideo")
+def test_a_package_without_the_required_name_is_missing(monkeypatch):
+    monkeypatch.setitem(doctor.REQUIRED_NAMES, "pytorchvideo", ("math", "cat_all_gather"))
+    check = doctor.required_name("pytorchvideo")
     assert check.status == doctor.MISSING
     assert "cat_all_gather" in check.found
-    assert check.todo == compat.REMEDIES["pytorchvideo"]
+    assert check.fix == compat.REMEDIES["pytorchvideo"]
 
 
 def test_brackets_in_what_was_found_are_no_markup(monkeypatch, capsys):
@@ -45,21 +45,21 @@ def test_brackets_in_what_was_found_are_no_markup(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("key", ["STTS_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-def test_autoload_that_is_switched_off_is_told(monkeypatch, key):
+def test_autoload_that_is_switched_off_is_reported(monkeypatch, key):
     monkeypatch.setenv(key, "0")
     check = doctor.autoload()
     assert (check.status, check.found) == (doctor.OFF, f"{key}=0")
-    assert "stts run" in check.todo
+    assert "stts run" in check.fix
 
 
-def test_it_fails_where_a_run_cannot_start(monkeypatch, tmp_path, capsys):
+def test_it_fails_if_a_run_cannot_start(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SLOWFAST_ROOT", str(tmp_path))
     assert doctor.main(argparse.Namespace()) == 1
     told = " ".join(capsys.readouterr().out.split())
     assert "A SlowFast run cannot start:" in told and "SlowFast" in told
 
 
-def test_it_passes_where_nothing_is_missing(monkeypatch, capsys):
+def test_it_passes_if_nothing_is_missing(monkeypatch, capsys):
     checks = [doctor.Check("torch", doctor.OK, "2"), doctor.Check("CUDA", doctor.OFF, "no device")]
     monkeypatch.setattr(doctor, "examine", lambda: checks)
     assert doctor.main(argparse.Namespace()) == 0
