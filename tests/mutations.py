@@ -280,8 +280,8 @@ MUTATIONS = {
     ),
     "a-port-that-others-may-take": Mutation(
         "standalone/cluster.py",
-        "        place.port = store.port\n    return store",
-        "        place.port = store.port\n    return None",
+        "        process.port = store.port\n    return store",
+        "        process.port = store.port\n    return None",
         "tests/standalone/test_cluster.py -k gpus_have",
     ),
     "readers-lost-by-tools-alone": Mutation(
@@ -298,7 +298,7 @@ MUTATIONS = {
     ),
     "signals-lost-while-processes-start": Mutation(
         "standalone/launch.py",
-        "if asked.number:  # it came",
+        "if relay.number:  # it came",
         "if False:  # it came",
         f"{STOPS} -k reaches_them",
     ),
@@ -315,9 +315,9 @@ MUTATIONS = {
         f"{STOPS} -k very_end",
     ),
     "two-runs-in-a-folder": Mutation(
-        "standalone/signals.py",
-        "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "pass",
+        "standalone/launch.py",
+        "            stack.enter_context(lock)\n",
+        "            pass\n",
         f"{STOPS} -k second_run",
     ),
     "smallest-sigma": Mutation(

@@ -107,7 +107,7 @@ class Replacement(nn.Module):
         # A stock module with the replica's parameters, which DataParallel sets only afterwards.
         stock = object.__new__(type(self.original))
         stock.__dict__ = replica.__dict__
-        replica.__dict__["stock"] = stock
+        replica.__dict__["original"] = stock
         return replica
 
 

@@ -1,4 +1,4 @@
-"""A job in its processes: how one command starts several, what each opens, how they end."""
+"""The processes of a job: starting them, what each opens, how they end; the lock of OUTPUT_DIR."""
 
 import contextlib
 import gc
@@ -8,16 +8,19 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import connection
 
+from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from stts_slowfast.standalone.cluster import (
     INIT_METHOD,
+    PeerWatchdog,
     ProcessInfo,
     check_gpus,
     open_rendezvous,
@@ -28,12 +31,10 @@ from stts_slowfast.standalone.fabric import DDPStrategy, Fabric, MixedPrecision,
 from stts_slowfast.standalone.run_logger import log_to
 from stts_slowfast.standalone.signals import (
     Interrupted,
-    PeerWatchdog,
     child_main,
     handle_signals,
     hard_exit_after_grace,
     kill_children,
-    run_lock,
     worker_death_error,
 )
 
@@ -59,39 +60,43 @@ def launch(
         What the job returns in the first process.
 
     Raises:
-        Whatever the job raises in any of them; :class:`Interrupted` where signals end it.
+        Whatever the job raises in any of them; :class:`Interrupted` if signals end it.
     """
     cfg = cfg.clone()
     cfg.defrost()
     check_values(cfg)
-    places = resolve_processes(cfg, init_method, processes)
-    check_gpus(cfg, places[0])
-    if len(places) == 1:
-        return _work(places[0], job, cfg, options)
-    store = open_rendezvous(places)  # as long as they run
+    infos = resolve_processes(cfg, init_method, processes)
+    check_gpus(cfg, infos[0])
+    if len(infos) == 1:
+        return _run(infos[0], job, cfg, options)
+    store = open_rendezvous(infos)  # as long as they run
     context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in places]
+    pipes = [context.Pipe(duplex=False) for _ in infos]
     children = []
-    for place, (_, writer) in zip(places, pipes):
-        work = pickle.dumps((_spawned, (place, job, cfg, options)))
+    for info, (_, writer) in zip(infos, pipes):
+        work = pickle.dumps((_run_in_child, (info, job, cfg, options)))
         children.append(context.Process(target=child_main, args=(os.getpid(), work, writer)))
-    with _pass_on_signals() as asked:
+    with _relay_signals() as relay:
         for child in children:
             child.start()
-        asked.pids = [child.pid for child in children]
-        if asked.number:  # it came before there was anybody to hand it to
-            asked(asked.number, None)
+        relay.pids = [child.pid for child in children]
+        if relay.number:  # it came before there was a process to send it to
+            relay(relay.number, None)
         for _, writer in pipes:
             writer.close()
         results, lost = _wait(children, [reader for reader, _ in pipes])
     del store
-    return _result(results, lost, asked.number)
+    return _result(results, lost, relay.number)
 
 
 def _wait(children: list, readers: list) -> tuple[dict[int, object], str]:
-    """Waits for all children; where one fails, ends the others. ``(what each sent, what is known of
-    the first that failed)``."""
-    results, lost = {}, ""
+    """Waits for all children; if one fails, terminates the others.
+
+    Returns:
+        What each process sent, and how the first that failed ended.
+    """
+    results: dict[int, object] = {}
+    lost = ""
     while True:
         running = [child for child in children if child.is_alive()]
         for rank, reader in enumerate(readers):
@@ -118,12 +123,12 @@ def _result(results: dict[int, object], lost: str, number: int) -> dict:
     if lost:
         raise ChildProcessError(f"a process of this run was lost: {lost}")
     if 0 not in results:
-        raise ChildProcessError("the first process of this run ended without a word")
+        raise ChildProcessError("the first process of this run ended without a result")
     return results[0]
 
 
-class _PassOn:
-    """Hands the signals that this process gets to those that it started."""
+class _SignalRelay:
+    """Sends the signals that this process receives to the processes that it started."""
 
     pids: list[int] = []
     number = 0
@@ -138,52 +143,54 @@ class _PassOn:
 
 
 @contextlib.contextmanager
-def _pass_on_signals():
-    asked = _PassOn()
+def _relay_signals() -> Iterator[_SignalRelay]:
+    relay = _SignalRelay()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:
-        before = {number: signal.signal(number, asked) for number in numbers}
+        before = {number: signal.signal(number, relay) for number in numbers}
     except ValueError:  # not in the main thread
         before = {}
     try:
-        yield asked
+        yield relay
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _spawned(place: ProcessInfo, job, cfg, options: dict, writer) -> None:
-    if place.local_rendezvous:  # as torchrun does it: rank 0 does not listen there
+# --- one process ----------------------------------------------------------------------------------
+
+
+def _run_in_child(info: ProcessInfo, job, cfg, options: dict, writer) -> None:
+    if info.local_rendezvous:  # as torchrun sets it: rank 0 does not listen there
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     try:
-        result = _work(place, job, cfg, options)
-    except KeyboardInterrupt as error:
-        writer.send_bytes(_packed(error))  # the others end by themselves
+        result = _run(info, job, cfg, options)
     except BaseException as error:
-        writer.send_bytes(_packed(error))
-        sys.exit(1)
+        writer.send_bytes(_pickled(error))
+        if not isinstance(error, KeyboardInterrupt):  # then the others end by themselves
+            sys.exit(1)
     else:
-        if place.local_index == 0:
+        if info.local_index == 0:
             writer.send_bytes(pickle.dumps(result))
 
 
-def _packed(error: BaseException) -> bytes:
-    """The pickled error; where it cannot be pickled, one with its name and text."""
+def _pickled(error: BaseException) -> bytes:
+    """The pickled error; if it cannot be pickled, one with its name and text."""
     try:
-        packed = pickle.dumps(error)
-        pickle.loads(packed)
-        return packed
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)
+        return pickled
     except Exception:
         return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-def _work(place: ProcessInfo, job, cfg, options: dict) -> dict:
-    main = place.rank == 0
+def _run(info: ProcessInfo, job, cfg, options: dict) -> dict:
+    main = info.rank == 0
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(handle_signals())
         start = time.perf_counter()
-        fabric = open_fabric(cfg, place)
-        lifeline = PeerWatchdog(fabric, place.host) if place.world > 1 else None
+        fabric = open_fabric(cfg, info)
+        watchdog = PeerWatchdog(fabric, info.host) if info.world > 1 else None
         before = multiprocessing.active_children()
         try:
             if main:
@@ -193,34 +200,68 @@ def _work(place: ProcessInfo, job, cfg, options: dict) -> dict:
             stop.deferred = True  # no signal interrupts what follows
         except BaseException as error:
             stop.deferred = True
-            if lifeline and isinstance(error, Interrupted) and error.agreed:
-                lifeline.release()
-            elif lifeline:  # whatever still waits for the others
+            if watchdog and isinstance(error, Interrupted) and error.agreed:
+                watchdog.release()
+            elif watchdog:  # this process may still wait for the others
                 hard_exit_after_grace("did not end after an error")
             lost = worker_death_error(error)
             kill_children(before)
-            # The loaders go now, while signals are listened to, not with the last traceback.
+            # The loaders go now, while signals are handled, not with the last traceback.
             traceback.clear_frames(error.__traceback__)
             gc.collect()
-            if lost and stop.number:  # whatever ended the reader was to end the run
+            if lost and stop.number:  # the signal that killed the worker was to end the run
                 raise Interrupted(number=stop.number) from error
             if lost:
                 raise lost from error
             raise
-        if lifeline:
-            lifeline.release()
+        if watchdog:
+            watchdog.release()
         kill_children(before)
-        gc.collect()  # its loaders go now, not in a reader of the next run of this process
+        gc.collect()  # its loaders go now, not in a worker of the next run of this process
         stop.check()
         logger.info("done in %.1f s", time.perf_counter() - start)
         return result
 
 
-def open_fabric(cfg, place: ProcessInfo) -> Fabric:
-    """Fabric for one process: its device, its precision in training, DDP where there are others."""
+@contextlib.contextmanager
+def run_lock(folder: str) -> Iterator[None]:
+    """Locks a local folder for this process while it is open; ``.running`` names the process.
+
+    Raises:
+        ValueError: if another process has the lock.
+    """
+    if "://" in folder:
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    holder = os.path.join(folder, ".running")
+    lock = FileLock(f"{holder}.lock", timeout=0)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock)
+        except Timeout:
+            raise ValueError(
+                f"another run writes to OUTPUT_DIR {folder} ({_read_text(holder) or 'unknown'}): "
+                "wait for it, stop it, or choose another OUTPUT_DIR"
+            ) from None
+        except (OSError, NotImplementedError):
+            logger.debug("the file system of %s has no locks", folder)
+        with open(holder, "w") as file:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
+
+
+def _read_text(path: str) -> str:
+    with contextlib.suppress(OSError), open(path) as file:
+        return file.read().strip()
+    return ""
+
+
+def open_fabric(cfg, info: ProcessInfo) -> Fabric:
+    """Fabric for one process: its device, its precision in training, DDP if there are others."""
     device = "cuda" if cfg.NUM_GPUS else "cpu"
     backend = cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo"
-    # All processes set sigma alike: there is nothing to send before each forward pass.
+    # All processes set the same sigma: there is no buffer to send before each forward pass.
     names = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     ddp = DDPStrategy(process_group_backend=backend, **{buffers: False})
@@ -228,13 +269,13 @@ def open_fabric(cfg, place: ProcessInfo) -> Fabric:
     if cfg.TRAIN.MIXED_PRECISION:
         default = "float16" if cfg.NUM_GPUS else "bfloat16"
         precision = MixedPrecision(PRECISIONS[cfg.TRAIN.MIXED_PRECISION_DTYPE or default], device)
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # tips, and who is here
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # tips, and ranks
     fabric = Fabric(
         accelerator=device,
-        devices=[place.device_index] if cfg.NUM_GPUS else 1,
-        num_nodes=place.world,
-        strategy=ddp if place.world > 1 else "auto",
-        plugins=[place, precision],
+        devices=[info.device_index] if cfg.NUM_GPUS else 1,
+        num_nodes=info.world,
+        strategy=ddp if info.world > 1 else "auto",
+        plugins=[info, precision],
     )
     fabric.launch()
     return fabric

@@ -1,4 +1,4 @@
-"""What values a config's keys may have: the table in ``slowfast_defaults.yaml``, and what links keys.
+"""Value ranges of a config's keys: the table in ``slowfast_defaults.yaml``, and relations of keys.
 
 A range is an interval in the usual notation, such as ``(0, 1]``, with ``whole`` before it one of
 whole numbers; or a list of the values to choose from. In a mapping, ``each`` is that of a list's

@@ -61,7 +61,7 @@ def test_broken_files_are_named(tiny_cfg, tmp_path):
 @pytest.mark.parametrize("kind", ["pyth", "safetensors"])
 def test_a_flipped_byte_in_the_weights_is_told(tmp_path, kind):
     weights = {"a": torch.arange(100.0), "b": torch.tensor(3)}
-    path = tmp_path / f"checkpoint_loading.{kind}"
+    path = tmp_path / f"weights.{kind}"
     if kind == "pyth":
         save(weights, path)
     else:
@@ -76,7 +76,7 @@ def test_a_flipped_byte_in_the_weights_is_told(tmp_path, kind):
 
 def test_every_flipped_byte_is_told_or_harmless(tmp_path):
     weights = {"model_state": {"a": torch.arange(8.0)}, "epoch": 3, "cfg": "A: 1"}
-    path = tmp_path / "checkpoint_loading.pyth"
+    path = tmp_path / "weights.pyth"
     save(weights, path)
     whole = path.read_bytes()
     told = 0

@@ -169,12 +169,17 @@ class PlainBlock(nn.Module):
 class RotaryBlock(PlainBlock):
     """Turns queries and keys by the place of a token, as in the authors' code of V-JEPA 2."""
 
+    def __init__(self, width):
+        super().__init__(width)
+        speeds = torch.tensor([1.0, 0.5, 0.2]).repeat(2)
+        self.register_buffer("speeds", speeds, persistent=False)
+
     def forward(self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_patches=None):
         if mask is None:
             mask = torch.arange(T * H_patches * W_patches, device=x.device)[None]
         frame, row, column = mask // (H_patches * W_patches), mask // W_patches, mask % W_patches
         angle = (frame + 0.3 * (row % H_patches) + 0.1 * column)[:, None, :, None]
-        angle = angle * torch.tensor([1.0, 0.5, 0.2]).repeat(2)
+        angle = angle * self.speeds
 
         def turn(x):
             first, second = x[..., :6].chunk(2, dim=-1)

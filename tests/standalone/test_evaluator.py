@@ -141,16 +141,16 @@ def test_outputs_that_are_no_numbers_are_refused(run, tmp_path, kind, reason, jo
 def test_the_video_is_named_whose_outputs_are_no_numbers(run, monkeypatch):
     from stts_slowfast.standalone import evaluator
 
-    prepare, batches = evaluator.prepare, []
+    normalize, batches = evaluator.normalize_clips, []
 
     def spoilt(clips, cfg):
-        clips = prepare(clips, cfg)
+        clips = normalize(clips, cfg)
         batches.append(clips)
         if len(batches) == 2:
             clips[2, 0, 0, 0, 0] = torch.inf
         return clips
 
-    monkeypatch.setattr(evaluator, "prepare", spoilt)
+    monkeypatch.setattr(evaluator, "normalize_clips", spoilt)
     # Batches of 4 views of 2 a video: the third of the second batch is of video 3.
     with pytest.raises(ValueError, match=r"3\.mp4 are no numbers: its clip holds values"):
         engine.test(run.cfg)

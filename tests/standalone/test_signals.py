@@ -1,5 +1,7 @@
-"""However a run is stopped, it goes on to the same weights; nothing of it stays behind."""
+"""However a run is stopped, it resumes to the same weights; nothing of it stays behind."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -166,7 +168,7 @@ def test_a_killed_reader_is_one_line(run, cfg, whole):
     def reader():
         return multiprocessing.active_children()[0].pid
 
-    with pytest.raises(ChildProcessError, match=r"reads videos was lost .*goes on from what"):
+    with pytest.raises(ChildProcessError, match=r"reads videos was lost .*resumes from the last"):
         engine.train(cfg, watch=Signal(4, signal.SIGKILL, reader))
     assert multiprocessing.active_children() == []
     goes_on_to(run, cfg, whole)
@@ -220,10 +222,10 @@ def test_the_last_checkpoint_is_that_of_the_largest_number(run, cfg):
 
 
 HOLD = """
-import fcntl, sys
-file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print("process 7 on here", file=file, flush=True)
+import sys
+from stts_slowfast.standalone.launch import run_lock
+lock = run_lock(sys.argv[1])
+lock.__enter__()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -231,21 +233,31 @@ sys.stdin.read()
 
 def test_a_second_run_in_a_folder_is_told_at_once(run, cfg):
     run.folder.mkdir()
-    command = [sys.executable, "-c", HOLD, str(run.folder / ".running")]
+    command = [sys.executable, "-c", HOLD, str(run.folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match=r"another run .*process 7 on here.*OUTPUT_DIR"):
+        with pytest.raises(ValueError, match=rf"another run .*process {other.pid} on .*OUTPUT_DIR"):
             engine.train(cfg)
         other.stdin.close()
     cfg.SOLVER.MAX_EPOCH = 1
     engine.train(cfg)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with launch.run_lock(str(tmp_path)):
+        assert (tmp_path / ".running").read_text().startswith(f"process {os.getpid()} on ")
+
+
 DEAF = """
 import contextlib, hashlib, sys
-from stts_slowfast.standalone import signals as stops
-stops.GRACE = 1.0
-with stops.listen() as stop:
+from stts_slowfast.standalone import signals
+signals.GRACE_PERIOD = 1.0
+with signals.handle_signals() as stop:
     stop.deferred = sys.argv[1] == "deferred"
     while True:  # on, where the signal comes before it is deaf
         with contextlib.suppress(KeyboardInterrupt):
@@ -271,14 +283,14 @@ def test_a_process_that_does_not_listen_ends_all_the_same(state, waited):
 
 HUNG = """
 import os, sys
-from stts_slowfast.standalone import data, engine, signals as stops
+from stts_slowfast.standalone import data, engine, signals
 from stts_slowfast.standalone.config import load_config
 
 def hung(path, **keys):
     os.write(1, b"waits\\n")
     return open(sys.argv[2])  # a pipe that nobody writes to
 
-stops.GRACE, data.open_video = 1.0, hung
+signals.GRACE_PERIOD, data.open_video = 1.0, hung
 engine.train(load_config(sys.argv[1]))
 """
 
@@ -306,9 +318,9 @@ def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, readers, nu
 
 LATE = """
 import os, signal, subprocess, sys
-from stts_slowfast.standalone import signals as stops
+from stts_slowfast.standalone import signals
 signal.signal(signal.SIGCHLD, lambda *_: None)  # as PyTorch's loaders do
-with stops.listen() as stop:
+with signals.handle_signals() as stop:
     stop.deferred = True
     os.kill(os.getpid(), signal.SIGTERM)
     for _ in range(20):
@@ -409,7 +421,7 @@ def test_a_signal_while_processes_are_started_reaches_them(run, cfg, monkeypatch
 
 IMPORTS = """
 import multiprocessing, os, pickle
-from stts_slowfast.standalone.signals import child_main as begin
+from stts_slowfast.standalone.signals import child_main
 
 class Slow:
     def __reduce__(self):
@@ -418,7 +430,7 @@ class Slow:
 
 if __name__ == "__main__":
     spawn = multiprocessing.get_context("spawn")
-    child = spawn.Process(target=begin, args=(os.getpid(), pickle.dumps(Slow())))
+    child = spawn.Process(target=child_main, args=(os.getpid(), pickle.dumps(Slow())))
     child.start()
     child.join()
     print("ended", -child.exitcode)
@@ -445,11 +457,11 @@ def test_a_process_that_still_imports_ends_at_once(tmp_path, number):
 
 
 def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
-    end_children = launch.end_children
+    kill_children = launch.kill_children
 
     def signalled(spared):
         os.kill(os.getpid(), signal.SIGINT)
-        end_children(spared)
+        kill_children(spared)
 
     monkeypatch.setattr(launch, "kill_children", signalled)
     try:
@@ -466,7 +478,7 @@ def test_what_started_a_process_may_be_gone_already():
         words = [sys.executable, "-c", code.format(parent)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stdout) == (status, "" if status else "1\n")
-    assert "what started it is gone" in done.stderr
+    assert "its parent process is gone" in done.stderr
 
 
 def test_names_that_are_numbers_are_refused_in_words(run, cfg, tmp_path):
