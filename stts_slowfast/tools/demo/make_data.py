@@ -45,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=int, default=2048, metavar="N", help="training videos")
     parser.add_argument("--test", type=int, default=256, metavar="N", help="test videos")
     parser.add_argument("--side", type=int, default=SIDE, metavar="PIXELS", help="side of a frame")
-    parser.add_argument(
-        "--frames", type=int, default=NUM_FRAMES, metavar="N", help="frames of a video"
-    )
+    parser.add_argument("--frames", type=int, default=NUM_FRAMES, metavar="N", help="in a video")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -266,7 +264,7 @@ def _video_swin(stride: int) -> dict:
 
 MODELS = {  # by the name of the config file
     "mvit": SmallModel("MViT", _mvit),
-    # At 2e-3 it may stay on a plateau of clutter; of motion it learns the direction on an axis last.
+    # At 2e-3 it may stay on a plateau of clutter; of motion it learns the direction last.
     "timesformer": SmallModel("TimeSformer", _timesformer, tubelet=1, base_lr=1e-3, epochs=7),
     "vit": SmallModel("MViT", _vit),
     # Windows at even positions: patch merging pairs their tokens as those of a whole frame.
