@@ -15,12 +15,10 @@ import numpy as np
 from iopath.common.file_io import g_pathmgr
 
 from stts_slowfast.video import list_lines
+from stts_slowfast.video.accuracy import NO_LABEL
 from stts_slowfast.video.list_lines import read_label, split_line
 
-__all__ = ["VideoList", "VideoRecord", "list_kinetics", "list_ssv2"]
-
-# The label of a video whose line has none, or -1. (-1 itself is that of what cannot be read.)
-NO_LABEL = -2
+__all__ = ["NO_LABEL", "VideoList", "VideoRecord", "list_kinetics", "list_ssv2"]
 
 
 class VideoRecord(NamedTuple):

@@ -268,23 +268,3 @@ def ram() -> dict[str, str]:
     page = os.sysconf("SC_PAGE_SIZE") / 2**30
     total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
     return {"RAM": f"{total - free:.2f}/{total:.2f}G"}
-
-
-# --- errors in percent --------------------------------------------------------------------------
-
-
-def errors(predictions: Tensor, labels: Tensor) -> list[Tensor]:
-    """Top-1 and top-5 error in percent of predictions (B, classes) for labels (B,)."""
-    best = predictions.topk(min(5, predictions.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return [100.0 - 100.0 * hits[:, :k].any(1).float().mean() for k in (1, 5)]
-
-
-def train_errors(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """As :func:`errors`; of a mixed clip either class is right: SlowFast adds their logits."""
-    if labels.dim() == 1:
-        return errors(logits, labels)
-    first, second = labels.topk(2, dim=1).indices.unsqueeze(-1).unbind(1)
-    logits = logits.float()
-    logits = logits.scatter_add(1, first, logits.gather(1, second)).scatter(1, second, 0.0)
-    return errors(logits, first.squeeze(1))

@@ -22,6 +22,7 @@ from stts_slowfast.standalone.mixup import batch_mixer
 from stts_slowfast.standalone.predictions import predict
 from stts_slowfast.standalone.run_logger import LossMonitor, Meter, RunLogger, Timer
 from stts_slowfast.standalone.signals import Interrupted, SignalState
+from stts_slowfast.video.accuracy import mixed_topk_errors, topk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class TrainingLoop:
         grad_norm = self.clip_gradients()
         self.stepper.step()
 
-        stats = [loss.detach(), grad_norm, *run_logger.train_errors(logits.detach(), labels)]
+        stats = [loss.detach(), grad_norm, *mixed_topk_errors(logits.detach(), labels)]
         stats += [torch.tensor(float(x), device=loss.device) for x in self._pending_requests()]
         stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats])).tolist()
         loss, grad_norm, top1, top5, *asked = stats
@@ -215,7 +216,7 @@ class TrainingLoop:
             logits = predict(self.model, clips, self.val_loader.dataset.videos, batch[2])
             if not iteration:
                 self.board.show(self.cfg, self.model, clips, epoch)
-            errors = torch.stack(run_logger.errors(logits, batch[1])).tolist()
+            errors = torch.stack(topk_errors(logits, batch[1])).tolist()
             timer.toc()
             meter.add(errors, len(batch[0]))
             if (iteration + 1) % self.cfg.LOG_PERIOD == 0:

@@ -12,9 +12,10 @@ from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.annotations import NO_LABEL
 from stts_slowfast.standalone.config import get_cfg
 from stts_slowfast.standalone.data import UNREADABLE, ClipDataset
-from stts_slowfast.standalone.evaluator import ViewEnsemble, accuracies
+from stts_slowfast.standalone.evaluator import ViewEnsemble
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools.report.run_log import read_output
+from stts_slowfast.video.accuracy import video_accuracies
 
 
 def together(method, scores, labels, videos):
@@ -22,7 +23,7 @@ def together(method, scores, labels, videos):
     cfg.DATA.ENSEMBLE_METHOD, cfg.MODEL.NUM_CLASSES = method, scores.shape[1]
     views = ViewEnsemble(cfg, 2, 2)
     views.add(scores, labels, videos, torch.tensor([0, 1, 0, 1]))
-    return accuracies(views.predictions, views.labels)
+    return video_accuracies(views.predictions, views.labels)
 
 
 def test_views_of_a_video_are_put_together():
@@ -37,12 +38,12 @@ def test_views_of_a_video_are_put_together():
 def test_unreadable_videos_are_wrong_and_videos_without_label_are_neither():
     predictions = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0]] * 4)
     labels = torch.tensor([0, 4, 5, UNREADABLE])
-    found = accuracies(predictions, labels)
+    found = video_accuracies(predictions, labels)
     assert (found["top1_acc"], found["top5_acc"]) == (25.0, 50.0)
     assert found["top1_acc_readable"] == pytest.approx(100 / 3)
-    found = accuracies(predictions, torch.tensor([0, 4, NO_LABEL, NO_LABEL]))
+    found = video_accuracies(predictions, torch.tensor([0, 4, NO_LABEL, NO_LABEL]))
     assert found == {"top1_acc": 50.0, "top5_acc": 100.0}
-    found = accuracies(predictions, torch.full((4,), NO_LABEL))
+    found = video_accuracies(predictions, torch.full((4,), NO_LABEL))
     assert found == {"top1_acc": None, "top5_acc": None}
 
 
