@@ -3,11 +3,13 @@
 import argparse
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
-import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -133,29 +135,48 @@ def commit(root: str) -> str:
 
 
 def start(launcher: str) -> list[Check]:
-    """Runs the launcher with ``--help``: which of its imports fail, which patches it needs."""
-    command = [sys.executable, "-m", launch.__name__, launcher, "--help"]
-    env = launch.environment(launcher)
-    # Patches that are switched off are on here, to know which are needed.
-    env = {**env, "STTS_COMPAT": "", "STTS_COMPAT_VERBOSE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    patches = [patch(name, done.stderr) for name in compat.PATCHES]
-    if done.returncode == 0:
+    """Imports the launcher in a process of its own: the patches it needs, and failed imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "launch.json")
+        command = [sys.executable, "-m", "stts_slowfast.tools.doctor", launcher, path]
+        # Patches that are switched off are on here, to know which are needed.
+        env = {**launch.environment(launcher), "STTS_COMPAT": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        record = {"applied": [], "error": f"it ended with status {done.returncode}"}
+        if os.path.exists(path):
+            with open(path) as file:
+                record = json.load(file)
+    patches = [patch(name, record["applied"]) for name in compat.PATCHES]
+    error = record["error"]
+    if error is None:
         return [*patches, Check("tools/run_net.py", OK, "all its imports work")]
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    remedies = [line for line in lines if line.startswith("stts_slowfast: SlowFast needs")]
-    error = next((line for line in reversed(lines) if "Error" in line), "it failed")
-    return [*patches, Check("tools/run_net.py", MISSING, error, " ".join(remedies))]
+    fixes = [fix for package, fix in compat.REMEDIES.items() if package in error]
+    return [*patches, Check("tools/run_net.py", MISSING, error, " ".join(fixes))]
 
 
-def patch(name: str, log: str) -> Check:
-    """Whether a patch is needed and applied, by the log of a process that started SlowFast."""
+def record_launch(launcher: str, path: str) -> None:
+    """Runs the launcher with ``--help``; writes applied patches and its error as JSON."""
+    error = None
+    try:
+        launch.main(launcher, ["--help"])
+    except SystemExit:  # argparse ends --help so
+        pass
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    with open(path, "w") as file:
+        json.dump({"applied": compat.applied, "error": error}, file)
+
+
+def patch(name: str, applied: Sequence[str]) -> Check:
+    """Whether a patch is needed, and whether it is switched on."""
     about = f"{compat.PATCHES[name].obstacle}. Acts on: {compat.PATCHES[name].acts}"
-    applied = re.search(r"patched SlowFast in memory: ([\w, ]+) \(", log)
-    needed = applied is not None and name in applied.group(1).split(", ")
     if name in compat.switched_off():
         fix = "unset STTS_COMPAT, or take the name out of it"
-        return Check(f"patch {name}", MISSING if needed else OFF, about, fix)
-    if not needed:
-        return Check(f"patch {name}", OK, f"not needed here. {about}")
-    return Check(f"patch {name}", PATCHED, about)
+        return Check(f"patch {name}", MISSING if name in applied else OFF, about, fix)
+    if name in applied:
+        return Check(f"patch {name}", PATCHED, about)
+    return Check(f"patch {name}", OK, f"not needed here. {about}")
+
+
+if __name__ == "__main__":
+    record_launch(*sys.argv[1:])
