@@ -27,7 +27,7 @@ from stts_slowfast import build_model, load_config
 from stts_slowfast.backbones import FAMILIES, vit
 from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.checkpointing import checkpoint_path
-from stts_slowfast.tools.study.command import load
+from stts_slowfast.tools.study.rows import load_row_model
 from stts_slowfast.tools.study.evaluate import TestClips, evaluate
 
 XAVIER = ["MODEL.MODEL_NAME", "Xavier"]
@@ -141,7 +141,7 @@ def checkpoint(cfg) -> str:
 
 def test(cfg, path: str, clips) -> float:
     """Top-1 in percent."""
-    model, _ = load(cfg, path)
+    model, _ = load_row_model(cfg, path)
     return evaluate(cfg, model, clips, lambda: None)["top1"]
 
 

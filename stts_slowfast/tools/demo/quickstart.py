@@ -21,9 +21,10 @@ from stts_slowfast.tools.demo import make_data
 from stts_slowfast.tools.inspection import draw_test_videos, load_trained_model
 from stts_slowfast.tools.report.command import write_report
 from stts_slowfast.tools.report.run_log import read_output
-from stts_slowfast.tools.study.command import StudyRow, quiet_logs
+from stts_slowfast.tools.study.command import quiet_logs
 from stts_slowfast.tools.study.coverage import CoverageStats
 from stts_slowfast.tools.study.results import write_results
+from stts_slowfast.tools.study.rows import StudyRow
 
 KIND = "clutter"
 NAMES = ("all", "learned", "uniform", "random")

@@ -17,6 +17,7 @@ from stts_slowfast.standalone import engine
 from stts_slowfast.tools import cli, run
 from stts_slowfast.tools.demo import make_data
 from stts_slowfast.tools.study import command as study_command
+from stts_slowfast.tools.study import rows as study_rows
 from stts_slowfast.video import Video
 
 
@@ -264,7 +265,7 @@ def test_a_study_refuses_outputs_that_are_no_numbers(folder, tmp_path, capsys):
 def test_shares_of_several_blocks_leave_the_budget(folder):
     opts = ["STTS.TIME.BLOCKS", [0, 1], "STTS.TIME.KEEP", [1.0, 1.0]]
     cfg = load_config(str(folder / "config.yaml"), opts)
-    node = study_command.row_config(cfg, study_command.StudyRow(0.25, None, "uniform")).STTS
+    node = study_rows.row_config(cfg, study_rows.StudyRow(0.25, None, "uniform")).STTS
     assert node.TIME.KEEP == [0.5, 0.5] and node.SPACE.BLOCKS == []
     assert cfg.STTS.TIME.KEEP == [1.0, 1.0]
 
@@ -327,7 +328,7 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path, model, ep
     moves = model == "timesformer"  # attends over time at one place
     assert moves == cfg.STTS.SPACE.SHARED
     assert (0.0 if moves else 0.5) == cfg.STTS.FREEZE_BACKBONE_EPOCHS
-    rows = study_command.plan_rows(cfg, args)
+    rows = study_rows.plan_rows(cfg, args)
     assert len(rows) == 1 + 2 + 3 * (2 + 2 + 3 * 2)
 
     done = subprocess.run(
