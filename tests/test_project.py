@@ -1,4 +1,4 @@
-"""What describes the project names only what is there: workflows, CONTRIBUTING.md, templates."""
+"""Workflows, CONTRIBUTING.md and templates name only files that exist."""
 
 import configparser
 import re
@@ -30,7 +30,7 @@ def paths_in(text):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_call_what_is_there(path):
+def test_workflows_call_files_that_exist(path):
     tree = yaml.safe_load(path.read_text())
     assert tree["permissions"] == {"contents": "read"}  # a job that needs more asks for it
     setup = configparser.ConfigParser()
@@ -44,12 +44,12 @@ def test_workflows_call_what_is_there(path):
             assert set(extras.split(",")) <= set(setup["options.extras_require"]), extras
 
 
-def test_the_promised_workflows_are_there():
+def test_the_promised_workflows_exist():
     assert {"tests", "nightly", "docs", "release"} <= {path.stem for path in WORKFLOWS}
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_pages_name_files_that_are_there(name):
+def test_pages_name_files_that_exist(name):
     for path in paths_in((ROOT / name).read_text()):
         assert (ROOT / path).exists(), path
 

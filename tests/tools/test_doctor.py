@@ -1,4 +1,4 @@
-"""What the doctor says, and the status it leaves with."""
+"""The doctor's table and its exit status."""
 
 import argparse
 import re
@@ -64,8 +64,8 @@ def test_an_error_of_the_launcher_is_a_row(tmp_path):
 def test_it_fails_if_a_run_cannot_start(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SLOWFAST_ROOT", str(tmp_path))
     assert doctor.main(argparse.Namespace()) == 1
-    told = " ".join(capsys.readouterr().out.split())
-    assert "A SlowFast run cannot start:" in told and "SlowFast" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "A SlowFast run cannot start:" in printed and "SlowFast" in printed
 
 
 def test_it_passes_if_nothing_is_missing(monkeypatch, capsys):

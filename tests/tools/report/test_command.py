@@ -1,4 +1,4 @@
-"""The report is one page that needs nothing else, says what the runs left, and fits a phone."""
+"""The report is one page without other files; it has the runs' numbers, and fits a phone."""
 
 import html.parser
 import json
@@ -53,7 +53,7 @@ def path(folders, tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """Text, headings, table rows and images; fails where tags do not close as they opened."""
+    """Text, headings, table rows and images; fails if tags are not closed in order."""
 
     def __init__(self, text):
         super().__init__()
