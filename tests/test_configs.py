@@ -94,7 +94,7 @@ def test_there_is_a_file_for_every_published_row_and_one_recommended_for_every_f
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_selectors_keep_what_the_file_name_states(name):
+def test_selectors_keep_what_the_name_promises(name):
     cfg = load(name)
     steps = selection_plan(cfg.STTS, backbones.block_grids(cfg))
     sizes = {

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import mvit_v1_b, mvit_v2_s
 
 from stts_slowfast import backbones, hosts
+from stts_slowfast.annealing import update_schedule
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import attach, detach, selections
-from stts_slowfast.schedule import update_schedule
 from stts_slowfast.standalone.model import build_model
 
 
@@ -424,10 +424,10 @@ class LayersHost(hosts.Host):
     def default_grid(self):
         return Grid(self.grid)
 
-    def read(self, args, kwargs, thw):
+    def unpack(self, args, kwargs, thw):
         return hosts.Tokens(args[0].unflatten(1, tuple(thw)), thw)
 
-    def write(self, tokens, args, kwargs):
+    def pack(self, tokens, args, kwargs):
         return (tokens.grid.flatten(1, 3),), kwargs
 
     def adapt_call(self, block, thw, args, kwargs):
@@ -463,17 +463,17 @@ def test_autocast_runs_in_training_and_evaluation(model, clips):
         assert torch.isfinite(out).all()
 
 
-def test_attach_twice_says_so(model, tiny_cfg):
+def test_attach_twice_is_refused(model, tiny_cfg):
     with pytest.raises(ValueError, match=r"has selectors already \(time_0, space_2\): call detach"):
         attach(model, tiny_cfg.STTS)
 
 
-def test_detach_without_selectors_says_so(plain):
+def test_detach_without_selectors_is_refused(plain):
     with pytest.raises(ValueError, match="has no selectors"):
         detach(plain)
 
 
-def test_selections_before_a_forward_say_so(model):
+def test_selections_before_a_forward_pass_are_refused(model):
     with pytest.raises(ValueError, match="run the model first"):
         selections(model)
 
@@ -549,7 +549,7 @@ def test_every_key_of_the_node_is_an_argument(plain, tiny_cfg):
     "arguments, error, message",
     [
         ({"time": {9: 0.5}}, ValueError, "^time names block 9: the model's blocks are 0 to 3"),
-        ({"space": {2: 1.5}}, ValueError, r"^space holds 1.5: a share lies above 0"),
+        ({"space": {2: 1.5}}, ValueError, r"^space holds 1.5: a share is above 0"),
         ({"time": [0.5]}, ValueError, r"time is \[0.5\]: give shares by block, {4: 0.9}"),
         ({"time": {0: 0.5}, "time_scorer": "x"}, ValueError, "^time_scorer is 'x': use one of"),
         ({"time": {0: 0.5}, "sigma": -1}, ValueError, "^sigma is -1"),
@@ -580,7 +580,7 @@ def test_fusion_that_fails_leaves_the_model_as_it_was(plain, tiny_cfg, clips, mo
     assert not hasattr(plain, "stts") and torch.equal(plain(clips), before)
 
 
-def test_attention_that_could_be_fused_and_was_not_is_told(tiny_cfg, plain, caplog):
+def test_attention_that_could_be_fused_and_was_not_is_logged(tiny_cfg, plain, caplog):
     tiny_cfg.STTS.SPACE.BLOCKS = []
     attach(detach(attach(plain, tiny_cfg.STTS)), tiny_cfg.STTS)
     attach(AnyBlocks(0), tiny_cfg.STTS)  # has none that could be
@@ -611,7 +611,7 @@ def test_frames_then_windows_before_the_same_block(plain, tiny_cfg, clips):
     assert selections(model)["space_0"].shape == (2 * 2, 4)
 
 
-def test_random_selection_is_drawn_anew_in_evaluation(tiny_cfg, plain, clips):
+def test_random_selection_is_sampled_anew_in_evaluation(tiny_cfg, plain, clips):
     tiny_cfg.STTS.TIME.SCORER = tiny_cfg.STTS.SPACE.SCORER = "random"
     model = attach(plain, tiny_cfg.STTS)
     draws = set()

@@ -56,7 +56,7 @@ def test_uniform_frames_are_evenly_spaced(frames, keep, marked):
     assert scores[1].nonzero().flatten().tolist() == marked
 
 
-def test_uniform_window_lies_in_the_middle():
+def test_uniform_window_is_in_the_middle():
     scores = UniformWindowScorer(4)(torch.zeros(1, 1, 5, 9, 4), (3, 3), (1, 1)).view(3, 7)
     assert scores.argmax() == 1 * 7 + 3
 

@@ -87,7 +87,7 @@ def test_a_clip_in_a_pack_is_computed_as_alone(model):
 
 
 @torch.no_grad()
-def test_blocks_get_the_rotary_positions_and_the_frames_of_what_is_left(model):
+def test_blocks_get_the_rotary_positions_and_the_frames_of_kept_tokens(model):
     """Against blocks that are called by hand with what was kept of one clip."""
     patches, sizes = packed([(8, 8, 12)])
     seen = []

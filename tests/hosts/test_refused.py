@@ -68,7 +68,7 @@ class Wrapper(nn.Module):
         return self.head(self.backbone(clips).last_hidden_state.mean(1))
 
 
-def test_a_wrapper_is_told_what_to_attach_to_and_serves_afterwards():
+def test_the_error_for_a_wrapper_names_the_module_to_attach_to():
     model, clips, _ = videomae("Model")
     wrapper = Wrapper(model)
     plain = wrapper(clips)
@@ -107,7 +107,7 @@ PeftModel.__module__ = "peft.peft_model"
 
 
 @torch.no_grad()
-def test_an_adapted_model_is_told_its_base_model():
+def test_the_error_for_an_adapted_model_names_its_base_model():
     model, clips, logits = videomae()
     expected = None
     adapted = PeftModel(model)

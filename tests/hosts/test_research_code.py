@@ -10,7 +10,7 @@ from tests.hosts.examples import PlainBlock, ResearchViT, RotaryBlock, research
 
 
 @torch.no_grad()
-def test_blocks_with_rotary_positions_get_the_places_of_what_is_left():
+def test_blocks_with_rotary_positions_get_those_of_kept_tokens():
     model, _, _ = research(RotaryBlock)
     clips = torch.randn(2, 3, 8, 32, 48)
     attach(model, time={1: 0.5}, space={2: 0.6}, fused_attention=False)
@@ -58,7 +58,7 @@ class Cls(ResearchViT):
         (Cls(PlainBlock), "it has a cls_token"),
     ],
 )
-def test_what_cannot_be_told_is_refused_by_attach(model, match):
+def test_unknown_structures_are_refused_by_attach(model, match):
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     with pytest.raises(ValueError, match=match):
         attach(model, time={0: 0.5})

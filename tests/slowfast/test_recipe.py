@@ -385,9 +385,11 @@ def test_iterations_are_slowfasts(checkout, get_cfg, build, recipe, monkeypatch,
     monkeypatch.setattr("stts_slowfast.standalone.training_loop.build_loader", lambda *_: loader)
     monkeypatch.setattr(run_logger, "log_json_stats", lambda stats, *_: found.append(dict(stats)))
     monkeypatch.setattr(TrainingLoop, "save", lambda *_: None)
-    with RunLogger(ours, True, writes=False) as board:
+    with RunLogger(ours, True, tensorboard=False) as run_log:
         fabric = open_fabric(ours, ProcessInfo(0, 1, 0, 1, "localhost", 0))
-        training = TrainingLoop(ours, fabric, our_model, ResumeState(), board, SignalState(), None)
+        training = TrainingLoop(
+            ours, fabric, our_model, ResumeState(), run_log, SignalState(), None
+        )
         for epoch in range(2):
             training.train_epoch(epoch)
 

@@ -148,7 +148,7 @@ def test_stopped_and_resumed_ends_where_the_whole_run_ends(run, cfg, tmp_path):
     whole, lines = run.checkpoint(2), run.json_stats("train_iter_")
 
     cfg.OUTPUT_DIR = str(tmp_path / "stopped")
-    with pytest.raises(Interrupted, match=r"goes on from .*checkpoint_epoch_00001\.pyth"):
+    with pytest.raises(Interrupted, match=r"resumes from .*checkpoint_epoch_00001\.pyth"):
         engine.train(cfg, watch=CtrlC())
     engine.train(cfg)
     resumed = run.checkpoint(2)
@@ -165,7 +165,7 @@ def test_stopped_and_resumed_ends_where_the_whole_run_ends(run, cfg, tmp_path):
 
 def test_stopped_before_a_checkpoint_begins_anew(cfg):
     cfg.TRAIN.CHECKPOINT_PERIOD = 2
-    with pytest.raises(Interrupted, match="begins anew: there is no checkpoint yet"):
+    with pytest.raises(Interrupted, match="starts again: there is no checkpoint yet"):
         engine.train(cfg, watch=CtrlC())
 
 
@@ -299,7 +299,7 @@ def test_training_starts_from_a_baselines_weights(run, cfg, tmp_path):
     cfg.OUTPUT_DIR = str(tmp_path / "fine-tuned")
     cfg.TRAIN.CHECKPOINT_FILE_PATH = baseline
     cfg.STTS.ENABLE, cfg.STTS.FREEZE_BACKBONE_EPOCHS = True, 1.0
-    with pytest.raises(ValueError, match=r"CHECKPOINT_EPOCH_RESET True to train on from"):
+    with pytest.raises(ValueError, match=r"CHECKPOINT_EPOCH_RESET True to train from"):
         engine.train(cfg)
     cfg.TRAIN.CHECKPOINT_EPOCH_RESET = True
     engine.train(cfg)
@@ -327,7 +327,7 @@ def test_a_last_checkpoint_without_its_epoch_is_refused(run, cfg):
     path = Path(checkpointing.checkpoint_path(cfg, 1))
     path.parent.mkdir(parents=True)
     torch.save({"model_state": build_model(cfg).state_dict()}, path)
-    with pytest.raises(ValueError, match=r"00001\.pyth does not say after which epoch"):
+    with pytest.raises(ValueError, match=r"00001\.pyth does not contain its epoch"):
         engine.train(cfg)
 
 

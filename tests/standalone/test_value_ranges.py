@@ -177,7 +177,7 @@ def test_what_nothing_reads_is_said(read, caplog):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"COSINE_END_LR": 0.2}, r"SOLVER\.COSINE_END_LR is 0\.2: it must lie below"),
+        ({"COSINE_END_LR": 0.2}, r"SOLVER\.COSINE_END_LR is 0\.2: it must be below"),
         ({"COSINE_AFTER_WARMUP": True, "WARMUP_EPOCHS": 400.0}, r"SOLVER\.WARMUP_EPOCHS is 400"),
         ({"LR_POLICY": "steps_with_relative_lrs"}, r"SOLVER\.STEPS is \[\] and SOLVER\.LRS"),
         ({"MOMENTUM": 0.0}, r"SOLVER\.NESTEROV is True with SOLVER\.MOMENTUM 0"),

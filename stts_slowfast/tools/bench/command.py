@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from stts_slowfast.schedule import update_schedule
+from stts_slowfast.annealing import update_schedule
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.tools.bench import loader
 from stts_slowfast.tools.bench.published import Published

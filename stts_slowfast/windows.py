@@ -1,8 +1,36 @@
-"""Windows of a grid: their weighted sum, without a copy of each."""
+"""Windows of a token grid: cropped, and their weighted sum without a copy of each."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# Height and width in tokens.
+Window = tuple[int, int]
+
+
+def crop_windows(grid: Tensor, corners: Tensor, window: Window) -> Tensor:
+    """One window of each frame.
+
+    Args:
+        grid: ``(B, T, H, W, C)``.
+        corners: LongTensor ``(B*T, 2)``, top and left of the window of each frame.
+        window: its height and width.
+
+    Returns:
+        ``(B, T, h, w, C)``.
+    """
+    batch, frames = grid.shape[:2]
+    device = grid.device
+    # Four index tensors that broadcast to (B, T, h, w): one copy, whatever the strides.
+    clips = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    times = torch.arange(frames, device=device).view(-1, 1, 1)
+    top, left = corners.view(batch, frames, 2).unbind(2)
+    rows = top[:, :, None] + torch.arange(window[0], device=device)  # (B, T, h)
+    columns = left[:, :, None] + torch.arange(window[1], device=device)  # (B, T, w)
+    return grid[clips, times, rows[..., None], columns[..., None, :]]
 
 
 class MixWindows(torch.autograd.Function):
@@ -12,7 +40,7 @@ class MixWindows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, grid, weights, window, steps):
+    def forward(ctx: Any, grid: Tensor, weights: Tensor, window: Window, steps: Window) -> Tensor:
         # grid (B, T, H, W, C), weights (B, T, rows * columns)
         ctx.save_for_backward(grid, weights)
         ctx.window, ctx.steps = window, steps
@@ -24,7 +52,7 @@ class MixWindows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grid, weights = ctx.saved_tensors
         grad_grid = torch.zeros(grid.shape, dtype=grid.dtype, device=grid.device)
         grad_weights = []
@@ -35,7 +63,7 @@ class MixWindows(torch.autograd.Function):
         return grad_grid, torch.stack(grad_weights, dim=2).to(weights.dtype), None, None
 
 
-def _windows(grid: Tensor, window: tuple[int, int], steps: tuple[int, int]):
+def _windows(grid: Tensor, window: Window, steps: Window) -> Iterator[tuple[slice, slice]]:
     """The slices of rows and columns of every window, row by row."""
     (height, width), (side_h, side_w) = grid.shape[2:4], window
     for top in range(0, height - side_h + 1, steps[0]):
