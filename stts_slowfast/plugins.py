@@ -9,6 +9,7 @@ GROUP = "stts_slowfast"  # of entry points
 # Package -> the extra of setup.cfg that brings it.
 EXTRAS = {
     "lightning_fabric": "standalone",
+    "filelock": "standalone",
     "tensorboard": "standalone",
     "rich": "tools",
     "matplotlib": "tools",

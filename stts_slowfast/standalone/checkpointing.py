@@ -13,12 +13,12 @@ from torch import nn
 from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import (
     Loaded,
-    atomic_write,
     load_weights,
     pretrained_state,
     read_checkpoint,
     validate_checkpoint,
 )
+from stts_slowfast.standalone.run_logger import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +105,7 @@ def past_validations(cfg, start: ResumeState) -> dict[int, dict[str, float]]:
 
 def write_validations(cfg, validations: dict[int, dict[str, float]]) -> None:
     """Writes the file that :func:`past_validations` reads."""
-
-    def write(partial: str) -> None:
-        with open(partial, "w") as file:
-            json.dump(validations, file)
-
-    atomic_write(_validations_path(cfg), write)
+    write_json(_validations_path(cfg), validations)
 
 
 def _validations_path(cfg) -> str:

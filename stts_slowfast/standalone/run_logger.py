@@ -100,10 +100,15 @@ def record_run(cfg, facts: dict, results: dict | None = None) -> None:
     record = {"schema": RUN_SCHEMA, "engine": "standalone", **facts}
     record |= {"config": yaml.safe_load(cfg.dump()), "results": {**_past_results(path)}}
     record["results"] |= results or {}
+    write_json(path, record)
+
+
+def write_json(path: str, value: object) -> None:
+    """Writes a JSON file, which is whole or absent."""
 
     def write(partial: str) -> None:
         with open(partial, "w") as file:
-            json.dump(record, file, indent=1)
+            json.dump(value, file, indent=1)
 
     atomic_write(path, write)
 

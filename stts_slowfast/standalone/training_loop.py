@@ -217,7 +217,7 @@ class TrainingLoop:
         for old in self.mid_epoch_checkpoints[: -2 if iteration else None]:
             if old != path and g_pathmgr.exists(old):
                 g_pathmgr.rm(old)
-        self.within = self.within[-2:] if iteration else []
+        del self.mid_epoch_checkpoints[: -2 if iteration else None]
 
     @torch.no_grad()
     def validate(self, epoch: int) -> None:

@@ -192,7 +192,7 @@ def test_training_shuffles_anew_in_every_epoch(cfg):
 
 
 def test_a_runs_loaders_go_with_it(cfg):
-    """Else the readers of the next run in this process find them, and complain on the terminal."""
+    """Else the workers of the next run in this process find them, and print errors."""
     cfg.DATA_LOADER.NUM_WORKERS, cfg.SOLVER.MAX_EPOCH = 1, 1
     gc.collect()
     gc.disable()

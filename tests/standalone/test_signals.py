@@ -18,7 +18,7 @@ from stts_slowfast.standalone.signals import Interrupted
 
 @pytest.fixture
 def cfg(run):
-    """Two readers, and augmentation."""
+    """Two workers, and augmentation."""
     run.cfg.DATA_LOADER.NUM_WORKERS, run.cfg.AUG.ENABLE = 2, True
     return run.cfg
 
@@ -90,7 +90,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_to_the_whole_group_loses_no_iteration(run, cfg, processes, number):
-    """As timeout(1) and Slurm send it: the readers get it too."""
+    """As timeout(1) and Slurm send it: the workers get it too."""
     cfg.TRAIN.BATCH_SIZE = 2 * processes
     script = run.tmp_path / "group.py"
     script.write_text(GROUP)
@@ -165,11 +165,11 @@ def test_another_batch_size_inside_an_epoch_is_refused(run, cfg):
 
 
 def test_a_killed_worker_is_one_line(run, cfg, whole):
-    def reader():
+    def worker():
         return multiprocessing.active_children()[0].pid
 
     with pytest.raises(ChildProcessError, match=r"reads videos was lost .*resumes from the last"):
-        engine.train(cfg, watch=Signal(4, signal.SIGKILL, reader))
+        engine.train(cfg, watch=Signal(4, signal.SIGKILL, worker))
     assert multiprocessing.active_children() == []
     resumes_to(run, cfg, whole)
 
@@ -295,16 +295,16 @@ engine.train(load_config(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize(("readers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, readers, number):
-    cfg.DATA_LOADER.NUM_WORKERS = readers
+@pytest.mark.parametrize(("workers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, workers, number):
+    cfg.DATA_LOADER.NUM_WORKERS = workers
     pipe = run.tmp_path / "pipe"
     os.mkfifo(pipe)
     words = [sys.executable, "-c", HUNG, str(run.write()), str(pipe)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(words, start_new_session=True, **pipes)
     try:
-        for _ in range(readers or 1):
+        for _ in range(workers or 1):
             wait_for("waits", process)
         os.killpg(process.pid, number)
         assert process.wait(timeout=30) == 128 + number and all_gone(process.pid)
@@ -372,7 +372,7 @@ def test_a_killed_process_takes_all_others_along(run, cfg, processes):
     try:
         wait_for('"epoch": "2/1000"', process)
         everyone = alive(process.pid)
-        # the one that was started last but for the readers: a rank, or the run itself
+        # the one that was started last except for the workers: a rank, or the run itself
         victim = process.pid if processes == 1 else sorted(ranks(process.pid))[-1]
         os.kill(victim, signal.SIGKILL)
         assert len(everyone) >= 1 + 2 * processes and all_gone(process.pid)

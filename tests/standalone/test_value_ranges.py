@@ -162,12 +162,12 @@ def test_every_key_is_in_one_table():
     assert set(config._RANGES["TRAIN.MIXED_PRECISION_DTYPE"]) == set(PRECISIONS)
 
 
-def test_what_nothing_reads_is_said(read, caplog):
+def test_what_nothing_reads_is_logged(read, caplog):
     with caplog.at_level(logging.WARNING):
         read("SOLVER.GAMMA", 0.5, "BN.NORM_TYPE", "batchnorm", "AUG.RE_SPLIT", True)
     assert [record.getMessage() for record in caplog.records] == [
-        "AUG.RE_SPLIT is True, which nothing reads: SlowFast does not read it either, AUG.RE_COUNT "
-        "says how many splits",
+        "AUG.RE_SPLIT is True, which nothing reads: SlowFast does not read it either, the "
+        "number of splits is AUG.RE_COUNT",
         "SOLVER.GAMMA is 0.5, which nothing reads: no policy reads it, in SlowFast neither",
     ]
     with pytest.raises(ValueError, match=r"^DATA\.IN22k_VAL_IN1K is 'x': .*--engine slowfast"):
