@@ -16,6 +16,7 @@ from stts_slowfast.checkpoints.formats import targets
 from stts_slowfast.checkpoints.io import check_output_path, safetensors_bytes, save, save_bytes
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
+from stts_slowfast.tools.cli import add_force
 
 # Blocks before which the paper selects: the authors' checkpoints do not name them.
 _PAPER_BLOCKS = {"TIME": [0], "SPACE": [4]}
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("source", metavar="IN", help="a checkpoint; with --config, a YAML file")
     parser.add_argument("target", metavar="OUT", help="file to write; .safetensors for that format")
-    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    add_force(parser)
     parser.add_argument("--config", action="store_true", help="convert the STTS authors' YAML file")
     parser.add_argument(
         "--to",
@@ -90,7 +91,11 @@ def convert_checkpoint_file(
     if dropped:
         print(f"  left behind: {', '.join(dropped)}: no run resumes from {target}")
     atomic_write(target, lambda path: _write(converted, path, target), overwrite, [source])
-    hint = "" if cfg is not None else "; --cfg YAML lists what a model misses and what it leaves"
+    hint = (
+        ""
+        if cfg is not None
+        else "; --cfg YAML lists parameters that a model lacks or does not use"
+    )
     print(f"{target}: written in {to} form{hint}")
 
 

@@ -16,10 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from stts_slowfast.annealing import update_schedule
 from stts_slowfast.standalone.flops import count_gflops
+from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.bench import loader
 from stts_slowfast.tools.bench.published import Published
 from stts_slowfast.tools.bench.spec import ENGINES, BenchSpec, build_all, parse_row
-from stts_slowfast.tools.output import markdown_table, write_json
+from stts_slowfast.tools.markdown import markdown_table
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eval", "train")

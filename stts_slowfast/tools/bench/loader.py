@@ -8,8 +8,9 @@ from itertools import islice
 
 import torch
 
+from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.bench.spec import BenchSpec, build_all, map_rows, read_config
-from stts_slowfast.tools.output import format_cell, markdown_table, write_json
+from stts_slowfast.tools.markdown import format_cell, markdown_table
 
 SPLITS = ("train", "test")
 DATA_COLUMNS = ("row", "split", "workers", "clips", "videos / s", "clips / s", "core-ms / clip")

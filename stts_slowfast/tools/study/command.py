@@ -19,8 +19,8 @@ from iopath.common.file_io import g_pathmgr
 from stts_slowfast import load_config
 from stts_slowfast.standalone.annotations import NO_LABEL
 from stts_slowfast.standalone.data import ClipDataset
+from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.cli import add_opts
-from stts_slowfast.tools.output import write_json
 from stts_slowfast.tools.study.coverage import find_truth
 from stts_slowfast.tools.study.evaluate import CACHE_BYTES, TestClips, evaluate
 from stts_slowfast.tools.study.results import ENDINGS, SCORERS, table, write_results
