@@ -41,7 +41,7 @@ class Grid(tuple[int, int, int]):
         whole: Iterable[int] | None = None,
     ) -> "Grid":
         # While a model is traced, sizes are tensors.
-        time, height, width = (int(size) for size in sizes)
+        time, height, width = [int(size) for size in sizes]
         grid = super().__new__(cls, (time, height, width))
         grid.frames, grid.windows, grid.tokens = frames, windows, tokens
         if whole is None and not grid.is_selected:
@@ -70,7 +70,7 @@ class Grid(tuple[int, int, int]):
         parts = [self.frames, self.windows, self.tokens]
         if all(part is None or part.device == device for part in parts):
             return self
-        frames, windows, tokens = (part if part is None else part.to(device) for part in parts)
+        frames, windows, tokens = [part if part is None else part.to(device) for part in parts]
         return Grid(self, frames, windows, tokens, self.whole)
 
     def keep_frames(self, kept: Tensor) -> "Grid":

@@ -252,7 +252,17 @@ def settings_of(model: nn.Module) -> Settings:
     return selectors_of(unwrap(model)).settings
 
 
-def raise_on_nan(model: nn.Module) -> None:
+def nan_flag(model: nn.Module) -> Tensor | None:
+    """Whether :func:`raise_on_nan` would raise: a 0-dim bool on the device, which it waits not for.
+
+    Args:
+        model: with selectors, wrapped (DDP) or not; None for a model without.
+    """
+    flags = [selector.nan_flag for selector in all_selectors(model)]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if flags else None
+
+
+def raise_on_nan(model: nn.Module, wait: bool = True) -> None:
     """Raises if a selector had NaN scores in a forward pass since the last call.
 
     On a device NaN scores do not stop the forward pass, and reading their flag waits for the
@@ -261,12 +271,15 @@ def raise_on_nan(model: nn.Module) -> None:
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without has none to check.
+        wait: for a device. If not, a call raises for what the device had done by the call before.
 
     Raises:
         ValueError: naming the selector.
     """
+    if wait and not nan_flag(model):  # one number to wait for, however many selectors
+        return
     for selector in all_selectors(model):
-        selector.raise_on_nan()
+        selector.raise_on_nan(wait)
 
 
 def all_selectors(model: nn.Module) -> list[Selector]:

@@ -111,10 +111,10 @@ class Schedule:
 
         Raises:
             ValueError: if a rate is not finite, ``epoch`` is negative or beyond ``max_epochs``, a
-                selector had NaN scores in the iteration before, the optimizer's state was saved
+                selector had NaN scores in an iteration before, the optimizer's state was saved
                 without a schedule, or model or optimizer have changed since.
         """
-        raise_on_nan(self.model)  # the loss was read: the device has nothing left to do
+        raise_on_nan(self.model, wait=False)
         if not epoch >= 0:
             raise ValueError(f"epoch is {epoch!r}: count from 0, with the fraction that is done")
         if epoch > self.max_epochs * (1 + 1e-6):

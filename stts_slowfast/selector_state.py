@@ -170,12 +170,27 @@ class SelectorState(nn.Module):
 
     # --- scores that are not finite ---------------------------------------------------------------
 
-    def raise_on_nan(self) -> None:
-        """Raises if scores since the last call were not finite; waits for the device.
+    @property
+    def nan_flag(self) -> Tensor:
+        """Whether scores since the last :meth:`raise_on_nan` were not finite: 0-dim, on their
+        device."""
+        return self._nan_flag
+
+    def raise_on_nan(self, wait: bool = True) -> None:
+        """Raises if scores since the last call were not finite.
+
+        Args:
+            wait: for a device. If not, a call raises for what the device had done by the call
+                before.
 
         Raises:
             ValueError: naming the selector.
         """
+        if not wait and not is_cpu(self._nan_flag):
+            known = bool(self._nan_flag_host)
+            self._nan_flag_host.copy_(self._nan_flag, non_blocking=True)
+            if not known:
+                return
         if self._nan_flag:
             self._nan_flag.zero_()
             self._nan_flag_host.zero_()

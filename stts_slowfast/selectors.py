@@ -20,7 +20,7 @@ from stts_slowfast.config import Settings
 from stts_slowfast.scorers import SCORERS, minmax_normalize
 from stts_slowfast.selector_state import KEEP_SCALE, SelectorState
 from stts_slowfast.topk import OPERATORS, autocast_disabled, hard_topk
-from stts_slowfast.windows import MixWindows, Window, crop_windows
+from stts_slowfast.windows import Window, crop_windows, mix_windows
 
 
 class Selection(NamedTuple):
@@ -279,7 +279,7 @@ class SpatialSelector(Selector):
         window = self._window(grid)
         if selection.weights is not None:
             weights = selection.weights.to(grid.dtype).unflatten(0, grid.shape[:2])
-            return MixWindows.apply(grid, weights, window, self._steps(grid, window))
+            return mix_windows(grid, weights, window, self._steps(grid, window))
         return crop_windows(grid, selection.kept[:, :2], window)
 
     def _window(self, grid: Tensor, widened: bool = True) -> Window:

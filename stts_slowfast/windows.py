@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from stts_slowfast.topk import autocast_disabled, is_cpu
 
 # Height and width in tokens.
 Window = tuple[int, int]
@@ -33,8 +36,39 @@ def crop_windows(grid: Tensor, corners: Tensor, window: Window) -> Tensor:
     return grid[clips, times, rows[..., None], columns[..., None, :]]
 
 
-class MixWindows(torch.autograd.Function):
-    """``sum_i weights[..., i] * window_i(grid)``, one window after the other into one output.
+def mix_windows(grid: Tensor, weights: Tensor, window: Window, steps: Window) -> Tensor:
+    """``sum_i weights[..., i] * window_i(grid)`` of each frame.
+
+    Args:
+        grid: (B, T, H, W, C).
+        weights: (B, T, rows * columns), for windows row by row; dtype of the grid.
+        window: a window's height and width.
+        steps: tokens between two windows, down and to the right.
+
+    Returns:
+        (B, T, *window, C).
+    """
+    if is_cpu(grid):  # where the convolution takes two to four times as long, and a launch nothing
+        return _MixWindows.apply(grid, weights, window, steps)
+    return _convolve(grid, weights, window, steps)
+
+
+def _convolve(grid: Tensor, weights: Tensor, window: Window, steps: Window) -> Tensor:
+    """The same as a depthwise convolution: frames are its channels, channels its batch, a frame's
+    weights its kernel, and steps the dilation. One launch for each direction, however many windows.
+    """
+    batch, frames, *sizes, _ = grid.shape
+    rows, columns = ((size - side) // step + 1 for size, side, step in zip(sizes, window, steps))
+    height, width = (rows - 1) * steps[0] + window[0], (columns - 1) * steps[1] + window[1]
+    covered = grid[:, :, :height, :width].permute(4, 0, 1, 2, 3).flatten(1, 2)  # (C, B*T, ...)
+    kernels = weights.reshape(batch * frames, 1, rows, columns)
+    with autocast_disabled(grid):
+        mixed = F.conv2d(covered, kernels, dilation=steps, groups=batch * frames)
+    return mixed.unflatten(1, (batch, frames)).permute(1, 2, 3, 4, 0)
+
+
+class _MixWindows(torch.autograd.Function):
+    """One window after the other into one output.
 
     Differentiating the plain sum would build a full-size gradient of the grid per window.
     """
@@ -59,7 +93,8 @@ class MixWindows(torch.autograd.Function):
         for i, (rows, columns) in enumerate(_windows(grid, ctx.window, ctx.steps)):
             grad_grid[:, :, rows, columns].addcmul_(grad_output, weights[:, :, i, None, None, None])
             overlap = grid[:, :, rows, columns] * grad_output
-            grad_weights.append(overlap.sum(dim=(2, 3, 4), dtype=torch.float32))
+            dtype = torch.promote_types(overlap.dtype, torch.float32)
+            grad_weights.append(overlap.sum(dim=(2, 3, 4), dtype=dtype))
         return grad_grid, torch.stack(grad_weights, dim=2).to(weights.dtype), None, None
 
 

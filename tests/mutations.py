@@ -571,7 +571,7 @@ MUTATIONS = {
         "standalone/data.py",
         "limit = self.cfg.DATA.MAX_BAD_SHARE",
         "limit = 1.0",
-        "tests/standalone/test_data.py -k goes_on_up_to_the_share",
+        "tests/standalone/test_data.py -k continues_up_to_the_share",
     ),
     "keys-given-twice": Mutation(
         "configfiles/files.py",
@@ -583,7 +583,7 @@ MUTATIONS = {
         "standalone/checkpointing.py",
         "            if strict:",
         "            if True:",
-        f"{STOPS} -k damaged",
+        f"{STOPS} -k corrupt",
     ),
 }
 

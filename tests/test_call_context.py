@@ -18,7 +18,7 @@ from stts_slowfast.hooks import attach, selections
 
 
 class Block(nn.Module):
-    """Needs to be told where its tokens come from."""
+    """Needs the positions of its tokens."""
 
     def __init__(self):
         super().__init__()
@@ -317,7 +317,7 @@ def test_records_of_what_is_gone_are_dropped():
     calls = Calls()
     calls.start(Grid((1, 1, 1)))
     for _ in range(3 * MANY_RECORDS):
-        calls.arrive(0, nn.Identity(), (torch.zeros(1),), {}, False)
+        calls.arrive(0, nn.Identity(), torch.zeros(1), False)
     assert len(calls._records) <= MANY_RECORDS
 
 

@@ -39,7 +39,7 @@ def load(name, *opts):
 
 
 def expected_steps(name):
-    """Frames, or the window's side, before and after each selector, by the file's name."""
+    """Frames, or the window's side, before and after each selector, as in the file's name."""
     keep = re.search(r"T0_(0\.\d)", name).group(1)
     if "SWIN" in name:
         return {"time_0": (16, 8 if name in RECOMMENDED else SWIN_FRAMES[keep])}
@@ -219,7 +219,7 @@ def test_one_training_step_and_one_test_step(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_is_whole(name):
-    """What a run reads: initial weights, schedule, inputs."""
+    """The keys for a run's start, length and data."""
     cfg = load(name)
     assert cfg.STTS.ENABLE and cfg.TRAIN.ENABLE and cfg.TEST.ENABLE
     assert cfg.TRAIN.CHECKPOINT_EPOCH_RESET, "a trained backbone is a start, not a run to resume"

@@ -157,7 +157,7 @@ def test_maps_of_timm_have_the_sizes_of_kept_tokens(indices):
     assert dictionary["image_intermediates"][-1].shape == maps[-1].shape
     with_prefix = model.forward_intermediates(
         images, indices, True, False, False, "NCHW", True
-    )  # all by place
+    )  # all by position
     assert with_prefix[-1][0].shape == maps[-1].shape and with_prefix[-1][1].shape == (4, 1, 24)
     tokens = model.forward_intermediates(images, indices, output_fmt="NLC", intermediates_only=True)
     assert tokens[-1].shape == (4, 9, 24)

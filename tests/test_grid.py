@@ -85,7 +85,7 @@ def test_positions_of_frames_windows_and_sets_compose():
 def test_all_of_a_grid_may_be_selected():
     grid = Grid((2, 2, 2)).keep_frames(torch.tensor([[0, 1]]))
     assert grid.is_selected and grid.is_whole
-    assert Grid((2, 2, 2), torch.tensor([[0, 3]])).is_whole is False  # of what, nobody said
+    assert Grid((2, 2, 2), torch.tensor([[0, 3]])).is_whole is False  # the whole size is unknown
     pooled = Grid((8, 8, 8)).keep_frames(torch.arange(6)[None]).pooled((3, 4, 4))
     assert pooled.whole == (4, 4, 4) and not pooled.is_whole
 

@@ -101,7 +101,7 @@ def test_works_on_torchvisions_models_at_full_size(build):
 
 
 def test_golden_scores_and_indices_of_the_authors(golden, tiny_cfg):
-    """See tests/backbones/test_mvit.py for the outputs; here, what selections() says."""
+    """See tests/backbones/test_mvit.py for the outputs; here, for selections()."""
     from stts_slowfast.checkpoints import load_weights
 
     case = golden("official_stts_mvit")
@@ -207,7 +207,7 @@ def test_ddp_without_unused_parameters(model, clips, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         ddp = nn.parallel.DistributedDataParallel(model.train())
-        for _ in range(2):  # the second step raises where a parameter got no gradient
+        for _ in range(2):  # the second step raises if a parameter got no gradient
             ddp(clips).sum().backward()
         assert set(selections(ddp)) == {"time_0", "space_2"}
     finally:
@@ -258,7 +258,7 @@ def test_the_grid_travels_in_the_coordinates_of_the_clip(relative, clips):
 
 
 def test_one_model_in_two_threads(relative):
-    """Each thread's attention reads where its own tokens come from."""
+    """Each thread's attention reads the positions of its own tokens."""
     batches = [torch.randn(2, 3, 8, 32, 32) for _ in range(12)]
     with torch.no_grad():
         expected = [relative(batch) for batch in batches]
@@ -291,7 +291,7 @@ def fairscales_checkpoint(block, x, thw):
     "through", [torchs_checkpoint, reentrant_checkpoint, fairscales_checkpoint]
 )
 def test_two_passes_before_one_backward_under_checkpointing(relative, through):
-    """What is computed again has the noise and the places of its own pass, not of the last one."""
+    """Recomputed blocks have the noise and the positions of their own pass, not of the last one."""
     batches = [torch.randn(2, 3, 8, 32, 32) for _ in range(2)]
     grads = []
     for call in (lambda block, x, thw: block(x, thw), through):
@@ -327,7 +327,7 @@ def replicate(model):
 
 @pytest.mark.parametrize("which", ["model", "relative"])
 def test_replicas_of_data_parallel_use_their_own_selectors(which, request, clips):
-    """The hooks of a replica are the model's: its selectors lie on another device."""
+    """The hooks of a replica are the model's: its selectors are on another device."""
     model = request.getfixturevalue(which)
     expected = model(clips)
     replica = replicate(model)
@@ -491,7 +491,7 @@ def test_a_bad_node_leaves_the_model_as_it_was(plain, tiny_cfg):
 
 
 def test_a_width_no_scorer_can_have_leaves_the_model_as_it_was(tiny_cfg):
-    """Found when the second selector is made: the first must not stay behind."""
+    """Found when the second selector is made: the first must not remain."""
     model = AnyBlocks(0)
     model.blocks[2].norm = nn.LayerNorm(6)
     with pytest.raises(ValueError, match="6 is no multiple of 4"):

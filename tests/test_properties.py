@@ -35,7 +35,7 @@ few, many = settings(max_examples=30), settings(max_examples=100)
 
 
 def mostly(usual, *odd):
-    """Of ``usual``, but now and then something that nobody should write."""
+    """Of ``usual``, and sometimes an invalid value."""
     return st.integers(0, 24).flatmap(lambda n: usual if n else st.sampled_from(odd))
 
 
@@ -131,7 +131,7 @@ def ascending(draw, size):
 @many
 @given(data=st.data())
 def test_a_grid_has_the_positions_of_its_tokens(data):
-    """However frames and windows are selected: told by coordinates that travel with the tokens."""
+    """For any selection of frames and windows, compared with coordinates among the channels."""
     draw, batch = data.draw, data.draw(st.integers(1, 2))
     sizes = draw(st.tuples(*[st.integers(1, 6)] * 3))
     axes = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
@@ -313,7 +313,7 @@ roots = st.dictionaries(keys, trees, min_size=1, max_size=4)
 
 
 def block(tree, indent, path, places):
-    """The lines of a tree; where its mappings begin goes to ``places``: line, indent, their key."""
+    """The lines of a tree; ``places`` gets the line, indent and key of each mapping."""
     lines = []
     for key, value in tree.items():
         places.append((len(lines), indent, path + [key]))

@@ -66,7 +66,7 @@ def test_a_family_resolves(name):
 
 
 def test_a_host_with_old_names_works_with_a_warning():
-    with pytest.warns(FutureWarning, match="rename read to unpack, write to pack"):
+    with pytest.warns(FutureWarning, match="rename read to unpack, write to pack") as warned:
 
         class Layers(Host):
             def read(self, args, kwargs, thw):
@@ -78,6 +78,7 @@ def test_a_host_with_old_names_works_with_a_warning():
                 assert frames is None
                 return (torch.cat([clip, grid.flatten(1, 3)], dim=1), *args[1:]), kwargs
 
+    assert warned[0].filename == __file__
     x, host = torch.randn(2, 19, 4), Layers(nn.Identity())
     tokens = host.unpack((x,), {}, None)
     assert torch.equal(tokens.cls, x[:, :1]) and tokens.frame_cls is None

@@ -179,7 +179,7 @@ def test_training_passes_the_tokens_of_the_hard_choice(kind, thw, keep, wide, sh
 
 
 def marked_clips(everywhere):
-    """Clips with one token marked by a channel, of one frame or at one place of all, and where."""
+    """Clips with one token marked by a channel, in one frame or at one position; its index."""
     grid = torch.randn(16, 4, 4, 4, 8)
     time, row, column = places = [torch.randint(0, 4, (16,)) for _ in range(3)]
     for clip in range(16):

@@ -144,7 +144,7 @@ def test_a_compiled_training_has_a_graph_for_each_budget():
     model = attach(stock, time={0: 0.25}, space={1: 0.25}, shrink=0.5)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    # With fullgraph, what comes behind `recompile_limit`, 8, is an error.
+    # With fullgraph, more graphs than `recompile_limit`, 8, are an error.
     compiled = torch.compile(model.train(), fullgraph=True, backend="eager")
     for number in range(64):
         update_schedule(model, number / 64)

@@ -129,3 +129,17 @@ def test_scores_that_are_not_finite_are_one_case_on_a_device(device, value):
     selector(torch.randn(1, 4, 2, 2, 4))
     with pytest.raises(ValueError, match="STTS time_0: scores hold NaN or infinity"):
         selector.raise_on_nan()
+
+
+def test_a_schedule_raises_for_a_device_without_waiting_for_it(device):
+    """By the second call at the latest: the first sends for the flag. A compiled forward pass does
+    not, and NaN of it is found all the same."""
+    selector = TemporalSelector(4, 0, 0.5)
+    model = torch.nn.ModuleList([selector])
+    stts.hooks.raise_on_nan(model, wait=False)
+    selector._nan_flag.fill_(True)
+    stts.hooks.raise_on_nan(model, wait=False)
+    with pytest.raises(ValueError, match="STTS time_0: scores hold NaN or infinity"):
+        stts.hooks.raise_on_nan(model, wait=False)
+    stts.hooks.raise_on_nan(model, wait=False)
+    stts.hooks.raise_on_nan(model)

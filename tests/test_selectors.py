@@ -175,7 +175,7 @@ def test_nan_scores_on_a_device_raise_when_the_host_asks(device, kind):
     selector(grid)
     with pytest.raises(ValueError, match=f"STTS {selector.key}: scores hold NaN"):
         selector.raise_on_nan()
-    selector.raise_on_nan()  # told once
+    selector.raise_on_nan()  # raised once
 
 
 @pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])

@@ -306,7 +306,7 @@ def test_subset_without_temperature_is_hard_and_its_gradient_zero(sigma, k):
 @pytest.mark.parametrize("name", ["perturbed", "subset"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_operators_are_soft_wherever_noise_matters(name, k):
-    """Scores that lie nearer than sigma are both chosen, down to the smallest sigma."""
+    """Scores nearer than sigma are both kept in part, down to the smallest sigma."""
     sigma = 2 * SMALLEST_SIGMA
     assert sigma < 1e-3
     scores = torch.tensor([[0.5, 0.5 + sigma / 4, 0.5 - sigma / 4]], requires_grad=True)

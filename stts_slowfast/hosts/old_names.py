@@ -36,7 +36,7 @@ def adopt_old_methods(host: type) -> None:
         f"the host {host.__name__} has methods with old names: rename {pairs} (and in Tokens clip "
         "to cls, frames to frame_cls); old names are removed in stts-slowfast 0.4",
         FutureWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
     adapters = {"read": _unpack, "write": _pack}
     for name in old:

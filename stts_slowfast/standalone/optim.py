@@ -211,20 +211,20 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, source: 
     )
     if sizes != found:
         raise ValueError(
-            f"{source} has the state of an optimizer with groups of {found} parameters, the "
+            f"{source} holds the state of an optimizer with groups of {found} parameters, the "
             f"model of this config has {sizes}: {advice}"
         )
     for key in ("momentum", "betas"):  # SGD has the one, Adam and AdamW the other
         if key in optimizer.param_groups[0] and key not in state["param_groups"][0]:
             raise ValueError(
-                f"{source} has the state of another optimizer than {type(optimizer).__name__}, "
+                f"{source} holds the state of another optimizer than {type(optimizer).__name__}, "
                 f"which SOLVER.OPTIMIZING_METHOD asks for: {advice}"
             )
     try:
         tensors = _reshaped(state["state"], optimizer, lambda p: p.shape)
     except RuntimeError as error:
         raise ValueError(
-            f"{source} has the state of an optimizer for parameters of other shapes: {advice}"
+            f"{source} holds the state of an optimizer for parameters of other shapes: {advice}"
         ) from error
     optimizer.load_state_dict({**state, "state": tensors})
 

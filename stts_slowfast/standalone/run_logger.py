@@ -183,6 +183,27 @@ class Meter:
         return {name: total / self.totals[-1] for name, total in zip(self.names, self.totals)}
 
 
+class HostCopy:
+    """Numbers of a step on their way to the host: a device is not waited for until they are read,
+    and then only for that step, not for what was launched since.
+
+    Args:
+        values: (N,).
+    """
+
+    def __init__(self, values: Tensor):
+        # Pinned memory is what a copy without waiting goes to.
+        self.values, self.event = values.to("cpu", non_blocking=values.is_cuda), None
+        if values.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> list[float]:
+        if self.event:
+            self.event.synchronize()
+        return self.values.tolist()
+
+
 class LossMonitor:
     """Stops a run whose loss is not finite, or explodes (TRAIN.KILL_LOSS_EXPLOSION_FACTOR)."""
 

@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import time
+from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from stts_slowfast.checkpoints import save_checkpoint
-from stts_slowfast.hooks import raise_on_nan
+from stts_slowfast.hooks import nan_flag, raise_on_nan
 from stts_slowfast.schedule import Schedule
 from stts_slowfast.standalone import checkpointing, optim, run_logger
 from stts_slowfast.standalone.data import build_loader, normalize_clips
@@ -31,6 +33,23 @@ from stts_slowfast.standalone.signals import Interrupted, SignalState
 from stts_slowfast.video.accuracy import mixed_topk_errors, topk_errors
 
 logger = logging.getLogger(__name__)
+
+
+class UnreadStep(NamedTuple):
+    """A step that was launched.
+
+    Attributes:
+        epoch, iteration: from 0.
+        exact: the epoch with the fraction that was done before the step.
+        clips: of its batch in this process.
+        rates: what to log besides.
+    """
+
+    epoch: int
+    iteration: int
+    exact: float
+    clips: int
+    rates: dict[str, float]
 
 
 class TrainingLoop:
@@ -81,6 +100,7 @@ class TrainingLoop:
             fabric.strategy.precision.load_state_dict(start.scaler_state)
         start.optimizer_state = start.scaler_state = None  # memory
         self.losses = LossMonitor(cfg)
+        self.unread: deque[tuple[UnreadStep, run_logger.HostCopy]] = deque()
         self.validations = checkpointing.past_validations(cfg, start)
         self.last_checkpoint = start.path
         self.mid_epoch_checkpoints = [start.path] if start.iteration else []
@@ -108,7 +128,7 @@ class TrainingLoop:
         """Trains from iteration ``first`` on; then writes a checkpoint and validates, if due."""
         totals = self.start.totals if first else ()
         meter = Meter(("loss", "top1_err", "top5_err"), self.cfg.LOG_PERIOD, totals)
-        timer = Timer()
+        self.timer = timer = Timer()
         self.model.train()
         self.train_loader.set_epoch(epoch)
         if first:
@@ -116,7 +136,7 @@ class TrainingLoop:
         logger.info("Start epoch: %d", epoch + 1)
         batches = self.run_log.progress(self.train_loader, f"epoch {epoch + 1}", self.length, first)
         for iteration, batch in enumerate(timer.timed(batches), first):
-            requests = self.step(epoch, iteration, batch, meter, timer)
+            requests = self.step(epoch, iteration, batch, meter)
             if iteration + 1 < self.length:
                 self.handle_requests(requests, epoch, iteration + 1, meter)
         stats = {**self.stats, **meter.means(), **self.train_loader.bad.count(), **run_logger.ram()}
@@ -130,7 +150,7 @@ class TrainingLoop:
         if epoch % self.cfg.TRAIN.EVAL_PERIOD == 0 or last:
             self.validate(epoch - 1)
 
-    def step(self, epoch: int, iteration: int, batch, meter: Meter, timer: Timer) -> list[bool]:
+    def step(self, epoch: int, iteration: int, batch, meter: Meter) -> list[bool]:
         """One iteration; returns whether any process has a request for a checkpoint, and to end."""
         # Each has its own seed: a resumed run draws the numbers of an uninterrupted one.
         seed = iteration_seed(self.cfg.RNG_SEED, epoch, iteration, self.fabric.global_rank)
@@ -153,17 +173,34 @@ class TrainingLoop:
         self.stepper.step()
 
         stats = [loss.detach(), grad_norm, *mixed_topk_errors(logits.detach(), labels)]
-        stats += [torch.tensor(float(x), device=loss.device) for x in self._pending_requests()]
-        stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats])).tolist()
-        loss, grad_norm, top1, top5, *requests = stats
-        timer.toc()
-        raise_on_nan(self.model)  # which names the selector; the loss would not
-        self.losses.check(loss, grad_norm, exact)
-        meter.add((loss, top1, top5), len(clips))
-        self._log_step(epoch, iteration, {"lr": lr, **rates}, grad_norm, meter, timer)
+        stats += [torch.full_like(stats[0], flag) for flag in self._pending_requests()]
+        nan = nan_flag(self.model)
+        stats.append(torch.zeros_like(stats[0]) if nan is None else nan)
+        stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats]))
+        step = UnreadStep(epoch, iteration, exact, len(clips), {"lr": lr, **rates})
+        self.unread.append((step, run_logger.HostCopy(stats)))
+        # A device is a step ahead of what is read of it, so that it never waits for the host.
+        logs = (iteration + 1) % self.cfg.LOG_PERIOD == 0 or iteration + 1 == self.length
+        requests = self._read_steps(meter, 0 if logs or not stats.is_cuda else 1)
         if self.watch:
             self.watch("train", self.model, batch)
-        return [value > 0 for value in requests]
+        return requests
+
+    def _read_steps(self, meter: Meter, ahead: int = 0) -> list[bool]:
+        """Reads and logs the numbers of all but the last ``ahead`` steps; returns whether any
+        process had a request in them for a checkpoint, and to end."""
+        requests = [False, False]
+        while len(self.unread) > ahead:
+            step, stats = self.unread.popleft()
+            loss, grad_norm, top1, top5, *flags, nan = stats.read()
+            self.timer.toc()
+            if nan:
+                raise_on_nan(self.model)  # which names the selector; the loss would not
+            self.losses.check(loss, grad_norm, step.exact)
+            meter.add((loss, top1, top5), step.clips)
+            self._log_step(step, grad_norm, meter)
+            requests = [before or flag > 0 for before, flag in zip(requests, flags)]
+        return requests
 
     def clip_gradients(self) -> Tensor:
         """Clips by SOLVER.CLIP_GRAD_*; returns the norm of all gradients before."""
@@ -189,6 +226,7 @@ class TrainingLoop:
         the same step."""
         save, end = requests
         if save or end:
+            self._read_steps(meter)  # their requests are handled now
             self.signals.save, self.saved_at = False, time.monotonic()
             if iteration:
                 self.save(epoch, iteration, meter)
@@ -274,12 +312,13 @@ class TrainingLoop:
         scalars = {f"Val/{key.capitalize()}": value for key, value in self.errors.items()}
         self.run_log.add_scalars(scalars, epoch)
 
-    def _log_step(self, epoch, iteration, rates, grad_norm, meter: Meter, timer: Timer) -> None:
+    def _log_step(self, step: UnreadStep, grad_norm: float, meter: Meter) -> None:
+        epoch, iteration, rates = step.epoch, step.iteration, step.rates
         left = (self.cfg.SOLVER.MAX_EPOCH - epoch) * self.length - iteration - 1
         self.stats = {
             "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
-            **timer.stats(),
-            "eta": timer.eta(left),
+            **self.timer.stats(),
+            "eta": self.timer.eta(left),
             "grad_norm": grad_norm,
             **rates,
             **run_logger.memory(),

@@ -14,6 +14,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
+from stts_slowfast.constants import sized_constant
 from stts_slowfast.standalone.rand_augment import RandAugment, RandomErasing
 
 
@@ -192,13 +193,15 @@ def normalize_clips(clips: torch.Tensor, cfg) -> torch.Tensor:
 def _normalized(clips: torch.Tensor, cfg) -> torch.Tensor:
     """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed; by one value a
     channel, or one for all."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)
-        for values in (cfg.DATA.MEAN, cfg.DATA.STD)
-    )
-    if cfg.DATA.REVERSE_INPUT_CHANNEL:
-        mean, std = mean.flip(0), std.flip(0)
-    return clips.sub(mean.to(clips.device)).div_(std.to(clips.device))
+    order = -1 if cfg.DATA.REVERSE_INPUT_CHANNEL else 1
+    mean, std = (_of_channels(clips, *node[::order]) for node in (cfg.DATA.MEAN, cfg.DATA.STD))
+    return clips.sub(mean).div_(std)
+
+
+@sized_constant
+def _of_channels(*values, dtype, device):
+    # Kept: a copy to a device would wait for it in each iteration.
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 
 
 def view_scale(cfg) -> int:

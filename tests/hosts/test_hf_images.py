@@ -30,7 +30,7 @@ def test_rotary_positions_of_dinov3_stay_those_of_the_image():
         x = layer(x, position_embeddings=rotary)
     assert x.shape == (2 * 4, 3 + 9, 24)
     assert torch.equal(model.norm(x), found)
-    assert not torch.equal(rotary[0][0], rotary[0][1])  # so that it matters whose place is whose
+    assert not torch.equal(rotary[0][0], rotary[0][1])  # so that positions matter
 
 
 @torch.no_grad()

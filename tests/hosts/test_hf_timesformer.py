@@ -20,7 +20,7 @@ def smaller(model, num_frames, image_size):
 
 
 def pick(x, sizes, choose, kept):
-    """Applies a choice to tokens in the order (h, w, t) behind their cls token."""
+    """Applies a choice to tokens in the order (h, w, t) after their cls token."""
     grid = x[:, 1:].unflatten(1, (*sizes[1:], sizes[0])).permute(0, 3, 1, 2, 4)
     grid = choose(grid, kept).permute(0, 2, 3, 1, 4)
     return torch.cat([x[:, :1], grid.flatten(1, 3)], dim=1)

@@ -1,4 +1,4 @@
-"""How the host of a model is told."""
+"""How the host of a model is found."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Blocks of research code: those that count tokens are given places, or refused."""
+"""Blocks of research code: those that depend on token order get positions, or are refused."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_blocks_with_rotary_positions_get_those_of_kept_tokens():
 
 
 class Numbered(PlainBlock):
-    """Adds something by the place of a token among all."""
+    """Adds something that depends on the index of a token."""
 
     def forward(self, x):
         return super().forward(x + torch.arange(x.shape[1], device=x.device)[:, None])
@@ -53,7 +53,7 @@ class Cls(ResearchViT):
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (ResearchViT(Numbered), "Numbered cannot be selected: its blocks compute by the place"),
+        (ResearchViT(Numbered), "Numbered cannot be selected: its blocks depend on the order"),
         (ResearchViT(Folding), "Folding cannot be selected: its blocks do not take 6 tokens"),
         (Cls(PlainBlock), "it has a cls_token"),
     ],

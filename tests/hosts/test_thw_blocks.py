@@ -17,7 +17,7 @@ class Block(nn.Module):
 
 
 def every_other(*args, **kwargs):
-    """Reads a call, keeps every other frame, so that where each token goes is known, writes."""
+    """Unpacks a call, keeps every other frame, and packs it."""
     tokens = HOST.unpack(args, kwargs, HOST.incoming_grid(args, kwargs, None))
     grid, frame_cls = tokens.grid, tokens.frame_cls
     kept = torch.arange(0, grid.shape[1], 2).expand(len(grid), -1)

@@ -56,7 +56,7 @@ def test_each_block_gets_the_positions_of_kept_tokens(example):
                 for head in heads
             ]
             left = torch.stack(crops, dim=1).flatten(2, 3)
-            assert not torch.equal(left[0], left[1])  # so that it matters whose place is whose
+            assert not torch.equal(left[0], left[1])  # so that positions matter
         x = model.blocks[i](x, rope=left)
     assert x.shape == (2 * 4, count + 9, 32)
     assert torch.equal(model.norm(x), found)

@@ -33,7 +33,7 @@ def test_every_layer_gets_the_positions_in_the_clip(length):
         x = layers[block](x, places.flatten(1))[0]
     x = model.pooler(encoder.layernorm(x))
     assert torch.equal(model.classifier(x), logits)
-    assert not torch.equal(places[0], places[1])  # so that it matters whose place is whose
+    assert not torch.equal(places[0], places[1])  # so that positions matter
 
 
 @torch.no_grad()

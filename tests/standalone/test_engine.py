@@ -92,7 +92,7 @@ def test_training_and_testing_write_what_slowfast_writes(run, cfg):
     assert result["clips_per_s"] > 0
 
 
-def test_fine_tuning_holds_the_backbone_back(run, cfg, tmp_path):
+def test_fine_tuning_freezes_and_caps_the_backbone(run, cfg, tmp_path):
     cfg.TRAIN.CHECKPOINT_FILE_PATH = engine.train(cfg)["checkpoint"]
     cfg.TRAIN.CHECKPOINT_EPOCH_RESET = True
     cfg.OUTPUT_DIR = str(tmp_path / "tuned")
@@ -104,7 +104,7 @@ def test_fine_tuning_holds_the_backbone_back(run, cfg, tmp_path):
     assert rates == [False, False, True, True, True, True, True]
 
 
-def test_the_least_errors_survive_a_stop(run, cfg, tmp_path, monkeypatch):
+def test_the_lowest_errors_survive_a_stop(run, cfg, tmp_path, monkeypatch):
     errors = iter([[60.0, 50.0], [20.0, 10.0], [90.0, 80.0], [40.0, 30.0]] + [[70.0, 60.0]] * 2)
     monkeypatch.setattr(
         run_logger.Meter, "means", lambda meter: dict(zip(meter.names, next(errors)))
@@ -262,7 +262,7 @@ def said_in_testing(run, cfg):
     return log.read_text()[len(before) :]
 
 
-def test_float16_goes_on_with_the_scale_of_the_gradients(run, cfg, tmp_path):
+def test_float16_resumes_with_the_scale_of_the_gradients(run, cfg, tmp_path):
     cfg.TRAIN.MIXED_PRECISION, cfg.TRAIN.MIXED_PRECISION_DTYPE = True, "float16"
     engine.train(cfg)
     whole = run.checkpoint(2)
@@ -278,7 +278,7 @@ def test_float16_goes_on_with_the_scale_of_the_gradients(run, cfg, tmp_path):
         engine.train(cfg)
 
 
-def test_files_that_are_no_whole_checkpoint_are_passed_over(run, cfg):
+def test_files_that_are_no_whole_checkpoint_are_ignored(run, cfg):
     folder = Path(cfg.OUTPUT_DIR, "checkpoints")
     folder.mkdir(parents=True)
     assert checkpointing.last_checkpoint(cfg) is None
@@ -403,7 +403,7 @@ def test_nan_scores_on_a_device_stop_training_by_the_selectors_name(cfg, monkeyp
     assert steps == ["train"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint(run, cfg):
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(run, cfg):
     cfg.SOLVER.BASE_LR, cfg.SOLVER.OPTIMIZING_METHOD = 1e6, "sgd"
     cfg.STTS.ENABLE = False
     with pytest.raises(
@@ -444,7 +444,7 @@ def test_ensembles_sum_and_take_the_maximum(run, cfg):
     assert (results["max"] >= results["sum"] / 2 - 1e-6).all() and results["max"].max() < 1
 
 
-def test_several_numbers_of_clips_are_said_in_testing(run, cfg):
+def test_several_numbers_of_clips_are_tested(run, cfg):
     cfg.TEST.NUM_TEMPORAL_CLIPS = [1, 3]
     assert engine.test(cfg)["num_views"] == 3
     assert len(run.json_stats("test_final")) == 2

@@ -137,7 +137,7 @@ def test_state_of_another_optimizer_is_refused(tiny_cfg):
     optimizer = optim.build_optimizer(build_model(tiny_cfg), tiny_cfg)
     state = optimizer.state_dict()
     state["param_groups"] = state["param_groups"][:1]
-    with pytest.raises(ValueError, match=r"x\.pyth has the state .*CHECKPOINT_EPOCH_RESET"):
+    with pytest.raises(ValueError, match=r"x\.pyth holds the state .*CHECKPOINT_EPOCH_RESET"):
         optim.load_optimizer_state(optimizer, state, "x.pyth")
 
 

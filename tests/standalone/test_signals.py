@@ -174,7 +174,7 @@ def test_a_killed_worker_is_one_line(run, cfg, whole):
     resumes_to(run, cfg, whole)
 
 
-def test_a_lost_worker_is_distinguished_from_an_error_in_one():
+def test_a_lost_worker_is_distinguished_from_its_errors():
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     assert "(killed by signal: Killed)" in str(signals.worker_death_error(error))
     amid = KeyError("a thread that was being started")
