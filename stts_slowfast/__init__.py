@@ -17,7 +17,7 @@ _HOMES = {
     "Schedule": "schedule",
     "positions": "dense_features",
     "scatter": "dense_features",
-    "set_progress": "schedule",
+    "set_progress": "annealing",
     "param_groups": "optimizer_groups",
     "load_weights": "checkpoints",
     "load_config": "standalone.config",

@@ -1,50 +1,52 @@
-"""The hooks on a model's modules by which its selectors run; ``hooks.py`` puts them there."""
+"""The hooks that run a model's selectors; ``hooks.py`` registers them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from stts_slowfast import fx_tracing
-from stts_slowfast.call_context import first_tensor, in_backward
+from stts_slowfast.call_context import CallGrid, Calls, first_tensor, in_backward
 from stts_slowfast.fx_tracing import tracer_of
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import Host, Tokens, base_model
+from stts_slowfast.hosts import Args, Host, Kwargs, Tokens, base_model
 from stts_slowfast.selectors import Selector, Selectors
 
 
 def select(selector: Selector, tokens: Tokens) -> Tokens:
-    """The tokens that a selector keeps, with the grid that says where they come from."""
-    choice = selector.select(tokens.grid)
-    grid = selector.apply_selection(selector.teach(tokens.grid, choice), choice)
+    """The tokens that a selector keeps, with their grid."""
+    selection = selector.select(tokens.grid)
+    grid = selector.apply_selection(selector.teach(tokens.grid, selection), selection)
     if selector.dimension == "SPACE":
-        thw = tokens.thw.crop(choice.kept, tuple(grid.shape[2:4]))
+        thw = tokens.thw.crop(selection.kept, (grid.shape[2], grid.shape[3]))
         return tokens._replace(grid=grid, thw=thw)
-    frames = None if tokens.frames is None else selector.apply_selection(tokens.frames, choice)
-    thw = tokens.thw.keep_frames(choice.kept)
-    return tokens._replace(grid=grid, thw=thw, frames=frames)
+    cls = tokens.frame_cls
+    cls = None if cls is None else selector.apply_selection(cls, selection)
+    thw = tokens.thw.keep_frames(selection.kept)
+    return tokens._replace(grid=grid, thw=thw, frame_cls=cls)
 
 
 # Hooks are objects instead of closures, so that a model with selectors can be copied and pickled: a
-# copied hook holds the copied selectors.
+# copied hook has the copied selectors.
 
 
 class Hook:
-    """What all of our hooks on modules are.
+    """Base of our hooks on modules.
 
     Args:
         host: of the model.
-        model: that selectors are attached to. It is asked for them in each call: peft may have put
-            a copy there, which it trains (``modules_to_save``).
+        model: with selectors. They are read from it in each call: peft may have replaced them by a
+            copy, which it trains (``modules_to_save``).
     """
 
     def __init__(self, host: Host, model: nn.Module):
         self.host, self.model = host, model
 
-    def __deepcopy__(self, memo) -> "Hook":
-        # Its model is copied with it, but not by a copy of a block or of the selectors alone. A
-        # wrapper's blocks may be copied before its model, whose own hooks then find those of them.
+    def __deepcopy__(self, memo: dict[Any, Any]) -> "Hook":
+        # The model is copied with its hooks, but not if a block or the selectors alone are copied.
+        # A wrapper may copy blocks before the model, so their hooks wait for the model's.
         hook = copy.copy(self)
         waiting = memo.setdefault((Hook, id(self.model)), [])
         waiting.append(hook)
@@ -55,11 +57,20 @@ class Hook:
 
     def selectors(self, module: nn.Module) -> Selectors:
         """The selectors in the call of a module, which in a traced graph are the module itself."""
-        return module if isinstance(module, Selectors) else self.model.stts
+        if isinstance(module, Selectors):
+            return module
+        model: Any = self.model
+        return model.stts
+
+    def calls(self, module: nn.Module) -> Calls:
+        """The calls of a model whose grids travel in the context of its call."""
+        calls = self.selectors(module).calls
+        assert calls is not None
+        return calls
 
     @property
     def __name__(self) -> str:
-        # torch.jit.script asks hooks for it, and for their source, which it could not compile.
+        # torch.jit.script reads it, and then the hook's source, which it could not compile.
         raise AttributeError(
             "a model with selectors cannot be compiled by torch.jit.script: use torch.compile, "
             "torch.export or torch.jit.trace, or detach(model) first"
@@ -69,57 +80,48 @@ class Hook:
 class OpenCallHook(Hook):
     """Forward pre-hook on the model: a call begins."""
 
-    def __call__(self, model: nn.Module, args: tuple) -> None:
-        self.selectors(model).calls.open()
+    def __call__(self, model: nn.Module, args: Args) -> None:
+        self.calls(model).open()
 
 
 class CloseCallHook(Hook):
     """Forward hook on the model, called also after an error: a call has ended."""
 
-    def __call__(self, model: nn.Module, args: tuple, output) -> None:
-        self.selectors(model).calls.close()
+    def __call__(self, model: nn.Module, args: Args, output: Any) -> None:
+        self.calls(model).close()
 
 
 class EnterClipHook(Hook):
     """Forward pre-hook on the module by which a clip enters: reads the clip's grid."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
-        stts = self.selectors(module)
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         if tracer := tracer_of(args, kwargs):
-            return _traced(tracer, _enter, stts, args, kwargs)
-        stts.calls.start(self.host.call_grid(base_model(self.model), args, kwargs))
+            return _traced(tracer, _enter, self.selectors(module), args, kwargs)
+        self.calls(module).start(self.host.call_grid(base_model(self.model), args, kwargs))
         return None
 
 
 class SelectTokensHook(Hook):
-    """Forward pre-hook that hands a block the tokens which its selectors keep.
+    """Forward pre-hook that replaces a block's tokens by those that its selectors keep.
 
     Args:
         host, model: see :class:`Hook`.
         number: of the block.
-        behind, last: whether the block is behind a selection, and the last one.
+        after_selection: whether selectors are in front of an earlier block.
+        last: whether it is the last block.
     """
 
-    def __init__(self, host: Host, model: nn.Module, number: int, behind: bool, last: bool):
+    def __init__(
+        self, host: Host, model: nn.Module, number: int, after_selection: bool, last: bool
+    ):
         super().__init__(host, model)
-        self.number, self.behind, self.last = number, behind, last
+        self.number, self.after_selection, self.last = number, after_selection, last
 
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def __call__(self, block: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         stts = self.selectors(block)
         if tracer := tracer_of(args, kwargs):
             return _traced(tracer, _select, stts, args, kwargs, self.number)
-        host, calls = self.host, stts.calls
-        thw = None
-        if calls is not None:
-            thw = calls.arrive(self.number, block, args, kwargs, self.behind)
-            thw = host.default_grid() if thw is None else thw
-        thw = host.incoming_grid(args, kwargs, thw)
-        if self.behind and not (calls or (isinstance(thw, Grid) and thw.is_selected)):
-            raise ValueError(
-                f"the tokens that arrive at block {self.number} ({type(block).__name__}) do not "
-                "say where they lie, though some were dropped before: something between two "
-                "blocks made their grid anew"
-            )
+        thw = self._incoming_grid(stts, block, args, kwargs)
         selectors = getattr(block, "stts_replicas", None)
         if selectors is None:
             selectors = selectors_before(stts, self.number)
@@ -127,46 +129,82 @@ class SelectTokensHook(Hook):
             args, kwargs = _on_device_of(selectors, args, kwargs)
         if thw is not None:
             device = first_tensor(args, kwargs).device
-            thw = thw.to(device) if isinstance(thw, Grid) else [grid.to(device) for grid in thw]
+            thw = [grid.to(device) for grid in thw] if isinstance(thw, list) else thw.to(device)
         if selectors:
-            tokens = host.read(args, kwargs, thw)
-            packed = isinstance(tokens, list)
-            several = tokens if packed else [tokens]
-            for selector in selectors:
-                kept = []
-                for i, clip in enumerate(several):
-                    several[i] = select(selector, clip)
-                    kept.append(selector.kept)
-                if packed:
-                    selector.kept = kept
-            args, kwargs = host.write(several if packed else several[0], args, kwargs)
-            thw = [clip.thw for clip in several] if packed else several[0].thw
-        if calls is not None:
-            calls.advance(self.number, thw, self.last)
-        note(stts, thw)
-        return host.adapt_call(block, thw, args, kwargs)
+            tokens = self.host.unpack(args, kwargs, thw)
+            if isinstance(tokens, list):
+                tokens = _select_packed(selectors, tokens)
+                thw = [clip.thw for clip in tokens]
+            else:
+                for selector in selectors:
+                    tokens = select(selector, tokens)
+                thw = tokens.thw
+            args, kwargs = self.host.pack(tokens, args, kwargs)
+        if stts.calls is not None:
+            stts.calls.advance(self.number, thw, self.last)
+        record_grid(stts, thw)
+        return self.host.adapt_call(block, thw, args, kwargs)
+
+    def _incoming_grid(
+        self, stts: Selectors, block: nn.Module, args: Args, kwargs: Kwargs
+    ) -> CallGrid:
+        """The grid of the tokens that arrive; see :class:`Host` for the two ways it travels."""
+        if stts.calls is not None:
+            x = first_tensor(args, kwargs)
+            thw = stts.calls.arrive(self.number, block, x, self.after_selection)
+            thw = self.host.default_grid() if thw is None else thw
+            return self.host.incoming_grid(args, kwargs, thw)
+        thw = self.host.incoming_grid(args, kwargs, None)
+        if self.after_selection and not (isinstance(thw, Grid) and thw.is_selected):
+            raise ValueError(
+                f"tokens reached block {self.number} ({type(block).__name__}) without their grid "
+                "after a selection: code between two blocks made new tensors; pass on the thw that "
+                "the block before returned, and with checkpointing use_reentrant=False"
+            )
+        return thw
 
 
-def _on_device_of(selectors: Sequence[Selector], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """What arrives, on the device of a block's selectors.
+def _select_packed(selectors: Sequence[Selector], clips: list[Tokens]) -> list[Tokens]:
+    """The tokens of several clips; ``selector.kept`` is then a list with an entry per clip."""
+    for selector in selectors:
+        kept: Any = []
+        for i, clip in enumerate(clips):
+            clips[i] = select(selector, clip)
+            kept.append(selector.kept)
+        selector.kept = kept
+    return clips
 
-    Of a model over several devices, accelerate moves it only when the block's forward begins.
+
+def _on_device_of(selectors: Sequence[Selector], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """The arguments of a block's call, on the device of its selectors.
+
+    In a model over several devices, accelerate moves them only when the block's forward begins.
     """
     weights = next((p for selector in selectors for p in selector.parameters()), None)
     device = first_tensor(args, kwargs).device
     if weights is None or weights.device == device:
         return args, kwargs
-    return tree_map_only(Tensor, lambda x: x.to(weights.device), (args, kwargs))
+    moved: tuple[Args, Kwargs] = tree_map_only(
+        Tensor, lambda x: x.to(weights.device), (args, kwargs)
+    )
+    return moved
 
 
 class PropagateGridHook(Hook):
-    """Forward hook that puts the grid which arrived at a block on what the block returns."""
+    """Forward hook that attaches the grid which arrived at a block to its output."""
 
     def __init__(self, host: Host, model: nn.Module, last: bool):
         super().__init__(host, model)
         self.last = last
 
-    def __call__(self, block: nn.Module, args: tuple, kwargs: dict, output, pooling=None):
+    def __call__(
+        self,
+        block: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        output: Any,
+        pooling: bool | None = None,
+    ) -> Any:
         stts = self.selectors(block)
         pooling = pools(block) if pooling is None else pooling
         if tracer := tracer_of(args, kwargs):
@@ -176,66 +214,77 @@ class PropagateGridHook(Hook):
             thw, x = traced[1], traced[0]  # tokens last: features of a block are its last node
             return x, thw
         thw = self.host.incoming_grid(args, kwargs, None)
-        if thw is None:
+        if not isinstance(thw, Grid):
             return None
         if pooling:
             thw = thw.pooled_by_unknown()
         marked = self.host.set_block_grid(output, thw)
-        note(stts, self.host.incoming_grid(marked, {}, None) if isinstance(marked, tuple) else thw)
-        return None if self.last else marked  # nothing of ours comes behind the last block
+        is_pair = isinstance(marked, tuple)
+        record_grid(stts, self.host.incoming_grid(marked, {}, None) if is_pair else thw)
+        return None if self.last else marked  # after the last block nobody reads a grid
 
 
 def pools(block: nn.Module) -> bool:
-    """Whether a block makes the grid of its tokens smaller, in space."""
+    """Whether a block pools its tokens in space."""
     pool = getattr(block, "pool_skip", None)  # as all MViTs call it
     strides = [getattr(m, "stride", 1) for m in pool.modules()] if pool is not None else []
     return any(isinstance(stride, (tuple, list)) and max(stride[1:]) > 1 for stride in strides)
 
 
-# In a graph that torch.fx traced a node stands for each hook, and finds the hook in the selectors
-# that the graph has, a copy or not.
+# In a graph traced by torch.fx a node replaces each hook, and calls the hook of the graph's own
+# selectors.
 
 
-def _traced(tracer, function, stts: Selectors, args: tuple, kwargs: dict, *more):
+def _traced(
+    tracer: fx.Tracer,
+    function: Callable[..., Any],
+    stts: Selectors,
+    args: Args,
+    kwargs: Kwargs,
+    *more: Any,
+) -> tuple[Args, Kwargs]:
     traced = fx_tracing.call(tracer, function, stts, args, kwargs, *more)
     args = tuple(traced[0][i] for i in range(len(args)))
     return args, {name: traced[1][name] for name in kwargs}
 
 
-def _enter(stts: Selectors, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _enter(stts: Selectors, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     stts.hooks["entry"](stts, args, kwargs)
     return args, kwargs
 
 
-def _select(stts: Selectors, args: tuple, kwargs: dict, number: int) -> tuple[tuple, dict]:
-    return stts.hooks[number](stts, args, kwargs)
+def _select(stts: Selectors, args: Args, kwargs: Kwargs, number: int) -> tuple[Args, Kwargs]:
+    changed: tuple[Args, Kwargs] = stts.hooks[number](stts, args, kwargs)
+    return changed
 
 
-def note(stts: Selectors, thw) -> None:
-    """Notes the grid of the last pass, as far as it came, for ``dense.positions``."""
-    grids = thw if isinstance(thw, list) else [thw]
-    if any(isinstance(grid, Grid) and grid.is_selected for grid in grids) and not in_backward():
-        parts = [(tuple(g), g.frames, g.windows, g.tokens, g.whole) for g in grids]
-        stts.reached = parts if isinstance(thw, list) else parts[0]
-
-
-def _propagate(stts: Selectors, args: tuple, kwargs: dict, output, pooling: bool):
+def _propagate(stts: Selectors, args: Args, kwargs: Kwargs, output: Any, pooling: bool) -> Any:
     return stts.hooks["grid"](stts, args, kwargs, output, pooling)
 
 
 class DataParallelHook(Hook):
-    """Forward pre-hook on the model: tells a replica's blocks of the replica's selectors.
+    """Forward pre-hook on the model: gives a replica's blocks the selectors of the replica.
 
     ``nn.DataParallel`` copies modules anew for every forward pass, but not the hooks on them.
     """
 
-    def __call__(self, model: nn.Module, args: tuple) -> None:
+    def __call__(self, model: nn.Module, args: Args) -> None:
         if not getattr(model, "_is_replica", False):
             return
+        replica: Any = model
         for number, block in enumerate(self.host.blocks(base_model(model))):
-            block.stts_replicas = selectors_before(model.stts, number)
+            selectors: Any = selectors_before(replica.stts, number)
+            block.stts_replicas = selectors
 
 
 def selectors_before(stts: Selectors, number: int) -> tuple[Selector, ...]:
     """The selectors in front of a block, in the order in which they run."""
     return tuple(selector for selector in stts.values() if selector.block == number)
+
+
+def record_grid(stts: Selectors, thw: CallGrid) -> None:
+    """Records the grid of the last pass, as far as it came, for ``dense_features.positions``."""
+    grids = thw if isinstance(thw, list) else [] if thw is None else [thw]
+    if any(grid.is_selected for grid in grids) and not in_backward():
+        parts = [(tuple(g), g.frames, g.windows, g.tokens, g.whole) for g in grids]
+        stts.reached = parts if isinstance(thw, list) else parts[0]

@@ -1,12 +1,15 @@
-"""The node ``STTS``: every key, its default, one comment each; checks; what a share keeps."""
+"""The node ``STTS``: its keys with defaults, the same as plain settings, and their checks."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from stts_slowfast.budgets import Share, Sizes, plan_grids
 from stts_slowfast.configfiles.values import check_choice
 from stts_slowfast.plugins import load_extensions
 from stts_slowfast.scorers import SCORERS
@@ -14,11 +17,11 @@ from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
 SIGMA_DECAYS = ("linear", "constant")
 TEACHERS = ("mixture", "saliency", "both")
-_MOST = 1_000_000  # of any number that has an effect
+LARGEST_VALUE = 1_000_000  # of sigma, num_samples, backbone_lr and space_stride
 
 
-def add_stts_config(cfg) -> None:
-    """Adds the node ``STTS`` to a yacs or fvcore ``CfgNode``; does nothing where it is there."""
+def add_stts_config(cfg: CfgNode) -> None:
+    """Adds the node ``STTS`` to a yacs or fvcore ``CfgNode`` that does not have it."""
     if "STTS" in cfg:
         return
     node = type(cfg)
@@ -30,112 +33,80 @@ def add_stts_config(cfg) -> None:
     cfg.STTS.TIME = node()
     # Before which blocks frames are selected; empty for no temporal selection.
     cfg.STTS.TIME.BLOCKS = [0]
-    # Share of the arriving frames that goes on, one per block: int(T * keep) frames. A range
-    # inside the list, [[0.25, 0.9]], is drawn from in each iteration of training; a test needs one.
+    # Share of the arriving frames that is kept, one per block: int(T * keep) frames. In training a
+    # range inside the list, [[0.25, 0.9]], is sampled in each iteration; a test needs one share.
     cfg.STTS.TIME.KEEP = [0.9]
     # What scores a frame: learned, uniform (evenly spaced), random, change (from the frame
-    # before), or what is registered in scorers.SCORERS.
+    # before), or a name registered in scorers.SCORERS.
     cfg.STTS.TIME.SCORER = "learned"
 
     # Spatial selection: each frame is cropped to its best window.
     cfg.STTS.SPACE = node()
     # Before which blocks windows are selected; empty for no spatial selection.
     cfg.STTS.SPACE.BLOCKS = [4]
-    # Share of a frame's tokens that goes on, one per block: a window of side
-    # int(sqrt(int(H * W * keep))), or of int(side * sqrt(keep)) per axis where H != W. A range as
-    # for TIME.
+    # Share of a frame's tokens that is kept, one per block: a window of side
+    # int(sqrt(int(H * W * keep))), or of int(side * sqrt(keep)) per axis if H and W differ. A range
+    # as for TIME.
     cfg.STTS.SPACE.KEEP = [0.9]
-    # What scores a window: learned, uniform (the middle one), random, change, or what is
-    # registered in scorers.SCORERS.
+    # What scores a window: learned, uniform (the middle one), random, change, or a name registered
+    # in scorers.SCORERS.
     cfg.STTS.SPACE.SCORER = "learned"
     # Tokens between neighbouring windows; 0 for max((H - side) // 2, 1). Best even on Video Swin,
-    # as the window's side is: its patch merging pairs the tokens that it pairs in a whole frame.
+    # like the side of the window: patch merging then pairs the same tokens as in a whole frame.
     cfg.STTS.SPACE.STRIDE = 0
-    # One window for all frames of a clip, its score the mean over the frames. Best where
-    # things move on TimeSformer, whose attention over time is at one place of the windows.
+    # One window for all frames of a clip, scored by its mean over the frames. Best for moving
+    # objects on TimeSformer, whose temporal attention compares the same position of all windows.
     cfg.STTS.SPACE.SHARED = False
 
-    # What teaches learned scorers: mixture (training mixes candidates by OPERATOR's weights, which
-    # gradients pass through); saliency (training chooses as a test does; in iterations in which all
-    # tokens pass, their gradient says on which candidates the loss depends, and scorers learn to
-    # rank so); or both (saliency in those iterations, mixture in all others). All tokens pass while
-    # the backbone is frozen and, ever more rarely, during SHRINK.
+    # How learned scorers are trained: mixture (training mixes candidates by OPERATOR's weights,
+    # through which gradients pass); saliency (training selects as a test does; in iterations that
+    # keep all tokens, their gradient tells which candidates the loss depends on, and scorers learn
+    # that ranking); or both (saliency in those iterations, mixture in all others). All tokens are
+    # kept while the backbone is frozen and, less and less often, during SHRINK.
     cfg.STTS.TEACHER = "mixture"
-    # How gradients pass through the choice: subset (exact, without noise), perturbed (the paper's
-    # perturbed maximum), or what is registered in topk.OPERATORS.
+    # How gradients pass through a selection: subset (exact, without noise), perturbed (the paper's
+    # perturbed maximum), or a name registered in topk.OPERATORS.
     cfg.STTS.OPERATOR = "subset"
-    # Temperature of subset, standard deviation of the perturbed maximum's noise (0.1 in the paper;
-    # scores lie in 0..1).
+    # Temperature of subset, or standard deviation of the perturbed maximum's noise (0.1 in the
+    # paper; scores are in 0..1).
     cfg.STTS.SIGMA = 0.2
     # How sigma changes over training: linear (to 0) or constant.
     cfg.STTS.SIGMA_DECAY = "linear"
-    # In this share of training, from its start, each iteration draws its budget, in four steps from
-    # KEEP to a widest, which shrinks from all that arrives to KEEP: so a trained backbone gets used
-    # to it (0 in the paper: KEEP from the first iteration on, and its speed and memory).
+    # Fraction of training with budget annealing: each iteration samples a budget, in four steps
+    # between KEEP and an upper bound that decays from all tokens to KEEP, so that a trained
+    # backbone adapts (0 in the paper: KEEP from the first iteration, and its speed and memory).
     cfg.STTS.SHRINK = 0.5
-    # Of perturbed: how many perturbations are drawn per row of scores.
+    # Of perturbed: number of perturbations per row of scores.
     cfg.STTS.NUM_SAMPLES = 500
     # Of perturbed: exact (score function with baseline) or diagonal (as in the authors' code).
     cfg.STTS.GRADIENT = "exact"
 
-    # The backbone's learning rate is at most this share of SOLVER.BASE_LR (0.1 in the paper; a
-    # backbone that is held back does not get used to what is left of a clip).
+    # Upper bound of the backbone's learning rate as a share of SOLVER.BASE_LR (0.1 in the paper; a
+    # backbone with a low bound does not adapt to clips of fewer tokens).
     cfg.STTS.BACKBONE_LR = 1.0
-    # For so many epochs the backbone's rate is 0 and only the scorers learn.
+    # Epochs in which the backbone is frozen and only the scorers learn.
     cfg.STTS.FREEZE_BACKBONE_EPOCHS = 3.0
 
-    # Inside SlowFast, RandAugment on bytes instead of PIL's images: faster, the same draws, at most
-    # a grey level apart at each operation. The standalone runner always does so.
+    # Inside SlowFast, RandAugment on bytes instead of PIL images: faster, the same random draws, at
+    # most one grey level apart at each operation. The standalone runner always does so.
     cfg.STTS.FAST_AUGMENT = False
     # Exact fused attention in MViT blocks: faster, the same numbers.
     cfg.STTS.FUSED_ATTENTION = True
     # After a selection, relative positions use the true distances in the video; False stretches
-    # the tables over what is left, as SlowFast does for any smaller input.
+    # the tables over the kept tokens, as SlowFast does for any smaller input.
     cfg.STTS.TRUE_DISTANCES = True
-
-
-def kept_frames(frames: int, keep: float) -> int:
-    """How many of ``frames`` go on at the share ``keep``: ``int(frames * keep)``."""
-    # The small term only undoes rounding: 0.29 * 100 is 28.999999999999996.
-    return int(frames * keep + 1e-6)
-
-
-def kept_window(height: int, width: int, keep: float) -> tuple[int, int]:
-    """Height and width, in tokens, of the window that goes on at the share ``keep``."""
-    if height == width:
-        side = int(int(height * width * keep + 1e-6) ** 0.5)
-        return side, side
-    return int(height * keep**0.5 + 1e-6), int(width * keep**0.5 + 1e-6)
-
-
-def keep_range(keep: float | Sequence[float]) -> tuple[float, float]:
-    """The low and the high end of a share: a number is both."""
-    low, high = keep if isinstance(keep, (list, tuple)) else (keep, keep)
-    return low, high
-
-
-def interpolate_sizes(low: Sequence[int], high: Sequence[int], draw: float) -> tuple[int, ...]:
-    """The sizes at ``draw``, in 0..1, of all from ``low`` to ``high``, each of them as likely."""
-    steps = max(b - a for a, b in zip(low, high))
-    step = min(int(draw * (steps + 1)), steps)
-    return tuple(a + round(step * (b - a) / max(steps, 1)) for a, b in zip(low, high))
-
-
-def window_stride(size: int, window: int, stride: int) -> int:
-    """Tokens between neighbouring windows along one axis; ``stride`` 0 asks for the default."""
-    return stride or max((size - window) // 2, 1)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the node ``STTS`` says, as plain values: each key of it, by its name in small letters.
+    """The node ``STTS`` as plain values: each key by its name in small letters.
 
-    ``time`` and ``space`` are the blocks with their shares, ``{4: 0.9}`` or a range
-    ``{4: (0.25, 0.9)}``; in the node they stand in the lists ``BLOCKS`` and ``KEEP``.
+    ``time`` and ``space`` are shares by block, ``{4: 0.9}``, or ranges, ``{4: (0.25, 0.9)}``; in
+    the node they are the lists ``BLOCKS`` and ``KEEP``.
     """
 
-    time: Mapping[int, float | Sequence[float]]
-    space: Mapping[int, float | Sequence[float]]
+    time: Mapping[int, Share]
+    space: Mapping[int, Share]
     time_scorer: str
     space_scorer: str
     space_stride: int
@@ -153,29 +124,31 @@ class Settings:
     true_distances: bool
 
     @classmethod
-    def from_cfg(cls, node) -> "Settings":
+    def from_cfg(cls, node: CfgNode) -> "Settings":
         """The settings of a node ``cfg.STTS``.
 
         Raises:
-            ValueError: where blocks and shares do not make pairs.
+            ValueError: if blocks and shares do not make pairs.
         """
-        values = {
+        values: dict[str, Any] = {
             "time": _shares("STTS.TIME", node.TIME),
             "space": _shares("STTS.SPACE", node.SPACE),
         }
         for name in (leaf.name for leaf in fields(cls) if leaf.name not in values):
-            *room, leaf = _key(name).split(".")
-            values[name] = (node[room[0]] if room else node)[leaf]
+            *parent, leaf = _key(name).split(".")
+            values[name] = (node[parent[0]] if parent else node)[leaf]
         return cls(**values)
 
     @classmethod
-    def from_kwargs(cls, **arguments) -> "Settings":
+    def from_kwargs(cls, **arguments: Any) -> "Settings":
         """The settings of plain keyword arguments.
 
-        What is left out has the node's default, but for blocks: nothing is selected unless named.
+        An argument that is left out has the node's default, except ``time`` and ``space``: without
+        them nothing is selected.
 
         Raises:
-            TypeError: for a name that is none of the settings', with the nearest one.
+            TypeError: for an unknown name, with the nearest known one.
+            ValueError: if ``time`` or ``space`` is no mapping.
         """
         known = [leaf.name for leaf in fields(cls)]
         for name in arguments:
@@ -191,10 +164,10 @@ class Settings:
         add_stts_config(cfg)
         return replace(cls.from_cfg(cfg.STTS), **arguments)
 
-    def check(
-        self, num_blocks: int, grids: Sequence[tuple[int, int, int]] | None = None
-    ) -> dict[str, tuple[tuple, tuple]]:
-        """Raises what :func:`validate_stts` raises; gives what :func:`selection_plan` gives."""
+    def validate(
+        self, num_blocks: int, grids: Sequence[Sizes] | None = None
+    ) -> dict[str, tuple[Sizes, Sizes]]:
+        """Raises as :func:`validate_stts`; returns :func:`selection_plan`, if there are grids."""
         load_extensions()
         for dimension, shares in (("TIME", self.time), ("SPACE", self.space)):
             _check_shares(f"STTS.{dimension}", shares, num_blocks)
@@ -207,70 +180,67 @@ class Settings:
         check_choice("STTS.TEACHER", self.teacher, TEACHERS)
         check_choice("STTS.GRADIENT", self.gradient, GRADIENTS)
         check_choice("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
-        for name in (
-            "sigma",
-            "shrink",
-            "num_samples",
-            "backbone_lr",
-            "freeze_backbone_epochs",
-            "space_stride",
+        for name, least, most in (
+            ("sigma", 0, LARGEST_VALUE),
+            ("shrink", 0, 1),
+            ("num_samples", 1, LARGEST_VALUE),
+            ("backbone_lr", 0, LARGEST_VALUE),
+            ("freeze_backbone_epochs", 0, math.inf),
+            ("space_stride", 0, LARGEST_VALUE),
         ):
-            _at_least(f"STTS.{_key(name)}", getattr(self, name), int(name == "num_samples"))
-        for kind, right, names in (
-            (int, "a whole number", ("num_samples", "space_stride")),
-            (bool, "True or False", ("space_shared", "fused_attention", "true_distances")),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if not isinstance(value, kind):
-                    raise ValueError(f"STTS.{_key(name)} is {value!r}: give {right}")
-        for name in ("sigma", "num_samples", "backbone_lr", "space_stride"):
-            if (value := getattr(self, name)) > _MOST:
-                raise ValueError(f"STTS.{_key(name)} is {value!r:.40}: give at most {_MOST}")
-        if self.shrink > 1:
-            raise ValueError(f"STTS.SHRINK is {self.shrink:g}: a share of training is 1 at most")
+            self._check_number(name, least, most)
+        for name in ("space_shared", "fused_attention", "true_distances"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"STTS.{_key(name)} is {value!r}: give True or False")
         return {} if grids is None else selection_plan(self, grids)
+
+    def _check_number(self, name: str, least: float, most: float) -> None:
+        key, value = f"STTS.{_key(name)}", getattr(self, name)
+        if not _is_number(value) or not value >= least:
+            raise ValueError(f"{key} is {value!r}: it must be at least {least}")
+        if name in ("num_samples", "space_stride") and not isinstance(value, int):
+            raise ValueError(f"{key} is {value!r}: give a whole number")
+        if value > most:
+            raise ValueError(f"{key} is {value!r:.40}: give at most {most}")
 
 
 def _key(name: str) -> str:
-    """The node's key, behind ``STTS.``, of a setting."""
+    """The node's key of a setting, without ``STTS.``."""
     return re.sub("^(TIME|SPACE)_", r"\1.", name.upper())
 
 
 def rename_keys_in_message(message: str) -> str:
-    """A message about keys of the node, about plain arguments instead."""
+    """A message about keys of the node, rewritten for plain arguments."""
     names = {f"STTS.{_key(leaf.name)}": leaf.name for leaf in fields(Settings)}
     names |= {
-        f"STTS.{room}.{leaf}": room.lower()
-        for room in ("TIME", "SPACE")
+        f"STTS.{dimension}.{leaf}": dimension.lower()
+        for dimension in ("TIME", "SPACE")
         for leaf in ("KEEP", "BLOCKS")
     }
     return re.sub(r"STTS\.[A-Z_.]*[A-Z]", lambda key: names.get(key[0], key[0]), message)
 
 
-def validate_stts(
-    node, num_blocks: int, grids: Sequence[tuple[int, int, int]] | None = None
-) -> None:
+def validate_stts(node: CfgNode, num_blocks: int, grids: Sequence[Sizes] | None = None) -> None:
     """Checks an STTS node against a model.
 
     Args:
         node: ``cfg.STTS``.
-        num_blocks: how many blocks (or stages) of the model can be selected before.
-        grids: the token grid ``(T, H, W)`` that arrives at each block without selection; given,
-            shares that would leave no frame or no window are found here.
+        num_blocks: number of blocks (or stages) of the model.
+        grids: the token grid ``(T, H, W)`` that arrives at each block without selection; with it,
+            shares that would leave no frame or no window are found.
 
     Raises:
         ValueError: naming the key, its value and what would be right.
     """
-    Settings.from_cfg(node).check(num_blocks, grids)
+    Settings.from_cfg(node).validate(num_blocks, grids)
 
 
 def check_training(settings: Settings, held_back: bool = True) -> None:
-    """Checks that scorers which learn would get a gradient; call it where training begins.
+    """Checks, as training begins, that learned scorers would get a gradient.
 
     Args:
-        settings: of a model with scorers that learn.
-        held_back: whether the backbone is frozen at first, if the settings say so.
+        settings: of a model with learned scorers.
+        held_back: whether the backbone's weights are trained, so that it is frozen at first.
 
     Raises:
         ValueError: naming the key by which their gradient would be exactly 0.
@@ -279,9 +249,9 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
     if settings.teacher != "mixture" and not all_pass:
         raise ValueError(
             f"STTS.TEACHER is {settings.teacher}, but STTS.SHRINK is 0 and the backbone never "
-            "frozen: saliency teaches in iterations in which all tokens pass, and there would be "
-            "none; give SHRINK more than 0, or start from trained weights with "
-            "STTS.FREEZE_BACKBONE_EPOCHS above 0"
+            "frozen: saliency teaches in iterations that keep all tokens, and there would be none; "
+            "set SHRINK above 0, or start from trained weights with STTS.FREEZE_BACKBONE_EPOCHS "
+            "above 0"
         )
     if settings.teacher == "saliency":
         return
@@ -298,8 +268,8 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
         )
 
 
-def check_testing(node) -> None:
-    """Checks that a node names one budget, as a test takes; call it before any training.
+def check_testing(node: CfgNode) -> None:
+    """Checks, before any training, that a node has one budget, as a test needs.
 
     Args:
         node: ``cfg.STTS`` of a run that tests.
@@ -319,64 +289,29 @@ def check_testing(node) -> None:
             )
 
 
-def selection_plan(node, grids: Sequence[tuple[int, int, int]]) -> dict[str, tuple[tuple, tuple]]:
+def selection_plan(
+    node: "CfgNode | Settings", grids: Sequence[Sizes]
+) -> dict[str, tuple[Sizes, Sizes]]:
     """What each selector will do: its key to the grid before and the grid after it.
 
     Args:
-        node: ``cfg.STTS``, or the settings of one.
+        node: ``cfg.STTS``, or its settings.
         grids: the token grid ``(T, H, W)`` that arrives at each block without selection.
 
     Returns:
-        ``{"time_0": ((8, 56, 56), (7, 56, 56)), ...}`` in the order in which they run; of ranges,
-        what their high ends do.
+        ``{"time_0": ((8, 56, 56), (7, 56, 56)), ...}`` in the order in which they run; for ranges,
+        at their high ends.
 
     Raises:
-        ValueError: where a share, or an end of its range, leaves no frame or no window.
+        ValueError: if a share, or an end of its range, leaves no frame or no window.
     """
     settings = node if isinstance(node, Settings) else Settings.from_cfg(node)
-    _selection_plan(settings, grids, 0)
-    return _selection_plan(settings, grids, 1)
+    plan_grids(settings.time, settings.space, grids, end=0)
+    return plan_grids(settings.time, settings.space, grids, end=1)
 
 
-def _selection_plan(settings: Settings, grids, end: int) -> dict[str, tuple[tuple, tuple]]:
-    steps = {}
-    grid = tuple(grids[0])
-    for block, full in enumerate(grids):
-        if block:
-            strides = [round(a / b) for a, b in zip(grids[block - 1], full)]
-            grid = tuple(-(-size // stride) for size, stride in zip(grid, strides))
-        for dimension, shares in (("TIME", settings.time), ("SPACE", settings.space)):
-            if block in shares:
-                before, share = grid, keep_range(shares[block])[end]
-                if dimension == "TIME":
-                    grid = (kept_frames(grid[0], share), *grid[1:])
-                else:
-                    grid = (grid[0], *kept_window(*grid[1:], share))
-                if min(grid) < 1:
-                    raise ValueError(empty_selection_error(dimension, share, block, before))
-                steps[f"{dimension.lower()}_{block}"] = (before, grid)
-    return steps
-
-
-def empty_selection_error(dimension: str, keep: float, block: int, grid: Sequence[int]) -> str:
-    """The sentence for a share that selects nothing out of ``grid``, ``(T, H, W)``."""
-    frames, height, width = grid
-    if dimension == "TIME" and frames == 1:
-        return (
-            f"STTS.TIME.KEEP {keep:g} leaves no frame: one token frame arrives at block {block}, "
-            "as of an image, and it cannot be dropped; set STTS.TIME.BLOCKS []"
-        )
-    found = f"{frames} frames" if dimension == "TIME" else f"{height}x{width} tokens"
-    least = 1 / frames if dimension == "TIME" else 1 / min(height, width) ** 2
-    unit = "frame" if dimension == "TIME" else "window"
-    return (
-        f"STTS.{dimension}.KEEP {keep:g} leaves no {unit} of the {found} that arrive at "
-        f"block {block}: keep at least {min(least + 5e-4, 1):.3f}"
-    )
-
-
-def _shares(key: str, node) -> dict:
-    """The blocks of a dimension's node with their shares."""
+def _shares(key: str, node: CfgNode) -> dict[int, Share]:
+    """Shares by block, of the node of a dimension."""
     for leaf in ("BLOCKS", "KEEP"):
         if not isinstance(node[leaf], (list, tuple)):
             raise ValueError(f"{key}.{leaf} is {node[leaf]!r}: give a list")
@@ -394,7 +329,7 @@ def _shares(key: str, node) -> dict:
     return dict(zip(blocks, keep))
 
 
-def _check_shares(key: str, shares: Mapping, num_blocks: int) -> None:
+def _check_shares(key: str, shares: Mapping[int, Share], num_blocks: int) -> None:
     for block, share in shares.items():
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < num_blocks:
             raise ValueError(
@@ -404,15 +339,10 @@ def _check_shares(key: str, shares: Mapping, num_blocks: int) -> None:
         numbers = len(pair) == 2 and all(map(_is_number, pair))
         if not numbers or not 0 < pair[0] <= pair[1] <= 1:
             raise ValueError(
-                f"{key}.KEEP holds {share!r}: a share lies above 0 and up to 1; a range of them is "
-                "[low, high]"
+                f"{key}.KEEP holds {share!r}: a share is above 0 and at most 1; a range of shares "
+                "is [low, high]"
             )
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _at_least(key: str, value, least: int) -> None:
-    if not _is_number(value) or not value >= least:
-        raise ValueError(f"{key} is {value!r}: it must be at least {least}")

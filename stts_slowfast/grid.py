@@ -1,31 +1,30 @@
-"""Where the tokens that travel through a model lie, and where in the clip they come from."""
+"""The grid of a model's tokens, with their positions in the clip."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, cat, full_like, stack
 
 
-class Grid(tuple):
+class Grid(tuple[int, int, int]):
     """Sizes ``(T, H, W)`` of a grid of tokens; equal to, and unpacked like, a plain tuple.
 
     It travels from block to block, as the ``thw`` of a call or in the context of the model's call
-    (``calls.Calls``). All attributes count in tokens of the grid that would arrive here without
-    selection; in training they say what the scores without noise keep.
+    (``call_context.Calls``). All attributes count in tokens of the whole grid, which would arrive
+    without selection; in training they are what the scores without noise keep.
 
-    A set of tokens that makes no grid has the sizes ``(1, 1, n)``, or ``(T, 1, n)`` with as many
-    of each frame, and ``tokens`` instead of frames and windows.
+    A set of tokens that makes no grid has the sizes ``(1, 1, n)``, or ``(T, 1, n)`` with ``n``
+    tokens of each frame, and ``tokens`` instead of frames and windows.
 
     Attributes:
-        frames: LongTensor ``(B, T)``: which frames the arriving ones are, ascending; None where
-            all arrive.
+        frames: LongTensor ``(B, T)``, ascending indices of the frames that arrive; None for all.
         windows: LongTensor ``(B, T, 4)``: top, left, height and width of the part of each frame
-            that arrives; None where whole frames arrive.
-        tokens: LongTensor ``(B, T*H*W)``: flat indices of a set of tokens into a grid of the sizes
-            ``whole``, row by row; None for frames and windows.
-        whole: sizes ``(T, H, W)`` of the grid that would arrive here without selection; None if
-            the grid was made of frames or windows without it, or pooled and no size tells by how
-            much.
+            that arrives; None for whole frames.
+        tokens: LongTensor ``(B, T*H*W)``: flat indices of a set of tokens in the whole grid, row by
+            row; None for frames and windows.
+        whole: sizes ``(T, H, W)`` of the whole grid; None if the grid was made of frames or windows
+            without it, or pooled by an unknown ratio.
     """
 
     frames: Tensor | None
@@ -35,40 +34,44 @@ class Grid(tuple):
 
     def __new__(
         cls,
-        sizes: Sequence[int],
+        sizes: Iterable[int | Tensor],
         frames: Tensor | None = None,
         windows: Tensor | None = None,
         tokens: Tensor | None = None,
-        whole: Sequence[int] | None = None,
+        whole: Iterable[int] | None = None,
     ) -> "Grid":
         # While a model is traced, sizes are tensors.
-        grid = super().__new__(cls, [int(size) for size in sizes])
+        time, height, width = [int(size) for size in sizes]
+        grid = super().__new__(cls, (time, height, width))
         grid.frames, grid.windows, grid.tokens = frames, windows, tokens
         if whole is None and not grid.is_selected:
             whole = grid
-        grid.whole = None if whole is None else tuple(whole)
+        grid.whole = None
+        if whole is not None:
+            time, height, width = whole
+            grid.whole = time, height, width
         return grid
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Grid, (tuple(self), self.frames, self.windows, self.tokens, self.whole)
 
     @property
     def is_selected(self) -> bool:
-        """Whether a selection was made before."""
+        """Whether tokens were dropped before."""
         return not (self.frames is None and self.windows is None and self.tokens is None)
 
     @property
     def is_whole(self) -> bool:
-        """Whether all tokens arrive, in their order, though there may have been selections."""
+        """Whether all tokens arrive, in their order; selections may have kept all."""
         return tuple(self) == self.whole
 
     def to(self, device: torch.device) -> "Grid":
-        """The same grid, whose tensors are on a device."""
+        """The same grid with its tensors on a device."""
         parts = [self.frames, self.windows, self.tokens]
         if all(part is None or part.device == device for part in parts):
             return self
-        parts = [None if part is None else part.to(device) for part in parts]
-        return Grid(self, *parts, whole=self.whole)
+        frames, windows, tokens = [part if part is None else part.to(device) for part in parts]
+        return Grid(self, frames, windows, tokens, self.whole)
 
     def keep_frames(self, kept: Tensor) -> "Grid":
         """The grid of the frames ``kept`` ``(B, k)``, indices into the frames of this one."""
@@ -89,33 +92,34 @@ class Grid(tuple):
         return Grid((self[0], *window), self.frames, windows, whole=self.whole)
 
     def keep_tokens(self, kept: Tensor, frames: int = 1) -> "Grid":
-        """The set of the tokens ``kept``, of ``frames`` frames as many each, 1 for any of a clip.
+        """The set of the tokens ``kept``.
 
         Args:
             kept: LongTensor ``(B, n)``, flat indices into this grid ``(T, H, W)``, row by row.
-            frames: in how many equal parts the set is divided by frames.
+            frames: number of frames with equally many tokens each; 1 for any tokens of a clip.
         """
         tokens = self.positions(len(kept), kept.device).gather(1, kept)
         sizes = (frames, 1, kept.shape[1] // frames)
         return Grid(sizes, tokens=tokens, whole=self.whole)
 
     def positions(self, batch: int, device: torch.device | str | None = None) -> Tensor:
-        """Where each token comes from: flat indices into the grid of the sizes ``whole``.
+        """The position of each token: a flat index in the whole grid.
 
         Args:
-            batch: number of clips ``B``, if no selection was made before.
-            device: of the result, likewise.
+            batch: number of clips ``B``; used only if no tokens were dropped.
+            device: of the result; likewise.
 
         Returns:
             LongTensor ``(B, T*H*W)``, in the order of this grid, row by row.
 
         Raises:
-            ValueError: if that is not known any more.
+            ValueError: if positions are unknown since a pooling.
         """
         if self.whole is None:
             raise ValueError(
-                "where these tokens are from is not known any more: windows of one token were "
-                "pooled, which does not tell by how much; keep windows of two tokens or more"
+                "the positions of these tokens are unknown: windows of one token were pooled, so "
+                "the pooling's ratio cannot be read from their size; keep windows of two tokens or "
+                "more"
             )
         if self.tokens is not None:
             return self.tokens
@@ -131,14 +135,14 @@ class Grid(tuple):
         columns = torch.arange(width, device=device).expand(batch, frames, -1)
         if self.windows is not None:
             rows, columns = rows + self.windows[..., :1], columns + self.windows[..., 1:2]
-        places = (times[..., None] * all_rows + rows)[..., None] * all_columns
-        return (places + columns[:, :, None]).flatten(1)  # (B, T, H, W) -> (B, T*H*W)
+        starts = (times[..., None] * all_rows + rows)[..., None] * all_columns
+        return (starts + columns[:, :, None]).flatten(1)  # (B, T, H, W) -> (B, T*H*W)
 
-    def pooled(self, sizes: Sequence[int]) -> "Grid":
+    def pooled(self, sizes: Iterable[int | Tensor]) -> "Grid":
         """The grid of ``sizes`` that a block makes of this one by pooling.
 
-        A pooled frame or window lies where the middle of what it was pooled from lies, in tokens
-        of the pooled grid.
+        A pooled frame or window has the position of the middle of its inputs, in tokens of the
+        pooled grid.
         """
         sizes = Grid(sizes)
         if sizes == self:
@@ -146,12 +150,12 @@ class Grid(tuple):
         self._check_no_set()
         # Rounded up, so that as many frames are taken as there are: 5 pooled by 4 are 2.
         time, rows, columns = [-(-a // b) for a, b in zip(self, sizes)]
-        if 1 in self[1:]:  # a side of one token stays one: the other side tells
+        if 1 in self[1:]:  # a side of one token stays one: the other side has the ratio
             rows = columns = max(rows, columns)
         ratios = time, rows, columns
-        whole = self.whole
-        if whole is not None:
-            whole = [-(-size // ratio) for size, ratio in zip(whole, ratios)]
+        whole = None
+        if self.whole is not None:
+            whole = [-(-size // ratio) for size, ratio in zip(self.whole, ratios)]
         frames, windows = self.frames, self.windows
         if frames is not None and time > 1:
             frames = frames[:, ::time] // time
@@ -163,8 +167,8 @@ class Grid(tuple):
         return Grid(sizes, frames, windows, whole=whole)
 
     def pooled_by_unknown(self) -> "Grid":
-        """This grid before pooling in space: of windows of one token, which do not tell its ratio,
-        without :attr:`whole`."""
+        """This grid before a pooling in space whose ratio is read from sizes: of windows of one
+        token, from which it cannot be, without :attr:`whole`."""
         if self.windows is None or tuple(self[1:]) != (1, 1) or self.whole is None:
             return self
         return self if self.whole[1:] == (1, 1) else Grid(self, self.frames, self.windows)
@@ -172,6 +176,6 @@ class Grid(tuple):
     def _check_no_set(self) -> None:
         if self.tokens is not None:
             raise ValueError(
-                "frames and windows are selected of a grid, but a set of tokens arrives here: "
-                "select them before single tokens, not behind"
+                "frames and windows are selected from a grid, but a set of tokens arrives here: "
+                "select frames and windows before single tokens, not after"
             )

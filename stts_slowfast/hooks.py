@@ -1,9 +1,11 @@
-"""Puts selectors before a model's blocks, and takes them off: the one file that registers hooks."""
+"""Attaches selectors to a model and detaches them; the one file that registers their hooks."""
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from stts_slowfast import fused
@@ -17,6 +19,7 @@ from stts_slowfast.block_hooks import (
     SelectTokensHook,
     selectors_before,
 )
+from stts_slowfast.budgets import Share, Sizes
 from stts_slowfast.call_context import Calls
 from stts_slowfast.config import Settings, rename_keys_in_message
 from stts_slowfast.hosts import Host, base_model, modules_with_selectors, resolve_host, unwrap
@@ -27,58 +30,58 @@ logger = logging.getLogger(__name__)
 
 def attach(
     model: nn.Module,
-    node=None,
-    grids: Sequence[tuple[int, int, int]] | None = None,
+    node: CfgNode | None = None,
+    grids: Sequence[Sizes] | None = None,
     *,
-    time: Mapping[int, float] | None = None,
-    space: Mapping[int, float] | None = None,
-    **keywords,
+    time: Mapping[int, Share] | None = None,
+    space: Mapping[int, Share] | None = None,
+    **keywords: Any,
 ) -> nn.Module:
-    """Does all that an STTS node, or the same in plain arguments, asks for.
+    """Attaches selectors to a model, as an STTS node or plain arguments specify.
 
-    Selectors, which live in ``model.stts``, then fused modules and true distances. It works on
-    every model in which ``hosts.find`` finds blocks. Do it before the optimizer and DDP are made,
-    since selectors bring parameters. ``node.ENABLE`` is not looked at.
+    It adds selectors (``model.stts``), fused modules and true distances, to any model that a
+    registered host serves (``hosts.HOSTS``). Call it before the optimizer and DDP are made, since
+    selectors have parameters. ``node.ENABLE`` is ignored.
 
     Args:
         model: the model, changed in place.
-        node: ``cfg.STTS``; leave it out to give plain arguments.
-        grids: the token grid ``(T, H, W)`` that arrives at each block without selection, where
-            known (``backbones.block_grids(cfg)``): shares that leave nothing are then found now
+        node: ``cfg.STTS``; None with plain arguments.
+        grids: the token grid ``(T, H, W)`` that arrives at each block without selection, if known
+            (``backbones.block_grids(cfg)``): shares that keep nothing are then refused now
             instead of in the first forward pass, and each selector is logged with its grids.
-        time: share of frames that goes on, by the block before which they are selected:
-            ``{0: 0.9}``; or a range to draw from in training, ``{0: (0.25, 0.9)}``.
-        space: share of a frame's tokens that goes on, likewise: ``{4: 0.9}``.
+        time: share of frames that is kept, by the block before which they are selected:
+            ``{0: 0.9}``; or a range to sample in training, ``{0: (0.25, 0.9)}``.
+        space: share of a frame's tokens that is kept, likewise: ``{4: 0.9}``.
         **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
             ``space_scorer``, ``space_stride``, ``space_shared``, ``teacher``, ``sigma``,
             ``shrink``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr`` and
-            ``freeze_backbone_epochs`` are for training loops that call ``schedule.step``, as
-            those of both engines and ``SelectionCallback`` do.
+            ``freeze_backbone_epochs`` need a training loop with a ``Schedule``, as both engines
+            and ``SelectionCallback`` have.
 
     Returns:
         The same model. ``model.stts`` is read as a dict is, with keys such as ``time_0`` and
-        ``space_4``, in the order in which they run; ``model.stts.settings`` what was asked for.
+        ``space_4``, in the order in which they run; ``model.stts.settings`` has the settings.
 
     Raises:
-        ValueError: if the model, or a module in it, has selectors already; if it has no blocks that
-            can be selected before; or if what is asked for is not valid for it.
+        ValueError: if the model, or a module in it, has selectors already; if no host serves it; or
+            if a setting is not valid for it.
         TypeError: for arguments beside a node, none at all, or one of an unknown name.
     """
     for path, module in modules_with_selectors(model).items():
         inside = f" in its {path}" if path else ""
         raise ValueError(
             f"this {type(model).__name__} has selectors already{inside} "
-            f"({', '.join(module.stts)}): call detach(model) first"
+            f"({', '.join(selectors_of(module))}): call detach(model) first"
         )
     host, blocks = resolve_host(model)
-    settings, steps = _settings(node, len(blocks), grids, time=time, space=space, **keywords)
+    settings, plan = _settings(node, len(blocks), grids, time=time, space=space, **keywords)
     stts = _make_selectors(host, blocks, settings, model.training)
-    # Only now, when nothing can fail any more: an error leaves the model as it was.
+    # The model changes only after everything that can fail: an error leaves it as it was.
     model.stts = stts
     _register(model, host, blocks, stts)
     for key, selector in stts.items():
         scorer = getattr(settings, f"{selector.dimension.lower()}_scorer")
-        logger.info(_describe(key, selector, scorer, steps.get(key)))
+        logger.info(_describe(key, selector, scorer, plan.get(key)))
     try:
         count = fused.fuse_model(model, settings.fused_attention, settings.true_distances)
     except Exception:
@@ -86,25 +89,27 @@ def attach(
         raise
     if settings.fused_attention and not count and fused.has_attention(model):
         logger.warning(
-            "STTS.FUSED_ATTENTION is True, but nothing in this %s could be fused: it runs as it is",
+            "STTS.FUSED_ATTENTION is True, but nothing in this %s could be fused: it runs unfused",
             type(model).__name__,
         )
     return model
 
 
-def _settings(node, num_blocks: int, grids, **arguments) -> tuple[Settings, dict]:
-    """What was asked for, checked, and its plan."""
+def _settings(
+    node: CfgNode | None, num_blocks: int, grids: Sequence[Sizes] | None, **arguments: Any
+) -> tuple[Settings, dict[str, tuple[Sizes, Sizes]]]:
+    """The validated settings, and their ``selection_plan``."""
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if node is not None:
         if arguments:
             raise TypeError(f"give a node, or {', '.join(arguments)}, not both")
         settings = Settings.from_cfg(node)
-        return settings, settings.check(num_blocks, grids)
+        return settings, settings.validate(num_blocks, grids)
     if "time" not in arguments and "space" not in arguments:
         raise TypeError("give a node, or what to select: attach(model, time={0: 0.9})")
     try:
         settings = Settings.from_kwargs(**arguments)
-        return settings, settings.check(num_blocks, grids)
+        return settings, settings.validate(num_blocks, grids)
     except ValueError as error:
         raise ValueError(rename_keys_in_message(str(error))) from None
 
@@ -113,7 +118,7 @@ def _make_selectors(
     host: Host, blocks: Sequence[nn.Module], settings: Settings, training: bool
 ) -> Selectors:
     stts = Selectors(settings)
-    operator = {
+    operator: dict[str, Any] = {
         "teacher": settings.teacher,
         "sigma": settings.sigma,
         "sigma_decay": settings.sigma_decay,
@@ -122,36 +127,38 @@ def _make_selectors(
         "gradient": settings.gradient,
         "operator": settings.operator,
     }
-    window = {"stride": settings.space_stride, "shared": settings.space_shared}
+    window: dict[str, Any] = {"stride": settings.space_stride, "shared": settings.space_shared}
     for number, block in enumerate(blocks):
-        for kind, shares, scorer, more in (
-            (TemporalSelector, settings.time, settings.time_scorer, {}),
-            (SpatialSelector, settings.space, settings.space_scorer, window),
-        ):
-            if number in shares:
-                selector = kind(
-                    host.channels(block), number, shares[number], scorer, **more, **operator
-                )
-                selector.to(*_where_it_computes(block)).train(training)
-                stts[selector.key] = selector
+        found: list[Selector] = []
+        if number in settings.time:
+            share, scorer = settings.time[number], settings.time_scorer
+            width = host.channels(block)
+            found.append(TemporalSelector(width, number, share, scorer, **operator))
+        if number in settings.space:
+            share, scorer = settings.space[number], settings.space_scorer
+            width = host.channels(block)
+            found.append(SpatialSelector(width, number, share, scorer, **window, **operator))
+        for selector in found:
+            selector.to(*_device_and_dtype(block)).train(training)
+            stts[selector.key] = selector
     return stts
 
 
-def _where_it_computes(block: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(block: nn.Module) -> tuple[torch.device, torch.dtype]:
     """The device and the floating dtype in which a block computes.
 
-    Its first parameter is no guide: quantised ones are integers, offloaded ones are on ``meta``
-    while accelerate's hook knows where they will be.
+    Its first parameter may have others: quantised ones are integers, offloaded ones are on ``meta``
+    while accelerate's hook has their device.
     """
     parameters = list(block.parameters())
     floating = [p for p in parameters if p.is_floating_point() and p.element_size() > 1]
     dtype = floating[0].dtype if floating else torch.get_default_dtype()
     hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]
-    devices = [getattr(hook, "execution_device", None) for hook in hooks]
-    devices = [device for device in devices if device is not None]
+    planned = [getattr(hook, "execution_device", None) for hook in hooks]
+    devices: list[Any] = [device for device in planned if device is not None]
     devices += [parameter.device for parameter in parameters]
     device = devices[0] if devices else "cpu"
-    if isinstance(device, int):  # as accelerate's maps have it
+    if isinstance(device, int):  # from accelerate's device map
         device = f"{torch.accelerator.current_accelerator()}:{device}"
     return torch.device(device), dtype
 
@@ -159,23 +166,24 @@ def _where_it_computes(block: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _register(model: nn.Module, host: Host, blocks: Sequence[nn.Module], stts: Selectors) -> None:
     host.prepare(base_model(model), blocks)
     first = min((selector.block for selector in stts.values()), default=len(blocks))
-    travels = type(host).set_block_grid is not Host.set_block_grid  # in the blocks' calls
-    if not travels:
+    # Whether grids travel in the blocks' calls, or in the context of the model's call.
+    in_call = type(host).set_block_grid is not Host.set_block_grid
+    if not in_call:
         stts.calls = Calls()
         model.register_forward_pre_hook(OpenCallHook(host, model), prepend=True)
         model.register_forward_hook(CloseCallHook(host, model), always_call=True)
         entry = host.entry(base_model(model))
-        hook = stts.hooks["entry"] = EnterClipHook(host, model)
-        entry.register_forward_pre_hook(hook, with_kwargs=True)
+        stts.hooks["entry"] = EnterClipHook(host, model)
+        entry.register_forward_pre_hook(stts.hooks["entry"], with_kwargs=True)
     for number, block in enumerate(blocks):
-        if not travels or selectors_before(stts, number):
-            last = number == len(blocks) - 1
-            hook = stts.hooks[number] = SelectTokensHook(
-                host, model, number, behind=number > first, last=last
+        last = number == len(blocks) - 1
+        if not in_call or selectors_before(stts, number):
+            stts.hooks[number] = SelectTokensHook(
+                host, model, number, after_selection=number > first, last=last
             )
-            block.register_forward_pre_hook(hook, with_kwargs=True)
-        if travels and number >= first:
-            hook = PropagateGridHook(host, model, last=number == len(blocks) - 1)
+            block.register_forward_pre_hook(stts.hooks[number], with_kwargs=True)
+        if in_call and number >= first:
+            hook = PropagateGridHook(host, model, last=last)
             stts.hooks.setdefault("grid", hook)
             block.register_forward_hook(hook, with_kwargs=True)
     model.register_forward_pre_hook(DataParallelHook(host, model))
@@ -195,10 +203,10 @@ def _remove(model: nn.Module, host: Host, blocks: Sequence[nn.Module]) -> None:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Takes off again what ``attach`` did: the model has its own modules and computes as before.
+    """Undoes :func:`attach`: the model has its own modules and computes as before.
 
     Raises:
-        ValueError: where the model has no selectors.
+        ValueError: if the model has no selectors.
     """
     model = unwrap(model)
     selectors_of(model)
@@ -214,64 +222,87 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
         ``{"time_0": LongTensor (B, k), "space_4": LongTensor (B*T, 4)}``: frame indices among the
         frames that arrived at the selector, ascending; top, left, height and width of each frame's
         window, in tokens of the grid that arrived. In training, what the scores without noise keep.
-        For clips packed into one sequence, a list of such tensors, one a clip.
+        For clips packed into one sequence, a list of such tensors, one per clip.
 
     Raises:
-        ValueError: where the model has no selectors, or has not run since they were attached.
+        ValueError: if the model has no selectors, or has not run since they were attached.
     """
     refuse_replicas(model)
-    kept = {key: selector.kept for key, selector in selectors_of(unwrap(model)).items()}
-    missing = [key for key, value in kept.items() if value is None]
-    if missing:
+    found = {key: selector.kept for key, selector in selectors_of(unwrap(model)).items()}
+    kept = {key: value for key, value in found.items() if value is not None}
+    if missing := found.keys() - kept.keys():
         raise ValueError(f"{', '.join(missing)} has selected nothing yet: run the model first")
     return kept
 
 
 def refuse_replicas(model: nn.Module) -> None:
-    """Raises ``ValueError`` for a model whose replicas keep what they kept to themselves."""
+    """Raises ``ValueError`` for ``nn.DataParallel``, whose replicas do not return selections."""
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise ValueError(
-            "replicas of nn.DataParallel forget what they kept: run model.module alone"
+            "replicas of nn.DataParallel do not return what they kept: run model.module alone"
         )
 
 
 def settings_of(model: nn.Module) -> Settings:
-    """What ``attach`` was asked for.
+    """The settings of a model's selectors.
 
     Raises:
-        ValueError: where the model has no selectors.
+        ValueError: if the model has no selectors.
     """
     return selectors_of(unwrap(model)).settings
 
 
-def raise_on_nan(model: nn.Module) -> None:
-    """Raises where a selector had NaN scores in a forward pass since the last call.
-
-    On a device they do not stop the forward pass, and asking waits for the device: call it where
-    the host waits anyway, after the loss was read, say. Without it the first forward pass that
-    can know raises.
+def nan_flag(model: nn.Module) -> Tensor | None:
+    """Whether :func:`raise_on_nan` would raise: a 0-dim bool on the device, which it waits not for.
 
     Args:
-        model: with selectors, wrapped (DDP) or not; a model without has none to ask.
+        model: with selectors, wrapped (DDP) or not; None for a model without.
+    """
+    flags = [selector.nan_flag for selector in all_selectors(model)]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if flags else None
+
+
+def raise_on_nan(model: nn.Module, wait: bool = True) -> None:
+    """Raises if a selector had NaN scores in a forward pass since the last call.
+
+    On a device NaN scores do not stop the forward pass, and reading their flag waits for the
+    device: call it when the host waits anyway, as after the loss was read. Without it, a later
+    forward pass raises as soon as the flag has reached the host.
+
+    Args:
+        model: with selectors, wrapped (DDP) or not; a model without has none to check.
+        wait: for a device. If not, a call raises for what the device had done by the call before.
 
     Raises:
         ValueError: naming the selector.
     """
-    for module in model.modules():
-        if isinstance(module, Selector):
-            module.raise_on_nan()
+    if wait and not nan_flag(model):  # one number to wait for, however many selectors
+        return
+    for selector in all_selectors(model):
+        selector.raise_on_nan(wait)
+
+
+def all_selectors(model: nn.Module) -> list[Selector]:
+    """Every selector anywhere in a model, wrapped or not; none in a model without."""
+    return [module for module in model.modules() if isinstance(module, Selector)]
 
 
 def selectors_of(model: nn.Module) -> Selectors:
-    stts = getattr(model, "stts", None)
+    """The selectors that are attached to a module itself.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    stts: Any = getattr(model, "stts", None)
     if not hasattr(stts, "settings"):
         raise ValueError(f"this {type(model).__name__} has no selectors: call attach(model, node)")
-    return stts
+    selectors: Selectors = stts  # or a wrapper of peft around them
+    return selectors
 
 
-def _describe(key: str, selector: Selector, scorer: str, step) -> str:
-    what = "frames" if selector.dimension == "TIME" else "window"
-    text = f"STTS {key}: {scorer} {what} before block {selector.block}, keep {selector.share_text}"
+def _describe(key: str, selector: Selector, scorer: str, step: tuple[Sizes, Sizes] | None) -> str:
+    unit = "frames" if selector.dimension == "TIME" else "window"
+    text = f"STTS {key}: {scorer} {unit} before block {selector.block}, keep {selector.share_text}"
     if step is None:
         return text
     (before, after) = ("x".join(map(str, grid)) for grid in step)

@@ -1,7 +1,8 @@
-"""Optimizer groups: a trained backbone apart from what is new (scorers, adapters, a new head)."""
+"""Optimizer groups: a trained backbone apart from new parameters (scorers, adapters, a head)."""
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,80 +13,82 @@ from stts_slowfast.selectors import Selector
 
 logger = logging.getLogger(__name__)
 
+# A group of parameters as PyTorch's optimizers take it.
+Group = dict[str, Any]
 
-def param_groups(params, model: nn.Module, new: Iterable[str] = ()) -> list[dict]:
-    """Splits an optimizer's parameters into the backbone's part and what is new.
 
-    New are the scorers, adapters of peft with what they save beside themselves, what
-    ``from_pretrained`` or :func:`load_weights` found no weights for (the head of other classes,
-    say), and what ``new`` names: it learns from the first step, while a trained backbone may be
+def param_groups(params: Any, model: nn.Module, new: Iterable[str] = ()) -> list[Group]:
+    """Splits an optimizer's parameters into those of the backbone and those that are new.
+
+    New are the scorers, adapters of peft with the modules saved beside them, parameters for which
+    ``from_pretrained`` or :func:`load_weights` found no weights (such as a head for other classes),
+    and those that ``new`` names. They learn from the first step, while a trained backbone may be
     frozen.
 
     Args:
-        params: whatever PyTorch's optimizers take: parameters, ``(name, parameter)`` pairs, or
-            groups (dicts) of either; in a list, a generator, or one alone.
+        params: what PyTorch's optimizers take: parameters, ``(name, parameter)`` pairs, or groups
+            (dicts) of either; in a list, a generator, or a single one.
         model: with selectors or without, wrapped or not.
-        new: names of further new parameters or modules, as ``model.named_parameters()`` has them.
+        new: names of further new parameters or modules, as in ``model.named_parameters()``.
 
     Returns:
-        Groups with the keys they had, and ``backbone``: whether they hold the backbone's
-        parameters; ``new`` names those of the others that are no scorer's. Empty parts are left
-        out. If no scorer learns (``uniform``, ``random``, no selector at all), there is nothing to
-        hold the backbone back for, and the groups are not split.
+        Groups with the keys they had, and ``backbone``: whether their parameters are the
+        backbone's; ``new`` names the others that are not of a scorer. Empty groups are left out.
+        If no scorer learns (``uniform``, ``random``, no selector), groups are not split.
 
     Raises:
         TypeError: for what PyTorch's optimizers do not take.
-        ValueError: if the scorers would not learn: by the settings, because their parameters are
-            frozen, or because none of them is among ``params``; for names in ``new`` that the model
-            does not have.
+        ValueError: if the scorers would not learn, because of the settings, because their
+            parameters are frozen, or because none of them is among ``params``; for names in ``new``
+            that the model does not have.
     """
     groups = as_groups(params)
     scorers = {id(parameter) for _, parameter in scorer_parameters(model)}
     if not scorers:
         return groups
     check_scorers(model)
-    apart = new_parameters(model, new)
+    found = new_parameters(model, new)
     given = {id(parameter) for group in groups for parameter in tensors(group)}
     if not given & scorers:
         raise ValueError(
             "none of the scorers' parameters is among these, so they would never learn: give "
             "model.parameters() of the whole model"
         )
-    return split_groups(groups, model, apart)
+    return split_groups(groups, model, found)
 
 
-def split_groups(groups: list[dict], model: nn.Module, apart: Mapping[int, str]) -> list[dict]:
-    """Groups of :func:`as_groups`, each split into the backbone's part and what is ``apart``.
+def split_groups(groups: list[Group], model: nn.Module, new: Mapping[int, str]) -> list[Group]:
+    """Groups of :func:`as_groups`, each split into the backbone's parameters and new ones.
 
     Args:
-        groups: each stays one that a saved optimizer state fits, if split by the same names.
-        model: whose scorers ``apart`` has.
-        apart: names by the ``id`` of parameters.
+        groups: a saved optimizer state fits them if it was split by the same names.
+        model: with the scorers that ``new`` has.
+        new: names of parameters by their ``id``.
     """
     scorers = {id(parameter) for _, parameter in scorer_parameters(model)}
     split = []
     for group in groups:
         for backbone in (True, False):
-            part = _part(group, [(id(p) not in apart) == backbone for p in tensors(group)])
+            part = _part(group, [(id(p) not in new) == backbone for p in tensors(group)])
             if not part["params"]:
                 continue
             part["backbone"] = backbone
-            names = [apart[id(p)] for p in tensors(part) if id(p) in apart.keys() - scorers]
+            names = [new[id(p)] for p in tensors(part) if id(p) in new.keys() - scorers]
             split.append({**part, "new": names} if names else part)
     return split
 
 
 def run_groups(
-    groups: list[dict], model: nn.Module, names: Mapping[int, str], saved: Iterable[dict] = ()
-) -> list[dict]:
-    """:func:`param_groups` for a run that may be resumed, where nothing is new any more.
+    groups: list[Group], model: nn.Module, names: Mapping[int, str], saved: Iterable[Group] = ()
+) -> list[Group]:
+    """:func:`param_groups` for a run that may be resumed.
 
     Args:
-        groups: lists of parameters, as the run's config asks for.
+        groups: of parameters, as the run's config makes them.
         model: with the weights that the run starts from.
         names: of the model's parameters, by their ``id``, the same in both engines.
-        saved: groups of the optimizer's state in the checkpoint that is resumed: they name what
-            was new when the run began.
+        saved: groups of the optimizer state in the checkpoint that is resumed: they name the
+            parameters that were new when the run began.
     """
     found = list(saved)
     if not found:
@@ -104,13 +107,13 @@ def run_groups(
     return split_groups(groups, model, apart)
 
 
-def as_groups(params) -> list[dict]:
+def as_groups(params: Any) -> list[Group]:
     """Any form of ``params`` that PyTorch's optimizers take, as a list of groups with lists.
 
     Raises:
-        TypeError: for another.
+        TypeError: for any other form.
     """
-    entries = [params] if isinstance(params, (Tensor, dict)) else list(params)
+    entries: list[Any] = [params] if isinstance(params, (Tensor, dict)) else list(params)
     if not any(isinstance(entry, dict) for entry in entries):
         entries = [{"params": entries}] if entries else []
     groups = []
@@ -131,20 +134,20 @@ def as_groups(params) -> list[dict]:
     return groups
 
 
-def tensors(group: dict) -> list[Tensor]:
+def tensors(group: Group) -> list[Tensor]:
     """The tensors of a group, named or not."""
     return [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
 
 
-def _part(group: dict, which: list[bool]) -> dict:
+def _part(group: Group, which: list[bool]) -> Group:
     part = {**group, "params": [entry for entry, mine in zip(group["params"], which) if mine]}
-    if "param_names" in group:  # of a living optimizer
+    if "param_names" in group:  # of an optimizer that was made
         part["param_names"] = [n for n, mine in zip(group["param_names"], which) if mine]
     return part
 
 
 def scorer_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of the scorers that run: not those that peft keeps as they were."""
+    """Names and parameters of the scorers in use: not the originals that peft keeps."""
     for path, module in model.named_modules():
         if isinstance(module, Selector) and "original_module" not in path.split("."):
             for name, parameter in module.named_parameters():
@@ -164,7 +167,7 @@ def check_scorers(model: nn.Module) -> None:
 
 
 def new_parameters(model: nn.Module, more: Iterable[str] = ()) -> dict[int, str]:
-    """What learns from the first step, by ``id``, with its name; see :func:`param_groups`."""
+    """Names of new parameters, see :func:`param_groups`, by their ``id``."""
     named = dict(model.named_parameters(remove_duplicate=False))
     found = {id(parameter): plain(name) for name, parameter in scorer_parameters(model)}
     for path, module in model.named_modules():
@@ -181,7 +184,7 @@ def new_parameters(model: nn.Module, more: Iterable[str] = ()) -> dict[int, str]
 
 
 def _new_in(module: nn.Module, prefix: str, inside: dict[str, nn.Parameter]) -> Iterator[str]:
-    """Names of new parameters that a module knows of: it is an adapter, or was loaded."""
+    """Names of new parameters in a module that is an adapter or was loaded."""
     for library_class, old in (
         ("BaseTunerLayer", "base_layer"),
         ("AuxiliaryTrainingWrapper", "original_module"),
@@ -194,8 +197,8 @@ def _new_in(module: nn.Module, prefix: str, inside: dict[str, nn.Parameter]) -> 
             yield from inside.keys() - loaded
         elif getattr(module, "name_or_path", ""):
             logger.warning(
-                "STTS: which parameters of this %s are new cannot be seen any more (copied or "
-                "sharded since from_pretrained): name a new head, param_groups(..., new=[...])",
+                "STTS: it is unknown which parameters of this %s are new (copied or sharded since "
+                "from_pretrained): name a new head, param_groups(..., new=[...])",
                 type(module).__name__,
             )
     known = getattr(module, "stts_new", ())
@@ -207,11 +210,11 @@ def _is_or_in(name: str, module: str) -> bool:
 
 
 def plain(name: str) -> str:
-    """A parameter's name without what wrappers put before it (DDP, ``torch.compile``)."""
+    """A parameter's name without the prefixes of wrappers (DDP, ``torch.compile``)."""
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
-def missing_scorers(groups: Collection[dict], model: nn.Module) -> list[str]:
-    """Names of scorers' parameters that no group holds."""
+def missing_scorers(groups: Collection[Group], model: nn.Module) -> list[str]:
+    """Names of scorers' parameters that are in no group."""
     given = {id(parameter) for group in groups for parameter in tensors(group)}
     return [name for name, p in scorer_parameters(model) if id(p) not in given]

@@ -1,4 +1,4 @@
-"""Other packages: optional ones, and those that register scorers, operators, hosts or families."""
+"""Optional packages, and packages that register scorers, operators, hosts or families."""
 
 import functools
 import importlib
@@ -9,6 +9,7 @@ GROUP = "stts_slowfast"  # of entry points
 # Package -> the extra of setup.cfg that brings it.
 EXTRAS = {
     "lightning_fabric": "standalone",
+    "filelock": "standalone",
     "tensorboard": "standalone",
     "rich": "tools",
     "matplotlib": "tools",
@@ -32,7 +33,7 @@ def require(module: str) -> ModuleType:
     """Imports a module of an optional package, such as ``matplotlib.figure``.
 
     Raises:
-        MissingPackageError: where the package is missing, with the pip line.
+        MissingPackageError: if the package is not installed, with the pip line.
     """
     try:
         return importlib.import_module(module)
@@ -41,7 +42,7 @@ def require(module: str) -> ModuleType:
 
 
 def missing_dependency_error(error: BaseException | None) -> MissingPackageError | None:
-    """The sentence for an ``ImportError`` of a package in :data:`EXTRAS`; None for other errors."""
+    """The error for an ``ImportError`` of a package in :data:`EXTRAS`; None for other errors."""
     if not isinstance(error, ModuleNotFoundError):
         return None
     package = (error.name or "").partition(".")[0]
@@ -55,10 +56,10 @@ def missing_dependency_error(error: BaseException | None) -> MissingPackageError
 
 @functools.cache
 def load_extensions() -> None:
-    """Imports, once, every module that an installed package names in the group ``stts_slowfast``.
+    """Imports, once, the modules in the entry point group ``stts_slowfast`` of installed packages.
 
-    The import registers it in ``SCORERS``, ``OPERATORS``, ``HOSTS`` or ``FAMILIES``. An error in
-    it is raised here: a run must not continue without what its config may name.
+    On import they register in ``SCORERS``, ``OPERATORS``, ``HOSTS`` or ``FAMILIES``. Their errors
+    are raised, since a config may name what they register.
     """
     for entry in entry_points(group=GROUP):
         entry.load()

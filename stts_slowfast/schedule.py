@@ -1,4 +1,4 @@
-"""What changes while training runs: the noise and budgets of selectors, the backbone's rate.
+"""The schedule of a training with selection: sigma, budgets, and the backbone's learning rate.
 
 A training loop makes a :class:`Schedule` beside its optimizer, and calls ``step`` before every
 iteration.
@@ -6,28 +6,23 @@ iteration.
 
 import logging
 import math
-import random
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from stts_slowfast.config import Settings, check_training
-from stts_slowfast.hooks import raise_on_nan, settings_of
-from stts_slowfast.hosts import modules_with_selectors
+from stts_slowfast.annealing import keep_all_for_saliency, update_schedule
+from stts_slowfast.config import check_training
+from stts_slowfast.hooks import all_selectors, raise_on_nan, settings_of
 from stts_slowfast.optimizer_groups import (
+    Group,
     check_scorers,
     missing_scorers,
     param_groups,
     scorer_parameters,
 )
-from stts_slowfast.selectors import KEEP_SCALE, Selector
 
 logger = logging.getLogger(__name__)
-
-# torch.compile makes a graph for each budget, and gives up after 8: five of training, and room for
-# validation and for smaller last batches of both.
-SHRINK_STEPS = 4
 
 
 class Schedule:
@@ -41,29 +36,29 @@ class Schedule:
             for i, (clips, labels) in enumerate(loader):
                 schedule.step(epoch + i / len(loader))  # then forward, backward, optimizer.step()
 
-    Learning rates are the loop's: it, or a scheduler of PyTorch's, sets each group's ``lr``. In
-    ``optimizer.step()`` a backbone that is frozen or capped has what the recipe leaves of it;
-    before and after, groups show the loop's rates.
+    The loop, or a learning rate scheduler of PyTorch, sets each group's ``lr``. During
+    ``optimizer.step()`` the groups of a frozen or capped backbone have a lower one; before and
+    after it, groups show the loop's rates.
 
-    Freeze and cap are for fine-tuning: they hold from trained weights, and from random ones
-    everything learns at its group's rate. Which it is, is decided in the first :meth:`step` and
-    stored in the groups as ``held_back``, so that the optimizer's state has it: a resumed run,
-    whose state was loaded by then, is what it was.
+    Freeze and cap are for fine-tuning: they apply to trained weights; from random weights
+    everything learns at its group's rate. The first :meth:`step` decides it and stores it in the
+    groups as ``held_back``, so that it is part of the optimizer's state, and a resumed run, whose
+    state was loaded by then, continues as it began.
 
     Args:
         model: with selectors, wrapped (DDP) or not; for a model without, nothing is scheduled.
         optimizer: of its parameters. Groups that :func:`param_groups` has not split are split here,
-            in place; so make the schedule before a scheduler of learning rates.
+            in place; so make the schedule before a learning rate scheduler.
         max_epochs: length of training.
         pretrained: whether the backbone's weights are trained.
-        base_lr: peak learning rate, of which ``backbone_lr`` is a share; the optimizer's ``lr`` by
-            default.
+        base_lr: peak learning rate, of which ``backbone_lr`` is a share; by default the
+            optimizer's ``lr``.
         seed: of the budgets; the same in all processes.
 
     Raises:
-        TypeError: for an optimizer without hooks on its step, or with one rate for all.
-        ValueError: if the scorers could not learn, or not all of them are in the optimizer, apart
-            from the backbone.
+        TypeError: for an optimizer without hooks on its step, or with one rate for all parameters.
+        ValueError: if the scorers could not learn, or if not all of them are in the optimizer, in
+            groups apart from the backbone.
     """
 
     def __init__(
@@ -81,11 +76,11 @@ class Schedule:
         self.model, self.optimizer, self.max_epochs, self.seed = model, optimizer, max_epochs, seed
         self.pretrained = bool(pretrained)
         self.learns = any(True for _ in scorer_parameters(model))
-        self.base_lr = base_lr
         self.epoch: float | None = None
-        # Groups in a step: the loop's rate, and the one of the step.
+        # During optimizer.step(): each group, the loop's rate, and the rate of the step.
         self._rates: list[tuple[dict[str, Any], float | Tensor, float]] = []
-        inner = _with_hooks(optimizer)
+        inner: Any = _with_hooks(optimizer)
+        self.base_lr = 0.0 if base_lr is None else base_lr
         if self.learns:
             self._settings = settings_of(model)
             check_scorers(model)
@@ -101,26 +96,25 @@ class Schedule:
         ]
 
     def remove(self) -> None:
-        """Takes its hooks off the optimizer."""
+        """Removes its hooks from the optimizer."""
         for hook in self._hooks:
             hook.remove()
 
     def step(self, epoch: float) -> dict[str, float]:
-        """Sets what belongs to the iteration that begins: each selector's sigma and budget, and
-        what ``optimizer.step()`` will make of the backbone's rate.
+        """Sets sigma, budgets and the backbone's learning rate for the iteration that begins.
 
         Args:
-            epoch: exact epoch, from 0, a fraction of it included.
+            epoch: exact epoch, from 0, with its fraction.
 
         Returns:
-            What to log: ``sigma`` and ``backbone_lr``; nothing if no scorer learns.
+            Values to log: ``sigma`` and ``backbone_lr``; nothing if no scorer learns.
 
         Raises:
-            ValueError: if a rate is not finite, ``epoch`` is not one of the training's, a selector
-                had NaN scores in the iteration before, the optimizer's state is of one without a
-                schedule, or model or optimizer are not those of the schedule any more.
+            ValueError: if a rate is not finite, ``epoch`` is negative or beyond ``max_epochs``, a
+                selector had NaN scores in an iteration before, the optimizer's state was saved
+                without a schedule, or model or optimizer have changed since.
         """
-        raise_on_nan(self.model)  # the loss was read: the device has nothing left to do
+        raise_on_nan(self.model, wait=False)
         if not epoch >= 0:
             raise ValueError(f"epoch is {epoch!r}: count from 0, with the fraction that is done")
         if epoch > self.max_epochs * (1 + 1e-6):
@@ -128,8 +122,8 @@ class Schedule:
                 f"epoch is {epoch!r}, but training has {self.max_epochs:g}: count epochs, with the "
                 "fraction that is done, not iterations"
             )
-        self._check_own()
-        self._give_back()
+        self._check_unchanged()
+        self._restore_rates()
         groups = self.optimizer.param_groups
         for group in groups:
             if not math.isfinite(group["lr"]):
@@ -138,21 +132,21 @@ class Schedule:
                     "it (SOLVER.*)"
                 )
         if self.epoch is None:
-            self._begin()
+            self._resolve_backbone_freeze()
         self.epoch = epoch
         noise = update_schedule(self.model, min(epoch / self.max_epochs, 1.0), self.seed)
         if self._is_frozen():
-            _widen_to_all(self.model)
+            keep_all_for_saliency(self.model)
         if not self.learns:
             return {}
         if any("backbone" not in group or "held_back" not in group for group in groups):
             raise ValueError(
-                "the optimizer's groups do not say which are the backbone's: one was added behind "
-                "the schedule (give it a Schedule of its own, or add it before), or its state was "
-                "saved without stts_slowfast.param_groups (load weights alone)"
+                "not all groups of the optimizer are marked as backbone or scorers: one was added "
+                "after the schedule was made (add it before), or its state was saved without "
+                "stts_slowfast.param_groups (load weights alone)"
             )
         rates = [self._rate(g) / g.get("layer_decay", 1.0) for g in groups if g["backbone"]]
-        return {"sigma": noise, "backbone_lr": max(rates, default=0.0)}
+        return {"sigma": noise or 0.0, "backbone_lr": max(rates, default=0.0)}
 
     def _split(self) -> None:
         groups = self.optimizer.param_groups
@@ -166,9 +160,10 @@ class Schedule:
             return
         if any("initial_lr" in group for group in groups):
             raise ValueError(
-                "the optimizer's groups hold scorers and backbone together, and a scheduler of "
-                "learning rates knows them already: make the optimizer with "
-                "stts_slowfast.param_groups(model.parameters(), model), or Schedule before it"
+                "the optimizer's groups mix scorers and backbone, and a learning rate scheduler "
+                "has them already: make the optimizer with "
+                "stts_slowfast.param_groups(model.parameters(), model), or the Schedule before "
+                "that scheduler"
             )
         groups[:] = param_groups(groups, self.model)
 
@@ -181,8 +176,8 @@ class Schedule:
                 "make an optimizer for each model"
             )
 
-    def _check_own(self) -> None:
-        """Refuses an optimizer or selectors that would not obey."""
+    def _check_unchanged(self) -> None:
+        """Raises if the optimizer has another schedule, or the model other selectors, by now."""
         if getattr(_with_hooks(self.optimizer), "stts_schedule", None) is not self:
             raise ValueError(
                 "this Schedule is not the optimizer's: another was made for it since, or it is a "
@@ -191,45 +186,49 @@ class Schedule:
         if self.learns and settings_of(self.model) is not self._settings:
             raise ValueError(
                 "the model's selectors were attached anew since this Schedule was made: make "
-                "optimizer and Schedule behind attach"
+                "optimizer and Schedule after attach"
             )
 
-    def _begin(self) -> None:
-        """Decides, once a run, whether the backbone is frozen and capped, and logs it."""
-        shrink = max((s.shrink for s in _selectors(self.model)), default=0.0)
+    def _resolve_backbone_freeze(self) -> None:
+        """Decides once per run whether to freeze and cap the backbone, and logs it."""
+        shrink = max((selector.shrink for selector in all_selectors(self.model)), default=0.0)
         if shrink:
             logger.info(
-                "STTS: in the first %g of training each iteration draws its budget, from KEEP to "
-                "an upper bound that shrinks from all tokens to it (STTS.SHRINK; 0 for KEEP alone)",
+                "STTS: budget annealing in the first %g of training: each iteration samples a "
+                "budget between KEEP and an upper bound that decays from all tokens to KEEP "
+                "(STTS.SHRINK; 0 for KEEP alone)",
                 shrink,
             )
-        groups = self.optimizer.param_groups
         if not self.learns:
             return
-        settings = settings_of(self.model)
+        groups = self.optimizer.param_groups
         resumed = all("held_back" in group for group in groups)
         held_back = any(g["held_back"] for g in groups) if resumed else self.pretrained
-        check_training(settings, held_back)
+        check_training(settings_of(self.model), held_back)
         for group in groups:
             group["held_back"] = held_back
-        origin = "trained" if held_back else "random"
-        origin = "as this run began" if resumed else f"from {origin} weights"
+        origin = f"from {'trained' if held_back else 'random'} weights"
+        self._log_freeze("resumed" if resumed else origin, held_back)
+
+    def _log_freeze(self, origin: str, held_back: bool) -> None:
         if not held_back:
             logger.info(
-                "STTS, %s: everything learns at the schedule's rate; STTS.FREEZE_BACKBONE_EPOCHS "
-                "and STTS.BACKBONE_LR are for fine-tuning (TRAIN.CHECKPOINT_FILE_PATH)",
+                "STTS, %s: everything learns at the scheduled learning rate; "
+                "STTS.FREEZE_BACKBONE_EPOCHS and STTS.BACKBONE_LR are for fine-tuning "
+                "(TRAIN.CHECKPOINT_FILE_PATH)",
                 origin,
             )
             return
+        settings = settings_of(self.model)
         logger.info(
             "STTS, %s: the backbone is frozen for %g epochs (STTS.FREEZE_BACKBONE_EPOCHS), then "
-            "its rate is at most %g of SOLVER.BASE_LR (STTS.BACKBONE_LR); scorers learn at the "
-            "schedule's rate",
+            "its learning rate is at most %g of SOLVER.BASE_LR (STTS.BACKBONE_LR); scorers learn "
+            "at the scheduled learning rate",
             origin,
             settings.freeze_backbone_epochs,
             settings.backbone_lr,
         )
-        new = [name for group in groups for name in group.get("new", ())]
+        new = [name for group in self.optimizer.param_groups for name in group.get("new", ())]
         if new:
             shown = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
             logger.info("STTS: %d parameters are new and learn with them: %s", len(new), shown)
@@ -241,25 +240,31 @@ class Schedule:
             )
 
     def _is_frozen(self) -> bool:
-        """Whether only scorers, and what else is new, learn in this iteration."""
+        """Whether only scorers and other new parameters learn in this iteration."""
         backbone = [g for g in self.optimizer.param_groups if g.get("backbone")]
         return any(g.get("held_back") for g in backbone) and not any(map(self._rate, backbone))
 
-    def _rate(self, group: dict) -> float:
-        """A group's rate in ``optimizer.step()``."""
+    def _rate(self, group: Group) -> float:
+        """A group's learning rate in ``optimizer.step()``."""
         lr = float(group["lr"])
         if not (group.get("backbone") and group.get("held_back")):
             return lr
-        decay = group.get("layer_decay", 1.0)
-        return backbone_lr(lr, self.epoch, settings_of(self.model), self.base_lr * decay)
+        settings = settings_of(self.model)
+        return backbone_lr(
+            lr,
+            self.epoch or 0.0,
+            base_lr=self.base_lr * group.get("layer_decay", 1.0),
+            freeze_epochs=settings.freeze_backbone_epochs,
+            cap=settings.backbone_lr,
+        )
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self.epoch is None:
             raise ValueError(
-                "optimizer.step() before the schedule's: call schedule.step(epoch) before each "
-                "iteration"
+                "optimizer.step() without a step of the schedule: call schedule.step(epoch) before "
+                "each iteration"
             )
-        self._give_back()
+        self._restore_rates()
         groups = self.optimizer.param_groups
         self._rates = [(group, group["lr"], self._rate(group)) for group in groups]
         for group, lr, rate in self._rates:
@@ -271,17 +276,32 @@ class Schedule:
             group["lr"] = lr
         self._rates = []
 
-    def _give_back(self) -> None:
-        """The loop's rates, behind a step that ended in an error; what was set since stays."""
+    def _restore_rates(self) -> None:
+        """Sets the loop's rates after a step that raised, except those that were set since."""
         for group, lr, rate in self._rates:
             if float(group["lr"]) == rate:
                 group["lr"] = lr
         self._rates = []
 
 
+def backbone_lr(
+    lr: float, epoch: float, *, base_lr: float, freeze_epochs: float, cap: float
+) -> float:
+    """The learning rate of a trained backbone, frozen and then capped (paper section 4.1).
+
+    Args:
+        lr: the rate of the scorers in this epoch.
+        epoch: exact epoch, with its fraction.
+        base_lr: peak learning rate, ``SOLVER.BASE_LR``.
+        freeze_epochs: epochs in which the rate is 0, ``STTS.FREEZE_BACKBONE_EPOCHS``.
+        cap: upper bound as a share of ``base_lr``, ``STTS.BACKBONE_LR``.
+    """
+    return 0.0 if epoch < freeze_epochs else min(lr, cap * base_lr)
+
+
 def _with_hooks(optimizer: Optimizer) -> Optimizer:
-    """The optimizer of PyTorch's inside what accelerate or SlowFast (LARS) put around it."""
-    inner = optimizer
+    """PyTorch's optimizer inside the wrappers of accelerate or SlowFast (LARS)."""
+    inner: Any = optimizer
     while not hasattr(inner, "_optimizer_step_pre_hooks"):
         inner = getattr(inner, "optimizer", None) or getattr(inner, "optim", None)
         if inner is None:
@@ -291,153 +311,6 @@ def _with_hooks(optimizer: Optimizer) -> Optimizer:
     if isinstance(inner, LBFGS):
         raise TypeError(
             "LBFGS has one rate for all parameters, so a backbone cannot be frozen or capped apart "
-            "from the scorers: take another optimizer, or set_progress(model, fraction)"
+            "from the scorers: use another optimizer, or set_progress(model, fraction)"
         )
     return inner
-
-
-def _selectors(model: nn.Module) -> list[Selector]:
-    return [module for module in model.modules() if isinstance(module, Selector)]
-
-
-# --- each part alone ----------------------------------------------------------------------------
-
-
-def sigma(initial: float, decay: str, fraction: float) -> float:
-    """Noise level after a fraction of training.
-
-    Args:
-        initial: ``STTS.SIGMA``.
-        decay: ``STTS.SIGMA_DECAY``: ``linear`` goes to 0, ``constant`` stays.
-        fraction: 0 to 1 of training done.
-    """
-    return initial * (1.0 - fraction) if decay == "linear" else initial
-
-
-def budget_widening(fraction: float, shrink: float, seed: int, between: bool = True) -> float:
-    """How far a budget is from what it shrinks to, 0 to 1, after a fraction of training.
-
-    Drawn, all steps as likely, up to a widest that shrinks from 1 to 0. The narrow ones tell the
-    scorers what to choose, the wide ones keep the backbone from unlearning what it cannot see yet.
-
-    Args:
-        fraction: 0 to 1 of training done.
-        shrink: ``STTS.SHRINK``.
-        seed: of the draw, the run's.
-        between: whether there are steps between 0 and 1. Without, it is 1 the more rarely: for
-            saliency, which teaches only when all tokens pass.
-    """
-    if fraction >= shrink:
-        return 0.0
-    draw = random.Random(f"{seed} {fraction!r}")
-    if not between:
-        return float(draw.random() < 1.0 - fraction / shrink)
-    widest = round(SHRINK_STEPS * (1.0 - fraction / shrink))
-    return draw.randint(0, widest) / SHRINK_STEPS
-
-
-def backbone_lr(lr: float, epoch: float, settings: Settings, base_lr: float) -> float:
-    """The rate of a trained backbone, frozen and then capped, if the scorers' is ``lr`` (paper
-    section 4.1).
-
-    Args:
-        lr: what the loop's schedule gives for this epoch.
-        epoch: exact epoch, a fraction of it included.
-        settings: ``model.stts.settings``.
-        base_lr: ``SOLVER.BASE_LR``.
-    """
-    if epoch < settings.freeze_backbone_epochs:
-        return 0.0
-    return min(lr, settings.backbone_lr * base_lr)
-
-
-def update_schedule(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
-    """Sets every selector's sigma, and its budget, at this point of training.
-
-    Both depend on nothing but the arguments: all processes have the same, and a resumed run is
-    where it was. Of a range each selector draws its own budget, all sizes of it as likely; while
-    budgets shrink, all keep by as much more than that as :func:`budget_widening` says; if all tokens pass,
-    saliency teaches (``STTS.TEACHER``).
-
-    Args:
-        model: with selectors, wrapped (DDP) or not; a model without is left as it is.
-        fraction: 0 to 1 of training done.
-        seed: of the budgets, the run's.
-
-    Returns:
-        That sigma; None if there is no selector.
-
-    Raises:
-        ValueError: for a fraction outside 0 to 1.
-    """
-    if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"fraction is {fraction!r}: the share of training done lies in 0 to 1")
-    noise = None
-    for module in _selectors(model):
-        module.sigma = noise = sigma(module.initial_sigma, module.sigma_decay, fraction)
-        draw = random.Random(f"{seed} {fraction!r} {module.key}").random()
-        between = module.teacher == "mixture"
-        module.set_budget(draw, budget_widening(fraction, module.shrink, seed, between))
-        module.scheduled = True
-    return noise
-
-
-def _widen_to_all(model: nn.Module) -> None:
-    """Widens the budget of selectors that saliency teaches to all that arrives, until the next
-    :func:`update_schedule`: while only they learn there is nothing else for an iteration to do.
-    """
-    for module in _selectors(model):
-        if module.teacher != "mixture":
-            module.widening = KEEP_SCALE
-
-
-def reset(model: nn.Module) -> None:
-    """Gives every selector KEEP (of a range, its high end) at the initial sigma."""
-    for module in _selectors(model):
-        module.reset()
-
-
-def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
-    """:func:`update_schedule` for loops without a :class:`Schedule`, which has the backbone's rate as well.
-
-    Args:
-        model, fraction, seed: see :func:`update_schedule`.
-
-    Returns:
-        That sigma; None if there is no selector.
-
-    Raises:
-        ValueError: for a fraction outside 0 to 1; for a model whose settings
-            (``freeze_backbone_epochs``, ``backbone_lr``) only a :class:`Schedule` can obey. If
-            they are the defaults, it warns.
-    """
-    _check_obeyed(model)
-    return update_schedule(model, fraction, seed)
-
-
-def _check_obeyed(model: nn.Module) -> None:
-    defaults = Settings.from_kwargs()
-    for module in modules_with_selectors(model).values():
-        stts: Any = module.stts
-        settings = stts.settings
-        if not any(True for _ in stts.parameters()):
-            continue
-        asked = {
-            "freeze_backbone_epochs": settings.freeze_backbone_epochs > 0,
-            "backbone_lr": settings.backbone_lr < 1,
-        }
-        asked = {name: getattr(settings, name) for name, does in asked.items() if does}
-        said = ", ".join(f"{name}={value:g}" for name, value in asked.items())
-        if any(value != getattr(defaults, name) for name, value in asked.items()):
-            raise ValueError(
-                f"{said} cannot be obeyed by set_progress, which knows no optimizer: make a "
-                "stts_slowfast.Schedule(model, optimizer, ...) and call its step(epoch) instead, "
-                "or attach with freeze_backbone_epochs=0, backbone_lr=1"
-            )
-        if asked and not getattr(module.stts, "warned", False):
-            module.stts.warned = True
-            logger.warning(
-                "STTS: %s, the default, is for loops with a stts_slowfast.Schedule: without one a "
-                "trained backbone learns from the first step (as with freeze_backbone_epochs=0)",
-                said,
-            )

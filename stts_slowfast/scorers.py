@@ -1,12 +1,14 @@
-"""What gives a frame or a window its score: learned, uniform, random or change."""
+"""Scorers of frames and windows: learned, uniform, random and change."""
+
+from typing import Any
 
 import torch
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# What STTS.TIME.SCORER and STTS.SPACE.SCORER name: functions of ("TIME" or "SPACE", channels of a
-# token) that make a scorer, a module called as
+# By the names of STTS.TIME.SCORER and STTS.SPACE.SCORER: functions of ("TIME" or "SPACE", channels
+# of a token) that make a scorer, a module called as
 #   frame scorer:  (grid (B, T, H, W, C), keep) -> (B, T), where keep is the number of frames kept;
 #   window scorer: (grid (B, T, H, W, C), window, stride) -> (B*T, rows * columns), one score per
 #                  window position, row by row; window and stride are (height, width) in tokens.
@@ -17,8 +19,8 @@ SCORERS = Registry("SCORERS")
 class ScoreNetwork(nn.Module):
     """The paper's lightweight scorer of tokens (arXiv 2111.11591, section 3.2).
 
-    LayerNorm, Linear, GELU; half of the channels then gives way to its mean over the tokens, so
-    that each token is judged beside the others; three more linear layers give the score.
+    LayerNorm, Linear, GELU; half of the channels is then replaced by its mean over the tokens, so
+    that each score depends on all tokens; three more linear layers give the score.
 
     Args:
         width: channels of a token, a multiple of 4.
@@ -43,14 +45,15 @@ class ScoreNetwork(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores ``(N, n)`` in float32 of tokens ``(N, n, width)``."""
-        x = self.embed(tokens.to(self.embed[0].weight.dtype))  # the others may be quantised
+        norm: Any = self.embed[0]
+        x = self.embed(tokens.to(norm.weight.dtype))  # linear layers may be quantised
         own, shared = x.chunk(2, dim=2)
         x = torch.cat([own, shared.mean(dim=1, keepdim=True).expand_as(own)], dim=2)
         return self.score(x).squeeze(2).float()
 
 
 class LearnedFrameScorer(nn.Module):
-    """A frame's descriptor is the mean and the maximum over its tokens; a network scores it.
+    """A network scores each frame's descriptor, the mean and the maximum over its tokens.
 
     Args:
         channels: channels of a token.
@@ -67,7 +70,7 @@ class LearnedFrameScorer(nn.Module):
 
 
 class UniformFrameScorer(nn.Module):
-    """Marks evenly spaced frames, each in the middle of its share of the clip."""
+    """Scores evenly spaced frames 1, each in the middle of an equal part of the clip; others 0."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -81,7 +84,7 @@ class UniformFrameScorer(nn.Module):
 
 
 class RandomFrameScorer(nn.Module):
-    """Draws every frame's score, also in evaluation."""
+    """Samples every frame's score, also in evaluation."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -91,7 +94,7 @@ class RandomFrameScorer(nn.Module):
 
 
 class LearnedWindowScorer(nn.Module):
-    """A network scores every token of a frame; a window's score is the mean of its tokens'.
+    """A network scores every token of a frame; a window's score is the mean over its tokens.
 
     Args:
         channels: channels of a token.
@@ -109,7 +112,7 @@ class LearnedWindowScorer(nn.Module):
 
 
 class UniformWindowScorer(nn.Module):
-    """Scores a window by how near it is to the middle of the frame; of two, the upper left one."""
+    """Scores a window by its nearness to the middle of the frame; of two, the upper left wins."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -120,7 +123,7 @@ class UniformWindowScorer(nn.Module):
             first = torch.arange(0, size - side + 1, step, device=grid.device)
             middle = (size - side) / 2
             distance = (first - middle).abs()
-            if (size - side) % step == 0 and (size - side) // step % 2:  # two are as near
+            if (size - side) % step == 0 and (size - side) // step % 2:  # two are equally near
                 distance = distance + 0.25 * (first > middle)
             distances.append(distance)
         scores = -(distances[0][:, None] + distances[1]).flatten()
@@ -128,7 +131,7 @@ class UniformWindowScorer(nn.Module):
 
 
 class RandomWindowScorer(nn.Module):
-    """Draws every window's score, also in evaluation."""
+    """Samples every window's score, also in evaluation."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -142,12 +145,13 @@ class RandomWindowScorer(nn.Module):
 
 
 def frame_difference(grid: Tensor) -> Tensor:
-    """How much each token differs from the one at its place a frame before: ``(B, T-1, H, W)``."""
+    """Mean squared difference of each token from the same position one frame before:
+    ``(B, T-1, H, W)``."""
     return (grid[:, 1:] - grid[:, :-1]).float().square().mean(dim=4)
 
 
 class FrameDifferenceScorer(nn.Module):
-    """Scores a frame by how much it differs from the one before; all of the first one is new."""
+    """Scores a frame by its difference from the one before; the first as the highest of them."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -160,9 +164,9 @@ class FrameDifferenceScorer(nn.Module):
 
 
 class WindowDifferenceScorer(nn.Module):
-    """Scores a window by how much it differs from itself a frame before.
+    """Scores a window by its difference from the same window one frame before.
 
-    In the first frame, by how much it will have changed a frame later.
+    In the first frame, from the same window one frame later.
     """
 
     def __init__(self, channels: int):

@@ -1,7 +1,8 @@
-"""Top-K selection: hard, and as two soft operators that gradients pass through."""
+"""Top-K selection: hard, and as two differentiable operators."""
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from fvcore.common.registry import Registry
@@ -12,21 +13,21 @@ from torch.nn import functional as F
 from stts_slowfast.configfiles.values import check_choice
 from stts_slowfast.constants import sized_constant
 
-# PyTorch before 2.7 does not tell, and exports as it compiles.
+# PyTorch before 2.7 does not tell export from compilation.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
-# What STTS.OPERATOR names: functions of (scores (B, d), k, sigma, num_samples, gradient) that give
-# float32 indicators (B, k, d), whose rows sum to 1 and are one-hot where sigma is 0.
+# By the names of STTS.OPERATOR: functions of (scores (B, d), k, sigma, num_samples, gradient) that
+# return float32 indicators (B, k, d), whose rows sum to 1 and are one-hot if sigma is 0.
 OPERATORS = Registry("OPERATORS")
 
 GRADIENTS = ("exact", "diagonal")
 
-# Below this noise level the smoothed operator cannot be told from the hard one, and 1 / sigma in
-# its gradient would only blow up rounding errors.
+# Below this noise level the smoothed operator equals the hard one, and 1 / sigma in its gradient
+# would only amplify rounding errors.
 SMALLEST_SIGMA = 1e-4
 
-# What infinite scores count as on a device, where nobody looks: divided by the smallest sigma and
-# added up it is still far from what stands for the logarithm of 0.
+# Infinite scores are clamped to it on a device, where they are not checked: divided by the smallest
+# sigma and summed, it does not overflow.
 _LARGEST = 1e6
 
 NOT_FINITE = "scores hold NaN or infinity: look for an overflow before (loss scale, learning rate)"
@@ -35,8 +36,8 @@ NOT_FINITE = "scores hold NaN or infinity: look for an overflow before (loss sca
 def hard_topk(scores: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest scores of each row, in ascending order.
 
-    Of equal scores the lower index wins, on every device: so scorers that do not learn, whose
-    scores may tie, keep the same everywhere.
+    Of equal scores the lower index wins, on every device, so that scorers whose scores may tie
+    (``uniform``) keep the same everywhere.
 
     Args:
         scores: ``(B, d)``, any floating dtype.
@@ -47,7 +48,7 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
 
     Raises:
         ValueError: if ``scores`` is not 2-D, ``k`` is out of range, or a score is NaN or infinite
-            (checked on a CPU only: on a device that would wait for it; see
+            (checked on a CPU only, since a check waits for the device; see
             ``Selector.check_finite``).
     """
     _check(scores, k)
@@ -60,12 +61,12 @@ def hard_topk(scores: Tensor, k: int) -> Tensor:
 
 
 def _topk_by_rank(scores: Tensor, k: int) -> Tensor:
-    """As ``hard_topk``, without a stable sort, which ONNX does not have."""
-    places = torch.arange(scores.shape[1], device=scores.device)
-    mine, other = scores[:, :, None], scores[:, None]
-    before = (other > mine) | ((other == mine) & (places < places[:, None]))
-    early = torch.where(before.sum(dim=2) < k, -places, -scores.shape[1])
-    return early.topk(k, dim=1).indices
+    """:func:`hard_topk` without a stable sort, which ONNX does not have."""
+    indices = torch.arange(scores.shape[1], device=scores.device)
+    own, other = scores[:, :, None], scores[:, None]
+    is_before = (other > own) | ((other == own) & (indices < indices[:, None]))
+    order = torch.where(is_before.sum(dim=2) < k, -indices, -scores.shape[1])
+    return order.topk(k, dim=1).indices
 
 
 def perturbed_topk(
@@ -85,13 +86,13 @@ def perturbed_topk(
     Args:
         scores: ``(B, d)``, any floating dtype; meaningful sigmas suppose a range of about 0 to 1.
         k: how many to keep, ``1 <= k <= d``.
-        num_samples: perturbations drawn per row; ignored where ``noise`` is given.
+        num_samples: perturbations sampled per row; ignored if ``noise`` is given.
         sigma: standard deviation of the noise, a number or a 0-dim tensor. At or below
             ``SMALLEST_SIGMA`` selection is hard and the gradient is zero.
         gradient: ``"exact"``, the score-function estimate ``E[(<g, Y_z> - mean) Z] / sigma`` with
-            the sample mean as baseline; or ``"diagonal"``, which keeps the diagonal of the
-            Jacobian alone, as the STTS authors' code does (github.com/wangjk666/STTS).
-        noise: ``(B, num_samples, d)`` standard normal samples to use instead of drawing them.
+            the sample mean as baseline; or ``"diagonal"``, only the diagonal of the Jacobian, as
+            in the STTS authors' code (github.com/wangjk666/STTS).
+        noise: ``(B, num_samples, d)`` standard normal samples to use instead of new ones.
 
     Returns:
         float32 ``(B, k, d)`` indicators; every row sums to 1.
@@ -103,7 +104,7 @@ def perturbed_topk(
     hard = _one_hot_topk(scores, k)
     check_choice("gradient", gradient, GRADIENTS)
     if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}: draw at least one")
+        raise ValueError(f"num_samples is {num_samples}: it must be at least 1")
     with autocast_disabled(scores):
         scores = scores.float()
         if noise is None:
@@ -134,17 +135,17 @@ def subset(
 
     A subset ``S`` of ``k`` entries has the probability ``p(S) ~ exp(sum of its scores / sigma)``
     (conditional Bernoulli sampling; Chen, Dempster and Liu, Biometrika 81(3), 1994). Row ``i``,
-    column ``j`` is the probability that the i-th kept entry is ``j``. For ``k`` 1 it is a softmax;
-    how it is computed for more is in :class:`_SubsetTopK`. It takes the same number of operations
-    whatever ``d`` and ``k``, ``O(B d (d + k))`` memory in float64, and its gradient is analytic.
+    column ``j`` is the probability that the i-th kept entry is ``j``. For ``k`` 1 it is a softmax,
+    for more see :class:`_SubsetTopK`: a number of operations independent of ``d`` and ``k``,
+    ``O(B d (d + k))`` memory in float64, an analytic gradient.
 
     Args:
         scores: ``(B, d)``, any floating dtype.
         k: how many to keep, ``1 <= k <= d``.
         sigma: temperature, a number or a 0-dim tensor. At or below ``SMALLEST_SIGMA`` selection is
             hard and the gradient is zero.
-        num_samples: nothing is sampled.
-        gradient: it is exact.
+        num_samples: ignored, since nothing is sampled.
+        gradient: ignored, since it is exact.
 
     Returns:
         float32 ``(B, k, d)`` indicators; every row sums to 1.
@@ -171,22 +172,22 @@ def _one_hot_topk(scores: Tensor, k: int) -> Tensor:
 
 
 class _SubsetTopK(torch.autograd.Function):
-    """Exact indicators of subsets, by Fourier transforms of how many entries are kept before each.
+    """Exact indicators of subsets, by Fourier transforms of the number of entries kept before each.
 
-    Given that ``k`` entries are kept in all, the subset does not change if each entry is kept by
-    itself with probability ``p_j = sigmoid(score_j / sigma - tilt)``, for any ``tilt``; so
-    ``y_ij ~ P(i of those before j) p_j P(k-1-i of those after j)``. The number kept of several
-    entries has the characteristic function ``prod(1 + p (z - 1))`` on the unit circle; an odd
-    number of points has no ``z = -1``, where a factor could vanish. The tilt makes ``k`` likely,
-    so that rounding errors, which are absolute, stay at 1e-14 of the result.
+    Given that ``k`` entries are kept in all, the distribution of the subset is the same if each
+    entry is kept independently with probability ``p_j = sigmoid(score_j / sigma - tilt)``, for any
+    ``tilt``; so ``y_ij ~ P(i of those before j) p_j P(k-1-i of those after j)``. The number of kept
+    entries among several has the characteristic function ``prod(1 + p (z - 1))`` on the unit
+    circle; an odd number of points avoids ``z = -1``, at which a factor could vanish. The tilt
+    makes ``k`` likely, so that rounding errors, which are absolute, stay at 1e-14 of the result.
     """
 
     @staticmethod
-    def forward(ctx, scores, sigma, k):
+    def forward(ctx: Any, scores: Tensor, sigma: Tensor, k: int) -> Tensor:
         d = scores.shape[1]
         soft_enough = sigma > SMALLEST_SIGMA
         sigma = torch.where(soft_enough, sigma, 1.0)
-        logits = scores.clamp(-_LARGEST, _LARGEST) / sigma  # of infinite scores on a device
+        logits = scores.clamp(-_LARGEST, _LARGEST) / sigma  # infinite on a device
         spokes, basis, conjugate, tilts, columns = _fourier(logits, d, k)
         order = logits.sort(dim=1, descending=True, stable=True)  # as hard_topk orders
         hard = order.indices[:, :k].sort(dim=1).values
@@ -207,7 +208,7 @@ class _SubsetTopK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         kept, factors, products, before, after, soft, total, sigma, soft_enough = ctx.saved_tensors
         spokes, conjugate = ctx.constants
         grad = grad_output.transpose(1, 2)  # (B, d, k)
@@ -229,7 +230,7 @@ class _SubsetTopK(torch.autograd.Function):
 def _tilt(logits: Tensor, top: Tensor, k: int, tilts: Tensor) -> Tensor:
     """The candidate ``(B, 1)`` at which ``k`` of a row's entries are kept on average, or nearly.
 
-    The true one is within ``log(d) + 1`` of the k-th or the next largest logit, or anywhere
+    The exact tilt is within ``log(d) + 1`` of the k-th or the next largest logit, or anywhere
     between the two if they are far apart: ``tilts`` ``(3, n)`` weighs both and adds a step.
     """
     nearest = top[:, k - 1 :] if k < logits.shape[1] else top[:, -1:].expand(-1, 2)
@@ -239,8 +240,8 @@ def _tilt(logits: Tensor, top: Tensor, k: int, tilts: Tensor) -> Tensor:
 
 
 @sized_constant
-def _fourier(d: int, k: int, *, dtype, device) -> tuple[Tensor, ...]:
-    """What :class:`_SubsetTopK` computes with.
+def _fourier(d: int, k: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """The constants of :class:`_SubsetTopK`.
 
     Returns:
         ``z - 1`` at the ``P`` points, ``(P,)`` complex; the transform ``(2P, k)`` from products,
@@ -252,7 +253,7 @@ def _fourier(d: int, k: int, *, dtype, device) -> tuple[Tensor, ...]:
     angles = points * (2 * math.pi / (2 * count + 1))
     spokes = torch.polar(torch.ones_like(angles), angles) - 1
     turns = angles[:, None] * torch.arange(k, dtype=dtype, device=device)
-    # Points come in conjugate pairs, of which one is computed.
+    # Points come in conjugate pairs, of which only one is computed.
     weights = (2 - (points == 0).to(dtype)) / (2 * count + 1)
     basis = torch.stack([turns.cos(), turns.sin()], dim=1) * weights[:, None, None]  # (P, 2, k)
     signs = torch.stack([torch.ones_like(weights), -torch.ones_like(weights)], dim=1)
@@ -265,52 +266,55 @@ def _fourier(d: int, k: int, *, dtype, device) -> tuple[Tensor, ...]:
     return spokes, basis.flatten(0, 1), conjugate, torch.cat([both, middle], dim=1), columns
 
 
-def autocast_disabled(tensor: Tensor):
-    """A context that switches autocast off on the device of ``tensor``."""
+def autocast_disabled(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context that disables autocast on the device of ``tensor``."""
     if tensor.is_meta:  # has no autocast
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 class _PerturbedTopK(torch.autograd.Function):
-    """Keeps the noise and, of every sample, only the indices: memory is O(n (k + d)) a row."""
+    """The perturbed maximum; it stores the noise and the kept indices of every sample:
+    O(n (k + d)) memory per row."""
 
     @staticmethod
-    def forward(ctx, scores, noise, sigma, k, gradient):
+    def forward(
+        ctx: Any, scores: Tensor, noise: Tensor, sigma: Tensor, k: int, gradient: str
+    ) -> Tensor:
         batch, num_samples, d = noise.shape
         noise_level = torch.where(sigma > SMALLEST_SIGMA, sigma, 0.0)
         perturbed = torch.addcmul(scores[:, None], noise, noise_level)  # (B, n, d)
         if k == 1:
-            places = perturbed.argmax(dim=2)  # (B, n)
+            flat_indices = perturbed.argmax(dim=2)  # (B, n)
         else:
             # The rank of a kept entry is the number of kept entries before it: counting them is
-            # several times faster than sorting the indices. Entry (i, j) lies at i * d + j.
+            # several times faster than sorting the indices. Entry (i, j) is at i * d + j.
             kept = perturbed.topk(k, dim=2, sorted=False).indices  # (B, n, k)
             del perturbed
             marks = torch.zeros_like(noise, dtype=torch.uint8).scatter_(2, kept, 1)
             ranks = marks.cumsum(2, dtype=torch.int32).gather(2, kept)  # 1..k
-            places = kept.add_(ranks.sub_(1), alpha=d).flatten(1)  # (B, n*k)
-        # Ones add up to the same in any order.
-        ones = scores.new_ones(()).expand(places.shape)
-        indicators = scores.new_zeros(batch, k * d).scatter_add_(1, places, ones)
-        ctx.save_for_backward(noise, sigma, places)
+            flat_indices = kept.add_(ranks.sub_(1), alpha=d).flatten(1)  # (B, n*k)
+        # A sum of ones is exact in any order.
+        ones = scores.new_ones(()).expand(flat_indices.shape)
+        indicators = scores.new_zeros(batch, k * d).scatter_add_(1, flat_indices, ones)
+        ctx.save_for_backward(noise, sigma, flat_indices)
         ctx.gradient = gradient
         return indicators.div_(num_samples).view(batch, k, d)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
-        noise, sigma, places = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        noise, sigma, flat_indices = ctx.saved_tensors
         _, num_samples, d = noise.shape
-        marked = grad_output.flatten(1).gather(1, places)  # (B, n*k)
+        marked = grad_output.flatten(1).gather(1, flat_indices)  # (B, n*k)
         if ctx.gradient == "exact":
             weights = marked.unflatten(1, (num_samples, -1)).sum(dim=2)  # (B, n) = <g, Y_z>
             weights = weights - weights.mean(dim=1, keepdim=True)
             grad = torch.bmm(weights[:, None], noise).squeeze(1)  # (B, d)
         else:
-            # A sample keeps an entry once at most, so nothing is added up in a scatter, whose order
-            # on a GPU is that of its threads: the gradient is the same bits in every run.
-            columns = places.remainder(d).unflatten(1, (num_samples, -1))  # (B, n, k)
+            # A sample keeps an entry at most once, so the scatter sums nothing (on a GPU the order
+            # of threads would change a sum): the gradient is bit-equal in every run.
+            columns = flat_indices.remainder(d).unflatten(1, (num_samples, -1))  # (B, n, k)
             marked = marked.view_as(columns)
             grad = torch.zeros_like(noise).scatter_(2, columns, marked).mul_(noise).sum(dim=1)
         scale = torch.where(sigma > SMALLEST_SIGMA, 1.0 / (num_samples * sigma), 0.0)
@@ -329,5 +333,5 @@ def _check(scores: Tensor, k: int) -> None:
 
 
 def is_cpu(tensor: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device."""
+    """Whether values can be read without waiting for a device."""
     return tensor.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Looks at what a model keeps of a clip, and draws it as film strip."""
+"""Film strips: the frames and windows of a clip that a model keeps, as a figure."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,19 +17,19 @@ from stts_slowfast.selectors import TemporalSelector
 Window = tuple[float, float, float, float]
 FULL_FRAME: Window = (0.0, 0.0, 1.0, 1.0)
 Classify = Callable[[Tensor], Tensor]
-TOP = 3  # classes that are named
+TOP_CLASSES = 3  # in a title
 
 
 @dataclass
 class FilmStripRow:
-    """A row of the picture.
+    """A row of the figure.
 
     Attributes:
-        title: what stands above it.
+        title: text above it.
         frames: (T, H, W, 3) uint8, one picture for each frame of tokens.
-        kept: the frames that all selectors kept, and of each the window that went on.
-        marked: frames to point at, such as those that show the class.
-        scores: of the frames, in 0..1, where frames were scored.
+        kept: the frames that all selectors kept, with the kept window of each.
+        marked: frames to mark, such as those that show the class.
+        scores: of the frames, in 0..1, if frames were scored.
     """
 
     title: str
@@ -41,8 +41,8 @@ class FilmStripRow:
 
 @dataclass
 class Inspection:
-    """What a model makes of a clip: probabilities (classes,), kept frames and windows, and the
-    frames' scores in 0..1 where it scores them."""
+    """A model's output for a clip: probabilities (classes,), kept frames and windows, and the
+    frames' scores in 0..1 if it scores them."""
 
     probs: Tensor
     kept: dict[int, Window]
@@ -56,8 +56,8 @@ def inspect_clip(
     """Runs a model, in evaluation, on a clip (3, T, H, W).
 
     Args:
-        classify: gives probabilities (1, classes) for clips (1, 3, T, H, W); softmax of the logits
-            by default.
+        classify: from clips (1, 3, T, H, W) to probabilities (1, classes); by default the softmax
+            of the logits.
     """
     clips = clip[None].to(next(model.parameters()).device)
     model.eval()
@@ -72,17 +72,17 @@ def inspect_clip(
 
 @contextmanager
 def _frame_scores(model: nn.Module) -> Iterator[list[list[float]]]:
-    """While it is open, collects what the first selector of frames gives the frames of a clip."""
-    scores = []
+    """Collects the scores of a clip's frames from the first selector of frames."""
+    scores: list[list[float]] = []
     first = next((m for m in model.modules() if isinstance(m, TemporalSelector)), None)
     if first is None:
         yield scores
         return
 
-    def remember(scorer, args, output):
+    def record(scorer, args, output):
         scores.append(minmax_normalize(output.float())[0].tolist())
 
-    handle = first.scorer.register_forward_hook(remember)
+    handle = first.scorer.register_forward_hook(record)
     try:
         yield scores
     finally:
@@ -94,17 +94,17 @@ def make_film_strip_row(
 ) -> FilmStripRow:
     """The row of a clip (3, T, H, W)."""
     num_frames = backbones.block_grids(cfg)[0][0]
-    # The picture of a frame of tokens is the middle one of the frames of pixels that it is of.
+    # A frame of tokens is shown by the middle one of its frames of pixels.
     middles = (torch.arange(num_frames) * 2 + 1) * clip.shape[1] // (2 * num_frames)
     return FilmStripRow(title, to_pictures(cfg, clip[:, middles]), what.kept, marked, what.scores)
 
 
 def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> dict[int, Window]:
-    """What is left of a clip after all selectors: frame -> window.
+    """The frames of a clip that all selectors keep, with the kept window of each.
 
     Args:
-        kept: what ``selections(model)`` returns.
-        item: the clip of the batch.
+        kept: from ``selections(model)``.
+        item: index of the clip in the batch.
     """
     grids = backbones.block_grids(cfg)
     regions = dict.fromkeys(range(grids[0][0]), FULL_FRAME)
@@ -122,7 +122,7 @@ def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> dict[int, Windo
 
 
 def _inside(region: Window, window: Sequence[int], height: int, width: int) -> Window:
-    """The part of ``region`` that a window, in tokens of a height x width grid, takes of it."""
+    """The part of ``region`` in a window, given in tokens of a height x width grid of it."""
     top, left, full_height, full_width = region
     return (
         top + full_height * window[0] / height,
@@ -141,8 +141,8 @@ def to_pictures(cfg, clip: Tensor) -> Tensor:
 
 
 def predicted(probs: Tensor, names: Sequence[str] | None) -> str:
-    """The most probable classes in words."""
-    best = probs.topk(min(TOP, len(probs)))
+    """The most probable classes as text."""
+    best = probs.topk(min(TOP_CLASSES, len(probs)))
     return ", ".join(
         f"{names[number] if names else f'class {number}'} {share:.0%}"
         for share, number in zip(best.values.tolist(), best.indices.tolist())
@@ -153,8 +153,8 @@ def predicted(probs: Tensor, names: Sequence[str] | None) -> str:
 
 
 def draw(strips: Sequence[FilmStripRow]):
-    """The picture, a matplotlib ``Figure``: kept frames framed in green with their window, dropped
-    ones dim."""
+    """The matplotlib ``Figure``: kept frames with a green border and their window, dropped ones
+    dim."""
     from matplotlib.figure import Figure
 
     columns = max(len(strip.frames) for strip in strips)
@@ -174,7 +174,7 @@ def draw(strips: Sequence[FilmStripRow]):
                     bar.barh(0, 1, color="0.9")
                     bar.barh(0, strip.scores[number], color="tab:blue")
                     bar.set_xlim(0, 1)
-    legend = "green: frame kept (dim: dropped)     red: window that went on"
+    legend = "green: frame kept (dim: dropped)     red: window kept"
     if any(strip.scores is not None for strip in strips):
         legend += "     blue: score of the frame"
     if any(strip.marked for strip in strips):
@@ -201,7 +201,7 @@ def _draw_frame(axis, strip: FilmStripRow, number: int) -> None:
 
 
 def _printable(text: str) -> str:
-    """Without line breaks and bytes that are no text, which file names may hold."""
+    """Text without line breaks and invalid bytes, which file names may have."""
     text = text.encode(errors="replace").decode()
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
@@ -209,7 +209,7 @@ def _printable(text: str) -> str:
 def film_strip_figure(
     cfg, model: nn.Module, clips: Sequence[Tensor], classify: Classify | None = None
 ):
-    """The picture of some clips (3, T, H, W) of a validation, for TensorBoard."""
+    """The figure of validation clips (3, T, H, W), for TensorBoard."""
     strips = []
     for clip in clips:
         seen = inspect_clip(cfg, model, clip, classify)

@@ -71,7 +71,7 @@ MUTATIONS = {
         "standalone/predictions.py",
         "if bool(logits.isfinite().all()):",
         "if True:",
-        "tests/standalone/test_evaluator.py -k no_numbers",
+        "tests/standalone/test_evaluator.py -k not_finite",
     ),
     "unreadable-videos-in-a-study": Mutation(
         "tools/study/evaluate.py",
@@ -92,15 +92,15 @@ MUTATIONS = {
         "tests/tools/study/test_command.py -k once",
     ),
     "budgets-never-shrink": Mutation(
-        "schedule.py",
-        "module.set_budget(draw, budget_widening(fraction, module.shrink, seed, between))",
-        "module.set_budget(draw)",
+        "annealing.py",
+        "(sample, budget_widening(fraction, selector.shrink, seed, intermediate))",
+        "(sample)",
         "tests/test_schedule.py -k shrink",
     ),
     "budgets-shrink-one-after-the-other": Mutation(
-        "schedule.py",
-        ".randint(0, widest)",
-        ".randint(widest, widest)",
+        "annealing.py",
+        ".randint(0, upper)",
+        ".randint(upper, upper)",
         "tests/test_schedule.py -k shrink",
     ),
     "lessons-of-a-clip-that-is-not-normalised": Mutation(
@@ -172,8 +172,8 @@ MUTATIONS = {
     ),
     "windows-shrink-by-tokens": Mutation(
         "selectors.py",
-        "self.step = max(stride, 1)",
-        "self.step = 1",
+        "self.size_multiple = max(stride, 1)",
+        "self.size_multiple = 1",
         "tests/test_schedule.py -k shrink",
     ),
     "seed-without-epoch": Mutation(
@@ -258,13 +258,13 @@ MUTATIONS = {
         "standalone/signals.py",
         "        if not over:",
         "        if False:",
-        f"{STOPS} -k does_not_listen",
+        f"{STOPS} -k reads_no_signal",
     ),
     "nothing-to-save-is-waited-for": Mutation(
         "standalone/signals.py",
         "if not over and self.deferred:",
         "if not over:",
-        f"{STOPS} -k does_not_listen",
+        f"{STOPS} -k reads_no_signal",
     ),
     "a-hung-read-keeps-a-run": Mutation(
         "standalone/signals.py",
@@ -294,12 +294,12 @@ MUTATIONS = {
         "standalone/signals.py",
         "return error.__context__ and worker_death_error(error.__context__)",
         "return None",
-        f"{STOPS} -k lost_reader",
+        f"{STOPS} -k lost_worker",
     ),
     "signals-lost-while-processes-start": Mutation(
         "standalone/launch.py",
-        "if relay.number:  # it came",
-        "if False:  # it came",
+        "if (lost or signals.number) and not terminated:",
+        "if lost and not terminated:",
         f"{STOPS} -k reaches_them",
     ),
     "orphans-go-on": Mutation(
@@ -361,12 +361,12 @@ MUTATIONS = {
         "hosts/token_sequence.py",
         "entries = entries.repeat_interleave(frames) * all_frames + first",
         "entries = entries.repeat_interleave(frames) * all_frames",
-        "tests/hosts/test_masks.py -k goes_with_its_frame",
+        "tests/hosts/test_masks.py -k is_selected_with_its_frame",
     ),
     "rotary-positions-of-the-first-patches": Mutation(
         "hosts/timm_eva.py",
-        "places[:, self.prefix :] - self.prefix",
-        "(places * 0 + places[:1])[:, self.prefix :] - self.prefix",
+        "indices[:, self.prefix :] - self.prefix",
+        "(indices * 0 + indices[:1])[:, self.prefix :] - self.prefix",
         "tests/hosts/test_timm_eva.py -k positions",
     ),
     "frames-of-a-pack-that-see-one-another": Mutation(
@@ -571,7 +571,7 @@ MUTATIONS = {
         "standalone/data.py",
         "limit = self.cfg.DATA.MAX_BAD_SHARE",
         "limit = 1.0",
-        "tests/standalone/test_data.py -k goes_on_up_to_the_share",
+        "tests/standalone/test_data.py -k continues_up_to_the_share",
     ),
     "keys-given-twice": Mutation(
         "configfiles/files.py",
@@ -583,7 +583,7 @@ MUTATIONS = {
         "standalone/checkpointing.py",
         "            if strict:",
         "            if True:",
-        f"{STOPS} -k damaged",
+        f"{STOPS} -k corrupt",
     ),
 }
 

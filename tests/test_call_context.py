@@ -18,7 +18,7 @@ from stts_slowfast.hooks import attach, selections
 
 
 class Block(nn.Module):
-    """Needs to be told where its tokens come from."""
+    """Needs the positions of its tokens."""
 
     def __init__(self):
         super().__init__()
@@ -65,10 +65,10 @@ class PlacesHost(hosts.Host):
     def call_grid(self, model, args, kwargs):
         return Grid((args[0].shape[1], 4, 4))
 
-    def read(self, args, kwargs, thw):
+    def unpack(self, args, kwargs, thw):
         return hosts.Tokens(args[0].unflatten(1, tuple(thw)), thw)
 
-    def write(self, tokens, args, kwargs):
+    def pack(self, tokens, args, kwargs):
         return (tokens.grid.flatten(1, 3),), kwargs
 
     def adapt_call(self, block, thw, args, kwargs):
@@ -175,7 +175,7 @@ def test_they_do_in_another_thread_too(model):
         assert torch.equal(gradient, plain[name]), name
 
 
-def test_tokens_in_other_memory_are_refused_behind_a_selection(model):
+def test_tokens_in_other_memory_are_refused_after_a_selection(model):
     def casting(blocks, x):
         for block in blocks:
             x = checkpoint(lambda y, block=block: block(again(y)), x, use_reentrant=False)
@@ -226,7 +226,7 @@ def test_a_model_that_calls_itself_in_the_middle(model):
 
 
 @torch.no_grad()
-def test_a_pass_that_fails_leaves_nothing_behind(model):
+def test_a_failed_pass_leaves_no_open_call(model):
     model.eval()
     expected = model(clips(4))
 
@@ -317,7 +317,7 @@ def test_records_of_what_is_gone_are_dropped():
     calls = Calls()
     calls.start(Grid((1, 1, 1)))
     for _ in range(3 * MANY_RECORDS):
-        calls.arrive(0, nn.Identity(), (torch.zeros(1),), {}, False)
+        calls.arrive(0, nn.Identity(), torch.zeros(1), False)
     assert len(calls._records) <= MANY_RECORDS
 
 

@@ -39,7 +39,7 @@ def load(name, *opts):
 
 
 def expected_steps(name):
-    """Frames, or the window's side, before and after each selector, as the file's name says."""
+    """Frames, or the window's side, before and after each selector, as in the file's name."""
     keep = re.search(r"T0_(0\.\d)", name).group(1)
     if "SWIN" in name:
         return {"time_0": (16, 8 if name in RECOMMENDED else SWIN_FRAMES[keep])}
@@ -64,7 +64,7 @@ def test_the_papers_recipe_is_whole(name):
     assert frozen == (0.0 if "SWIN" in name else 3.0)
 
 
-# What a family needs beside the defaults; docs/recipes.md says why.
+# What a family needs beside the defaults; docs/recipes.md has the reasons.
 BESIDE_DEFAULTS = {
     "TIMESFORMER": {"SPACE.SHARED": True, "FREEZE_BACKBONE_EPOCHS": 0.0},
     "SWIN": {"TIME.KEEP": [0.5], "SPACE.BLOCKS": []},
@@ -94,7 +94,7 @@ def test_there_is_a_file_for_every_published_row_and_one_recommended_for_every_f
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_selectors_keep_what_the_name_says(name):
+def test_selectors_keep_what_the_name_promises(name):
     cfg = load(name)
     steps = selection_plan(cfg.STTS, backbones.block_grids(cfg))
     sizes = {
@@ -219,7 +219,7 @@ def test_one_training_step_and_one_test_step(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_is_whole(name):
-    """What a run reads: where it starts, how long it goes, what it sees."""
+    """The keys for a run's start, length and data."""
     cfg = load(name)
     assert cfg.STTS.ENABLE and cfg.TRAIN.ENABLE and cfg.TEST.ENABLE
     assert cfg.TRAIN.CHECKPOINT_EPOCH_RESET, "a trained backbone is a start, not a run to resume"

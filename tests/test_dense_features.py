@@ -41,7 +41,7 @@ def marked(model, run):
 
 
 @torch.no_grad()
-def test_features_of_all_tokens_are_put_where_they_were(example, monkeypatch):
+def test_features_of_all_tokens_are_put_at_their_positions(example, monkeypatch):
     """Blocks that pass tokens on as they are: what comes out is a part of what went in."""
     model, clips, logits = example
     if model.__class__.__name__ == "MultiscaleVisionTransformers":
@@ -56,7 +56,7 @@ def test_features_of_all_tokens_are_put_where_they_were(example, monkeypatch):
     host, _ = resolve_host(model)
     places = stts.positions(model)
     dense = stts.scatter(out, model, fill=7.0)
-    whole = host.read((entered,), {}, Grid(dense.shape[1:4])).grid
+    whole = host.unpack((entered,), {}, Grid(dense.shape[1:4])).grid
     assert dense.shape == whole.shape
     flat, expected = dense.flatten(1, 3), whole.flatten(1, 3)
     left = torch.zeros(flat.shape[:2], dtype=torch.bool).scatter(1, places, True)
@@ -97,7 +97,7 @@ def test_hierarchical_models_count_in_the_grid_that_comes_out(name):
 @torch.no_grad()
 @pytest.mark.parametrize("make", [swin, mvit_v2])
 @pytest.mark.parametrize("traced", [False, True])
-def test_pooling_that_no_size_tells_is_refused(make, traced):
+def test_pooling_by_an_unknown_ratio_is_refused(make, traced):
     """Of a window of one token, one token is left: by how much the grid was pooled is not seen."""
     model, clips, _ = make()
     attach(model, space={0: 0.02}, fused_attention=False)
@@ -136,7 +136,7 @@ def test_a_model_that_has_not_run_has_no_positions():
 
 @torch.no_grad()
 @pytest.mark.parametrize("indices", [None, 2, [0, -1]])
-def test_maps_of_timm_have_the_sizes_that_are_left(indices):
+def test_maps_of_timm_have_the_sizes_of_kept_tokens(indices):
     model, clips, _ = timm_frames()
     images = clips.flatten(0, 1)
     attach(model, **SELECTION)
@@ -157,7 +157,7 @@ def test_maps_of_timm_have_the_sizes_that_are_left(indices):
     assert dictionary["image_intermediates"][-1].shape == maps[-1].shape
     with_prefix = model.forward_intermediates(
         images, indices, True, False, False, "NCHW", True
-    )  # all by place
+    )  # all by position
     assert with_prefix[-1][0].shape == maps[-1].shape and with_prefix[-1][1].shape == (4, 1, 24)
     tokens = model.forward_intermediates(images, indices, output_fmt="NLC", intermediates_only=True)
     assert tokens[-1].shape == (4, 9, 24)

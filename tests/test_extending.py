@@ -96,7 +96,7 @@ def test_an_example_is_short(name):
     assert len(lines) <= 30, len(lines)
 
 
-def test_examples_run_as_a_package_of_somebody_else(tmp_path):
+def test_examples_run_as_another_package(tmp_path):
     package, info = tmp_path / "theirs", tmp_path / "theirs-1.0.dist-info"
     package.mkdir()
     info.mkdir()

@@ -1,4 +1,4 @@
-"""The house has floors: imports only point down, and each room keeps to its own business."""
+"""The package has floors: imports only point down, and libraries stay in their modules."""
 
 import ast
 import re
@@ -8,10 +8,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stts_slowfast"
 FLOORS = [
-    # A node's check names the scorers that there are.
     {
+        "budgets",
         "call_context",
-        "config",
         "configfiles",
         "constants",
         "fx_tracing",
@@ -21,19 +20,13 @@ FLOORS = [
         "scorers",
         "topk",
         "video",
+        "windows",
     },
-    {"selector_state", "selectors", "window_sums"},
-    {"backbones", "hosts"},
-    {
-        "block_hooks",
-        "checkpoints",
-        "dense_features",
-        "fused",
-        "hooks",
-        "optimizer_groups",
-        "schedule",
-    },
-    {"visualization"},
+    {"config", "hosts"},
+    {"backbones", "fused"},
+    {"checkpoints", "selector_state", "selectors"},
+    {"block_hooks", "hooks"},
+    {"annealing", "dense_features", "optimizer_groups", "schedule", "visualization"},
     {"integrations", "pyslowfast", "standalone"},
     {"tools"},
 ]
@@ -123,13 +116,13 @@ def test_only_the_guest_names_what_is_slowfasts(path):
 
 @EVERY_FILE
 def test_only_hooks_puts_hooks_on_blocks(path):
-    # Pictures show scores; predictions look for the layer in which NaN comes up.
+    # Visualization reads scores; predictions find the layer whose output has NaN.
     if room(path) not in ("hooks", "visualization") and path.stem != "predictions":
         assert "register_forward" not in path.read_text()
 
 
 @EVERY_FILE
-def test_nobody_reads_what_a_selector_kept_last(path):
+def test_no_module_reads_what_a_selector_kept_last(path):
     """Where tokens come from travels with them; ``hooks.selections`` alone looks at the modules."""
     if room(path) in (
         "block_hooks",
@@ -142,10 +135,16 @@ def test_nobody_reads_what_a_selector_kept_last(path):
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
-            assert node.attr not in ("kept", "_nonfinite", "_nonfinite_host"), ast.unparse(node)
+            assert node.attr not in ("kept", "_nan_flag", "_nan_flag_host"), ast.unparse(node)
 
 
 @EVERY_FILE
 def test_a_host_is_short(path):
-    if room(path) == "hosts" and path.stem != "__init__":
-        assert len(path.read_text().splitlines()) <= 150
+    if room(path) == "hosts" and path.stem not in ("__init__", "host"):
+        assert len(path.read_text().splitlines()) <= 130
+
+
+@EVERY_FILE
+def test_no_file_of_the_core_is_long(path):
+    if path.parent == PACKAGE or room(path) == "hosts":
+        assert len(path.read_text().splitlines()) <= 350

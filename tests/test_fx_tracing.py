@@ -1,4 +1,4 @@
-"""torch.fx traces models with selectors where it traces the stock models."""
+"""torch.fx traces models with selectors if it traces the original models."""
 
 import copy
 import pickle

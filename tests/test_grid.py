@@ -53,7 +53,7 @@ def test_pooling_scales_windows_and_frames():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))])
-def test_copies_know_where_they_come_from(duplicate):
+def test_copies_keep_their_positions(duplicate):
     grid = duplicate(Grid((2, 4, 4), torch.tensor([[1, 3]]), torch.zeros(1, 2, 4)))
     assert type(grid) is Grid and grid == (2, 4, 4)
     assert grid.frames.tolist() == [[1, 3]] and grid.windows.shape == (1, 2, 4)
@@ -74,9 +74,9 @@ def test_positions_of_frames_windows_and_sets_compose():
     assert again.tokens.tolist() == [[35], [1]] and again.whole == (4, 3, 3)
     each = grid.keep_tokens(torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]]), frames=2)
     assert each == (2, 1, 2) and each.positions(2).tolist()[1] == [3, 4, 15, 16]
-    with pytest.raises(ValueError, match="select them before single tokens"):
+    with pytest.raises(ValueError, match="select frames and windows before single tokens"):
         few.keep_frames(torch.tensor([[0], [0]]))
-    with pytest.raises(ValueError, match="select them before single tokens"):
+    with pytest.raises(ValueError, match="select frames and windows before single tokens"):
         few.crop(rows([0, 0, 1, 1], [0, 0, 1, 1]), (1, 1))
     copy_of_it = pickle.loads(pickle.dumps(few))
     assert torch.equal(copy_of_it.tokens, few.tokens) and copy_of_it.whole == few.whole
@@ -85,7 +85,7 @@ def test_positions_of_frames_windows_and_sets_compose():
 def test_all_of_a_grid_may_be_selected():
     grid = Grid((2, 2, 2)).keep_frames(torch.tensor([[0, 1]]))
     assert grid.is_selected and grid.is_whole
-    assert Grid((2, 2, 2), torch.tensor([[0, 3]])).is_whole is False  # of what, nobody said
+    assert Grid((2, 2, 2), torch.tensor([[0, 3]])).is_whole is False  # the whole size is unknown
     pooled = Grid((8, 8, 8)).keep_frames(torch.arange(6)[None]).pooled((3, 4, 4))
     assert pooled.whole == (4, 4, 4) and not pooled.is_whole
 

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.video import mvit_v1_b, mvit_v2_s
 
 from stts_slowfast import backbones, hosts
+from stts_slowfast.annealing import update_schedule
 from stts_slowfast.config import add_stts_config
 from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import attach, detach, selections
-from stts_slowfast.schedule import update_schedule
 from stts_slowfast.standalone.model import build_model
 
 
@@ -101,7 +101,7 @@ def test_works_on_torchvisions_models_at_full_size(build):
 
 
 def test_golden_scores_and_indices_of_the_authors(golden, tiny_cfg):
-    """See tests/backbones/test_mvit.py for the outputs; here, what selections() says."""
+    """See tests/backbones/test_mvit.py for the outputs; here, for selections()."""
     from stts_slowfast.checkpoints import load_weights
 
     case = golden("official_stts_mvit")
@@ -207,7 +207,7 @@ def test_ddp_without_unused_parameters(model, clips, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         ddp = nn.parallel.DistributedDataParallel(model.train())
-        for _ in range(2):  # the second step raises where a parameter got no gradient
+        for _ in range(2):  # the second step raises if a parameter got no gradient
             ddp(clips).sum().backward()
         assert set(selections(ddp)) == {"time_0", "space_2"}
     finally:
@@ -258,7 +258,7 @@ def test_the_grid_travels_in_the_coordinates_of_the_clip(relative, clips):
 
 
 def test_one_model_in_two_threads(relative):
-    """Each thread's attention reads where its own tokens come from."""
+    """Each thread's attention reads the positions of its own tokens."""
     batches = [torch.randn(2, 3, 8, 32, 32) for _ in range(12)]
     with torch.no_grad():
         expected = [relative(batch) for batch in batches]
@@ -291,7 +291,7 @@ def fairscales_checkpoint(block, x, thw):
     "through", [torchs_checkpoint, reentrant_checkpoint, fairscales_checkpoint]
 )
 def test_two_passes_before_one_backward_under_checkpointing(relative, through):
-    """What is computed again has the noise and the places of its own pass, not of the last one."""
+    """Recomputed blocks have the noise and the positions of their own pass, not of the last one."""
     batches = [torch.randn(2, 3, 8, 32, 32) for _ in range(2)]
     grads = []
     for call in (lambda block, x, thw: block(x, thw), through):
@@ -327,7 +327,7 @@ def replicate(model):
 
 @pytest.mark.parametrize("which", ["model", "relative"])
 def test_replicas_of_data_parallel_use_their_own_selectors(which, request, clips):
-    """The hooks of a replica are the model's: its selectors lie on another device."""
+    """The hooks of a replica are the model's: its selectors are on another device."""
     model = request.getfixturevalue(which)
     expected = model(clips)
     replica = replicate(model)
@@ -424,10 +424,10 @@ class LayersHost(hosts.Host):
     def default_grid(self):
         return Grid(self.grid)
 
-    def read(self, args, kwargs, thw):
+    def unpack(self, args, kwargs, thw):
         return hosts.Tokens(args[0].unflatten(1, tuple(thw)), thw)
 
-    def write(self, tokens, args, kwargs):
+    def pack(self, tokens, args, kwargs):
         return (tokens.grid.flatten(1, 3),), kwargs
 
     def adapt_call(self, block, thw, args, kwargs):
@@ -463,17 +463,17 @@ def test_autocast_runs_in_training_and_evaluation(model, clips):
         assert torch.isfinite(out).all()
 
 
-def test_attach_twice_says_so(model, tiny_cfg):
+def test_attach_twice_is_refused(model, tiny_cfg):
     with pytest.raises(ValueError, match=r"has selectors already \(time_0, space_2\): call detach"):
         attach(model, tiny_cfg.STTS)
 
 
-def test_detach_without_selectors_says_so(plain):
+def test_detach_without_selectors_is_refused(plain):
     with pytest.raises(ValueError, match="has no selectors"):
         detach(plain)
 
 
-def test_selections_before_a_forward_say_so(model):
+def test_selections_before_a_forward_pass_are_refused(model):
     with pytest.raises(ValueError, match="run the model first"):
         selections(model)
 
@@ -491,7 +491,7 @@ def test_a_bad_node_leaves_the_model_as_it_was(plain, tiny_cfg):
 
 
 def test_a_width_no_scorer_can_have_leaves_the_model_as_it_was(tiny_cfg):
-    """Found when the second selector is made: the first must not stay behind."""
+    """Found when the second selector is made: the first must not remain."""
     model = AnyBlocks(0)
     model.blocks[2].norm = nn.LayerNorm(6)
     with pytest.raises(ValueError, match="6 is no multiple of 4"):
@@ -549,7 +549,7 @@ def test_every_key_of_the_node_is_an_argument(plain, tiny_cfg):
     "arguments, error, message",
     [
         ({"time": {9: 0.5}}, ValueError, "^time names block 9: the model's blocks are 0 to 3"),
-        ({"space": {2: 1.5}}, ValueError, r"^space holds 1.5: a share lies above 0"),
+        ({"space": {2: 1.5}}, ValueError, r"^space holds 1.5: a share is above 0"),
         ({"time": [0.5]}, ValueError, r"time is \[0.5\]: give shares by block, {4: 0.9}"),
         ({"time": {0: 0.5}, "time_scorer": "x"}, ValueError, "^time_scorer is 'x': use one of"),
         ({"time": {0: 0.5}, "sigma": -1}, ValueError, "^sigma is -1"),
@@ -580,7 +580,7 @@ def test_fusion_that_fails_leaves_the_model_as_it_was(plain, tiny_cfg, clips, mo
     assert not hasattr(plain, "stts") and torch.equal(plain(clips), before)
 
 
-def test_attention_that_could_be_fused_and_was_not_is_told(tiny_cfg, plain, caplog):
+def test_attention_that_could_be_fused_and_was_not_is_logged(tiny_cfg, plain, caplog):
     tiny_cfg.STTS.SPACE.BLOCKS = []
     attach(detach(attach(plain, tiny_cfg.STTS)), tiny_cfg.STTS)
     attach(AnyBlocks(0), tiny_cfg.STTS)  # has none that could be
@@ -611,7 +611,7 @@ def test_frames_then_windows_before_the_same_block(plain, tiny_cfg, clips):
     assert selections(model)["space_0"].shape == (2 * 2, 4)
 
 
-def test_random_selection_is_drawn_anew_in_evaluation(tiny_cfg, plain, clips):
+def test_random_selection_is_sampled_anew_in_evaluation(tiny_cfg, plain, clips):
     tiny_cfg.STTS.TIME.SCORER = tiny_cfg.STTS.SPACE.SCORER = "random"
     model = attach(plain, tiny_cfg.STTS)
     draws = set()

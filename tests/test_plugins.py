@@ -23,13 +23,13 @@ def hide(monkeypatch, package):
     monkeypatch.setattr(importlib, "import_module", import_module)
 
 
-def test_a_missing_package_is_told_with_the_line_to_type(monkeypatch):
+def test_a_missing_package_is_named_with_its_pip_line(monkeypatch):
     hide(monkeypatch, "safetensors")
     with pytest.raises(MissingPackageError, match=r"pip install 'stts-slowfast\[tools\]'"):
         require("safetensors.torch")
 
 
-def test_a_package_of_nobodys_is_python_to_tell():
+def test_other_missing_packages_raise_pythons_error():
     with pytest.raises(ModuleNotFoundError):
         require("no_such_package_at_all")
     assert require("json").dumps([]) == "[]"
@@ -62,7 +62,7 @@ def test_a_command_without_its_package_ends_in_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_every_command_says_what_it_misses(command):
+def test_every_command_names_the_missing_package(command):
     """A process in which none of the optional packages can be imported."""
     program = (
         "import sys\n"

@@ -35,7 +35,7 @@ few, many = settings(max_examples=30), settings(max_examples=100)
 
 
 def mostly(usual, *odd):
-    """Of ``usual``, but now and then something that nobody should write."""
+    """Of ``usual``, and sometimes an invalid value."""
     return st.integers(0, 24).flatmap(lambda n: usual if n else st.sampled_from(odd))
 
 
@@ -130,9 +130,9 @@ def ascending(draw, size):
 
 @many
 @given(data=st.data())
-def test_a_grid_says_where_its_tokens_come_from(data):
-    """However frames and windows are selected: told by coordinates that travel with the tokens."""
-    draw, batch = data.draw, data.sample(st.integers(1, 2))
+def test_a_grid_has_the_positions_of_its_tokens(data):
+    """For any selection of frames and windows, compared with coordinates among the channels."""
+    draw, batch = data.draw, data.draw(st.integers(1, 2))
     sizes = draw(st.tuples(*[st.integers(1, 6)] * 3))
     axes = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
     places = torch.stack(axes, dim=3).expand(batch, *sizes, 3)  # (B, T, H, W, 3)
@@ -172,7 +172,7 @@ def test_a_grid_says_where_its_tokens_come_from(data):
 
 @many
 @given(data=st.data())
-def test_a_pooled_grid_has_a_place_for_each_of_its_frames_and_windows(data):
+def test_a_pooled_grid_has_an_entry_for_each_of_its_frames_and_windows(data):
     draw = data.draw
     sizes = draw(st.tuples(*[st.integers(1, 20)] * 3))
     window = draw(st.integers(1, sizes[1])), draw(st.integers(1, sizes[2]))
@@ -213,12 +213,12 @@ blank = st.sampled_from(["", "", "\n", "  \n", "\n\n"])
 
 @many
 @given(data=st.data())
-def test_kinetics_lists_say_what_was_written(lists_cfg, tmp_path, data):
+def test_kinetics_lists_are_read_as_written(lists_cfg, tmp_path, data):
     separator = data.draw(st.sampled_from([" ", ",", ";", "|", "::", "é"]))
     entry = st.tuples(words(separator), st.integers(0, 9))
     entries = data.draw(st.lists(entry, max_size=6))
     ends = st.sampled_from(["\n", "\r\n", " \n"])
-    lines = [f"{data.draw(blank)}{p}{separator}{n}{data.sample(ends)}" for p, n in entries]
+    lines = [f"{data.draw(blank)}{p}{separator}{n}{data.draw(ends)}" for p, n in entries]
     (tmp_path / "val.csv").write_bytes("".join(lines).encode())
     lists_cfg.DATA.PATH_LABEL_SEPARATOR = separator
     videos = list_kinetics(lists_cfg, "val")
@@ -246,7 +246,7 @@ LABELS, VIDEOS = "something-something-v2-labels.json", "something-something-v2-v
 
 @many
 @given(data=st.data())
-def test_ssv2_lists_say_what_was_written(lists_cfg, tmp_path, data):
+def test_ssv2_lists_are_read_as_written(lists_cfg, tmp_path, data):
     draw = data.draw
     templates = draw(st.lists(words("[]"), min_size=1, max_size=4, unique=True))
     names = draw(st.lists(words(), min_size=1, max_size=5, unique=True))
@@ -313,7 +313,7 @@ roots = st.dictionaries(keys, trees, min_size=1, max_size=4)
 
 
 def block(tree, indent, path, places):
-    """The lines of a tree; where its mappings begin goes to ``places``: line, indent, their key."""
+    """The lines of a tree; ``places`` gets the line, indent and key of each mapping."""
     lines = []
     for key, value in tree.items():
         places.append((len(lines), indent, path + [key]))
@@ -333,7 +333,7 @@ def len_of(tree):
 
 @many
 @given(data=st.data())
-def test_a_key_given_twice_at_any_depth_is_told_with_both_lines(tmp_path, data):
+def test_a_key_given_twice_at_any_depth_is_refused_with_both_lines(tmp_path, data):
     tree, places, path = data.draw(roots), [], tmp_path / "a.yaml"
     lines = block(tree, "", [], places)
     path.write_text("\n".join(lines))
@@ -350,7 +350,7 @@ def test_a_key_given_twice_at_any_depth_is_told_with_both_lines(tmp_path, data):
 
 @few
 @given(length=st.integers(1, 5), data=st.data())
-def test_bases_are_merged_or_lead_in_a_circle_that_is_told(tmp_path, length, data):
+def test_bases_are_merged_or_their_circle_is_refused(tmp_path, length, data):
     back = data.draw(st.none() | st.integers(0, length - 1))
     for number in range(length):
         base = number + 1 if number + 1 < length else back

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from stts_slowfast import saliency
+from stts_slowfast.annealing import update_schedule
 from stts_slowfast.backbones import timesformer
 from stts_slowfast.hooks import attach, selections
-from stts_slowfast.schedule import Schedule, update_schedule
-from stts_slowfast.selectors import KEEP_SCALE, SpatialSelector, TemporalSelector
+from stts_slowfast.schedule import Schedule
+from stts_slowfast.selector_state import KEEP_SCALE
+from stts_slowfast.selectors import SpatialSelector, TemporalSelector
 from stts_slowfast.standalone.model import build_model
 
 FRAME = (4, 6)
@@ -177,7 +179,7 @@ def test_training_passes_the_tokens_of_the_hard_choice(kind, thw, keep, wide, sh
 
 
 def marked_clips(everywhere):
-    """Clips with one token marked by a channel, of one frame or at one place of all, and where."""
+    """Clips with one token marked by a channel, in one frame or at one position; its index."""
     grid = torch.randn(16, 4, 4, 4, 8)
     time, row, column = places = [torch.randint(0, 4, (16,)) for _ in range(3)]
     for clip in range(16):
@@ -187,7 +189,7 @@ def marked_clips(everywhere):
 
 
 @pytest.mark.parametrize("shared", [None, False, True])
-def test_a_scorer_learns_where_the_loss_looks(shared):
+def test_a_scorer_learns_which_tokens_the_loss_depends_on(shared):
     torch.manual_seed(0)
     if shared is None:
         selector = TemporalSelector(8, 0, 0.25, teacher="saliency").train()
@@ -418,5 +420,5 @@ def test_an_own_loop_that_sets_no_budget_is_refused(tiny_cfg):
     tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TEACHER = True, "saliency"
     model = build_model(tiny_cfg)
     model.eval()(CLIPS)
-    with pytest.raises(ValueError, match=r"nobody has set a budget.*set_progress"):
+    with pytest.raises(ValueError, match=r"no budget was set.*set_progress"):
         model.train()(CLIPS)

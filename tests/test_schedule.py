@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from stts_slowfast import backbones
+from stts_slowfast.annealing import set_progress, sigma, update_schedule
 from stts_slowfast.backbones import timesformer
-from stts_slowfast.config import Settings
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.optimizer_groups import param_groups
-from stts_slowfast.schedule import Schedule, backbone_lr, set_progress, sigma, update_schedule
+from stts_slowfast.schedule import Schedule, backbone_lr
 from stts_slowfast.selectors import TemporalSelector
 from stts_slowfast.standalone.model import build_model
 
@@ -66,7 +66,7 @@ def ranged(tiny_cfg):
     return build_model(tiny_cfg)
 
 
-def test_each_iteration_draws_a_budget_and_reaches_both_ends(ranged):
+def test_each_iteration_samples_a_budget_and_reaches_both_ends(ranged):
     frames, sides = (set(drawn) for drawn in zip(*budgets(ranged)))
     assert frames == {2, 3, 4, 5, 6, 7} and sides == {7, 8, 9, 10, 11, 12, 13}
 
@@ -82,12 +82,12 @@ def test_budgets_follow_from_seed_and_progress_alone(ranged):
     assert drawn[:4] == [[4, 13], [6, 13], [3, 9], [7, 7]]
 
 
-def test_selectors_draw_their_budgets_apart(ranged):
+def test_selectors_sample_their_budgets_independently(ranged):
     pairs = {(a - 2, b - 7) for a, b in budgets(ranged)}
     assert len({a - b for a, b in pairs}) > 2
 
 
-def test_a_range_is_not_tested_before_anything_was_drawn_and_else_at_its_high_end(ranged):
+def test_a_range_is_not_tested_before_it_was_sampled_and_then_at_its_high_end(ranged):
     clips = torch.randn(1, 3, 8, 32, 32)
     with pytest.raises(ValueError, match=r'is .*0.25 to 0.9: .*KEEP "\[0.9\]".*set_prog'):
         ranged.eval()(clips)
@@ -100,7 +100,7 @@ def test_a_range_is_not_tested_before_anything_was_drawn_and_else_at_its_high_en
 
 
 @pytest.mark.parametrize("keep", [0.25, [0.25, 0.9]])
-def test_budgets_are_drawn_up_to_a_widest_that_shrinks_to_what_is_kept(tiny_cfg, keep):
+def test_budgets_are_sampled_below_an_upper_bound_that_shrinks_to_keep(tiny_cfg, keep):
     tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TIME.KEEP, tiny_cfg.STTS.SPACE.KEEP = True, [keep], [keep]
     at_once = budgets(build_model(tiny_cfg), 800)
     tiny_cfg.STTS.SHRINK = 0.5
@@ -127,7 +127,7 @@ def test_windows_shrink_by_their_stride(tiny_cfg):
     assert {side for _, side in budgets(build_model(tiny_cfg))} == {13, 10, 7}
 
 
-def test_a_run_says_that_its_budgets_shrink(tiny_cfg, caplog):
+def test_a_run_logs_that_its_budgets_shrink(tiny_cfg, caplog):
     tiny_cfg.STTS.ENABLE = True
     tiny_cfg.STTS.TIME.SCORER = tiny_cfg.STTS.SPACE.SCORER = "uniform"  # learned or not
     for shrink, lines in ((0.25, 1), (0.0, 0)):
@@ -135,8 +135,8 @@ def test_a_run_says_that_its_budgets_shrink(tiny_cfg, caplog):
         caplog.clear()
         with caplog.at_level("INFO"):
             scheduled(build_model(tiny_cfg)).step(0)
-        told = "first 0.25 of training each iteration draws"
-        assert sum(told in text for text in caplog.messages) == lines
+        logged = "budget annealing in the first 0.25 of training"
+        assert sum(logged in text for text in caplog.messages) == lines
 
 
 def test_a_compiled_training_has_a_graph_for_each_budget():
@@ -144,7 +144,7 @@ def test_a_compiled_training_has_a_graph_for_each_budget():
     model = attach(stock, time={0: 0.25}, space={1: 0.25}, shrink=0.5)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    # With fullgraph, what comes behind `recompile_limit`, 8, is an error.
+    # With fullgraph, more graphs than `recompile_limit`, 8, are an error.
     compiled = torch.compile(model.train(), fullgraph=True, backend="eager")
     for number in range(64):
         update_schedule(model, number / 64)
@@ -174,13 +174,15 @@ def test_the_widest_budget_is_the_model_without_selectors(tiny_cfg):
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_progress_outside_of_training_is_refused(model, fraction):
-    with pytest.raises(ValueError, match="lies in 0 to 1"):
+    with pytest.raises(ValueError, match="0 to 1"):
         update_schedule(model, fraction)
 
 
 def test_backbone_is_frozen_then_capped(tiny_cfg):
+    node = tiny_cfg.STTS
+    limits = {"freeze_epochs": node.FREEZE_BACKBONE_EPOCHS, "cap": node.BACKBONE_LR}
     rates = [
-        backbone_lr(lr, epoch, Settings.from_cfg(tiny_cfg.STTS), 1e-3)
+        backbone_lr(lr, epoch, base_lr=1e-3, **limits)
         for lr, epoch in [(1e-3, 2.9), (1e-3, 3.0), (1e-5, 9.0)]
     ]
     assert rates == pytest.approx([0.0, 1e-4, 1e-5])
@@ -218,7 +220,7 @@ def test_from_random_weights_everything_learns_at_the_schedules_rate(model, capl
     assert schedule.step(0.0)["backbone_lr"] == 1e-3
     assert rates(schedule) == [1e-3, 1e-3]
     (record,) = caplog.records
-    assert "from random weights: everything learns at the schedule's rate" in record.message
+    assert "from random weights: everything learns at the scheduled learning rate" in record.message
 
 
 def test_from_trained_weights_the_papers_recipe_holds_and_is_logged(tiny_cfg, model, caplog):
@@ -256,7 +258,7 @@ def test_an_optimizer_that_steps_before_its_schedule_is_refused(model):
         schedule.optimizer.step()
 
 
-def test_what_attach_was_given_holds_also_behind_a_wrapper(tiny_cfg):
+def test_settings_of_attach_hold_inside_a_wrapper(tiny_cfg):
     more = {"freeze_backbone_epochs": 1.5, "backbone_lr": 0.25}
     wrapped = torch.nn.Module()
     wrapped.module = attach(backbones.build(tiny_cfg), time={0: 0.5}, **more)
@@ -317,7 +319,7 @@ def test_what_cannot_learn_does_not_begin(tiny_cfg):
 
 
 def test_a_step_names_a_selector_whose_scores_were_nan(model):
-    model.stts["time_0"]._nonfinite.fill_(True)
+    model.stts["time_0"]._nan_flag.fill_(True)
     with pytest.raises(ValueError, match="STTS time_0: scores hold NaN"):
         scheduled(model).step(1.0)
 
@@ -346,9 +348,7 @@ class Loop:
 
 
 @pytest.mark.parametrize("split", [True, False])
-def test_a_scheduler_of_pytorchs_sets_the_rates_and_the_recipe_what_is_left_of_them(
-    tiny_cfg, split
-):
+def test_a_scheduler_of_pytorchs_sets_the_rates_and_the_recipe_lowers_them(tiny_cfg, split):
     """Also one that computes its next rate from the last: it never sees ours."""
     model = attach(
         backbones.build(tiny_cfg), time={0: 0.5}, freeze_backbone_epochs=1, backbone_lr=0.25
@@ -378,7 +378,7 @@ def test_a_scheduler_of_pytorchs_sets_the_rates_and_the_recipe_what_is_left_of_t
     assert kinds[:4] == [{True}] * 4 and kinds[5] == {True, False}
 
 
-def test_an_optimizer_that_a_scheduler_knows_is_not_split(model):
+def test_an_optimizer_with_a_scheduler_is_not_split(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
     with pytest.raises(ValueError, match=r"make the optimizer with stts_slowfast\.param_groups"):
@@ -400,7 +400,7 @@ def test_two_schedules_of_an_optimizer_are_the_last_one(model):
     assert [group["lr"] for group in first.optimizer.param_groups] == [1e-3, 1e-3]
 
 
-def test_a_schedule_that_its_optimizer_does_not_obey_is_refused(model):
+def test_a_schedule_that_is_not_its_optimizers_is_refused(model):
     first = scheduled(model)
     second = Schedule(model, first.optimizer, max_epochs=20, pretrained=True)
     second.step(0.0)
@@ -427,7 +427,7 @@ def test_an_optimizer_of_one_rate_is_refused(model):
         Schedule(model, torch.optim.LBFGS(model.parameters()), max_epochs=2, pretrained=True)
 
 
-def test_rates_are_the_loops_again_behind_a_step_that_failed(model):
+def test_rates_are_the_loops_again_after_a_failed_step(model):
     schedule = scheduled(model)
     schedule.step(0.0)
     with pytest.raises(ZeroDivisionError):
@@ -467,12 +467,15 @@ def test_progress_alone_does_not_pretend_to_freeze(tiny_cfg, caplog):
     model = attached(freeze_backbone_epochs=1000, backbone_lr=0.0)
     with pytest.raises(ValueError, match=r"freeze_backbone_epochs=1000, backbone_lr=0 cannot be"):
         set_progress(model, 0.5)
-    with pytest.raises(ValueError, match="cannot be obeyed"):
+    with pytest.raises(ValueError, match="cannot be applied"):
         set_progress(model.eval(), 0.5)  # as from_pretrained leaves it, before model.train()
     model = attached()
     for _ in range(2):
         set_progress(model, 0.5)
-    assert caplog.text.count("freeze_backbone_epochs=3, the default, is for loops with") == 1
+    assert (
+        caplog.text.count("freeze_backbone_epochs=3, the default, needs a stts_slowfast.Schedule")
+        == 1
+    )
     caplog.clear()
     set_progress(attached(freeze_backbone_epochs=0), 0.5)
     set_progress(attached(time_scorer="uniform"), 0.5)

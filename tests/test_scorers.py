@@ -56,7 +56,7 @@ def test_uniform_frames_are_evenly_spaced(frames, keep, marked):
     assert scores[1].nonzero().flatten().tolist() == marked
 
 
-def test_uniform_window_lies_in_the_middle():
+def test_uniform_window_is_in_the_middle():
     scores = UniformWindowScorer(4)(torch.zeros(1, 1, 5, 9, 4), (3, 3), (1, 1)).view(3, 7)
     assert scores.argmax() == 1 * 7 + 3
 
@@ -113,7 +113,7 @@ def test_every_registered_scorer_scores(dimension, shape):
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_one_window_alone_is_the_middle_one(stride):
-    """Of 13 of 14 tokens, say, no window is in the middle, and four are as near to it."""
+    """With 13 of 14 tokens no window is in the middle, and four are equally near."""
     for size in range(2, 15):
         for side in range(1, size + 1):
             grid = torch.zeros(1, 1, size, size, 4)

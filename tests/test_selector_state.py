@@ -8,7 +8,7 @@ import torch
 
 import stts_slowfast as stts
 from stts_slowfast import backbones
-from stts_slowfast.schedule import update_schedule
+from stts_slowfast.annealing import update_schedule
 from stts_slowfast.selectors import TemporalSelector
 
 
@@ -52,7 +52,7 @@ def test_sigma_survives_copies_and_dtypes(model, how):
     assert sigmas(model) == pytest.approx([0.05, 0.05] if how == "bf16" else [0.1, 0.1])
 
 
-def test_a_state_that_was_left_behind_follows_the_scores():
+def test_state_on_another_device_follows_the_scores():
     """FSDP2 and accelerate move parameters alone."""
     selector = TemporalSelector(4, 0, 0.5, sigma=0.3).train()
     update_schedule(selector, 0.0)
@@ -90,7 +90,7 @@ def test_state_stays_where_it_is(device):
     grid = torch.randn(1, 4, 2, 2, 4)
     with torch.inference_mode():
         selector(grid)
-    state = (selector._sigma_tensor, selector._nonfinite, selector._nonfinite_host)
+    state = (selector._sigma_tensor, selector._nan_flag, selector._nan_flag_host)
     addresses = [tensor.data_ptr() for tensor in state]
     update_schedule(selector, 0.5)
     selector(grid)
@@ -99,7 +99,7 @@ def test_state_stays_where_it_is(device):
         selector.raise_on_nan()
     selector(grid)
     selector.to("cpu").float()
-    now = (selector._sigma_tensor, selector._nonfinite, selector._nonfinite_host)
+    now = (selector._sigma_tensor, selector._nan_flag, selector._nan_flag_host)
     assert [tensor.data_ptr() for tensor in now] == addresses
     assert not state[1] and not state[2]
 
@@ -129,3 +129,17 @@ def test_scores_that_are_not_finite_are_one_case_on_a_device(device, value):
     selector(torch.randn(1, 4, 2, 2, 4))
     with pytest.raises(ValueError, match="STTS time_0: scores hold NaN or infinity"):
         selector.raise_on_nan()
+
+
+def test_a_schedule_raises_for_a_device_without_waiting_for_it(device):
+    """By the second call at the latest: the first sends for the flag. A compiled forward pass does
+    not, and NaN of it is found all the same."""
+    selector = TemporalSelector(4, 0, 0.5)
+    model = torch.nn.ModuleList([selector])
+    stts.hooks.raise_on_nan(model, wait=False)
+    selector._nan_flag.fill_(True)
+    stts.hooks.raise_on_nan(model, wait=False)
+    with pytest.raises(ValueError, match="STTS time_0: scores hold NaN or infinity"):
+        stts.hooks.raise_on_nan(model, wait=False)
+    stts.hooks.raise_on_nan(model, wait=False)
+    stts.hooks.raise_on_nan(model)

@@ -91,7 +91,7 @@ def test_mixed_windows_equal_the_unfolded_sum(height, width, stride):
     weights = torch.rand(6, windows.shape[2] * windows.shape[3], dtype=torch.float64)
     weights.requires_grad_()
     expected = torch.einsum("btn,btnchw->bthwc", weights.view(2, 3, -1), windows.flatten(2, 3))
-    mixed = selector.apply_selection(grid, Selection(None, weights))
+    mixed = selector.apply_selection(grid, Selection(None, weights, None))
     torch.testing.assert_close(mixed, expected)
     upstream = torch.randn_like(expected)
     ours = torch.autograd.grad(mixed, (grid, weights), upstream)
@@ -168,18 +168,18 @@ def device(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
-def test_nan_scores_on_a_device_raise_where_the_host_asks(device, kind):
+def test_nan_scores_on_a_device_raise_when_the_host_asks(device, kind):
     selector, grid = nan_grid(kind)
     selector(torch.randn_like(grid))
     selector.raise_on_nan()
     selector(grid)
     with pytest.raises(ValueError, match=f"STTS {selector.key}: scores hold NaN"):
         selector.raise_on_nan()
-    selector.raise_on_nan()  # told once
+    selector.raise_on_nan()  # raised once
 
 
 @pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
-def test_nan_scores_on_a_device_raise_in_the_next_pass_where_nobody_asks(device, kind):
+def test_nan_scores_on_a_device_raise_in_the_next_pass_without_asking(device, kind):
     selector, grid = nan_grid(kind)
     selector(grid)
     with pytest.raises(ValueError, match=f"STTS {selector.key}: scores hold NaN"):
@@ -188,10 +188,10 @@ def test_nan_scores_on_a_device_raise_in_the_next_pass_where_nobody_asks(device,
     copy.deepcopy(selector)(torch.randn_like(grid))
 
 
-def test_nan_scores_are_not_forgotten_before_they_are_told(device):
+def test_nan_scores_are_kept_until_they_are_raised(device):
     selector, grid = nan_grid(TemporalSelector)
     selector(grid)
-    selector._nonfinite_host.fill_(False)  # as if it had not arrived yet
+    selector._nan_flag_host.fill_(False)  # as if it had not arrived yet
     selector(torch.randn_like(grid))
     with pytest.raises(ValueError, match="NaN"):
         selector.raise_on_nan()
@@ -205,7 +205,7 @@ def test_compiled_selectors_note_nan_scores():
 
 
 @pytest.mark.parametrize("kind", [TemporalSelector, SpatialSelector])
-def test_the_default_operator_draws_nothing_and_trains_by_its_gradient(kind):
+def test_the_default_operator_samples_nothing_and_trains_by_its_gradient(kind):
     selector = kind(4, 0, 0.5)
     grid = torch.randn(2, 4, 6, 6, 4)
     assert torch.equal(selector(grid), selector(grid))  # nothing is drawn

@@ -305,8 +305,8 @@ def test_subset_without_temperature_is_hard_and_its_gradient_zero(sigma, k):
 
 @pytest.mark.parametrize("name", ["perturbed", "subset"])
 @pytest.mark.parametrize("k", [1, 2])
-def test_operators_are_soft_wherever_noise_can_be_told(name, k):
-    """Scores that lie nearer than sigma are both chosen, down to the smallest sigma."""
+def test_operators_are_soft_wherever_noise_matters(name, k):
+    """Scores nearer than sigma are both kept in part, down to the smallest sigma."""
     sigma = 2 * SMALLEST_SIGMA
     assert sigma < 1e-3
     scores = torch.tensor([[0.5, 0.5 + sigma / 4, 0.5 - sigma / 4]], requires_grad=True)
@@ -380,7 +380,7 @@ def test_a_batch_of_nothing_passes(name, gradient, k):
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-def test_infinite_scores_that_nobody_looks_at_give_no_nan(monkeypatch, value, k):
+def test_unchecked_infinite_scores_give_no_nan(monkeypatch, value, k):
     """On a device looking would wait; the selector notes them there."""
     monkeypatch.setattr("stts_slowfast.topk.is_cpu", lambda tensor: False)
     scores = torch.rand(2, 6)

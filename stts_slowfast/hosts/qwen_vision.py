@@ -1,7 +1,7 @@
 """The vision towers of Qwen's video language models in transformers: clips of any sizes, packed.
 
 A call takes the patches of all clips in one sequence ``(N, C)`` and their sizes in ``grid_thw``.
-A merger behind the last block makes one token of ``m*m`` patches, which follow one another in the
+A merger after the last block makes one token of ``m*m`` patches, which are consecutive in the
 sequence, so selection takes such units: a cell of the grid has ``m*m*C`` channels. Blocks attend
 within each frame by ``cu_seqlens``, and get rotary positions that were made once for all patches.
 An image is a clip of one frame.
@@ -9,12 +9,13 @@ An image is a clip of one frame.
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, cat, nn
 
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, Host, Tokens, is_instance_of
+from stts_slowfast.hosts.host import Args, ForeignModule, Host, Kwargs, Tokens, is_instance_of
 
 NAMES = (
     "Qwen2VisionTransformerPretrainedModel",
@@ -26,16 +27,16 @@ NAMES = (
 
 
 class CutDeepstack:
-    """The tower's ``forward`` behind a selection: features of earlier blocks, cut to what came out.
+    """The tower's ``forward`` after a selection: features of earlier blocks, cut to output tokens.
 
     The language model adds them to the tokens of the last block.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: ForeignModule):
         self.model = model
 
-    def __call__(self, *args, **kwargs):
-        """As the stock method."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original method."""
         model = self.model
         output = type(model).forward(model, *args, **kwargs)
         if features := getattr(output, "deepstack_features", None):
@@ -47,41 +48,40 @@ class CutDeepstack:
         return output
 
 
-@HOSTS.register()
 class QwenVision(Host):
     """The towers of Qwen2-VL, Qwen3-VL and Qwen3.5, dense and with experts."""
 
-    def __init__(self, model: nn.Module):
-        self.merge = model.spatial_merge_size
+    def __init__(self, model: ForeignModule):
+        self.merge: int = model.spatial_merge_size
         self.unit = self.merge**2
 
     @staticmethod
-    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(model: ForeignModule) -> Sequence[nn.Module]:
         if is_instance_of(model, "transformers", "Qwen2_5_VisionTransformerPretrainedModel"):
             raise ValueError(
                 "tokens of Qwen2.5-VL's vision tower cannot be selected: its blocks attend in "
-                "windows of whole frames, and it puts tokens back by their place among all; the "
+                "windows of whole frames, and it reorders tokens by their index among all; the "
                 "towers of Qwen2-VL, Qwen3-VL and Qwen3.5 can be served"
             )
-        return model.blocks if is_instance_of(model, "transformers", *NAMES) else ()
+        return list(model.blocks) if is_instance_of(model, "transformers", *NAMES) else ()
 
     def channels(self, block: nn.Module) -> int:
         return super().channels(block) * self.unit
 
-    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def prepare(self, model: ForeignModule, blocks: Sequence[nn.Module]) -> None:
         if hasattr(model, "deepstack_visual_indexes"):
             model.forward = CutDeepstack(model)
 
     def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         vars(model).pop("forward", None)
 
-    def call_grid(self, model: nn.Module, args: tuple, kwargs: dict) -> list[Grid]:
+    def call_grid(self, model: nn.Module, args: Args, kwargs: Kwargs) -> list[Grid]:
         sizes = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         return [Grid((t, h // self.merge, w // self.merge)) for t, h, w in sizes.tolist()]
 
-    def read(self, args: tuple, kwargs: dict, thw: list[Grid] | None) -> list[Tokens]:
+    def unpack(self, args: Args, kwargs: Kwargs, thw: list[Grid] | None) -> list[Tokens]:
         if thw is None:
-            raise ValueError("a block was called outside of a call of its model")
+            raise ValueError("a block was called outside of a call of its model: call the model")
         counts = [prod(grid) * self.unit for grid in thw]
         if args[0].dim() != 2 or len(args[0]) != sum(counts):
             raise ValueError(
@@ -91,11 +91,13 @@ class QwenVision(Host):
         clips = args[0].split(counts)
         return [Tokens(x.reshape(1, *grid, -1), grid) for x, grid in zip(clips, thw)]
 
-    def write(self, tokens: list[Tokens], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def pack(self, tokens: list[Tokens], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         width = args[0].shape[1]
         return (cat([clip.grid.reshape(-1, width) for clip in tokens]), *args[1:]), kwargs
 
-    def adapt_call(self, block: nn.Module, thw: list[Grid], args: tuple, kwargs: dict):
+    def adapt_call(
+        self, block: nn.Module, thw: list[Grid], args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
         if not any(grid.is_selected for grid in thw):
             return args, kwargs
         device = args[0].device
@@ -104,7 +106,7 @@ class QwenVision(Host):
         index = (cells[:, None] * self.unit + patches).flatten()
         lengths = [height * width * self.unit for time, height, width in thw for _ in range(time)]
         ends = torch.tensor([0, *lengths], device=device).cumsum(0)
-        changed = {
+        changed: Kwargs = {
             "cu_seqlens": ends.to(kwargs["cu_seqlens"].dtype),
             "position_embeddings": tuple(part[index] for part in kwargs["position_embeddings"]),
         }
@@ -114,11 +116,11 @@ class QwenVision(Host):
 
 
 def _positions(thw: list[Grid], device: torch.device) -> Tensor:
-    """Where each cell of packed clips comes from, ``(N,)``, among all cells of all clips."""
-    starts = [sum(prod(grid.whole) for grid in thw[:i]) for i in range(len(thw))]
+    """The position of each cell of packed clips, ``(N,)``, among all cells of all clips."""
+    starts = [sum(prod(grid.whole or ()) for grid in thw[:i]) for i in range(len(thw))]
     return cat([grid.positions(1, device)[0] + start for grid, start in zip(thw, starts)])
 
 
 def _among(few: list[Grid], many: list[Grid], device: torch.device) -> Tensor:
-    """Which cells of ``many`` are those of ``few``, ``(n,)``; both have them in ascending order."""
+    """Indices in ``many`` of the cells of ``few``, ``(n,)``; both are in ascending order."""
     return torch.searchsorted(_positions(many, device), _positions(few, device))

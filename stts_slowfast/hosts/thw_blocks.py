@@ -1,10 +1,10 @@
 """Hosts whose blocks are called as ``x, thw = block(x, thw)``: most video transformers.
 
 torchvision's, SlowFast's and pytorchvideo's MViT, SlowFast's ViT, our ViT and TimeSformer. Three
-layouts, told apart by the number of tokens that arrive with a grid ``(T, H, W)``:
+layouts, distinguished by the number of tokens that arrive with a grid ``(T, H, W)``:
 
 ====================  =====================  ============================================
-tokens                shape                  who
+tokens                shape                  models
 ====================  =====================  ============================================
 plain                 ``(B, T*H*W, C)``      ViT with mean pooling
 one cls token         ``(B, 1+T*H*W, C)``    MViT, ViT, TimeSformer (divided, joint)
@@ -14,21 +14,22 @@ a cls token a frame   ``(B, T*(1+H*W), C)``  TimeSformer (space only)
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from torch import cat, nn
 
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, Host, Tokens
+from stts_slowfast.hosts.host import Args, ForeignModule, Host, Kwargs, Tokens
 
 
 class ThwBlockHost(Host):
     """``model.blocks``, each called with tokens and their ``thw``.
 
-    Or ``model.model.blocks``, of a model that only wraps another, as SlowFast's PTVMViT.
+    Or ``model.model.blocks``, of a model that only wraps another, such as SlowFast's PTVMViT.
     """
 
     @staticmethod
-    def blocks(model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(model: ForeignModule) -> Sequence[nn.Module]:
         holder = model if hasattr(model, "blocks") else getattr(model, "model", None)
         blocks = getattr(holder, "blocks", None)
         if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
@@ -37,18 +38,17 @@ class ThwBlockHost(Host):
             if not _takes_grid(block):
                 raise ValueError(
                     f"{type(holder).__name__} has blocks, but {type(block).__name__} takes no grid "
-                    f"(forward{inspect.signature(type(block).forward)}): selection must know where "
-                    "tokens lie, so it takes models whose blocks are called as "
-                    "x, thw = block(x, thw), and for others a host of their own "
-                    "(projects/stts/extending.md)"
+                    f"(forward{inspect.signature(type(block).forward)}), and selection needs the "
+                    "positions of tokens: blocks must be called as x, thw = block(x, thw), or the "
+                    "model needs a host of its own (projects/stts/extending.md)"
                 )
-        return blocks
+        return list(blocks)
 
-    def incoming_grid(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
+    def incoming_grid(self, args: Args, kwargs: Kwargs, thw: Grid | None) -> Grid | None:
         sizes = _thw(args, kwargs)
         return sizes if sizes is None or isinstance(sizes, Grid) else Grid(sizes)
 
-    def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
+    def unpack(self, args: Args, kwargs: Kwargs, thw: Grid | None) -> Tokens:
         x = args[0]
         if thw is None:
             raise ValueError("a block was called without thw: the grid of its tokens is not known")
@@ -61,30 +61,29 @@ class ThwBlockHost(Host):
             )
         if extra <= 1:
             grid = x[:, extra:].unflatten(1, (frames, height, width))
-            return Tokens(grid, thw, clip=x[:, :extra] if extra else None)
+            return Tokens(grid, thw, cls=x[:, :extra] if extra else None)
         x = x.unflatten(1, (frames, 1 + height * width))
-        return Tokens(x[:, :, 1:].unflatten(2, (height, width)), thw, frames=x[:, :, :1])
+        return Tokens(x[:, :, 1:].unflatten(2, (height, width)), thw, frame_cls=x[:, :, :1])
 
-    def write(self, tokens: Tokens, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        grid, thw, clip, frames = tokens
-        if frames is not None:
-            x = cat([frames, grid.flatten(2, 3)], dim=2).flatten(1, 2)
+    def pack(self, tokens: Tokens, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if tokens.frame_cls is not None:
+            x = cat([tokens.frame_cls, tokens.grid.flatten(2, 3)], dim=2).flatten(1, 2)
         else:
-            x = grid.flatten(1, 3)
-            x = x if clip is None else cat([clip, x], dim=1)
+            x = tokens.grid.flatten(1, 3)
+            x = x if tokens.cls is None else cat([tokens.cls, x], dim=1)
         if len(args) > 1:
-            return (x, thw, *args[2:]), kwargs
-        return (x,), {**kwargs, _keyword(kwargs): thw}
+            return (x, tokens.thw, *args[2:]), kwargs
+        return (x,), {**kwargs, _keyword(kwargs): tokens.thw}
 
-    def set_block_grid(self, output, thw: Grid):
+    def set_block_grid(self, output: Any, thw: Grid) -> Any:
         if not isinstance(output, (tuple, list)) or len(output) < 2:
-            return output  # tokens alone, as from a block that was called without thw
+            return output  # tokens alone, of a block that was called without thw
         x, sizes, *rest = output
         return (x, thw.pooled(sizes), *rest)
 
 
 def _takes_grid(block: nn.Module) -> bool:
-    """Whether a block can be called as ``block(x, thw)``; one that is wrapped may take anything."""
+    """Whether a block can be called as ``block(x, thw)``; a wrapper may take any arguments."""
     parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
     if any(parameter.name.startswith("thw") for parameter in parameters):
         return True
@@ -93,13 +92,10 @@ def _takes_grid(block: nn.Module) -> bool:
     return sum(parameter.default is parameter.empty for parameter in parameters) == 2
 
 
-def _thw(args: tuple, kwargs: dict):
+def _thw(args: Args, kwargs: Kwargs) -> Any:
     return args[1] if len(args) > 1 else kwargs.get(_keyword(kwargs))
 
 
-def _keyword(kwargs: dict) -> str:
-    """What a block calls its grid: SlowFast says ``thw_shape``."""
+def _keyword(kwargs: Kwargs) -> str:
+    """The name of a block's argument for its grid; in SlowFast ``thw_shape``."""
     return "thw" if "thw" in kwargs else "thw_shape"
-
-
-HOSTS._do_register("BlocksWithGrid", ThwBlockHost)  # its name before 0.2

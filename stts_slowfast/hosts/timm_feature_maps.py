@@ -1,25 +1,27 @@
-"""Dense features of timm's ``VisionTransformer`` and ``Eva`` behind a selection."""
+"""Dense features of timm's ``VisionTransformer`` and ``Eva`` after a selection."""
 
 from inspect import signature
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from stts_slowfast.grid import Grid
+from stts_slowfast.hosts.host import ForeignModule
 
 
 class Intermediates:
-    """``model.forward_intermediates`` behind a selection, with the sizes that are left.
+    """``model.forward_intermediates`` after a selection, with the sizes of the kept tokens.
 
-    The stock method reshapes tokens by the batch and the grid that entered.
+    The original method reshapes tokens by the sizes of the model's input.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: ForeignModule):
         self.model = model
-        # Behind self, x and indices.
+        # After self, x and indices.
         self.names = tuple(signature(type(model).forward_intermediates).parameters)[3:]
 
-    def __call__(self, x: Tensor, indices=None, *args, **kwargs):
-        """As the stock method; maps are ``(B*T, C, H, W)`` of the tokens that are left.
+    def __call__(self, x: Tensor, indices: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the original method; maps are ``(B*T, C, H, W)`` of the kept tokens.
 
         Raises:
             ValueError: for maps of a set of tokens that makes no grid.
@@ -44,8 +46,8 @@ class Intermediates:
         return _maps(found, grids)
 
 
-def _numbers(indices, depth: int) -> list[int]:
-    """The blocks that timm takes for ``indices``, in order."""
+def _numbers(indices: Any, depth: int) -> list[int]:
+    """Numbers of the blocks that ``indices`` means in timm, in order."""
     if indices is None:
         return list(range(depth))
     if isinstance(indices, int):
@@ -53,7 +55,7 @@ def _numbers(indices, depth: int) -> list[int]:
     return sorted({index % depth for index in indices})
 
 
-def _maps(intermediates: list, grids: list[Grid]) -> list:
+def _maps(intermediates: list[Any], grids: list[Grid]) -> list[Any]:
     return [
         (_map(each[0], grid), *each[1:]) if isinstance(each, tuple) else _map(each, grid)
         for each, grid in zip(intermediates, grids)
@@ -64,7 +66,7 @@ def _map(x: Tensor, grid: Grid) -> Tensor:
     """Tokens ``(B*T, H*W, C)`` as maps ``(B*T, C, H, W)``."""
     if grid.tokens is not None:
         raise ValueError(
-            "behind a selection of single tokens there are no maps: ask for output_fmt='NLC', and "
+            "after a selection of single tokens there are no maps: use output_fmt='NLC', and "
             "put features back with stts.scatter(features, model)"
         )
     return x.unflatten(1, tuple(grid[1:])).permute(0, 3, 1, 2).contiguous()

@@ -1,17 +1,17 @@
-"""torchvision's ``SwinTransformer3d``: its blocks are the stages, the tokens lie on their grid."""
+"""torchvision's ``SwinTransformer3d``: its blocks are the stages, its tokens a grid tensor."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
 from stts_slowfast.grid import Grid
-from stts_slowfast.hosts import HOSTS, Host, Tokens
+from stts_slowfast.hosts.host import Args, Host, Kwargs, Tokens
 
 
 class SwinHost(Host):
     """The stages of ``model.features``, each called with a grid ``(B, T, H, W, C)`` alone.
 
-    Windows of attention and patch merging need no grid but the one that arrives.
+    Attention windows and patch merging take their sizes from the tensor.
     """
 
     @staticmethod
@@ -24,19 +24,16 @@ class SwinHost(Host):
             return ()  # of images
         return [child for child in features if isinstance(child, nn.Sequential)]
 
-    def incoming_grid(self, args: tuple, kwargs: dict, thw: Grid | None) -> Grid | None:
+    def incoming_grid(self, args: Args, kwargs: Kwargs, thw: Grid | None) -> Grid | None:
         x = args[0]
         if x.dim() != 5:
-            raise ValueError(f"without thw tokens must be (B, T, H, W, C), not {tuple(x.shape)}")
+            raise ValueError(f"tokens have shape {tuple(x.shape)}: give (B, T, H, W, C)")
         if thw is None:
             return Grid(x.shape[1:4])
         return thw.pooled_by_unknown().pooled(x.shape[1:4])  # patches were merged in between
 
-    def read(self, args: tuple, kwargs: dict, thw: Grid | None) -> Tokens:
-        return Tokens(args[0], thw)
+    def unpack(self, args: Args, kwargs: Kwargs, thw: Grid | None) -> Tokens:
+        return Tokens(args[0], Grid(args[0].shape[1:4]) if thw is None else thw)
 
-    def write(self, tokens: Tokens, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def pack(self, tokens: Tokens, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         return (tokens.grid, *args[1:]), kwargs
-
-
-HOSTS._do_register("StagesOfGrids", SwinHost)  # its name before 0.2

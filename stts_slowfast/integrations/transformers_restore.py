@@ -1,8 +1,8 @@
-"""What transformers' ``Trainer`` restores from a checkpoint, by the names that the model has.
+"""Restores tensors in transformers' ``Trainer`` by the names that the model has.
 
 ``save_pretrained`` writes the names of a model's first release. ``from_pretrained`` converts them,
-``Trainer`` does not when it resumes or loads the best model: it leaves tensors of ViViT and
-VideoMAE as they are.
+but ``Trainer`` does not when it resumes or loads the best model: tensors of ViViT and VideoMAE
+would keep their values.
 """
 
 import torch
@@ -12,10 +12,10 @@ from stts_slowfast.hosts import is_instance_of
 
 
 class Restoration:
-    """Hooks on a model's ``load_state_dict``: converts names, and notes what was not restored.
+    """Hooks on a model's ``load_state_dict``: convert names, and record what was not restored.
 
     Args:
-        model: of transformers, wrapped or not; any other is only watched.
+        model: of transformers, wrapped or not; names of any other are not converted.
     """
 
     def __init__(self, model: nn.Module):
@@ -23,11 +23,11 @@ class Restoration:
         self.restored: set[str] | None = None  # None: nothing was loaded
         for module in _outermost(model):
             module.register_load_state_dict_pre_hook(self._convert)
-        model.register_load_state_dict_post_hook(self._note)
+        model.register_load_state_dict_post_hook(self._record)
 
     def missing(self) -> list[str]:
-        """Names of parameters that learn and that no loading since the last call has restored;
-        none if nothing was loaded."""
+        """Names of trainable parameters that were not restored since the last call; none if nothing
+        was loaded."""
         restored, self.restored = self.restored, None
         if restored is None:
             return []
@@ -52,13 +52,13 @@ class Restoration:
         for key in theirs.keys() - own.keys():
             del state[given[key]]
 
-    def _note(self, module: nn.Module, incompatible) -> None:
+    def _record(self, module: nn.Module, incompatible) -> None:
         own = {name for name, _ in module.named_parameters()}
         self.restored = (self.restored or set()) | (own - set(incompatible.missing_keys))
 
 
 def _outermost(model: nn.Module) -> list[nn.Module]:
-    """The models of transformers in a model that are in no other one."""
+    """The models of transformers in a model, without those inside another one."""
     if is_instance_of(model, "transformers", "PreTrainedModel"):
         return [model]
     return [found for child in model.children() for found in _outermost(child)]

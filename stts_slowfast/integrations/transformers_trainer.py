@@ -1,4 +1,4 @@
-"""Selection in transformers' ``Trainer``: a callback for sigma and the backbone's learning rate.
+"""Selection in transformers' ``Trainer``: a callback for the schedule.
 
 .. code-block:: python
 
@@ -20,18 +20,19 @@ from stts_slowfast.schedule import Schedule
 
 
 class SelectionCallback(TrainerCallback):
-    """Sets before each step what the paper's recipe sets, from what ``attach`` was given.
+    """Sets sigma, budgets and the backbone's learning rate before each step.
 
-    It logs ``sigma`` and ``backbone_lr`` beside the trainer's values. A resumed run is what it was:
-    what the trainer restores, also as the best model, is checked (see ``restore.py``).
+    It logs ``sigma`` and ``backbone_lr`` beside the trainer's values. A resumed run continues as it
+    began: it is checked that the trainer restores all tensors, of the best model too (see
+    ``transformers_restore.py``).
 
     Args:
-        model: with selectors, anywhere in it; the one that is given to ``Trainer``.
+        model: with selectors; the one that is given to ``Trainer``.
         trained: whether its backbone is trained, so that it is frozen at first
-            (``freeze_backbone_epochs``) and then learns at a capped rate (``backbone_lr``); None
-            for whether the model comes from ``from_pretrained``.
-        new: names of parameters or modules that are new all the same, and learn from the first
-            step; a head for other classes and adapters are found without.
+            (``freeze_backbone_epochs``) and then learns at a capped rate (``backbone_lr``); by
+            default whether the model comes from ``from_pretrained``.
+        new: names of further new parameters or modules, which learn from the first step; a head
+            for other classes and adapters are found without.
 
     Raises:
         ValueError: if the model has no selectors.
@@ -45,19 +46,16 @@ class SelectionCallback(TrainerCallback):
         self.restoration = Restoration(model)
         self.schedule: Schedule | None = None
         self.steps_per_epoch = 0
-        self.now: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
 
     def optimizer(self, args: TrainingArguments) -> tuple[type, dict]:
-        """``Trainer``'s own optimizer for these arguments, with groups of its own for scorers."""
+        """``Trainer``'s optimizer for these arguments, with separate groups for scorers."""
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
-        split = self._split
 
-        class Optimizer(kind):
-            def __init__(self, params, **settings):
-                super().__init__(split(params), **settings)
+        def init(optimizer, params, **settings):
+            kind.__init__(optimizer, self._split(params), **settings)
 
-        Optimizer.__name__ = kind.__name__
-        return Optimizer, settings
+        return type(kind.__name__, (kind,), {"__init__": init}), settings
 
     def _split(self, groups: list[dict]) -> list[dict]:
         return param_groups(groups, self.model, self.new)
@@ -66,9 +64,9 @@ class SelectionCallback(TrainerCallback):
         """Makes the schedule.
 
         Raises:
-            ValueError: if the optimizer does not know scorers from the backbone, if the length of
-                an epoch is not known though the backbone is to be frozen for some, or if a resumed
-                run's tensors were not all restored.
+            ValueError: if the optimizer's groups do not separate scorers and backbone, if the
+                backbone shall be frozen for epochs whose length is unknown, or if not all tensors
+                of a resumed run were restored.
         """
         if missing := self.restoration.missing():
             raise ValueError(_unrestored("the checkpoint that is resumed", missing))
@@ -97,7 +95,7 @@ class SelectionCallback(TrainerCallback):
             ) from error
 
     def on_step_begin(self, args, state, control, **what) -> None:
-        self.now = self.schedule.step(state.global_step / self.steps_per_epoch)
+        self.logged = self.schedule.step(state.global_step / self.steps_per_epoch)
 
     def on_train_end(self, args, state, control, **what) -> None:
         """Raises ``ValueError`` if the best model's tensors were not all restored."""
@@ -107,7 +105,7 @@ class SelectionCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **what) -> None:
         for log in (logs, state.log_history[-1] if state.log_history else None):
             if log is not None and "loss" in log:
-                log.update(self.now)
+                log.update(self.logged)
 
 
 def _unrestored(source: str, names: list[str]) -> str:

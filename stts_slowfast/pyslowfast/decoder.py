@@ -62,7 +62,7 @@ def _decode(pyav_works: bool, stock_decode, *args, **kwargs):
         _sparse.reset(token)
     item = read_context.item()
     if frames is not None and not (item and item.crops_alone()):
-        frames = [clip.now() if isinstance(clip, LazyClip) else clip for clip in frames]
+        frames = [clip.materialize() if isinstance(clip, LazyClip) else clip for clip in frames]
     return frames, *others
 
 
@@ -152,7 +152,7 @@ def decode_clips(
                 later += (frames(*spans(number)[0, :2], sizes[0], num_frames[0]) or [[], []])[1]
         tensors = [file.read(whole, taken, later) for whole, taken in clips]
         if not sparse:
-            tensors = [clip.now() for clip in tensors]
+            tensors = [clip.materialize() for clip in tensors]
         fps = video.fps
     except Exception as error:
         if item:

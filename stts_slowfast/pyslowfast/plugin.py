@@ -25,7 +25,7 @@ from stts_slowfast.pyslowfast.config_access import is_enabled
 from stts_slowfast.pyslowfast.dry_run import check_forward
 from stts_slowfast.pyslowfast.patching import wrap
 from stts_slowfast.pyslowfast.preflight import OFF, check_selectors, require_hooks
-from stts_slowfast.schedule import reset
+from stts_slowfast.annealing import reset
 
 # Models of SlowFast's that have no tokens.
 CONVOLUTIONAL = (

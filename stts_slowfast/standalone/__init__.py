@@ -1,1 +1,1 @@
-"""The same job where SlowFast is not installed: same YAML, same command line, same checkpoints."""
+"""The runner without SlowFast: same YAML, same command line, same checkpoints."""

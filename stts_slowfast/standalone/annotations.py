@@ -1,7 +1,7 @@
-"""The lists that SlowFast reads (Kinetics, Something-Something v2), held in packed arrays.
+"""Lists of videos as SlowFast reads them (Kinetics, Something-Something v2), in packed arrays.
 
 A list may have ten million entries, and every DataLoader worker has it: Python objects would take
-some hundred bytes each, and be copied for every worker as soon as their reference count changes.
+some hundred bytes each, and be copied in every worker once their reference count changes.
 """
 
 import hashlib
@@ -15,12 +15,10 @@ import numpy as np
 from iopath.common.file_io import g_pathmgr
 
 from stts_slowfast.video import list_lines
+from stts_slowfast.video.accuracy import NO_LABEL
 from stts_slowfast.video.list_lines import read_label, split_line
 
-__all__ = ["VideoList", "VideoRecord", "list_kinetics", "list_ssv2"]
-
-# The label of a video whose line has none, or -1. (-1 itself is that of what cannot be read.)
-NO_LABEL = -2
+__all__ = ["NO_LABEL", "VideoList", "VideoRecord", "list_kinetics", "list_ssv2"]
 
 
 class VideoRecord(NamedTuple):
@@ -31,8 +29,8 @@ class VideoRecord(NamedTuple):
     frames: tuple[str, ...] = ()
 
 
-class _PackedStrings:
-    """Many texts in one array of bytes. Texts come in order; ``folder`` is put before each."""
+class PackedStrings:
+    """A sequence of strings in one array of bytes; ``folder`` is put before each."""
 
     def __init__(self, texts: Iterable[str], folder: str = ""):
         self.folder = folder
@@ -51,13 +49,13 @@ class _PackedStrings:
 
 
 class VideoList:
-    """The videos of a list, made into an `Entry` when asked for.
+    """The videos of a list, each a `VideoRecord` made on access.
 
-    ``frames`` are the images of all videos, as they lie in the list; ``order`` holds their numbers
+    ``frames`` are the images of all videos in the order of the list; ``order`` holds their indices
     video after video, those of video i at ``order[bounds[i, 0] : bounds[i, 1]]``.
     """
 
-    def __init__(self, paths: _PackedStrings, labels: array, frames=None, order=None, bounds=None):
+    def __init__(self, paths: PackedStrings, labels: array, frames=None, order=None, bounds=None):
         self.paths, self.labels = paths, np.frombuffer(labels, np.int64)
         self.frames, self.order, self.bounds = frames, order, bounds
 
@@ -73,7 +71,7 @@ class VideoList:
         return VideoRecord(self.paths[index], int(self.labels[index]), frames)
 
     def digest(self) -> str:
-        """SHA-256 of all entries, but for the folder that they lie in."""
+        """SHA-256 of all entries, without the folder."""
         arrays = [self.paths.data, self.paths.ends, self.labels]
         if self.frames is not None:
             arrays += [self.frames.data, self.frames.ends, self.order, self.bounds]
@@ -88,7 +86,7 @@ def list_kinetics(cfg, split: str) -> VideoList:
     path = _data_file(cfg, f"{split}.csv", "a line 'path label' for each video")
     separator, labels = cfg.DATA.PATH_LABEL_SEPARATOR, array("q")
     if not separator:
-        raise ValueError("DATA.PATH_LABEL_SEPARATOR is empty: say what stands before the label")
+        raise ValueError("DATA.PATH_LABEL_SEPARATOR is empty: set the separator before the label")
 
     def paths() -> Iterator[str]:
         for number, line in _lines(path):
@@ -97,7 +95,7 @@ def list_kinetics(cfg, split: str) -> VideoList:
             labels.append(_label(cfg, text, where))
             yield name
 
-    return VideoList(_PackedStrings(paths(), cfg.DATA.PATH_PREFIX), labels)
+    return VideoList(PackedStrings(paths(), cfg.DATA.PATH_PREFIX), labels)
 
 
 def list_ssv2(cfg, split: str) -> VideoList:
@@ -114,7 +112,7 @@ def list_ssv2(cfg, split: str) -> VideoList:
         if not both or not all(isinstance(text, str) for text in both):
             raise ValueError(
                 f"something-something-v2-{name}.json: entry {number} is {video!r}: "
-                "give each video an id and a template, both texts"
+                "give each video an id and a template, both strings"
             )
         template = video["template"].replace("[", "").replace("]", "")
         where = f"something-something-v2-{name}.json, video {video['id']}"
@@ -129,11 +127,11 @@ def list_ssv2(cfg, split: str) -> VideoList:
     counts = np.bincount(owners, minlength=len(names))
     ends = np.cumsum(counts)
     bounds = np.stack([ends - counts, ends], 1)[np.array(kept, np.int64)]
-    return VideoList(_PackedStrings(ids), labels, frames, order, bounds)
+    return VideoList(PackedStrings(ids), labels, frames, order, bounds)
 
 
-def _frame_list(cfg, name: str) -> tuple[_PackedStrings, np.ndarray, dict[str, int]]:
-    """The images of a list; of each the number of its video; and the videos' numbers."""
+def _frame_list(cfg, name: str) -> tuple[PackedStrings, np.ndarray, dict[str, int]]:
+    """The images of a list; the index of each image's video; and the videos' indices by name."""
     path = _data_file(cfg, name, "the frame list that SlowFast's DATASET.md describes")
     owners, names = array("q"), {}
 
@@ -150,7 +148,7 @@ def _frame_list(cfg, name: str) -> tuple[_PackedStrings, np.ndarray, dict[str, i
             owners.append(names.setdefault(fields[0], len(names)))
             yield fields[3]
 
-    frames = _PackedStrings(images(), cfg.DATA.PATH_PREFIX)
+    frames = PackedStrings(images(), cfg.DATA.PATH_PREFIX)
     return frames, np.frombuffer(owners, np.int64), names
 
 
@@ -168,7 +166,7 @@ def _data_file(cfg, name: str, content: str) -> str:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Number and text of the lines that are not empty."""
+    """Numbers and texts of the lines that are not empty."""
     with g_pathmgr.open(path, "r") as file:
         try:
             yield from list_lines.numbered(file)

@@ -1,4 +1,4 @@
-"""The checkpoints in OUTPUT_DIR: where they lie, what a run starts from, what is tested."""
+"""The checkpoints in OUTPUT_DIR: their paths, what a run resumes from, what is tested."""
 
 import json
 import logging
@@ -13,29 +13,29 @@ from torch import nn
 from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import (
     Loaded,
-    atomic_write,
     load_weights,
     pretrained_state,
     read_checkpoint,
     validate_checkpoint,
 )
+from stts_slowfast.standalone.run_logger import write_json
 
 logger = logging.getLogger(__name__)
 
-# Those inside an epoch have names that SlowFast, which knows no such thing, does not take for its.
+# SlowFast must not resume from a checkpoint inside an epoch, so its name is not one of SlowFast's.
 _WITHIN = "within_epoch_{:05d}_iteration_{:07d}.pyth"
 
 
 @dataclass
 class ResumeState:
-    """Where training begins, and what it goes on with.
+    """Where training starts, and the state that it resumes with.
 
     Attributes:
-        path: the checkpoint it goes on from; None where there is none, or for weights alone.
-        epoch, iteration: the first ones to be done, from 0.
+        path: the checkpoint it resumes from; None if there is none, or for weights alone.
+        epoch, iteration: the first ones to train, from 0.
         trained: whether its weights came from a file.
-        length: iterations of the epoch that ``iteration`` counts in; 0 where it begins an epoch.
-        totals: what the epoch's report has summed up so far.
+        length: iterations of the epoch that ``iteration`` is in; 0 if an epoch starts.
+        totals: the sums of the epoch's meter so far.
     """
 
     path: str | None = None
@@ -53,33 +53,35 @@ def _of_task(cfg, name: str) -> str:
 
 
 def checkpoint_path(cfg, epoch: int, iteration: int = 0) -> str:
-    """Where the checkpoint after ``epoch`` epochs lies, or after iterations of the next one."""
+    """The path of the checkpoint after ``epoch`` epochs, or after iterations of the next one."""
     name = f"checkpoint_epoch_{epoch:05d}.pyth"
     name = _WITHIN.format(epoch, iteration) if iteration else name
     return os.path.join(cfg.OUTPUT_DIR, "checkpoints", _of_task(cfg, name))
 
 
-def checkpoints(cfg, within: bool = True) -> list[str]:
-    """The checkpoints in OUTPUT_DIR, the last one first; ``within``: also those inside epochs."""
+def checkpoints(cfg) -> list[str]:
+    """The checkpoints in OUTPUT_DIR, the last one first; also those inside epochs."""
     folder = os.path.dirname(checkpoint_path(cfg, 0))
     if not g_pathmgr.isdir(folder):
         return []
     task = re.escape(_of_task(cfg, ""))
-    kinds = r"checkpoint_epoch_(\d+)" + (r"|within_epoch_(\d+)_iteration_(\d+)" if within else "")
-    whole = re.compile(rf"{task}(?:{kinds})\.pyth")
-    found = filter(None, map(whole.fullmatch, g_pathmgr.ls(folder)))
-    places = {name.string: [int(n) for n in name.groups() if n is not None] for name in found}
-    names = sorted(places, key=lambda name: places[name], reverse=True)
+    names = r"checkpoint_epoch_(\d+)|within_epoch_(\d+)_iteration_(\d+)"
+    pattern = re.compile(rf"{task}(?:{names})\.pyth")
+    matches = filter(None, map(pattern.fullmatch, g_pathmgr.ls(folder)))
+    progress = {
+        match.string: [int(n) for n in match.groups() if n is not None] for match in matches
+    }
+    names = sorted(progress, key=lambda name: progress[name], reverse=True)
     return [os.path.join(folder, name) for name in names]
 
 
 def last_checkpoint(cfg) -> str | None:
-    """The last checkpoint in OUTPUT_DIR; None where there is none."""
+    """The last checkpoint in OUTPUT_DIR; None if there is none."""
     return next(iter(checkpoints(cfg)), None)
 
 
 def remove_unfinished(cfg) -> None:
-    """Removes what a killed process left half-written beside the checkpoints."""
+    """Removes the partial files that a killed process left beside the checkpoints."""
     folder = os.path.dirname(checkpoint_path(cfg, 0))
     if os.path.isdir(folder):
         for name in os.listdir(folder):
@@ -88,9 +90,9 @@ def remove_unfinished(cfg) -> None:
 
 
 def past_validations(cfg, start: ResumeState) -> dict[int, dict[str, float]]:
-    """The errors of each epoch that the run in OUTPUT_DIR has validated before it is resumed.
+    """The errors of each epoch that the run in OUTPUT_DIR validated before it was stopped.
 
-    They have a file of their own: a checkpoint is written before its epoch's validation.
+    They have a file of their own, as a checkpoint is written before its epoch's validation.
     """
     path = _validations_path(cfg)
     own = start.path and os.path.dirname(start.path) == os.path.dirname(checkpoint_path(cfg, 0))
@@ -102,13 +104,8 @@ def past_validations(cfg, start: ResumeState) -> dict[int, dict[str, float]]:
 
 
 def write_validations(cfg, validations: dict[int, dict[str, float]]) -> None:
-    """Writes what :func:`past_validations` reads."""
-
-    def write(partial: str) -> None:
-        with open(partial, "w") as file:
-            json.dump(validations, file)
-
-    atomic_write(_validations_path(cfg), write)
+    """Writes the file that :func:`past_validations` reads."""
+    write_json(_validations_path(cfg), validations)
 
 
 def _validations_path(cfg) -> str:
@@ -116,17 +113,17 @@ def _validations_path(cfg) -> str:
 
 
 def load_initial_state(cfg, model: nn.Module, strict: bool = False) -> ResumeState:
-    """Loads what training starts from into the model.
+    """Loads the weights that training starts from into the model.
 
     The last checkpoint in OUTPUT_DIR with TRAIN.AUTO_RESUME; else TRAIN.CHECKPOINT_FILE_PATH,
     weights alone with TRAIN.CHECKPOINT_EPOCH_RESET; else nothing.
 
     Args:
-        strict: refuse a last checkpoint that is damaged, instead of going on from the one before.
+        strict: raise an error if the last checkpoint is corrupt, else resume from the one before.
 
     Raises:
-        FileNotFoundError: where a named checkpoint is missing.
-        ValueError: where it is not one, or is of another model or another run.
+        FileNotFoundError: if a named checkpoint is missing.
+        ValueError: if it is not one, or is of another model or another run.
     """
     path, checkpoint = _last_readable(cfg, strict) if cfg.TRAIN.AUTO_RESUME else (None, {})
     if path:
@@ -147,7 +144,7 @@ def load_initial_state(cfg, model: nn.Module, strict: bool = False) -> ResumeSta
     if start.epoch >= cfg.SOLVER.MAX_EPOCH:
         raise ValueError(
             f"TRAIN.CHECKPOINT_FILE_PATH {path} is after epoch {start.epoch} and SOLVER.MAX_EPOCH "
-            f"is {cfg.SOLVER.MAX_EPOCH}: set TRAIN.CHECKPOINT_EPOCH_RESET True to train on from "
+            f"is {cfg.SOLVER.MAX_EPOCH}: set TRAIN.CHECKPOINT_EPOCH_RESET True to train from "
             "its weights"
         )
     return start
@@ -162,7 +159,7 @@ def has_pretrained(cfg) -> bool:
 def _resume_state(path: str, checkpoint: dict) -> ResumeState:
     if not isinstance(checkpoint.get("epoch"), int):
         raise ValueError(
-            f"{path} does not say after which epoch it was written: start from its weights "
+            f"{path} does not contain its epoch: start from its weights "
             "with TRAIN.CHECKPOINT_FILE_PATH, in another OUTPUT_DIR"
         )
     return ResumeState(
@@ -182,18 +179,18 @@ def _last_readable(cfg, strict: bool) -> tuple[str | None, dict]:
         except ValueError as error:
             if strict:
                 raise ValueError(
-                    f"{error}; remove it, or leave out --strict-resume to go on from the one before"
+                    f"{error}; remove it, or omit --strict-resume to resume from the one before"
                 ) from error
-            logger.warning("%s: going on from the checkpoint before", error)
+            logger.warning("%s: resuming from the checkpoint before", error)
     return None, {}
 
 
 def load_for_test(cfg, model: nn.Module, strict: bool = False) -> None:
-    """Loads the weights to test into the model, see :func:`test`.
+    """Loads the weights to test into the model, see ``engine.test``.
 
     Raises:
-        FileNotFoundError: where a named checkpoint is missing.
-        ValueError: where it is not one, or not of the model that the config asks for.
+        FileNotFoundError: if a named checkpoint is missing.
+        ValueError: if it is not one, or not of the config's model.
     """
     path, checkpoint = cfg.TEST.CHECKPOINT_FILE_PATH, None
     if not path:
@@ -202,7 +199,7 @@ def load_for_test(cfg, model: nn.Module, strict: bool = False) -> None:
     if not path and (path := family_of(cfg).init_folder(cfg)):
         checkpoint = pretrained_state(model, path)
     if not path:
-        logger.warning("No checkpoint is named or found: testing random weights")
+        logger.warning("no checkpoint is given or found: testing random weights")
         return
     _load(cfg, model, checkpoint or read_checkpoint(path), path, "test")
 
@@ -218,11 +215,11 @@ def _load(cfg, model: nn.Module, checkpoint: dict, path: str, purpose: str) -> L
 
 
 def _clear_names(checkpoint: dict, patterns: Sequence[str]) -> dict:
-    """Cuts each pattern out of the parameters' names once, as SlowFast does."""
+    """Removes each pattern from the parameters' names once, as SlowFast does."""
     state = checkpoint.get("model_state")
     if not patterns or not state:
         return checkpoint
     for pattern in patterns:
-        # What is no text is refused later, in words.
+        # A name that is no string is refused later.
         state = {n.replace(pattern, "", 1) if isinstance(n, str) else n: state[n] for n in state}
     return {**checkpoint, "model_state": state}

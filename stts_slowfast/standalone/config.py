@@ -1,7 +1,7 @@
 """The config of a run: SlowFast's keys and ours, read from YAML files and a command line.
 
-A file for SlowFast is a file for us: keys that nothing here reads are known all the same, and what
-only SlowFast can do is refused by name instead of being ignored.
+Every config of SlowFast is valid here: keys that nothing reads are accepted, and what only SlowFast
+can do raises an error that names the key.
 """
 
 import functools
@@ -20,13 +20,13 @@ from stts_slowfast.standalone.value_ranges import check_machines, check_patches,
 
 logger = logging.getLogger(__name__)
 
-# The keys, the nodes with more that are passed over, what is refused, what may be None, what
+# The keys, the nodes whose further keys are ignored, what is refused, what may be None, what
 # nothing reads, and the ranges of the rest.
-_KEYS, _PASSED_OVER, _ONLY_IN_SLOWFAST, _OPTIONAL, _NOT_READ, _RANGES = yaml.safe_load_all(
+_KEYS, _IGNORED_NODES, _ONLY_IN_SLOWFAST, _OPTIONAL, _NOT_READ, _RANGES = yaml.safe_load_all(
     Path(__file__).with_name("slowfast_defaults.yaml").read_text()
 )
-_C = CfgNode({**{name: {} for name in _PASSED_OVER}, **_KEYS})
-for _name in _PASSED_OVER:
+_C = CfgNode({**{name: {} for name in _IGNORED_NODES}, **_KEYS})
+for _name in _IGNORED_NODES:
     _C[_name].set_new_allowed(True)
 add_stts_config(_C)
 add_configs(_C)
@@ -42,13 +42,13 @@ def load_config(path: str, opts: Sequence = ()) -> CfgNode:
     """Reads a YAML file as SlowFast does, ``_BASE_`` files included.
 
     Args:
-        path: the file, opened through iopath; or the name of a config that comes along, such as
+        path: the file, opened through iopath; or the name of a config in the package, such as
             ``STTS_MVIT_B_16x4_T0_0.9_S4_0.9``.
-        opts: ``KEY VALUE`` pairs that come on top, such as ``("SOLVER.BASE_LR", 0.01)``; a value
-            may be text as on a command line.
+        opts: ``KEY VALUE`` pairs that override the file, such as ``("SOLVER.BASE_LR", 0.01)``; a
+            value may be a string as on a command line.
 
     Raises:
-        FileNotFoundError: where there is no such file.
+        FileNotFoundError: if there is no such file.
         ValueError: for an unknown key, a value of the wrong type or out of its range, and what
             only SlowFast can do; it names the key.
     """
@@ -67,13 +67,13 @@ def load_config(path: str, opts: Sequence = ()) -> CfgNode:
     check_values(cfg)
     resolve_config(cfg, given)
     check_values(cfg)
-    _say_what_is_not_read(cfg, given)
+    _warn_of_unread_keys(cfg, given)
     return cfg
 
 
 def check_values(cfg: CfgNode) -> None:
-    """Raises ``ValueError`` for a key whose value lies out of its range, does not fit to another
-    key's, or asks for what only SlowFast can do."""
+    """Raises ``ValueError`` for a key whose value is out of its range, contradicts another key, or
+    asks for what only SlowFast can do."""
     check_ranges(cfg, _RANGES)
     check_machines(cfg)
     check_patches(cfg)
@@ -81,12 +81,12 @@ def check_values(cfg: CfgNode) -> None:
         value, default = (functools.reduce(dict.get, key.split("."), node) for node in (cfg, _C))
         if value != default:
             raise ValueError(
-                f"{key} is {value!r}: {what} is only in SlowFast itself; leave it at {default!r}, "
+                f"{key} is {value!r}: {what} is only in SlowFast itself; keep it at {default!r}, "
                 "or run with --engine slowfast"
             )
 
 
-def _say_what_is_not_read(cfg: CfgNode, given: set[str]) -> None:
+def _warn_of_unread_keys(cfg: CfgNode, given: set[str]) -> None:
     for key, why in _NOT_READ.items():
         value, default = (functools.reduce(dict.get, key.split("."), node) for node in (cfg, _C))
         if key in given and value != default:

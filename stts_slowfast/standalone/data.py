@@ -1,8 +1,8 @@
-"""Kinetics and Something-Something v2, from lists to mini-batches of clips.
+"""Datasets of Kinetics and Something-Something v2: from lists to mini-batches of clips.
 
 ``build_loader(cfg, split)`` gives batches ``(clips, labels, video_index, view_index)``: clips
-(B, 3, T, H, W), and three (B,) long. Clips are uint8 pixels where nothing forbids it, else
-normalised float32; ``prepare(clips, cfg)`` makes either what a model takes, on any device. A video
+(B, 3, T, H, W), and three (B,) long. Clips are uint8 pixels if possible, else normalised float32;
+``normalize_clips(clips, cfg)`` makes either the input of a model, on any device. A video
 that cannot be read is replaced by another in training and validation; in testing its views are
 zeros with the label ``UNREADABLE``. ``loader.bad`` counts them.
 """
@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from stts_slowfast.configfiles.values import check_choice
 from stts_slowfast.standalone.annotations import (
@@ -24,6 +24,7 @@ from stts_slowfast.standalone.annotations import (
     list_kinetics,
     list_ssv2,
 )
+from stts_slowfast.standalone.epoch_sampler import EpochSampler
 from stts_slowfast.standalone.signals import worker_init
 from stts_slowfast.standalone.transforms import (
     decode_short_side,
@@ -53,8 +54,8 @@ __all__ = ["UNREADABLE", "ClipDataset", "VideoErrorLog", "build_loader", "normal
 def read_kinetics(cfg, entry: VideoRecord, split: str, short_side: int, rng):
     """The clips of a video file, in one pass: a random one, or in testing NUM_ENSEMBLE_VIEWS.
 
-    ``rng`` is a `random.Random` of this item's own: a reading that was given up may still draw.
-    Returns the images (H, W, 3) uint8 that the clips need, each once; for each clip the places of
+    ``rng`` is a `random.Random` of this item alone: a read that timed out may still draw.
+    Returns the images (H, W, 3) uint8 that the clips need, each once; for each clip the indices of
     its frames among them; and what is damaged ("" if nothing is).
     """
     data, test = cfg.DATA, split == "test"
@@ -71,7 +72,7 @@ def read_kinetics(cfg, entry: VideoRecord, split: str, short_side: int, rng):
         ]
         wanted = sorted(set().union(*clips))
         images = list(video.iter_frames(wanted, short_side))
-        return images, _places(wanted, clips), video.damage
+        return images, _indices(wanted, clips), video.damage
 
 
 def read_ssv2(cfg, entry: VideoRecord, split: str, short_side: int, rng):
@@ -81,15 +82,15 @@ def read_ssv2(cfg, entry: VideoRecord, split: str, short_side: int, rng):
     wanted = sorted(set(indices))
     images = [read_image(entry.frames[index]) for index in wanted]
     clips = cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1  # all of the same frames
-    return images, _places(wanted, [indices]) * clips, ""
+    return images, _indices(wanted, [indices]) * clips, ""
 
 
-def _places(wanted: list[int], clips: list[list[int]]) -> list[list[int]]:
-    place = {index: number for number, index in enumerate(wanted)}
-    return [[place[index] for index in clip] for clip in clips]
+def _indices(wanted: list[int], clips: list[list[int]]) -> list[list[int]]:
+    index_of = {frame: index for index, frame in enumerate(wanted)}
+    return [[index_of[frame] for frame in clip] for clip in clips]
 
 
-# What stands in TRAIN.DATASET and TEST.DATASET: how to list videos, and how to read one.
+# The names in TRAIN.DATASET and TEST.DATASET: how to list videos, and how to read one.
 DATASETS: dict[str, tuple[Callable, Callable]] = {
     "kinetics": (list_kinetics, read_kinetics),
     "ssv2": (list_ssv2, read_ssv2),
@@ -100,9 +101,9 @@ class ClipDataset(Dataset):
     """Clips of the ``split`` ("train", "val" or "test") that ``cfg`` describes.
 
     An item is a video, opened and decoded once, as (clips (S, 3, T, H, W), labels (S,),
-    video_index (S,), view_index (S,), list of `Finding`): S = AUG.NUM_SAMPLE differently augmented
-    clips in training, all views in testing, else 1. ``view_index // NUM_SPATIAL_CROPS`` says which
-    clip in time, the rest which crop. ``dataset[epoch, index]`` draws from RNG_SEED, epoch and
+    video_index (S,), view_index (S,), list of `VideoIssue`): S = AUG.NUM_SAMPLE augmented clips in
+    training, all views in testing, else 1. ``view_index // NUM_SPATIAL_CROPS`` is the
+    clip in time, the remainder the crop. ``dataset[epoch, index]`` draws from RNG_SEED, epoch and
     index alone; ``dataset[index]`` is that of epoch 0.
     """
 
@@ -123,7 +124,7 @@ class ClipDataset(Dataset):
             raise ValueError(
                 f"{unlabelled} of the {len(self.videos)} videos of the {split} list in "
                 f"DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} have no label: only a test "
-                "list can do without"
+                "list may lack labels"
             )
         if split == "test":
             self.crops = test_crops(cfg)
@@ -133,39 +134,39 @@ class ClipDataset(Dataset):
             self.transform = train_transform(cfg, split)
             self.num_views, self.num_samples = 1, cfg.AUG.NUM_SAMPLE if split == "train" else 1
             self.short_side = decode_short_side(cfg, cfg.DATA.TRAIN_JITTER_SCALES[0])
-        # What is known of each video, shared by all workers: 1 it can be read, 2 it cannot.
-        self.known = torch.zeros(len(self.videos), dtype=torch.uint8).share_memory_()
+        # Of each video, shared by all workers: 0 not read yet, 1 readable, 2 unreadable.
+        self.read_status = torch.zeros(len(self.videos), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, key: int | tuple[int, int]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        findings: list[VideoIssue] = []
-        with _drawing_from(self.cfg.RNG_SEED, epoch, index):
+        issues: list[VideoIssue] = []
+        with _seeded(self.cfg.RNG_SEED, epoch, index):
             while True:
                 try:
-                    return *self._read(index, findings), findings
+                    return *self._read(index, issues), issues
                 except VideoError as error:
                     entry = self.videos[index]
                     reason = error.reason if error.name == entry.path else str(error)
-                    findings.append(VideoIssue(index, entry.path, "unreadable", reason))
-                    self.known[index] = 2
+                    issues.append(VideoIssue(index, entry.path, "unreadable", reason))
+                    self.read_status[index] = 2
                     if self.split == "test":
-                        return *self._item(self._blank(), UNREADABLE, index), findings
+                        return *self._item(self._blank(), UNREADABLE, index), issues
                     self._check_share(error)
-                while self.known[index] == 2:  # another one, but none that just failed
+                while self.read_status[index] == 2:  # another one that is not known to fail
                     index = random.randrange(len(self.videos))
 
-    def _read(self, index: int, findings: list[VideoIssue]):
+    def _read(self, index: int, issues: list[VideoIssue]):
         entry = self.videos[index]
         read = functools.partial(
             self.read, self.cfg, entry, self.split, self.short_side, random.Random(random.random())
         )
         images, clips, damage = run_with_timeout(self.cfg.DATA.READ_TIMEOUT, entry.path, read)
         if damage:
-            findings.append(VideoIssue(index, entry.path, "damaged", damage))
-        self.known[index] = 1
+            issues.append(VideoIssue(index, entry.path, "damaged", damage))
+        self.read_status[index] = 1
         if self.split == "test":
             return self._item(
                 make_test_views(self.cfg, images, clips, self.crops), entry.label, index
@@ -185,7 +186,7 @@ class ClipDataset(Dataset):
         return torch.zeros(shape, dtype=torch.uint8)
 
     def _check_share(self, error: VideoError) -> None:
-        bad, seen = int((self.known == 2).sum()), int((self.known > 0).sum())
+        bad, seen = int((self.read_status == 2).sum()), int((self.read_status > 0).sum())
         limit = self.cfg.DATA.MAX_BAD_SHARE
         if bad == len(self.videos) or exceeds_limit(bad, seen, len(self.videos), limit):
             raise VideoError(
@@ -197,9 +198,9 @@ class ClipDataset(Dataset):
 
 
 @contextlib.contextmanager
-def _drawing_from(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Python's and PyTorch's generators start from these numbers; afterwards they are what they
-    were, so that reading in the training process itself changes nothing there."""
+def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seeds Python's and PyTorch's generators while it is open; then restores them, so that reading
+    in the training process itself changes nothing there."""
     state, torch_state = random.getstate(), torch.get_rng_state()
     number = random.Random(f"{seed} {epoch} {index}").getrandbits(63)
     random.seed(number)
@@ -214,38 +215,11 @@ def _drawing_from(seed: int, epoch: int, index: int) -> Iterator[None]:
 # ---- mini-batches ---------------------------------------------------------------------------
 
 
-class _EpochSampler(Sampler):
-    """``(epoch, item)`` of one process in one epoch, from the item ``start`` on. (No `set_epoch`:
-    Lightning would call it with a number of its own.)"""
-
-    def __init__(self, size: int, rank: int, world: int, shuffle_seed: int | None):
-        self.size, self.rank, self.world = size, rank, world
-        self.shuffle_seed = shuffle_seed
-        self.epoch = self.start = 0
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        start, self.start = self.start, 0
-        if self.shuffle_seed is None:
-            order = range(self.rank, self.size, self.world)
-        else:
-            generator = torch.Generator().manual_seed(self.shuffle_seed + self.epoch)
-            order = torch.randperm(self.size, generator=generator)
-            # Every process has as many: the first items come twice where they do not divide.
-            order = torch.cat([order, order[: -self.size % self.world]])[self.rank :: self.world]
-            order = order.tolist()
-        return ((self.epoch, item) for item in order[start:])
-
-    def __len__(self) -> int:
-        if self.shuffle_seed is None:
-            return len(range(self.rank, self.size, self.world))
-        return math.ceil(self.size / self.world)
-
-
 class ClipLoader(DataLoader):
     """Batches ``(clips, labels, video_index, view_index)`` of this process' share of a split.
 
-    Order and draws follow from RNG_SEED, the epoch, the rank and the item: not from the number of
-    workers, nor from what was read before. ``bad`` counts what could not be read.
+    Order and random numbers depend on RNG_SEED, the epoch, the rank and the item alone: not on the
+    number of workers, nor on what was read before. ``bad`` counts unreadable videos.
     """
 
     def __init__(self, dataset: ClipDataset, batch_videos: int | None, views: int, sampler, **keys):
@@ -253,16 +227,16 @@ class ClipLoader(DataLoader):
         # when the queue of a worker that never read closes the files of others (PyTorch 2.14).
         collate = functools.partial(_collate, dataset.cfg, batch_videos is None)
         super().__init__(dataset, batch_videos, sampler=sampler, collate_fn=collate, **keys)
-        self.views = views  # clips of a batch, where batches are cut out of videos' views
+        self.views = views  # clips of a batch, if batches are cut from videos' views
         self.bad = VideoErrorLog(dataset.cfg, dataset.split)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is that of ``epoch``, from its first batch on."""
+        """The next iteration is of ``epoch``, from its first batch on."""
         self.sampler.epoch, self.sampler.start = epoch, 0
         self.bad.begin_epoch()
 
     def skip(self, batches: int) -> None:
-        """The next iteration leaves out its first batches, which were seen before (training)."""
+        """The next iteration skips its first batches (of training), which were seen before."""
         self.sampler.start = batches * self.batch_size
 
     def close(self) -> None:
@@ -279,12 +253,12 @@ class ClipLoader(DataLoader):
         return self._cut(batches) if self.batch_size is None else batches
 
     def _checked(self, batches: Iterable) -> Iterator[tuple[torch.Tensor, ...]]:
-        for *batch, findings in batches:
-            self.bad.add(findings, self.sampler.epoch)
+        for *batch, issues in batches:
+            self.bad.add(issues, self.sampler.epoch)
             yield tuple(batch)
 
     def _cut(self, videos: Iterable) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Batches of ``views`` clips, whatever number of them a video has."""
+        """Batches of ``views`` clips, however many a video has."""
         waiting, count = [], 0
         for video in videos:
             waiting.append(video)
@@ -299,11 +273,11 @@ class ClipLoader(DataLoader):
 
 
 def _collate(cfg, whole_videos: bool, items):
-    """Items as a batch, or as they are if batches are cut out of whole videos."""
+    """Items as a batch, or unchanged if batches are cut from whole videos."""
     if whole_videos:
         return items
-    *parts, findings = zip(*items)
-    return *_join(cfg, list(zip(*parts))), [each for found in findings for each in found]
+    *parts, issues = zip(*items)
+    return *_join(cfg, list(zip(*parts))), [each for found in issues for each in found]
 
 
 def _join(cfg, items: list[tuple]) -> tuple[torch.Tensor, ...]:
@@ -312,8 +286,9 @@ def _join(cfg, items: list[tuple]) -> tuple[torch.Tensor, ...]:
 
 
 def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
-    """The loader of a split for process ``rank`` of ``world``, which lie on NUM_SHARDS machines:
-    the processes of a machine share TRAIN.BATCH_SIZE videos a batch (in testing TEST.BATCH_SIZE
+    """The loader of a split for process ``rank`` of ``world`` on NUM_SHARDS machines.
+
+    The processes of a machine share TRAIN.BATCH_SIZE videos a batch (in testing TEST.BATCH_SIZE
     views; videos are not split between processes).
 
     Training shuffles and drops what does not fill a batch; all processes have as many batches.
@@ -325,10 +300,10 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
     if batch_size < 1:
         raise ValueError(
             f"{key}.BATCH_SIZE is {node.BATCH_SIZE} but a machine has {processes} processes "
-            "(NUM_GPUS): give each one video at least"
+            "(NUM_GPUS): give each at least one video"
         )
     train, test = split == "train", split == "test"
-    sampler = _EpochSampler(len(dataset), rank, world, cfg.RNG_SEED if train else None)
+    sampler = EpochSampler(len(dataset), rank, world, cfg.RNG_SEED if train else None)
     if train and len(sampler) < batch_size:
         raise ValueError(
             f"TRAIN.BATCH_SIZE is {node.BATCH_SIZE}, {batch_size} per process, but the train list "
@@ -342,7 +317,7 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
         sampler,
         drop_last=train,
         num_workers=workers,
-        # Whatever the default is (spawn in a process that was spawned): they end with their parent.
+        # Not spawn, the default in a spawned process: forked workers end with their parent.
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=worker_init,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available() and not test,
@@ -352,7 +327,7 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
 
 
 def _joined(cfg, clips: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(B, 3, T, H, W) of several; where some are float, all of them are."""
+    """Several clips as one (B, 3, T, H, W); float if some of them are."""
     if len({clip.dtype for clip in clips}) > 1:
         clips = [normalize_clips(clip, cfg) for clip in clips]
     return torch.cat(clips) if len(clips) > 1 else clips[0]

@@ -1,18 +1,16 @@
 """Training and testing on Lightning Fabric, by SlowFast's rules: ``train(cfg)`` and ``test(cfg)``.
 
-Fabric gives devices, autocast and DDP; the loop below is plain, from the setup to the test. The
-schedule, the checkpoints and what is logged are SlowFast's, so that files and lines can be used in
-either place.
+Fabric provides devices, autocast and DDP. Schedule, checkpoints and log lines are SlowFast's, so
+that files of either engine can be used in the other.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stts_slowfast.schedule import reset
+from stts_slowfast.annealing import reset
 from stts_slowfast.standalone import checkpointing, optim, run_logger
 from stts_slowfast.standalone.cluster import INIT_METHOD
 from stts_slowfast.standalone.evaluator import run_test
@@ -21,17 +19,12 @@ from stts_slowfast.standalone.fabric import __version__ as fabric_version
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.launch import launch
 from stts_slowfast.standalone.model import build_model
-from stts_slowfast.standalone.run_logger import RunLogger
+from stts_slowfast.standalone.run_logger import BatchCallback, RunLogger
 from stts_slowfast.standalone.signals import Interrupted, SignalState
 from stts_slowfast.standalone.training_loop import TrainingLoop
 from stts_slowfast.standalone.value_ranges import check_solver
 
 logger = logging.getLogger(__name__)
-
-# Called after each batch with "train", "val" or "test", the model, and the batch on its device:
-# (clips, labels, video_index, view_index). With several processes it is pickled.
-BatchCallback = Callable[[str, nn.Module, tuple[Tensor, ...]], None]
-
 
 # --- the two jobs -------------------------------------------------------------------------------
 
@@ -43,14 +36,14 @@ def train(
     watch: BatchCallback | None = None,
     strict_resume: bool = False,
 ) -> dict:
-    """Trains the model of a config, from the last checkpoint in OUTPUT_DIR where there is one.
+    """Trains the model of a config, from the last checkpoint in OUTPUT_DIR if there is one.
 
     Args:
         cfg: from ``load_config``; it is not changed.
-        init_method: ``tcp://host:port`` of shard 0, where there are several machines.
+        init_method: ``tcp://host:port`` of shard 0, if there are several machines.
         processes: on this machine; NUM_GPUS by default. torchrun and Slurm come first.
-        watch: is called after each batch.
-        strict_resume: refuse a damaged last checkpoint; else the one before is used.
+        watch: called after each batch, see ``BatchCallback``.
+        strict_resume: raise if the last checkpoint is corrupt; else the one before is used.
 
     Returns:
         ``checkpoint``, the path of the last one; ``top1_err`` and ``top5_err`` of the last
@@ -65,8 +58,8 @@ def train(
         return launch(_train, cfg, init_method, processes, **options)
     except KeyboardInterrupt as stop:
         last = checkpointing.last_checkpoint(cfg) if cfg.TRAIN.AUTO_RESUME else None
-        goes_on = f"goes on from {last}" if last else "begins anew: there is no checkpoint yet"
-        interrupted = Interrupted(f"interrupted; the same command {goes_on}")
+        resumes = f"resumes from {last}" if last else "starts again: there is no checkpoint yet"
+        interrupted = Interrupted(f"interrupted; the same command {resumes}")
         interrupted.status = getattr(stop, "status", Interrupted.status)
         raise interrupted from None
 
@@ -88,7 +81,7 @@ def test(
     Returns:
         ``top1_acc`` and ``top5_acc`` in percent, ``num_videos``, ``num_views``, ``clips_per_s``
         through the model alone, ``gflops`` of one clip (None unless LOG_MODEL_INFO), ``params``.
-        Where several numbers of clips are tested, of the last one.
+        If several numbers of clips are tested, of the last one.
 
     Raises:
         ValueError, FileNotFoundError: for a config, data or checkpoint that cannot be used.
@@ -109,19 +102,19 @@ def _train(
     reset(model)
     start = checkpointing.load_initial_state(cfg, model, strict)
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TRAIN_CROP_SIZE)
-    with RunLogger(cfg, fabric.is_global_zero, writes=True) as board:
-        training = TrainingLoop(cfg, fabric, model, start, board, stop, watch)
+    with RunLogger(cfg, fabric.is_global_zero, tensorboard=True) as run_log:
+        training = TrainingLoop(cfg, fabric, model, start, run_log, stop, watch)
         with contextlib.closing(training):
             stop.deferred = True
             if start.epoch == cfg.SOLVER.MAX_EPOCH:
-                logger.info("All %d epochs are done: validating alone", start.epoch)
+                logger.info("All %d epochs are done: only validating", start.epoch)
                 training.validate(start.epoch - 1)
             for epoch in range(start.epoch, cfg.SOLVER.MAX_EPOCH):
                 training.train_epoch(epoch, start.iteration if epoch == start.epoch else 0)
             stop.deferred = False
     if fabric.is_global_zero:
         run_logger.record_run(cfg, facts, {"train": training.errors})
-    return {"checkpoint": training.last, **training.errors, **facts}
+    return {"checkpoint": training.last_checkpoint, **training.errors, **facts}
 
 
 def _test(
@@ -133,14 +126,14 @@ def _test(
     checkpointing.load_for_test(cfg, model, strict)
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TEST_CROP_SIZE)
     fabric.to_device(model).eval()
-    with RunLogger(cfg, fabric.is_global_zero, writes=False) as board:
-        result = run_test(cfg, fabric, model, board, stop, watch)
+    with RunLogger(cfg, fabric.is_global_zero, tensorboard=False) as run_log:
+        result = run_test(cfg, fabric, model, run_log, stop, watch)
     if fabric.is_global_zero:
         run_logger.record_run(cfg, facts, {"test": result})
     return {**result, **facts}
 
 
-# --- what stands in the log's first lines -------------------------------------------------------
+# --- the log's first lines ----------------------------------------------------------------------
 
 
 def _model_facts(cfg, fabric: Fabric, model: nn.Module, crop_size: int) -> dict:

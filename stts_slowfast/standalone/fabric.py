@@ -1,7 +1,7 @@
 """Lightning Fabric and nothing else of Lightning, so that a run starts two seconds sooner.
 
 The package ``lightning`` imports its Trainer too; and Fabric asks for torchmetrics' version by
-importing it, which loads transformers where that is installed. Fabric uses neither.
+importing it, which loads transformers if that is installed. Fabric uses neither.
 """
 
 import sys

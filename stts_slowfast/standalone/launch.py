@@ -31,6 +31,7 @@ from stts_slowfast.standalone.fabric import DDPStrategy, Fabric, MixedPrecision,
 from stts_slowfast.standalone.run_logger import log_to
 from stts_slowfast.standalone.signals import (
     Interrupted,
+    SignalState,
     child_main,
     handle_signals,
     hard_exit_after_grace,
@@ -40,6 +41,7 @@ from stts_slowfast.standalone.signals import (
 
 logger = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.2
 PRECISIONS = {"": None, "float16": "16-mixed", "bfloat16": "bf16-mixed"}
 
 
@@ -76,27 +78,25 @@ def launch(
     for info, (_, writer) in zip(infos, pipes):
         work = pickle.dumps((_run_in_child, (info, job, cfg, options)))
         children.append(context.Process(target=child_main, args=(os.getpid(), work, writer)))
-    with _relay_signals() as relay:
+    with handle_signals(limited=False) as signals:
+        signals.deferred = True
         for child in children:
             child.start()
-        relay.pids = [child.pid for child in children]
-        if relay.number:  # it came before there was a process to send it to
-            relay(relay.number, None)
         for _, writer in pipes:
             writer.close()
-        results, lost = _wait(children, [reader for reader, _ in pipes])
+        results, lost = _wait(children, [reader for reader, _ in pipes], signals)
     del store
-    return _result(results, lost, relay.number)
+    return _result(results, lost, signals.number)
 
 
-def _wait(children: list, readers: list) -> tuple[dict[int, object], str]:
-    """Waits for all children; if one fails, terminates the others.
+def _wait(children: list, readers: list, signals: SignalState) -> tuple[dict[int, object], str]:
+    """Waits for all children and relays signals to them; if one fails, terminates the others.
 
     Returns:
         What each process sent, and how the first that failed ended.
     """
     results: dict[int, object] = {}
-    lost = ""
+    lost, terminated = "", False
     while True:
         running = [child for child in children if child.is_alive()]
         for rank, reader in enumerate(readers):
@@ -108,9 +108,15 @@ def _wait(children: list, readers: list) -> tuple[dict[int, object], str]:
         failed = [child.exitcode for child in children if child.exitcode]
         if failed and not lost:
             lost = f"ended by {signal.Signals(-failed[0]).name}" if failed[0] < 0 else "it failed"
+        if (lost or signals.number) and not terminated:
+            terminated = True
             for child in running:
                 child.terminate()
-        connection.wait([child.sentinel for child in running], timeout=0.2)
+        if signals.save:
+            signals.save = False
+            for child in running:
+                os.kill(child.pid, signal.SIGUSR1)
+        connection.wait([child.sentinel for child in running], timeout=POLL_SECONDS)
 
 
 def _result(results: dict[int, object], lost: str, number: int) -> dict:
@@ -125,36 +131,6 @@ def _result(results: dict[int, object], lost: str, number: int) -> dict:
     if 0 not in results:
         raise ChildProcessError("the first process of this run ended without a result")
     return results[0]
-
-
-class _SignalRelay:
-    """Sends the signals that this process receives to the processes that it started."""
-
-    pids: list[int] = []
-    number = 0
-
-    def __call__(self, number: int, frame) -> None:
-        if number != signal.SIGUSR1:
-            self.number = number
-            number = signal.SIGTERM  # Ctrl-C reaches all of them anyway
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
-@contextlib.contextmanager
-def _relay_signals() -> Iterator[_SignalRelay]:
-    relay = _SignalRelay()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    try:
-        before = {number: signal.signal(number, relay) for number in numbers}
-    except ValueError:  # not in the main thread
-        before = {}
-    try:
-        yield relay
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- one process ----------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ from torch import Tensor
 def batch_mixer(cfg) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     """Mixup (arXiv 1710.09412), cutmix (1905.04899) and label smoothing of a mini-batch.
 
-    Clip i is mixed with clip B - 1 - i, all of a batch by the same share. So that AUG.NUM_SAMPLE
+    Clip i is mixed with clip B - 1 - i, all of a batch by the same share: so the AUG.NUM_SAMPLE
     clips of one video, which are neighbours, are mixed with another video's. (torchvision's
-    operators mix neighbours.) Draws come from NumPy's generator.
+    operators mix neighbours.) Random numbers are NumPy's.
 
     Returns:
         None if MIXUP.ENABLE is False, else a function of clips (B, 3, T, H, W) float, which it
-        leaves as they are, and labels (B,) long to clips and labels (B, NUM_CLASSES) float32.
+        does not change, and labels (B,) long to clips and labels (B, NUM_CLASSES) float32.
     """
     if not cfg.MIXUP.ENABLE:
         return None
@@ -35,7 +35,7 @@ def batch_mixer(cfg) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
 
 
 def draw_share(node) -> tuple[float, bool]:
-    """How much of each clip stays (1 for no mixing), and whether it loses a box instead."""
+    """The share of each clip that is kept (1 for no mixing), and whether by cutmix."""
     if np.random.rand() >= node.PROB or not (node.ALPHA or node.CUTMIX_ALPHA):
         return 1.0, False
     cutmix = not node.ALPHA
@@ -47,8 +47,8 @@ def draw_share(node) -> tuple[float, bool]:
 
 
 def paste_box(clips: Tensor, share: float) -> tuple[Tensor, float]:
-    """The clips (..., H, W), whose other 1 - ``share`` is a box of their partners; and the share
-    that is left: where the border cuts the box there is more."""
+    """The clips (..., H, W), 1 - ``share`` of each replaced by a box of its partner; and the true
+    share, which is larger if the border cuts the box."""
     height, width = clips.shape[-2:]
     side = (1.0 - share) ** 0.5
     box = []

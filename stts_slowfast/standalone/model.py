@@ -1,4 +1,4 @@
-"""The standalone model: a backbone, and selectors where the config asks for them."""
+"""The standalone model: a backbone, and selectors if the config asks for them."""
 
 from torch import nn
 
@@ -16,12 +16,12 @@ def build_model(cfg) -> nn.Module:
 
     Returns:
         A model that maps float clips ``(B, 3, NUM_FRAMES, CROP, CROP)`` to logits
-        ``(B, NUM_CLASSES)`` in training and evaluation; with selectors in ``model.stts`` where
+        ``(B, NUM_CLASSES)`` in training and evaluation; with selectors in ``model.stts`` if
         ``STTS.ENABLE``.
 
     Raises:
-        FileNotFoundError: where there is no file of pretrained weights.
-        ValueError: naming the key that the model cannot be built from.
+        FileNotFoundError: if there is no file of pretrained weights.
+        ValueError: if the model cannot be built, naming the key.
     """
     model = backbones.build(cfg)
     load_pretrained(model, cfg)

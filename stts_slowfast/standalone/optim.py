@@ -1,7 +1,7 @@
-"""Learning rate, parameter groups and optimizer as SlowFast defines them, and its optimizer state.
+"""Learning rate, parameter groups, optimizer and optimizer state as in SlowFast.
 
-Parameters go to the optimizer in the order in which SlowFast's own model lists them, and the state
-is stored in SlowFast's shapes: so a run moves between SlowFast and the standalone runner midway.
+The optimizer has its parameters in the order and its state in the shapes of SlowFast's own model,
+so that a run of either engine can be resumed in the other.
 """
 
 import math
@@ -62,7 +62,7 @@ def build_optimizer(model: nn.Module, cfg, state: dict | None = None) -> torch.o
 
     Args:
         model, cfg: what is trained.
-        state: of the optimizer of the run that is resumed, which knows what was new when it began.
+        state: of the optimizer of the resumed run, whose groups show which parameters were new.
     """
     solver = cfg.SOLVER
     names = {id(parameter): name for name, parameter, _ in slowfast_parameters(model)}
@@ -82,7 +82,7 @@ def build_optimizer(model: nn.Module, cfg, state: dict | None = None) -> torch.o
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives each group the rate ``lr``, times its ``layer_decay``."""
+    """Sets the rate of each group to ``lr`` times its ``layer_decay``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["layer_decay"]
 
@@ -96,13 +96,13 @@ def groups(model: nn.Module, cfg) -> list[dict]:
     """
     layered = cfg.SOLVER.LAYER_DECAY < 1.0
     depth, layer_of = len(find_blocks(model)), family_of(cfg).layer
-    spared = _spared(model, cfg)
+    undecayed = _no_weight_decay(model, cfg)
     batch_norm = _batch_norm_parameters(model)
     found: dict[tuple[int, int], dict] = {}
     for name, parameter, shape in slowfast_parameters(model):
         if not parameter.requires_grad:
             continue
-        named = name in spared if layered else any(part in name for part in spared)
+        named = name in undecayed if layered else any(part in name for part in undecayed)
         one_dimension = len(shape) == 1 or name.endswith(".bias")
         zero = named or (cfg.SOLVER.ZERO_WD_1D_PARAM and one_dimension)
         kind, weight_decay = (2, 0.0) if zero else (1, cfg.SOLVER.WEIGHT_DECAY)
@@ -115,7 +115,7 @@ def groups(model: nn.Module, cfg) -> list[dict]:
             "layer_decay": cfg.SOLVER.LAYER_DECAY ** (depth + 1 - layer),
         }
         found.setdefault((layer, kind), group)["params"].append(parameter)
-    # With layers SlowFast keeps the order in which groups were first met, without it sorts by kind.
+    # With layer decay SlowFast has the groups in order of their first parameter, else by kind.
     return list(found.values()) if layered else [found[key] for key in sorted(found)]
 
 
@@ -128,8 +128,9 @@ def _batch_norm_parameters(model: nn.Module) -> set[int]:
     }
 
 
-def _spared(model: nn.Module, cfg) -> list[str]:
-    """Parts of names without weight decay: the model's word, or for MViT SlowFast's rule."""
+def _no_weight_decay(model: nn.Module, cfg) -> list[str]:
+    """Substrings of the names of parameters without weight decay: those that the model lists, or
+    for MViT SlowFast's rule."""
     if hasattr(model, "no_weight_decay"):
         return list(model.no_weight_decay())
     if cfg.MODEL.MODEL_NAME != "MViT" or not cfg.MVIT.ZERO_DECAY_POS_CLS:
@@ -164,9 +165,9 @@ _BLOCK_ORDER = (
 
 
 def slowfast_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter, torch.Size]]:
-    """``(SlowFast's name, parameter, SlowFast's shape)`` in the order in which SlowFast lists them.
+    """``(SlowFast's name, parameter, SlowFast's shape)`` in SlowFast's order.
 
-    A model that SlowFast does not have keeps its own names, shapes and order.
+    A model that SlowFast does not have has its own names, shapes and order.
     """
     parameters = dict(model.named_parameters())
     listed = [
@@ -174,10 +175,10 @@ def slowfast_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter, torch
         for ours, (theirs, value) in zip(model.state_dict(), slowfast_state(model).items())
         if ours in parameters
     ]
-    return sorted(listed, key=lambda entry: _place(entry[0]))
+    return sorted(listed, key=lambda entry: _sort_key(entry[0]))
 
 
-def _place(name: str) -> tuple[int, int, int]:
+def _sort_key(name: str) -> tuple[int, int, int]:
     if name in _STEM_ORDER:
         return 0, _STEM_ORDER.index(name), 0
     if name.startswith("patch_embed."):
@@ -201,12 +202,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, source: 
     """Loads what :func:`optimizer_state` or SlowFast saved.
 
     Raises:
-        ValueError: where the state belongs to an optimizer with other parameters.
+        ValueError: if the state is of an optimizer with other parameters.
     """
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     found = [len(group["params"]) for group in state.get("param_groups", ())]
     advice = (
-        "to take its weights alone set TRAIN.CHECKPOINT_EPOCH_RESET True (or another OUTPUT_DIR)"
+        "to load only its weights set TRAIN.CHECKPOINT_EPOCH_RESET True (or another OUTPUT_DIR)"
     )
     if sizes != found:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a model says of a batch in validation and testing: float32 logits, finite or refused."""
+"""The outputs of a model in validation and testing: float32 logits, which must be finite."""
 
 import contextlib
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ def predict(model: nn.Module, clips: Tensor, videos: Sequence, numbers: Tensor) 
     """Logits (B, classes) float32 of normalised clips (B, 3, T, H, W), outside autocast.
 
     Args:
-        videos, numbers: a list's entries, and which of them each clip is from (B,).
+        videos, numbers: the records of a list, and the index of each clip's video (B,).
 
     Raises:
-        ValueError: naming the video, and the layer, by which they are not finite.
+        ValueError: if they are not finite, naming the video and the layer.
     """
     try:
         logits = float32_logits(model, clips)
@@ -28,57 +28,57 @@ def predict(model: nn.Module, clips: Tensor, videos: Sequence, numbers: Tensor) 
     for number, clip in zip(numbers.tolist(), clips):
         if reason := _explanation(model, clip[None]):
             raise ValueError(
-                f"the model's outputs for {videos[number].path} are no numbers: {reason}"
+                f"the model's outputs for {videos[number].path} are not finite: {reason}"
             )
     first = videos[int(numbers[0])].path
     raise ValueError(
-        f"the model's outputs for a batch with {first} are no numbers, but for each of its clips "
-        "alone they are: is the device sound?"
+        f"the model's outputs for a batch with {first} are not finite, but for each of its clips "
+        "alone they are: check the device"
     )
 
 
 def float32_logits(model: nn.Module, clips: Tensor) -> Tensor:
-    """Validation and testing leave autocast, as in SlowFast."""
+    """Logits outside autocast, as in SlowFast."""
     with torch.autocast(clips.device.type, enabled=False):
         return model(clips.float()).float()
 
 
 def _explanation(model: nn.Module, clips: Tensor) -> str:
-    """Where values that are not finite come up first; empty if the outputs are finite."""
-    found: list[str] = []
+    """Which values are not finite first; empty if the outputs are finite."""
+    layers: list[str] = []
 
-    def look_at(name: str):
-        def look(module, args, output) -> None:
+    def check_output(name: str):
+        def hook(module, args, output) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             tensors = [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
             if not all(bool(x.isfinite().all()) for x in tensors):
-                found.append(name)
+                layers.append(name)
 
-        return look
+        return hook
 
     named = [(name, module) for name, module in model.named_modules() if name]
-    handles = [module.register_forward_hook(look_at(name)) for name, module in named]
+    handles = [module.register_forward_hook(check_output(name)) for name, module in named]
     logits = None
-    _forget_notes(model)
+    _clear_nan_flags(model)
     try:
         with contextlib.suppress(ValueError):
             logits = float32_logits(model, clips)
     finally:
-        _forget_notes(model)
+        _clear_nan_flags(model)
         for handle in handles:
             handle.remove()
     if logits is not None and bool(logits.isfinite().all()):
         return ""
     if not bool(clips.isfinite().all()):
-        return "its clip holds values that are not finite"
+        return "its clip has values that are not finite"
     if broken := [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]:
         more = f" and {len(broken) - 1} others" if len(broken) > 1 else ""
-        return f"the weights {broken[0]}{more} hold values that are not finite"
-    return f"they first are none in the layer {found[0] if found else 'behind the last one'}"
+        return f"the weights {broken[0]}{more} have values that are not finite"
+    return f"the first such layer is {layers[0] if layers else 'after the last one'}"
 
 
-def _forget_notes(model: nn.Module) -> None:
-    """Of NaN scores on a device, which the next forward pass would raise for."""
+def _clear_nan_flags(model: nn.Module) -> None:
+    """Clears the flags of NaN scores, for which the next forward pass would raise."""
     for module in model.modules():
         if isinstance(module, Selector):
             with contextlib.suppress(ValueError):

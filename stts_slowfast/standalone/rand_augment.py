@@ -15,9 +15,9 @@ _BICUBIC = {"bilinear": [False], "bicubic": [True], "random": [False, True]}
 class RandAugment:
     """RandAugment (arXiv 1909.13719) by a policy in timm's notation, for uint8 clips.
 
-    ``rand-m7-n4-mstd0.5-inc1``: 4 operations, each done with probability 0.5, at a magnitude of
-    0..10 drawn from a normal distribution with mean 7 and standard deviation 0.5; ``inc1``: all
-    grow stronger with it. (`v2.RandAugment` has other operations, always done, and no deviation.)
+    ``rand-m7-n4-mstd0.5-inc1``: 4 operations, each applied with probability 0.5, at a magnitude of
+    0..10 drawn from a normal distribution with mean 7 and standard deviation 0.5; ``inc1``: the
+    strength of all grows with it. (`v2.RandAugment` has others, always applied, and no deviation.)
     """
 
     def __init__(self, policy: str, interpolation: str = "bicubic"):
@@ -41,7 +41,7 @@ class RandAugment:
         self.bicubic = _BICUBIC[interpolation]
 
     def __call__(self, clip: torch.Tensor, box: Box | None = None) -> torch.Tensor:
-        """The part ``box`` of the augmented clip (T, 3, H, W)."""
+        """The ``box`` of the augmented clip (T, 3, H, W)."""
         operations = [
             operation(
                 name,
@@ -80,12 +80,12 @@ def operation(
 
 
 class RandomErasing:
-    """Random erasing (arXiv 1708.04896) of the same boxes in all frames of a clip (3, T, H, W), of
-    which ``prepare`` makes a normalised one first, where it is erased.
+    """Random erasing (arXiv 1708.04896) of the same boxes in all frames of a clip (3, T, H, W),
+    which ``prepare`` normalises before, if it is erased.
 
     1 to ``count`` boxes, together 2% to a third of the frame; ``mode`` ``pixel`` fills them with
     normal noise, ``rand`` with one normal colour for each frame, ``const`` with zeros. (With
-    several boxes the first 1/``count`` of the frames stay clean, as in SlowFast.
+    several boxes the first 1/``count`` of the frames are not erased, as in SlowFast.
     `v2.RandomErasing` would give all frames the same noise.)
     """
 
@@ -98,8 +98,9 @@ class RandomErasing:
         clip = self.prepare(clip)
         dirty = clip[:, clip.shape[1] // self.count if self.count > 1 else 0 :]
         count = random.randint(1, self.count)
+        rows, columns = clip.shape[-2:]
         for _ in range(count):
-            top, left, height, width = self._box(*clip.shape[-2:], count)
+            top, left, height, width = self._box(rows, columns, count)
             box = dirty[..., top : top + height, left : left + width]
             size = {"pixel": box.shape, "rand": (*dirty.shape[:2], 1, 1), "const": (1,)}[self.mode]
             box.copy_(torch.zeros(size) if self.mode == "const" else torch.randn(size))

@@ -1,4 +1,4 @@
-"""What a run tells: SlowFast's ``json_stats`` lines, ``stdout.log`` and TensorBoard."""
+"""Outputs of a run: SlowFast's ``json_stats`` lines, ``stdout.log``, ``run.json``, TensorBoard."""
 
 import contextlib
 import datetime
@@ -11,26 +11,30 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import simplejson
 import torch
 import yaml
 from iopath.common.file_io import g_pathmgr
-from torch import Tensor
+from torch import Tensor, nn
 
 from stts_slowfast.checkpoints import atomic_write
 
 logger = logging.getLogger(__name__)
 
-NUM_SHOWN_ERRORS = 4  # clips of a validation in TensorBoard
+NUM_SHOWN_CLIPS = 4  # clips of a validation in TensorBoard
 RUN_RECORD, RUN_SCHEMA = "run.json", 1
+
+# Called after each batch with "train", "val" or "test", the model, and the batch on its device:
+# (clips, labels, video_index, view_index). With several processes it is pickled.
+BatchCallback = Callable[[str, nn.Module, tuple[Tensor, ...]], None]
 
 _FORMAT = "[%(asctime)s][%(levelname)s] %(filename)s: %(lineno)4d: %(message)s"
 
 
 class _Stdout(logging.Handler):
-    """Prints to what ``sys.stdout`` is at that moment: a progress bar puts itself in between."""
+    """Prints to the current ``sys.stdout``, which a progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stdout, flush=True)
@@ -41,8 +45,8 @@ def log_to(output_dir: str, main: bool):
     """Logs this package's lines to stdout and ``OUTPUT_DIR/stdout.log`` while it is open.
 
     Args:
-        output_dir: made where it is missing.
-        main: whether this process may speak; the others log errors alone.
+        output_dir: created if missing.
+        main: whether this process logs; the others log errors only.
     """
     package = logging.getLogger("stts_slowfast")
     level, handlers = package.level, []
@@ -51,7 +55,7 @@ def log_to(output_dir: str, main: bool):
         g_pathmgr.mkdirs(output_dir)
         file = g_pathmgr.open(os.path.join(output_dir, "stdout.log"), "a")
         handlers.append(logging.StreamHandler(file))
-        if not logging.getLogger().handlers:  # whoever set up logging sees our lines anyway
+        if not logging.getLogger().handlers:  # else the application shows our lines
             handlers.append(_Stdout())
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT, "%m/%d %H:%M:%S"))
@@ -71,10 +75,10 @@ def log_json_stats(stats: dict, output_dir: str | None = None) -> None:
 
     Args:
         stats: numbers and texts.
-        output_dir: where given, the line is added to ``json_stats.log`` there too.
+        output_dir: if given, the line is also appended to its ``json_stats.log``.
     """
-    told = {key: _rounded(value) for key, value in stats.items()}
-    line = f"json_stats: {simplejson.dumps(told, sort_keys=True, use_decimal=True)}"
+    rounded = {key: _rounded(value) for key, value in stats.items()}
+    line = f"json_stats: {simplejson.dumps(rounded, sort_keys=True, use_decimal=True)}"
     logger.info(line)
     if output_dir:
         with g_pathmgr.open(os.path.join(output_dir, "json_stats.log"), "a") as file:
@@ -82,7 +86,7 @@ def log_json_stats(stats: dict, output_dir: str | None = None) -> None:
 
 
 def record_run(cfg, facts: dict, results: dict | None = None) -> None:
-    """Writes what is known of a run to ``OUTPUT_DIR/run.json``, for programs to read.
+    """Writes the facts and results of a run to ``OUTPUT_DIR/run.json``, for programs to read.
 
     Its keys: ``schema`` (1), ``engine``, ``config`` (the nested config), ``params``, ``gflops`` of
     one clip (None if not counted), and ``results``: ``train`` (``top1_err``, ``top5_err``) and
@@ -96,10 +100,15 @@ def record_run(cfg, facts: dict, results: dict | None = None) -> None:
     record = {"schema": RUN_SCHEMA, "engine": "standalone", **facts}
     record |= {"config": yaml.safe_load(cfg.dump()), "results": {**_past_results(path)}}
     record["results"] |= results or {}
+    write_json(path, record)
+
+
+def write_json(path: str, value: object) -> None:
+    """Writes a JSON file, which is whole or absent."""
 
     def write(partial: str) -> None:
         with open(partial, "w") as file:
-            json.dump(record, file, indent=1)
+            json.dump(value, file, indent=1)
 
     atomic_write(path, write)
 
@@ -119,13 +128,13 @@ def _rounded(value):
 
 
 class Timer:
-    """Seconds of one iteration, and of its two parts: waiting for data, and computing."""
+    """Seconds of one iteration: in total, waiting for data, and computing."""
 
     def __init__(self):
         self.tic()
 
     def tic(self) -> None:
-        """An iteration begins: the next batch is asked for."""
+        """An iteration begins: the next batch is requested."""
         self.start = self.data = self.end = time.perf_counter()
 
     def got_data(self) -> None:
@@ -147,7 +156,7 @@ class Timer:
         return str(datetime.timedelta(seconds=int((self.end - self.start) * iterations)))
 
     def timed(self, batches: Iterable) -> Iterator:
-        """The batches; what is done with one is over when the next is asked for."""
+        """The batches; the work on one ends when the next is requested."""
         self.tic()
         for batch in batches:
             self.got_data()
@@ -156,7 +165,7 @@ class Timer:
 
 
 class Meter:
-    """Named numbers of each batch: medians over the last batches, means over all clips."""
+    """Named values of each batch: medians over the last batches, means over all clips."""
 
     def __init__(self, names: Sequence[str], period: int, totals: Sequence[float] = ()):
         self.names, self.window = names, deque(maxlen=period)
@@ -164,8 +173,8 @@ class Meter:
 
     def add(self, values: Sequence[float], clips: int) -> None:
         self.window.append(values)
-        for place, value in enumerate((*values, 1.0)):
-            self.totals[place] += value * clips
+        for index, value in enumerate((*values, 1.0)):
+            self.totals[index] += value * clips
 
     def medians(self) -> dict[str, float]:
         return dict(zip(self.names, (statistics.median(column) for column in zip(*self.window))))
@@ -174,18 +183,39 @@ class Meter:
         return {name: total / self.totals[-1] for name, total in zip(self.names, self.totals)}
 
 
+class HostCopy:
+    """Numbers of a step on their way to the host: a device is not waited for until they are read,
+    and then only for that step, not for what was launched since.
+
+    Args:
+        values: (N,).
+    """
+
+    def __init__(self, values: Tensor):
+        # Pinned memory is what a copy without waiting goes to.
+        self.values, self.event = values.to("cpu", non_blocking=values.is_cuda), None
+        if values.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> list[float]:
+        if self.event:
+            self.event.synchronize()
+        return self.values.tolist()
+
+
 class LossMonitor:
-    """Stops a run whose loss is no number, or explodes (TRAIN.KILL_LOSS_EXPLOSION_FACTOR)."""
+    """Stops a run whose loss is not finite, or explodes (TRAIN.KILL_LOSS_EXPLOSION_FACTOR)."""
 
     def __init__(self, cfg):
         self.cfg, self.losses = cfg, deque(maxlen=6)
 
     def check(self, loss: float, grad_norm: float, epoch: float) -> None:
-        """Raises ``ValueError`` with what is wrong at this exact epoch."""
-        found = {"loss": loss}
-        if not self.cfg.TRAIN.MIXED_PRECISION:  # there a step is left out where it overflows
-            found["norm of the gradient"] = grad_norm
-        for name, value in found.items():
+        """Raises ``ValueError`` if the loss at this exact epoch is not finite, or explodes."""
+        values = {"loss": loss}
+        if not self.cfg.TRAIN.MIXED_PRECISION:  # which skips a step that overflows
+            values["norm of the gradient"] = grad_norm
+        for name, value in values.items():
             if not math.isfinite(value):
                 raise ValueError(
                     f"the {name} is {value} at epoch {epoch:.2f}: try a smaller SOLVER.BASE_LR, "
@@ -203,11 +233,11 @@ class LossMonitor:
 
 
 class RunLogger:
-    """TensorBoard's scalars and pictures where TENSORBOARD.ENABLE, and a bar on a terminal."""
+    """TensorBoard's scalars and figures if TENSORBOARD.ENABLE, and a progress bar on a terminal."""
 
-    def __init__(self, cfg, main: bool, writes: bool):
+    def __init__(self, cfg, main: bool, tensorboard: bool):
         self.writer = self.bar = None
-        if main and writes and cfg.TENSORBOARD.ENABLE:
+        if main and tensorboard and cfg.TENSORBOARD.ENABLE:
             from torch.utils.tensorboard import SummaryWriter
 
             name = cfg.TENSORBOARD.LOG_DIR or f"runs-{cfg.TRAIN.DATASET}"
@@ -230,7 +260,7 @@ class RunLogger:
             self.writer.close()
 
     def progress(self, batches: Iterable, what: str, length: int, done: int = 0) -> Iterator:
-        """The batches, with a bar that says how many of ``length`` are done."""
+        """The batches, with a bar that shows how many of ``length`` are done."""
         if not self.bar:
             yield from batches
             return
@@ -242,49 +272,30 @@ class RunLogger:
         finally:
             self.bar.remove_task(task)
 
-    def write(self, scalars: dict[str, float], step: int) -> None:
+    def add_scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Writes values by their tags to TensorBoard."""
         if self.writer:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
 
-    def show(self, cfg, model, clips: Tensor, step: int) -> None:
-        """What is kept of the first of some normalised clips (B, 3, T, H, W)."""
+    def add_figure(self, cfg, model: nn.Module, clips: Tensor, step: int) -> None:
+        """Shows the tokens kept of the first of some normalised clips (B, 3, T, H, W)."""
         if self.writer and cfg.STTS.ENABLE:
             from stts_slowfast.visualization import film_strip_figure
 
             self.writer.add_figure(
-                "Val/kept", film_strip_figure(cfg, model, clips[:NUM_SHOWN_ERRORS]), step
+                "Val/kept", film_strip_figure(cfg, model, clips[:NUM_SHOWN_CLIPS]), step
             )
 
 
 def memory() -> dict[str, str]:
-    """GPU memory at its peak, in GiB."""
+    """Peak GPU memory, in GiB."""
     used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"gpu_mem": f"{used / 2**30:.2f}G"}
 
 
 def ram() -> dict[str, str]:
-    """Memory of the machine in use, of all, in GiB."""
+    """Used and total memory of the machine, in GiB."""
     page = os.sysconf("SC_PAGE_SIZE") / 2**30
     total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
     return {"RAM": f"{total - free:.2f}/{total:.2f}G"}
-
-
-# --- errors in percent --------------------------------------------------------------------------
-
-
-def errors(predictions: Tensor, labels: Tensor) -> list[Tensor]:
-    """Top-1 and top-5 error in percent of predictions (B, classes) for labels (B,)."""
-    best = predictions.topk(min(5, predictions.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return [100.0 - 100.0 * hits[:, :k].any(1).float().mean() for k in (1, 5)]
-
-
-def train_errors(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """As :func:`errors`; of a mixed clip either class is right: SlowFast adds their logits."""
-    if labels.dim() == 1:
-        return errors(logits, labels)
-    first, second = labels.topk(2, dim=1).indices.unsqueeze(-1).unbind(1)
-    logits = logits.float()
-    logits = logits.scatter_add(1, first, logits.gather(1, second)).scatter(1, second, 0.0)
-    return errors(logits, first.squeeze(1))

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 GRACE_PERIOD = 8.0  # seconds between a signal and the end by force
 _PR_SET_PDEATHSIG = 1
@@ -45,8 +45,9 @@ class SignalState:
         deferred: the running code reads ``number`` by itself; else a signal raises at once.
     """
 
-    def __init__(self):
+    def __init__(self, limited: bool = True):
         self.number, self.save, self.deferred = 0, False, False
+        self._limited = limited  # the end by force after GRACE_PERIOD
         self._over = threading.Event()
 
     def check(self) -> None:
@@ -66,7 +67,7 @@ class SignalState:
         """Reads the numbers of signals until the run is over, even if no handler gets to run."""
         with open(reader, "rb", buffering=0) as numbers:
             while number := numbers.read(1):
-                if number[0] in (signal.SIGINT, signal.SIGTERM):
+                if self._limited and number[0] in (signal.SIGINT, signal.SIGTERM):
                     threading.Thread(target=self._end, args=(number[0],), daemon=True).start()
 
     def _end(self, number: int) -> None:
@@ -84,13 +85,16 @@ _active: SignalState | None = None
 
 
 @contextlib.contextmanager
-def handle_signals():
+def handle_signals(limited: bool = True) -> Iterator[SignalState]:
     """Handles SIGINT, SIGTERM and SIGUSR1 while it is open; gives a :class:`SignalState`.
 
     In a thread other than the main one, which receives no signal, it does nothing.
+
+    Args:
+        limited: whether the process is ended by force ``GRACE_PERIOD`` seconds after a signal.
     """
     global _active
-    state = SignalState()
+    state = SignalState(limited)
     if threading.current_thread() is not threading.main_thread():
         yield state
         return

@@ -1,9 +1,11 @@
-"""The training loop: epochs, steps, validations and checkpoints of one process of a run."""
+"""The training loop of one process of a run: epochs, steps, validations and checkpoints."""
 
 import logging
 import os
 import signal
 import time
+from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,40 +15,71 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from stts_slowfast.checkpoints import save_checkpoint
-from stts_slowfast.hooks import raise_on_nan
+from stts_slowfast.hooks import nan_flag, raise_on_nan
 from stts_slowfast.schedule import Schedule
 from stts_slowfast.standalone import checkpointing, optim, run_logger
 from stts_slowfast.standalone.data import build_loader, normalize_clips
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
 from stts_slowfast.standalone.mixup import batch_mixer
 from stts_slowfast.standalone.predictions import predict
-from stts_slowfast.standalone.run_logger import LossMonitor, Meter, RunLogger, Timer
+from stts_slowfast.standalone.run_logger import (
+    BatchCallback,
+    LossMonitor,
+    Meter,
+    RunLogger,
+    Timer,
+)
 from stts_slowfast.standalone.signals import Interrupted, SignalState
+from stts_slowfast.video.accuracy import mixed_topk_errors, topk_errors
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingLoop:
-    """A run in one of its processes; each method is a part of the loop.
+class UnreadStep(NamedTuple):
+    """A step that was launched.
 
     Attributes:
-        model, network: the model, and the same as Fabric wraps it: under autocast and DDP.
+        epoch, iteration: from 0.
+        exact: the epoch with the fraction that was done before the step.
+        clips: of its batch in this process.
+        rates: what to log besides.
+    """
+
+    epoch: int
+    iteration: int
+    exact: float
+    clips: int
+    rates: dict[str, float]
+
+
+class TrainingLoop:
+    """The training of a run in one of its processes.
+
+    Attributes:
+        model, network: the model, and the same wrapped by Fabric: under autocast and DDP.
         errors: ``top1_err`` and ``top5_err`` of the last validation.
-        last: the path of the last checkpoint.
+        last_checkpoint: its path; None if there is none yet.
     """
 
     def __init__(
-        self, cfg, fabric: Fabric, model, start, board: RunLogger, stop: SignalState, watch
+        self,
+        cfg,
+        fabric: Fabric,
+        model: nn.Module,
+        start: checkpointing.ResumeState,
+        run_log: RunLogger,
+        signals: SignalState,
+        watch: BatchCallback | None,
     ):
         self.cfg, self.fabric, self.model, self.start = cfg, fabric, model, start
-        self.board, self.stop, self.watch = board, stop, watch
+        self.run_log, self.signals, self.watch = run_log, signals, watch
         self.train_loader = self._loader("train")
         self.val_loader = self._loader("val")
         self.mixer = batch_mixer(cfg)
         if self.mixer and cfg.MIXUP.PROB and self.train_loader.batch_size * cfg.AUG.NUM_SAMPLE < 2:
             raise ValueError(
-                f"MIXUP.ENABLE is True but TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} leaves 1 clip a "
-                "process, which has no other to be mixed with: give it 2 at least"
+                f"MIXUP.ENABLE is True but TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} gives a process "
+                "1 clip, which has no other to be mixed with: set it so that each has 2"
             )
         fabric.to_device(model)
         self.optimizer = optim.build_optimizer(model, cfg, start.optimizer_state)
@@ -67,15 +100,17 @@ class TrainingLoop:
             fabric.strategy.precision.load_state_dict(start.scaler_state)
         start.optimizer_state = start.scaler_state = None  # memory
         self.losses = LossMonitor(cfg)
+        self.unread: deque[tuple[UnreadStep, run_logger.HostCopy]] = deque()
         self.validations = checkpointing.past_validations(cfg, start)
-        self.last, self.within = start.path, [start.path] if start.iteration else []
+        self.last_checkpoint = start.path
+        self.mid_epoch_checkpoints = [start.path] if start.iteration else []
         self.saved_at = time.monotonic()
         self.length = len(self.train_loader)
         if start.iteration and start.length != self.length:
             raise ValueError(
                 f"{start.path} is {start.iteration} of {start.length} iterations into an epoch, "
                 f"which now has {self.length}: set the TRAIN.BATCH_SIZE and the number of "
-                "processes that it had, or remove it to go on from the last whole epoch"
+                "processes that it had, or remove it to resume from the last whole epoch"
             )
 
     def _loader(self, split: str):
@@ -90,34 +125,34 @@ class TrainingLoop:
         self.val_loader.close()
 
     def train_epoch(self, epoch: int, first: int = 0) -> None:
-        """Trains from iteration ``first`` on; then a checkpoint and a validation, where due."""
+        """Trains from iteration ``first`` on; then writes a checkpoint and validates, if due."""
         totals = self.start.totals if first else ()
         meter = Meter(("loss", "top1_err", "top5_err"), self.cfg.LOG_PERIOD, totals)
-        timer = Timer()
+        self.timer = timer = Timer()
         self.model.train()
         self.train_loader.set_epoch(epoch)
         if first:
             self.train_loader.skip(first)
         logger.info("Start epoch: %d", epoch + 1)
-        batches = self.board.progress(self.train_loader, f"epoch {epoch + 1}", self.length, first)
+        batches = self.run_log.progress(self.train_loader, f"epoch {epoch + 1}", self.length, first)
         for iteration, batch in enumerate(timer.timed(batches), first):
-            asked = self.step(epoch, iteration, batch, meter, timer)
+            requests = self.step(epoch, iteration, batch, meter)
             if iteration + 1 < self.length:
-                self.handle_requests(asked, epoch, iteration + 1, meter)
+                self.handle_requests(requests, epoch, iteration + 1, meter)
         stats = {**self.stats, **meter.means(), **self.train_loader.bad.count(), **run_logger.ram()}
         self._log({**stats, "_type": "train_epoch"}, to_file=True)
         epoch += 1
         last = epoch == self.cfg.SOLVER.MAX_EPOCH
-        # Before the validation, as SlowFast does.
+        # Before the validation, as in SlowFast.
         if epoch % self.cfg.TRAIN.CHECKPOINT_PERIOD == 0 or last:
             self.save(epoch)
-        self.handle_requests(asked, epoch, 0, meter)
+        self.handle_requests(requests, epoch, 0, meter)
         if epoch % self.cfg.TRAIN.EVAL_PERIOD == 0 or last:
             self.validate(epoch - 1)
 
-    def step(self, epoch: int, iteration: int, batch, meter: Meter, timer: Timer) -> list[bool]:
-        """One iteration; whether any process was asked for a checkpoint, and to end."""
-        # Each has its own seed, so that a resumed run draws what the whole one would have.
+    def step(self, epoch: int, iteration: int, batch, meter: Meter) -> list[bool]:
+        """One iteration; returns whether any process has a request for a checkpoint, and to end."""
+        # Each has its own seed: a resumed run draws the numbers of an uninterrupted one.
         seed = iteration_seed(self.cfg.RNG_SEED, epoch, iteration, self.fabric.global_rank)
         seed_everything(seed, verbose=False)
         exact = epoch + iteration / self.length
@@ -130,26 +165,45 @@ class TrainingLoop:
             clips, labels = self.mixer(clips, labels)
         self.stepper.zero_grad()
         logits = self.network(clips)
-        loss = F.cross_entropy(logits, labels)  # labels: (B,) classes, or (B, classes) shares
+        loss = F.cross_entropy(
+            logits, labels
+        )  # labels: (B,) classes, or (B, classes) probabilities
         self.fabric.backward(loss)
         grad_norm = self.clip_gradients()
         self.stepper.step()
 
-        stats = [loss.detach(), grad_norm, *run_logger.train_errors(logits.detach(), labels)]
-        stats += [torch.tensor(float(x), device=loss.device) for x in self._pending_requests()]
-        stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats])).tolist()
-        loss, grad_norm, top1, top5, *asked = stats
-        timer.toc()
-        raise_on_nan(self.model)  # which names the selector; the loss would not
-        self.losses.check(loss, grad_norm, exact)
-        meter.add((loss, top1, top5), len(clips))
-        self._log_step(epoch, iteration, {"lr": lr, **rates}, grad_norm, meter, timer)
+        stats = [loss.detach(), grad_norm, *mixed_topk_errors(logits.detach(), labels)]
+        stats += [torch.full_like(stats[0], flag) for flag in self._pending_requests()]
+        nan = nan_flag(self.model)
+        stats.append(torch.zeros_like(stats[0]) if nan is None else nan)
+        stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats]))
+        step = UnreadStep(epoch, iteration, exact, len(clips), {"lr": lr, **rates})
+        self.unread.append((step, run_logger.HostCopy(stats)))
+        # A device is a step ahead of what is read of it, so that it never waits for the host.
+        logs = (iteration + 1) % self.cfg.LOG_PERIOD == 0 or iteration + 1 == self.length
+        requests = self._read_steps(meter, 0 if logs or not stats.is_cuda else 1)
         if self.watch:
             self.watch("train", self.model, batch)
-        return [value > 0 for value in asked]
+        return requests
+
+    def _read_steps(self, meter: Meter, ahead: int = 0) -> list[bool]:
+        """Reads and logs the numbers of all but the last ``ahead`` steps; returns whether any
+        process had a request in them for a checkpoint, and to end."""
+        requests = [False, False]
+        while len(self.unread) > ahead:
+            step, stats = self.unread.popleft()
+            loss, grad_norm, top1, top5, *flags, nan = stats.read()
+            self.timer.toc()
+            if nan:
+                raise_on_nan(self.model)  # which names the selector; the loss would not
+            self.losses.check(loss, grad_norm, step.exact)
+            meter.add((loss, top1, top5), step.clips)
+            self._log_step(step, grad_norm, meter)
+            requests = [before or flag > 0 for before, flag in zip(requests, flags)]
+        return requests
 
     def clip_gradients(self) -> Tensor:
-        """Clips as SOLVER.CLIP_GRAD_* ask; the norm of all gradients before."""
+        """Clips by SOLVER.CLIP_GRAD_*; returns the norm of all gradients before."""
         limit = self.cfg.SOLVER.CLIP_GRAD_L2NORM
         if self.cfg.SOLVER.CLIP_GRAD_VAL or not limit:
             limit = float("inf")
@@ -160,28 +214,31 @@ class TrainingLoop:
         return norm
 
     def _pending_requests(self) -> tuple[bool, bool]:
-        """Whether this process was asked for a checkpoint, by time or by signal; and to end."""
+        """Whether this process has a request for a checkpoint, by time or signal, and to end."""
         minutes = self.cfg.TRAIN.CHECKPOINT_EVERY_MINUTES
         due = minutes > 0 and time.monotonic() - self.saved_at >= 60.0 * minutes
-        return due or self.stop.save, bool(self.stop.number)
+        return due or self.signals.save, bool(self.signals.number)
 
-    def handle_requests(self, asked: list[bool], epoch: int, iteration: int, meter: Meter) -> None:
-        """Writes a checkpoint inside an epoch, and ends, where a step was told so: all processes
-        of a run after the same one."""
-        save, end = asked
+    def handle_requests(
+        self, requests: list[bool], epoch: int, iteration: int, meter: Meter
+    ) -> None:
+        """Writes a checkpoint inside an epoch and ends, if requested: all processes of a run after
+        the same step."""
+        save, end = requests
         if save or end:
-            self.stop.save, self.saved_at = False, time.monotonic()
+            self._read_steps(meter)  # their requests are handled now
+            self.signals.save, self.saved_at = False, time.monotonic()
             if iteration:
                 self.save(epoch, iteration, meter)
         if end:
-            stopped = Interrupted(number=self.stop.number or signal.SIGTERM)
-            stopped.agreed = True
-            raise stopped
+            interrupted = Interrupted(number=self.signals.number or signal.SIGTERM)
+            interrupted.agreed = True
+            raise interrupted
 
     def save(self, epoch: int, iteration: int = 0, meter: Meter | None = None) -> None:
         """Writes the checkpoint after ``epoch`` epochs, and iterations of the next one."""
         path = checkpointing.checkpoint_path(self.cfg, epoch, iteration)
-        self.last, self.saved_at = path, time.monotonic()
+        self.last_checkpoint, self.saved_at = path, time.monotonic()
         if not self.fabric.is_global_zero:
             return
         g_pathmgr.mkdirs(os.path.dirname(path))
@@ -189,16 +246,16 @@ class TrainingLoop:
         scaler = self.fabric.strategy.precision.state_dict() or None
         extra = {}
         if iteration:
-            place = {"iteration": iteration, "length": self.length, "totals": meter.totals}
-            extra = {"within_epoch": place}
+            position = {"iteration": iteration, "length": self.length, "totals": meter.totals}
+            extra = {"within_epoch": position}
         save_checkpoint(path, self.model, self.cfg, epoch - 1, state, scaler, extra)
         logger.info("Wrote %s", path)
-        self.within += [path] if iteration else []
-        # The one before stays, should the last be damaged.
-        for old in self.within[: -2 if iteration else None]:
+        self.mid_epoch_checkpoints += [path] if iteration else []
+        # The one before is kept, should the last be damaged.
+        for old in self.mid_epoch_checkpoints[: -2 if iteration else None]:
             if old != path and g_pathmgr.exists(old):
                 g_pathmgr.rm(old)
-        self.within = self.within[-2:] if iteration else []
+        del self.mid_epoch_checkpoints[: -2 if iteration else None]
 
     @torch.no_grad()
     def validate(self, epoch: int) -> None:
@@ -207,15 +264,15 @@ class TrainingLoop:
         self.model.eval()
         self.val_loader.set_epoch(epoch)
         start, length = time.perf_counter(), len(self.val_loader)
-        batches = self.board.progress(self.val_loader, "validation", length)
+        batches = self.run_log.progress(self.val_loader, "validation", length)
         for iteration, batch in enumerate(timer.timed(batches)):
-            self.stop.check()
+            self.signals.check()
             batch = self.fabric.to_device(batch)
             clips = normalize_clips(batch[0], self.cfg)
             logits = predict(self.model, clips, self.val_loader.dataset.videos, batch[2])
             if not iteration:
-                self.board.show(self.cfg, self.model, clips, epoch)
-            errors = torch.stack(run_logger.errors(logits, batch[1])).tolist()
+                self.run_log.add_figure(self.cfg, self.model, clips, epoch)
+            errors = torch.stack(topk_errors(logits, batch[1])).tolist()
             timer.toc()
             meter.add(errors, len(batch[0]))
             if (iteration + 1) % self.cfg.LOG_PERIOD == 0:
@@ -237,7 +294,7 @@ class TrainingLoop:
         self.validations[epoch] = self.errors
         if self.fabric.is_global_zero:
             checkpointing.write_validations(self.cfg, self.validations)
-        least = {
+        lowest = {
             f"min_{key}": min(past[key] for past in self.validations.values())
             for key in self.errors
         }
@@ -246,33 +303,34 @@ class TrainingLoop:
             "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
             "time_diff": time.perf_counter() - start,
             **self.errors,
-            **least,
+            **lowest,
             **self.val_loader.bad.count(),
             **run_logger.memory(),
             **run_logger.ram(),
         }
         self._log(stats, to_file=True)
         scalars = {f"Val/{key.capitalize()}": value for key, value in self.errors.items()}
-        self.board.write(scalars, epoch)
+        self.run_log.add_scalars(scalars, epoch)
 
-    def _log_step(self, epoch, iteration, rates, grad_norm, meter: Meter, timer: Timer) -> None:
+    def _log_step(self, step: UnreadStep, grad_norm: float, meter: Meter) -> None:
+        epoch, iteration, rates = step.epoch, step.iteration, step.rates
         left = (self.cfg.SOLVER.MAX_EPOCH - epoch) * self.length - iteration - 1
         self.stats = {
             "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",
-            **timer.stats(),
-            "eta": timer.eta(left),
+            **self.timer.stats(),
+            "eta": self.timer.eta(left),
             "grad_norm": grad_norm,
             **rates,
             **run_logger.memory(),
         }
         if (iteration + 1) % self.cfg.LOG_PERIOD == 0:
             # SlowFast's type really ends in an underscore.
-            place = {"_type": "train_iter_", "iter": f"{iteration + 1}/{self.length}"}
-            self._log({**self.stats, **meter.medians(), **place})
+            position = {"_type": "train_iter_", "iter": f"{iteration + 1}/{self.length}"}
+            self._log({**self.stats, **meter.medians(), **position})
         loss, top1, top5 = meter.window[-1]
         scalars = {"loss": loss, "Top1_err": top1, "Top5_err": top5, **rates}
         scalars = {f"Train/{key}": value for key, value in scalars.items()}
-        self.board.write(scalars, self.length * epoch + iteration)
+        self.run_log.add_scalars(scalars, self.length * epoch + iteration)
 
     def _log(self, stats: dict, to_file: bool = False) -> None:
         if self.fabric.is_global_zero:
@@ -280,5 +338,5 @@ class TrainingLoop:
 
 
 def iteration_seed(*numbers: int) -> int:
-    """A seed from all of the numbers together."""
+    """A seed that depends on all numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,7 +1,7 @@
 """Transforms of clips in training and testing, as in SlowFast.
 
-All work on one clip and treat its frames alike, in uint8 as long as they can. What is random draws
-from PyTorch's and Python's generators, which data.py seeds for every item.
+All transform one clip, its frames alike, in uint8 if possible. Random ones draw from PyTorch's and
+Python's generators, which data.py seeds for every item.
 """
 
 import functools
@@ -14,6 +14,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
+from stts_slowfast.constants import sized_constant
 from stts_slowfast.standalone.rand_augment import RandAugment, RandomErasing
 
 
@@ -52,7 +53,7 @@ class UniformCrop:
 
 
 class _RandomCrop:
-    """Scales the short side to a random size, and crops anywhere."""
+    """Scales the short side to a random size, and crops at a random position."""
 
     def __init__(self, scales: tuple[int, int], size: int, inverse: bool):
         self.scales, self.size, self.inverse = scales, size, inverse
@@ -71,7 +72,7 @@ class _RandomCrop:
 
 def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """(T, 3, H, W) uint8 -> (3, T, TRAIN_CROP_SIZE, TRAIN_CROP_SIZE), uint8; clips that are erased
-    are normalised before: see `prepare`.
+    are normalised before: see `normalize_clips`.
 
     SlowFast validates on random crops too, but without augmentation.
     """
@@ -82,7 +83,7 @@ def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
     if augment and cfg.AUG.AA_TYPE:
         policy = RandAugment(cfg.AUG.AA_TYPE, cfg.AUG.INTERPOLATION)
     relative = cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE or cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE
-    # SlowFast's Ssv2 looks at them with AUG.ENABLE alone.
+    # SlowFast's Ssv2 reads them only with AUG.ENABLE.
     if train and relative and (augment or cfg.TRAIN.DATASET.lower() != "ssv2"):
         steps.append(_RandomResizedCrop(cfg, policy))
     else:
@@ -103,9 +104,9 @@ def train_transform(cfg, split: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class _RandomResizedCrop:
-    """Crops anywhere, in a random size and shape, augments by the ``policy`` what is left, scales.
+    """Crops at a random position, size and shape, augments the crop by the ``policy``, scales it.
 
-    SlowFast augments first, with the same result: of the whole the policy makes what it needs.
+    SlowFast augments before it crops, with the same result: the policy reads the whole frames.
     """
 
     def __init__(self, cfg, policy: RandAugment | None):
@@ -128,7 +129,8 @@ def test_crops(cfg) -> list[UniformCrop]:
     crops, size, scale = cfg.TEST.NUM_SPATIAL_CROPS, cfg.DATA.TEST_CROP_SIZE, view_scale(cfg)
     _check_crop("TRAIN_JITTER_SCALES", scale, "TEST_CROP_SIZE", size)
     alone = [0 if cfg.TEST.DATASET.lower() == "ssv2" else 1]
-    return [UniformCrop(scale, size, place) for place in (alone if crops == 1 else range(crops))]
+    positions = alone if crops == 1 else range(crops)
+    return [UniformCrop(scale, size, position) for position in positions]
 
 
 def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -139,9 +141,9 @@ def view_transform(cfg, position: int) -> Callable[[torch.Tensor], torch.Tensor]
     )[0]
 
 
-def stack_frames(images: Sequence[np.ndarray], places: Sequence[int]) -> torch.Tensor:
-    """Images (H, W, 3), those at ``places``, as a clip (T, 3, H, W)."""
-    return torch.from_numpy(np.stack([images[place] for place in places])).permute(0, 3, 1, 2)
+def stack_frames(images: Sequence[np.ndarray], indices: Sequence[int]) -> torch.Tensor:
+    """The images (H, W, 3) at ``indices`` as a clip (T, 3, H, W)."""
+    return torch.from_numpy(np.stack([images[index] for index in indices])).permute(0, 3, 1, 2)
 
 
 def make_test_views(
@@ -151,11 +153,11 @@ def make_test_views(
 
     Args:
         images: each (H, W, 3) uint8.
-        clips: for each, the places of its T frames among them.
+        clips: for each, the indices of its T frames among them.
 
     Returns:
-        (views, 3, T, TEST_CROP_SIZE, TEST_CROP_SIZE); still uint8 where the frames have the right
-        scale, else normalised float32: see `prepare`.
+        (views, 3, T, TEST_CROP_SIZE, TEST_CROP_SIZE); still uint8 if the frames have the right
+        scale, else normalised float32: see `normalize_clips`.
     """
     sides, size = images[0].shape[:2], crops[0].size
     if min(sides) != crops[0].scale:
@@ -166,8 +168,8 @@ def make_test_views(
     for views_of_clip, clip in zip(views, clips):
         for view, crop in zip(views_of_clip, crops):
             top, left = crop.place(*sides)
-            for image, place in zip(view, clip):  # rows of bytes, as they lie
-                image[:] = images[place][top : top + size, left : left + size]
+            for image, index in zip(view, clip):  # contiguous rows
+                image[:] = images[index][top : top + size, left : left + size]
     views = torch.from_numpy(views.reshape(-1, *views.shape[2:])).permute(0, 4, 1, 2, 3)
     return views.flip(1) if cfg.DATA.REVERSE_INPUT_CHANNEL else views
 
@@ -180,8 +182,8 @@ def _scaled(cfg, clip: torch.Tensor, crops: list[UniformCrop]) -> torch.Tensor:
 
 
 def normalize_clips(clips: torch.Tensor, cfg) -> torch.Tensor:
-    """Clips (..., 3, T, H, W) as a model takes them: uint8 pixels become normalised float32 of the
-    same shape, float clips are normalised already and pass."""
+    """Clips (..., 3, T, H, W) as inputs of a model: uint8 pixels become normalised float32; float
+    clips are already normalised and returned as they are."""
     if clips.is_floating_point():
         return clips
     pixels = torch.empty(clips.shape, dtype=torch.float32, device=clips.device)
@@ -189,19 +191,21 @@ def normalize_clips(clips: torch.Tensor, cfg) -> torch.Tensor:
 
 
 def _normalized(clips: torch.Tensor, cfg) -> torch.Tensor:
-    """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed; by one number a
+    """Normalises clips (..., 3, T, H, W) of 0..1, whose channels may be reversed; by one value a
     channel, or one for all."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)
-        for values in (cfg.DATA.MEAN, cfg.DATA.STD)
-    )
-    if cfg.DATA.REVERSE_INPUT_CHANNEL:
-        mean, std = mean.flip(0), std.flip(0)
-    return clips.sub(mean.to(clips.device)).div_(std.to(clips.device))
+    order = -1 if cfg.DATA.REVERSE_INPUT_CHANNEL else 1
+    mean, std = (_of_channels(clips, *node[::order]) for node in (cfg.DATA.MEAN, cfg.DATA.STD))
+    return clips.sub(mean).div_(std)
+
+
+@sized_constant
+def _of_channels(*values, dtype, device):
+    # Kept: a copy to a device would wait for it in each iteration.
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 
 
 def view_scale(cfg) -> int:
-    """The short side in testing: the crop itself where several lie side by side, or a frame
+    """The short side in testing: the crop's if several crops cover the frame, else the frame's
     around the one crop (``kinetics.Kinetics.__getitem__``, ``ssv2.Ssv2.__getitem__``)."""
     if cfg.TEST.NUM_SPATIAL_CROPS > 1 or cfg.TEST.DATASET.lower() == "ssv2":
         return cfg.DATA.TEST_CROP_SIZE
@@ -209,13 +213,13 @@ def view_scale(cfg) -> int:
 
 
 def decode_short_side(cfg, scale: int) -> int:
-    """The short side to decode at; 0 for the file's own, as SlowFast's PyAV backend leaves scaling
-    to the transforms."""
+    """The short side to decode at; 0 for the file's own, as with SlowFast's PyAV backend the
+    transforms scale."""
     return 0 if cfg.DATA.DECODING_BACKEND == "pyav" else scale
 
 
 def _to_model(clip: torch.Tensor, reverse: bool) -> torch.Tensor:
-    """(T, 3, H, W) -> (3, T, H, W), in the order of channels that the model wants."""
+    """(T, 3, H, W) -> (3, T, H, W), with the channels reversed if the model expects BGR."""
     clip = clip.transpose(0, 1)
     return clip.flip(0) if reverse else clip
 

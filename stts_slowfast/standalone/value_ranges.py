@@ -1,9 +1,9 @@
 """Value ranges of a config's keys: the table in ``slowfast_defaults.yaml``, and relations of keys.
 
 A range is an interval in the usual notation, such as ``(0, 1]``, with ``whole`` before it one of
-whole numbers; or a list of the values to choose from. In a mapping, ``each`` is that of a list's
-values, ``length`` how many it may have, ``ascending`` that they do not fall, ``or`` one more value;
-or ``rows`` has an interval for each place of a list's values, which are lists themselves.
+whole numbers; or a list of the values to choose from. In a mapping, ``each`` is the range of a
+list's values, ``length`` how many it may have, ``ascending`` that they do not decrease, ``or`` one
+more value; or ``rows`` has an interval for each item of a list's values, which are lists too.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from stts_slowfast.configfiles.values import check_choice, flatten
 
 
 def check_ranges(cfg: Mapping, ranges: Mapping) -> None:
-    """Raises ``ValueError`` for the first key whose value lies outside its range, with the range.
+    """Raises ``ValueError`` for the first key whose value is outside its range, with the range.
 
     Args:
         ranges: of keys by their full names. A key that the config does not have, and a value of
@@ -82,7 +82,7 @@ def _described(rules: Mapping, several: bool) -> str:
 
 def _as_text(interval: str) -> str:
     if interval == "text":
-        return "a text"
+        return "a string"
     whole, start, low, high, end = _INTERVAL.fullmatch(interval).groups()
     words = f"at least {low}" if start == "[" else f"above {low}"
     if high != "inf":
@@ -94,7 +94,7 @@ def _as_text(interval: str) -> str:
 
 
 def check_machines(cfg) -> None:
-    """Raises ``ValueError`` for a shard that is none of the run's."""
+    """Raises ``ValueError`` for a shard number that the run does not have."""
     if cfg.SHARD_ID >= cfg.NUM_SHARDS:
         raise ValueError(
             f"SHARD_ID is {cfg.SHARD_ID} but NUM_SHARDS is {cfg.NUM_SHARDS}: shards count from 0"
@@ -113,17 +113,17 @@ def check_patches(cfg) -> None:
 
 
 def check_solver(cfg) -> None:
-    """Raises ``ValueError`` for a ``SOLVER`` node that no training can follow."""
+    """Raises ``ValueError`` for a ``SOLVER`` node whose keys contradict each other."""
     solver = cfg.SOLVER
     if solver.LR_POLICY == "cosine":
         if solver.COSINE_END_LR >= solver.BASE_LR:
             raise ValueError(
-                f"SOLVER.COSINE_END_LR is {solver.COSINE_END_LR:g}: it must lie below "
+                f"SOLVER.COSINE_END_LR is {solver.COSINE_END_LR:g}: it must be below "
                 f"SOLVER.BASE_LR, which is {solver.BASE_LR:g}"
             )
         if solver.COSINE_AFTER_WARMUP and solver.WARMUP_EPOCHS >= solver.MAX_EPOCH:
             raise ValueError(
-                f"SOLVER.WARMUP_EPOCHS is {solver.WARMUP_EPOCHS:g}: it must lie below "
+                f"SOLVER.WARMUP_EPOCHS is {solver.WARMUP_EPOCHS:g}: it must be below "
                 f"SOLVER.MAX_EPOCH, which is {solver.MAX_EPOCH}"
             )
     elif not solver.STEPS or solver.STEPS[0] != 0 or len(solver.STEPS) != len(solver.LRS):

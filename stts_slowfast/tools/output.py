@@ -1,10 +1,10 @@
 """What commands print and write: table cells, Markdown tables, JSON files."""
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
-from stts_slowfast.checkpoints.io import atomic_write
+from stts_slowfast.standalone.run_logger import write_json
+
+__all__ = ["format_cell", "markdown_table", "write_json"]
 
 
 def format_cell(value: object) -> str:
@@ -18,13 +18,3 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are aligned to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def write_json(path: str, value: Any) -> None:
-    """Writes a JSON file, which is whole or absent."""
-
-    def write(partial: str) -> None:
-        with open(partial, "w") as file:
-            json.dump(value, file, indent=1)
-
-    atomic_write(path, write)

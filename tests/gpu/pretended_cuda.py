@@ -7,6 +7,7 @@ the flash kernel if its documented constraints are met, else to the memory-effic
 """
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from stts_slowfast import constants
 from stts_slowfast.fused import replacement
@@ -33,6 +33,24 @@ NO_KERNEL = {
 HOST_READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"}
 
 
+class Event:
+    """``torch.cuda.Event``, numbered.
+
+    Attributes:
+        recorded: how many there were.
+        waited_for: the numbers of those that the host waited for.
+    """
+
+    recorded = 0
+    waited_for: list[int] = []
+
+    def record(self) -> None:
+        self.number, Event.recorded = Event.recorded, Event.recorded + 1
+
+    def synchronize(self) -> None:
+        Event.waited_for.append(self.number)
+
+
 class _Mode(FakeTensorMode):
     avoid_device_init = True  # though CUDA seems to be available
 
@@ -46,6 +64,7 @@ def install() -> None:
     _mode = _Mode(allow_non_fake_inputs=True)
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.cuda.Event = Event
     torch._C._select_conv_backend = lambda *_, **__: torch._C._ConvBackend.Cudnn
     torch._C._conv_determine_backend_memory_format = lambda *_, **__: torch.contiguous_format
     # Fake parameters are plain ones, and what is made once for a size is so on a GPU, too.
@@ -124,36 +143,34 @@ class Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = function._schema.name.partition("::")[2]
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        name = _name(function)
+        given = _tensors((*args, *kwargs.values()))
         if name in HOST_READS:
             return self._read(name, given, function, args, kwargs)
         for tensor in given:
             if storage(tensor) not in self._made:
                 self.outside.setdefault(storage(tensor), tensor)
         out = function(*args, **kwargs)
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self._made.update(storage(tensor) for tensor in made)
+        made = _tensors(out if isinstance(out, (tuple, list)) else (out,))
+        self._made.update(map(storage, made))
+        on_device = [x.device.type == "cuda" for x in (*given, *made)]
         if name in ("copy_", "_to_copy"):
             self._copy(name, out, given, args, kwargs)
-        elif name == "fill_":
-            pass  # with a number, which goes along with the launch
-        elif any(x.device.type == "cpu" for x in given):
-            if any(x.is_cuda for x in (*given, *made)):
-                self.from_host[name] += 1
-        if name not in NO_KERNEL and any(x.is_cuda for x in (*given, *made)):
+        elif name != "fill_" and any(on_device) and not all(on_device):
+            self.from_host[name] += 1  # fill_ has a number, which goes along with the launch
+        if name not in NO_KERNEL and any(on_device):
             self.launches[name] += 1
         return out
 
     def _read(self, name, given, function, args, kwargs):
-        """A number that the host reads: 1, or False, for there is none."""
+        """A number that the host reads: 0 or False, for there is none."""
         if any(x.is_cuda for x in given):
             self.waits[name] += 1
         elif type(given[0]) is Tensor:
             return function(*args, **kwargs)
         if name == "nonzero":
             raise RuntimeError("the number of results of nonzero depends on the device's numbers")
-        return False if name in ("is_nonzero", "equal") or given[0].dtype == torch.bool else 1
+        return False if name in ("is_nonzero", "equal") or given[0].dtype == torch.bool else 0
 
     def _copy(self, name, out, given, args, kwargs) -> None:
         source = given[-1]
@@ -164,6 +181,22 @@ class Record(TorchDispatchMode):
             self.waits[f"{name} from {source.device.type} to {out.device.type}"] += 1
         elif source.device.type == "cpu":
             self.from_host[name] += 1
+
+
+@functools.cache
+def _name(function) -> str:
+    return function._schema.name.partition("::")[2]
+
+
+def _tensors(values) -> list[Tensor]:
+    """Those among arguments or results, lists of them included."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += [x for x in value if isinstance(x, Tensor)]
+    return found
 
 
 def storage(tensor: Tensor) -> int:

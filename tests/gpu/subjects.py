@@ -1,18 +1,22 @@
-"""What the pretended GPU runs: every host and family small, and models of the table at full size."""
+"""What the pretended GPU runs: hosts and families when small, models of the table when large."""
 
 import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import stts_slowfast as stts
 from stts_slowfast import backbones
+from stts_slowfast.standalone import run_logger, training_loop
 from stts_slowfast.standalone.config import load_config
+from stts_slowfast.standalone.model import build_model
 from stts_slowfast.topk import OPERATORS as REGISTRY
+from stts_slowfast.windows import mix_windows
 from tests.conftest import Golden
-from tests.gpu.pretended_cuda import Record, capturing, pretended, storage, to_cuda
+from tests.gpu.pretended_cuda import Event, Record, capturing, pretended, storage, to_cuda
 from tests.hosts.examples import EXAMPLES, Example
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -59,6 +63,9 @@ def _golden(name: str) -> tuple[Example, dict]:
     return _standalone(Golden(name).cfg(), {0: 0.5}, {2: 0.6})
 
 
+# Of hosts that others stand for: in one precision.
+VARIANTS = {"videomae-token", "videomae-model", "timesformer-joint", "timesformer-space"}
+VARIANTS |= {"clip", "dinov2", "timm-registers", "timm-tubelets"}
 HOST_SELECTION = {"time": {0: 0.5}, "space": {2: 0.6}}
 SMALL: dict[str, Callable[[], tuple[Example, dict]]] = {
     **{name: lambda make=make: (make(), HOST_SELECTION) for name, make in EXAMPLES.items()},
@@ -123,6 +130,10 @@ class Run(NamedTuple):
             return contextlib.nullcontext()
         return torch.autocast("cuda", self.dtype)
 
+    def choose(self, operator: str) -> None:
+        for selector in getattr(self.model, "stts", {}).values():
+            selector.operator = REGISTRY.get(operator)
+
     def evaluate(self) -> Record:
         self.model.eval()
         with torch.no_grad(), self.autocast(), Record() as record:
@@ -132,6 +143,7 @@ class Run(NamedTuple):
     def train(self, loop: "Loop | None" = None) -> dict[str, Record]:
         """Forward and backward pass; with a loop its schedule before them, its step after."""
         self.model.train()
+        self.model.zero_grad()
         parts = {part: Record() for part in ("forward", "backward")}
         if loop:
             with Record():
@@ -143,7 +155,6 @@ class Run(NamedTuple):
         if loop:
             with Record():
                 loop.optimizer.step()
-            loop.optimizer.zero_grad()
         return parts
 
 
@@ -154,6 +165,10 @@ class Loop:
         groups = stts.param_groups(model.parameters(), model)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
         self.schedule = stts.Schedule(model, self.optimizer, max_epochs=2, pretrained=False)
+
+
+def precisions(name: str) -> list[str]:
+    return ["bf16"] if name in VARIANTS else list(DTYPES)
 
 
 def run_small(name: str) -> dict:
@@ -170,14 +185,14 @@ def run_small(name: str) -> dict:
     with pretended():
         clips = torch.empty(clips.shape, device="cuda")
         loop = Loop(to_cuda(model))
-        for dtype, autocast in DTYPES.items():
+        for dtype in precisions(name):
+            autocast = DTYPES[dtype]
             run = Run(model, clips, logits, autocast)
             if run.evaluate().waits or not found:
                 run.train(loop)
             found[f"{dtype} evaluation"] = run.evaluate()
             for operator in OPERATORS:
-                for selector in model.stts.values():
-                    selector.operator = REGISTRY.get(operator)
+                run.choose(operator)
                 parts = run.train(loop)
                 found |= {f"{dtype} {operator} {part}": r for part, r in parts.items()}
         capture = _capture(run)
@@ -198,19 +213,97 @@ def _capture(run: Run) -> list[str]:
     return [f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" for tensor in strange]
 
 
-def count_launches(name: str, selection: str) -> dict[str, int]:
-    """Launches of a model of the table, bf16, batch 8; ``selection`` is an operator or "stock".
+def count_launches(name: str, selected: bool = True) -> dict[str, dict[str, int]]:
+    """Launches of a model of the table, bf16, batch 8, by operator, or of the stock model.
 
     ``without flash`` is how many of the attention kernels in evaluation are not flash's.
     """
     (model, clips, logits), settings = FULL[name]()
-    if selection != "stock":
-        stts.attach(model, **settings, operator=selection, shrink=0.0)
+    if selected:
+        stts.attach(model, **settings, shrink=0.0, freeze_backbone_epochs=0, backbone_lr=1.0)
         stts.set_progress(model, 0.5)
+    found = {}
     with pretended():
         run = Run(to_cuda(model), torch.empty(clips.shape, device="cuda"), logits, torch.bfloat16)
         run.evaluate()
-        found = {"evaluation": run.evaluate(), **run.train()}
-    launches = {part: record.launches.total() for part, record in found.items()}
-    slow = found["evaluation"].launches["_scaled_dot_product_efficient_attention"]
-    return {**launches, "without flash": slow}
+        evaluation = run.evaluate()
+        for operator in OPERATORS if selected else ("stock",):
+            run.choose(operator)
+            parts = {"evaluation": evaluation, **run.train()}
+            found[operator] = {part: record.launches.total() for part, record in parts.items()}
+    slow = evaluation.launches["_scaled_dot_product_efficient_attention"]
+    return {key: {**launches, "without flash": slow} for key, launches in found.items()}
+
+
+class PretendedFabric:
+    """What the training loop asks of Fabric, in one process."""
+
+    global_rank, world_size, is_global_zero = 0, 1, True
+
+    def to_device(self, what):
+        if isinstance(what, nn.Module):
+            return to_cuda(what)
+        return [tensor.to("cuda", non_blocking=True) for tensor in what]
+
+    def setup(self, model: nn.Module, optimizer):
+        for group in optimizer.param_groups:
+            group["fused"] = True  # PyTorch's other ways do not know fake tensors
+
+        def network(clips: Tensor) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                return model(clips).float()
+
+        return network, optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip_gradients(self, network, optimizer, **arguments) -> Tensor:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return nn.utils.clip_grad_norm_(parameters, arguments["max_norm"])
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def train_standalone(folder: str, steps: int, log_period: int) -> list[dict]:
+    """Steps of the standalone training loop with MIXUP: for each, what waits, and how many steps
+    behind the last one those are whose numbers are read."""
+    cfg = Golden("slowfast_mvit_v1").cfg()
+    cfg.STTS.NUM_SAMPLES, cfg.LOG_PERIOD, cfg.OUTPUT_DIR = 20, log_period, folder
+    cfg.STTS.SHRINK = 0.0  # what depends on sizes is made once for each
+    cfg.STTS.SPACE.BLOCKS, cfg.STTS.SPACE.KEEP = [2], [0.6]
+    cfg.MIXUP.ENABLE, cfg.SOLVER.CLIP_GRAD_L2NORM = True, 1.0
+    cfg.SOLVER.OPTIMIZING_METHOD = "adamw"
+    cfg.STTS.ENABLE = True
+    model = build_model(cfg)
+    batch = [torch.zeros(2, 3, 8, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)]
+    loader = mock.MagicMock(batch_size=2)
+    loader.__len__.return_value = steps
+    start = mock.Mock(optimizer_state=None, scaler_state=None, iteration=0, path="", trained=False)
+    stop = mock.Mock(save=False, number=0)
+    found = []
+    with pretended(), mock.patch.object(training_loop, "build_loader", return_value=loader):
+        arguments = cfg, PretendedFabric(), model, start, mock.MagicMock(), stop, None
+        loop = training_loop.TrainingLoop(*arguments)
+        loop.timer = run_logger.Timer()
+        meter = run_logger.Meter(("loss", "top1_err", "top5_err"), log_period)
+        model.train()
+        for iteration in range(steps):
+            Event.waited_for.clear()
+            with Record() as record:
+                loop.step(0, iteration, batch, meter)
+            behind = [Event.recorded - 1 - number for number in Event.waited_for]
+            found.append({"waits": record.waits, "behind": behind})
+    return found
+
+
+def count_window_launches(stride: int) -> int:
+    """Launches of a soft selection of windows 28x28 of 56x56, forward and backward."""
+    with pretended():
+        grid = torch.empty(2, 4, 56, 56, 96, device="cuda", requires_grad=True)
+        windows = ((56 - 28) // stride + 1) ** 2
+        weights = torch.empty(2, 4, windows, device="cuda", requires_grad=True)
+        with Record() as record:
+            mix_windows(grid, weights, (28, 28), (stride, stride)).square().mean().backward()
+    return record.launches.total()

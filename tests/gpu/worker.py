@@ -74,6 +74,7 @@ def main() -> None:
         except Exception:
             answer = [None, traceback.format_exc()]
         print(json.dumps(answer), file=answers, flush=True)
+    os._exit(0)  # the threads of autograd's device would not end
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Selection by hand, to compare with: what a selector should hand on, from what it says it kept."""
+"""Selection by hand, for comparison: the tokens that ``selections`` says were kept."""
 
 import torch
 

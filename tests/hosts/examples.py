@@ -167,7 +167,7 @@ class PlainBlock(nn.Module):
 
 
 class RotaryBlock(PlainBlock):
-    """Turns queries and keys by the place of a token, as in the authors' code of V-JEPA 2."""
+    """Rotates queries and keys by the position of a token, as in the authors' code of V-JEPA 2."""
 
     def __init__(self, width):
         super().__init__(width)
@@ -200,7 +200,7 @@ class PatchEmbed(nn.Module):
 
 
 class ResearchViT(nn.Module):
-    """Blocks in a row behind tubelets, in plain PyTorch."""
+    """A sequence of blocks after tubelets, in plain PyTorch."""
 
     def __init__(self, block, width=24):
         super().__init__()

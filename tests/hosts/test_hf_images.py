@@ -30,11 +30,11 @@ def test_rotary_positions_of_dinov3_stay_those_of_the_image():
         x = layer(x, position_embeddings=rotary)
     assert x.shape == (2 * 4, 3 + 9, 24)
     assert torch.equal(model.norm(x), found)
-    assert not torch.equal(rotary[0][0], rotary[0][1])  # so that it matters whose place is whose
+    assert not torch.equal(rotary[0][0], rotary[0][1])  # so that positions matter
 
 
 @torch.no_grad()
-def test_a_mask_of_dinov2_is_cut_to_what_is_left():
+def test_a_mask_of_dinov2_is_cut_to_kept_tokens():
     """A mask of nothing changes nothing; one of a row of patches is the same as if they were 0."""
     model, clips, _ = hf_frames("Dinov2WithRegisters", num_register_tokens=2)
     attach(model, time={1: 0.5}, space={1: 0.6}, fused_attention=False)

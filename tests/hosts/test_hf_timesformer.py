@@ -20,7 +20,7 @@ def smaller(model, num_frames, image_size):
 
 
 def pick(x, sizes, choose, kept):
-    """Applies a choice to tokens in the order (h, w, t) behind their cls token."""
+    """Applies a choice to tokens in the order (h, w, t) after their cls token."""
     grid = x[:, 1:].unflatten(1, (*sizes[1:], sizes[0])).permute(0, 3, 1, 2, 4)
     grid = choose(grid, kept).permute(0, 2, 3, 1, 4)
     return torch.cat([x[:, :1], grid.flatten(1, 3)], dim=1)
@@ -45,7 +45,7 @@ def test_each_layer_computes_as_in_a_model_of_its_sizes(attention):
 
 
 @torch.no_grad()
-def test_frame_by_frame_the_cls_tokens_go_with_their_frames():
+def test_frame_by_frame_the_cls_tokens_are_selected_with_their_frames():
     model, clips, _ = timesformer("space_only")
     attach(model, time={1: 0.5}, fused_attention=False)
     logits = model(clips).logits
@@ -83,7 +83,7 @@ def test_an_attach_that_fails_leaves_the_layers_their_config(monkeypatch):
     def fail(*args):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("stts_slowfast.hooks.fused.configure", fail)
+    monkeypatch.setattr("stts_slowfast.hooks.fused.fuse_model", fail)
     with pytest.raises(RuntimeError):
         attach(model, time={0: 0.5})
     assert all(layer.config is model.config for layer in model.timesformer.encoder.layer)

@@ -1,4 +1,4 @@
-"""How the host of a model is told."""
+"""How the host of a model is found."""
 
 import subprocess
 import sys
@@ -25,10 +25,10 @@ def test_what_comes_from_a_known_class_is_known(example):
     assert len(resolve_host(example.model)[1]) == 4
 
 
-def test_no_library_is_imported_to_tell_a_host():
+def test_no_library_is_imported_to_find_a_host():
     code = (
-        "import sys, torchvision; from stts_slowfast.hosts import find;"
-        "find(torchvision.models.video.mvit_v1_b());"
+        "import sys, torchvision; from stts_slowfast.hosts import resolve_host;"
+        "resolve_host(torchvision.models.video.mvit_v1_b());"
         "print([name for name in ('transformers', 'timm', 'pytorchvideo') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

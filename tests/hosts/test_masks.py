@@ -12,7 +12,7 @@ SELECTION = {"time": {1: 0.5}, "space": {2: 0.6}, "fused_attention": False}
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_padding_mask_of_vivit_hides_the_same_tokens_behind_a_selection(attention):
+def test_a_padding_mask_of_vivit_hides_the_same_tokens_after_a_selection(attention):
     """What is hidden may hold anything, wherever it goes."""
     model, clips, _ = vivit()
     model.set_attn_implementation(attention)
@@ -52,7 +52,7 @@ def test_vivit_is_exported_whose_export_makes_a_mask(strict):
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(17, 17), (16, 1, 17, 17), (16, 2, 17, 17), (16, 1, 1, 17)])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_mask_of_timm_hides_the_same_tokens_behind_a_selection(shape, fused):
+def test_a_mask_of_timm_hides_the_same_tokens_after_a_selection(shape, fused):
     model, clips, _ = timm_frames()
     for block in model.blocks:
         block.attn.fused_attn = fused
@@ -68,7 +68,7 @@ def test_a_mask_of_timm_hides_the_same_tokens_behind_a_selection(shape, fused):
 
 
 @torch.no_grad()
-def test_a_mask_of_each_frame_goes_with_its_frame():
+def test_a_mask_of_each_frame_is_selected_with_its_frame():
     model, clips, _ = timm_frames()
     attach(model, **SELECTION)
     images = clips.flatten(0, 1)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from stts_slowfast.annealing import set_progress
 from stts_slowfast.hooks import attach, detach, selections
 from stts_slowfast.hosts import find_blocks
-from stts_slowfast.schedule import set_progress
 from stts_slowfast.standalone.flops import count_gflops
 from tests.hosts.examples import EXAMPLES
 
@@ -68,7 +68,7 @@ def test_detaching_gives_the_model_back(example):
     assert {name: set(vars(m)) for name, m in example.model.named_modules()} == attributes
 
 
-def test_selections_say_what_was_kept(example):
+def test_selections_are_what_was_kept(example):
     select(example.model)
     with torch.no_grad():
         example.logits(example.model, example.clips)

@@ -87,7 +87,7 @@ def test_a_clip_in_a_pack_is_computed_as_alone(model):
 
 
 @torch.no_grad()
-def test_blocks_get_the_rotary_positions_and_the_frames_of_what_is_left(model):
+def test_blocks_get_the_rotary_positions_and_the_frames_of_kept_tokens(model):
     """Against blocks that are called by hand with what was kept of one clip."""
     patches, sizes = packed([(8, 8, 12)])
     seen = []
@@ -121,7 +121,7 @@ def test_blocks_get_the_rotary_positions_and_the_frames_of_what_is_left(model):
     for block in model.blocks[2:]:
         cells = call(block, cells, length)
     torch.testing.assert_close(cells[0].reshape(found.shape), found)
-    # So that it matters whose place it is:
+    # So that positions matter:
     assert any(not torch.equal(cells[1][0, 0], frame) for frame in cells[1][0])
 
 
@@ -143,7 +143,7 @@ def test_gradients_reach_scorers_also_with_checkpointing():
 
 @torch.no_grad()
 def test_compiles_and_copies():
-    """With breaks at sizes that are read from tensors, where stock transformers has them too."""
+    """With breaks at sizes that are read from tensors, as the original has them too."""
     model = tower(depth=1, deepstack_visual_indexes=[0])
     attach(model, time={0: 0.5}, space={0: 0.5})
     plain = run(model)

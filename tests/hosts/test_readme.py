@@ -12,7 +12,7 @@ IMPORTS, *EXAMPLES = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 
 
 def small(monkeypatch):
-    """Has every library make small models where the example asks for trained ones."""
+    """Has every library make small models if the example loads trained ones."""
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -1,4 +1,4 @@
-"""Models that cannot be served are refused by attach, with the reason; wrappers with the way."""
+"""Models that cannot be served are refused by attach, with the reason or the right module."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from stts_slowfast.hooks import attach, detach, selections, settings_of
 from tests.hosts.examples import timm_vit, videomae
 
 TIMM = {
-    "beit_base_patch16_224": "bias of relative positions",
+    "beit_base_patch16_224": "relative position bias",
     "naflexvit_base_patch16_gap": "several sizes",
     "hiera_tiny_224": "mask units",
     "samvit_base_patch16": "windows",
-    "cait_xxs24_224": "cls token alone",
+    "cait_xxs24_224": "only the cls token attends",
     "vit_relpos_small_patch16_224": "relative positions",
     "xcit_nano_12_p16_224": "convolve",
 }
@@ -68,7 +68,7 @@ class Wrapper(nn.Module):
         return self.head(self.backbone(clips).last_hidden_state.mean(1))
 
 
-def test_a_wrapper_is_told_what_to_attach_to_and_serves_afterwards():
+def test_the_error_for_a_wrapper_names_the_module_to_attach_to():
     model, clips, _ = videomae("Model")
     wrapper = Wrapper(model)
     plain = wrapper(clips)
@@ -107,7 +107,7 @@ PeftModel.__module__ = "peft.peft_model"
 
 
 @torch.no_grad()
-def test_an_adapted_model_is_told_its_base_model():
+def test_the_error_for_an_adapted_model_names_its_base_model():
     model, clips, logits = videomae()
     expected = None
     adapted = PeftModel(model)

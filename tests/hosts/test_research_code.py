@@ -1,4 +1,4 @@
-"""Blocks of research code: those that count tokens are given places, or refused."""
+"""Blocks of research code: those that depend on token order get positions, or are refused."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.hosts.examples import PlainBlock, ResearchViT, RotaryBlock, research
 
 
 @torch.no_grad()
-def test_blocks_with_rotary_positions_get_the_places_of_what_is_left():
+def test_blocks_with_rotary_positions_get_those_of_kept_tokens():
     model, _, _ = research(RotaryBlock)
     clips = torch.randn(2, 3, 8, 32, 48)
     attach(model, time={1: 0.5}, space={2: 0.6}, fused_attention=False)
@@ -31,7 +31,7 @@ def test_blocks_with_rotary_positions_get_the_places_of_what_is_left():
 
 
 class Numbered(PlainBlock):
-    """Adds something by the place of a token among all."""
+    """Adds something that depends on the index of a token."""
 
     def forward(self, x):
         return super().forward(x + torch.arange(x.shape[1], device=x.device)[:, None])
@@ -53,12 +53,12 @@ class Cls(ResearchViT):
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (ResearchViT(Numbered), "Numbered cannot be selected: its blocks compute by the place"),
+        (ResearchViT(Numbered), "Numbered cannot be selected: its blocks depend on the order"),
         (ResearchViT(Folding), "Folding cannot be selected: its blocks do not take 6 tokens"),
         (Cls(PlainBlock), "it has a cls_token"),
     ],
 )
-def test_what_cannot_be_told_is_refused_by_attach(model, match):
+def test_unknown_structures_are_refused_by_attach(model, match):
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     with pytest.raises(ValueError, match=match):
         attach(model, time={0: 0.5})

@@ -17,15 +17,16 @@ class Block(nn.Module):
 
 
 def every_other(*args, **kwargs):
-    """Reads a call, keeps every other frame, so that where each token goes is known, writes."""
-    grid, _, _, frames = tokens = HOST.read(args, kwargs, HOST.incoming_grid(args, kwargs, None))
+    """Unpacks a call, keeps every other frame, and packs it."""
+    tokens = HOST.unpack(args, kwargs, HOST.incoming_grid(args, kwargs, None))
+    grid, frame_cls = tokens.grid, tokens.frame_cls
     kept = torch.arange(0, grid.shape[1], 2).expand(len(grid), -1)
     tokens = tokens._replace(
         grid=grid[:, ::2],
         thw=tokens.thw.keep_frames(kept),
-        frames=None if frames is None else frames[:, ::2],
+        frame_cls=None if frame_cls is None else frame_cls[:, ::2],
     )
-    return HOST.write(tokens, args, kwargs)
+    return HOST.pack(tokens, args, kwargs)
 
 
 def numbered(count):
@@ -52,7 +53,7 @@ def test_one_cls_token_stays_in_front():
     assert x.flatten().tolist() == [0, *range(1, 7), *range(13, 19)]
 
 
-def test_a_cls_token_a_frame_goes_with_its_frame():
+def test_a_cls_token_per_frame_is_selected_with_its_frame():
     (x, thw), _ = every_other(numbered(28), (4, 3, 2))
     assert thw == (2, 3, 2)
     assert x.flatten().tolist() == [*range(7), *range(14, 21)]

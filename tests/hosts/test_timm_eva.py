@@ -30,7 +30,7 @@ def test_keeping_all_changes_no_bit(example):
 
 
 @torch.no_grad()
-def test_each_block_gets_the_positions_of_what_is_left(example):
+def test_each_block_gets_the_positions_of_kept_tokens(example):
     model, clips, _ = example
     attach(model, time={1: 0.5}, space={2: 0.6}, fused_attention=False)
     found = model.forward_features(clips.flatten(0, 1))
@@ -56,14 +56,14 @@ def test_each_block_gets_the_positions_of_what_is_left(example):
                 for head in heads
             ]
             left = torch.stack(crops, dim=1).flatten(2, 3)
-            assert not torch.equal(left[0], left[1])  # so that it matters whose place is whose
+            assert not torch.equal(left[0], left[1])  # so that positions matter
         x = model.blocks[i](x, rope=left)
     assert x.shape == (2 * 4, count + 9, 32)
     assert torch.equal(model.norm(x), found)
 
 
 @torch.no_grad()
-def test_maps_have_the_sizes_that_are_left():
+def test_maps_have_the_sizes_of_kept_tokens():
     model, clips, _ = timm_eva(rope_type="dinov3")
     attach(model, time={1: 0.5}, space={2: 0.6}, fused_attention=False)
     maps = model.forward_intermediates(clips.flatten(0, 1), [0, 1, 3], intermediates_only=True)

@@ -108,7 +108,7 @@ def test_divided_attention_over_other_lengths_is_refused():
 
 @torch.no_grad()
 def test_a_vjepa_of_other_size_has_the_positions_that_the_stock_model_gives():
-    """Selecting the same frames by hand, and giving their places in the whole clip."""
+    """Selecting the same frames by hand, with their positions in the whole clip."""
     model, _, _ = vjepa2()
     clips = torch.randn(2, 8, 3, 48, 48)
     attach(model, time={0: 0.5}, fused_attention=False)

@@ -11,12 +11,12 @@ HOST = SwinHost(nn.Module())
 
 def test_a_grid_stays_a_grid():
     grid = torch.randn(2, 4, 3, 2, 5)
-    tokens = HOST.read((grid,), {}, HOST.incoming_grid((grid,), {}, None))
-    assert tokens.thw == (4, 3, 2) and tokens.clip is None and tokens.frames is None
-    (x,), kwargs = HOST.write(tokens._replace(grid=grid[:, ::2]), (grid,), {})
+    tokens = HOST.unpack((grid,), {}, HOST.incoming_grid((grid,), {}, None))
+    assert tokens.thw == (4, 3, 2) and tokens.cls is None and tokens.frame_cls is None
+    (x,), kwargs = HOST.pack(tokens._replace(grid=grid[:, ::2]), (grid,), {})
     assert torch.equal(x, grid[:, ::2]) and kwargs == {}
 
 
 def test_other_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"must be \(B, T, H, W, C\), not \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 4\): give \(B, T, H, W, C\)"):
         HOST.incoming_grid((torch.randn(2, 3, 4),), {}, None)

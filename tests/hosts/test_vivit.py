@@ -9,7 +9,7 @@ from tests.hosts.examples import vivit
 
 
 @torch.no_grad()
-def test_the_layers_get_what_was_kept_behind_the_cls_token():
+def test_the_layers_get_kept_tokens_after_the_cls_token():
     model, clips, _ = vivit()
     attach(model, time={1: 0.5}, space={2: 0.6}, fused_attention=False)
     logits = model(clips).logits

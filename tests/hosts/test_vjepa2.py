@@ -10,7 +10,7 @@ from tests.hosts.examples import vjepa2
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [8, 4, 12])
-def test_every_layer_is_told_the_places_in_the_clip(length):
+def test_every_layer_gets_the_positions_in_the_clip(length):
     model, _, _ = vjepa2()
     clips = torch.randn(2, length, 3, 32, 32)
     attach(model, time={1: 0.5}, space={1: 0.6, 2: 0.5}, fused_attention=False)
@@ -33,7 +33,7 @@ def test_every_layer_is_told_the_places_in_the_clip(length):
         x = layers[block](x, places.flatten(1))[0]
     x = model.pooler(encoder.layernorm(x))
     assert torch.equal(model.classifier(x), logits)
-    assert not torch.equal(places[0], places[1])  # so that it matters whose place is whose
+    assert not torch.equal(places[0], places[1])  # so that positions matter
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ class Watch(transformers.TrainerCallback):
         self.parameters, self.rates, self.sigmas = [], [], []
 
     def on_train_begin(self, args, state, control, optimizer=None, **what):
-        optimizer.optimizer.register_step_pre_hook(self.note)  # behind the callback's own
+        optimizer.optimizer.register_step_pre_hook(self.note)  # after the callback's own
 
     def note(self, optimizer, *_):
         self.rates.append({group["backbone"]: group["lr"] for group in optimizer.param_groups})
@@ -103,7 +103,7 @@ def test_sigma_freeze_and_cap(tmp_path, teacher):
 
 
 def test_a_step_that_the_trainer_skipped_is_taken_again_at_its_rates(tmp_path):
-    """Where gradients overflow, the schedule stands still, and the rates are those that we set."""
+    """If gradients overflow, the schedule does not advance, and rates are those that we set."""
     watch, trainer = train(tmp_path)
     selection = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "_split"))
     trainer.state.global_step = 1

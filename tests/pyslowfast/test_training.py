@@ -158,7 +158,7 @@ def test_a_loss_is_not_looked_at_before_the_scores(registry, cfg, optim):
     step(optim, optimizer, 1.0, cfg)
     with pytest.raises(RuntimeError, match="NaN losses"):
         misc.check_nan_losses(torch.tensor(torch.nan))
-    model.stts["space_1"]._nonfinite.fill_(True)
+    model.stts["space_1"]._nan_flag.fill_(True)
     with pytest.raises(ValueError, match="STTS space_1: scores hold NaN"):
         misc.check_nan_losses(torch.tensor(torch.nan))
 

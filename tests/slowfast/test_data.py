@@ -180,13 +180,13 @@ def test_views_are_cropped_before_they_are_normalised(
     cfg.DATA.MEAN, cfg.DATA.STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
     cfg.TEST.NUM_SPATIAL_CROPS, cfg.DATA.TRAIN_JITTER_SCALES = 3, [jitter, 48]
     dataset = build_dataset("kinetics", cfg, "test")
-    computed, now = [], LazyClip.now
+    computed, now = [], LazyClip.materialize
 
     def counted(self, *square):
         computed.append(now(self, *square))
         return computed[-1]
 
-    monkeypatch.setattr(LazyClip, "now", counted)
+    monkeypatch.setattr(LazyClip, "materialize", counted)
     views = [dataset[view][0][0] for view in range(6)]
     assert len(computed) == 6 and all(type(view) is torch.Tensor for view in views)
     if backend == "torchvision":

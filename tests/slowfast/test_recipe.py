@@ -23,6 +23,7 @@ from stts_slowfast.standalone.signals import SignalState
 from stts_slowfast.standalone.training_loop import TrainingLoop, iteration_seed
 from stts_slowfast.standalone.transforms import train_transform
 from stts_slowfast.standalone.value_ranges import check_solver
+from stts_slowfast.video.accuracy import topk_errors
 
 
 def theirs_as_ours(cfg):
@@ -298,7 +299,7 @@ def test_views_become_slowfasts_predictions(checkout, method):
         ensemble.add(predictions[part], labels[part], part // views, part % views)
     torch.testing.assert_close(ensemble.predictions, meter.video_preds)
     meter.finalize_metrics()
-    top1, top5 = (100 - e.item() for e in run_logger.errors(ensemble.predictions, ensemble.labels))
+    top1, top5 = (100 - e.item() for e in topk_errors(ensemble.predictions, ensemble.labels))
     assert f"{top1:.2f}" == meter.stats["top1_acc"] and f"{top5:.2f}" == meter.stats["top5_acc"]
 
 
@@ -384,9 +385,11 @@ def test_iterations_are_slowfasts(checkout, get_cfg, build, recipe, monkeypatch,
     monkeypatch.setattr("stts_slowfast.standalone.training_loop.build_loader", lambda *_: loader)
     monkeypatch.setattr(run_logger, "log_json_stats", lambda stats, *_: found.append(dict(stats)))
     monkeypatch.setattr(TrainingLoop, "save", lambda *_: None)
-    with RunLogger(ours, True, writes=False) as board:
+    with RunLogger(ours, True, tensorboard=False) as run_log:
         fabric = open_fabric(ours, ProcessInfo(0, 1, 0, 1, "localhost", 0))
-        training = TrainingLoop(ours, fabric, our_model, ResumeState(), board, SignalState(), None)
+        training = TrainingLoop(
+            ours, fabric, our_model, ResumeState(), run_log, SignalState(), None
+        )
         for epoch in range(2):
             training.train_epoch(epoch)
 

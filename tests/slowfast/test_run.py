@@ -80,7 +80,7 @@ def test_a_killed_run_resumes_and_is_tested(command, checkout, tmp_path):
     )
     # It began from random weights, and the checkpoint that it goes on from does not change that.
     assert all(line["backbone_lr"] == pytest.approx(line["lr"], abs=1e-5) for line in train)
-    assert "as this run began: everything learns" in log
+    assert "resumed: everything learns" in log
     assert any(line.get("_type") == "val_epoch" for line in stats)
     (final,) = [line for line in stats if line.get("split") == "test_final"]
     assert 0 <= float(final["top1_acc"]) <= 100

@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from stts_slowfast import attach
 from stts_slowfast.hosts import find_blocks
 from tests.hosts import examples
-from tests.hosts.test_where_it_computes import quantise
+from tests.hosts.test_device_and_dtype import quantise
 from tests.test_fx_tracing import mvit_v2, swin
 
 SELECTION = {"time": {0: 0.5, 2: 0.5}, "space": {1: 0.6}, "fused_attention": False}

@@ -1,9 +1,9 @@
-"""Stops a run again and again, by signals at any moment, and looks at what is left.
+"""Stops a run again and again by signals at random moments, and checks what remains.
 
     python tests/soak/stops.py [--stops 100] [--minutes 60] [--processes 1] [--seed 0]
 
-A small training with two readers and augmentation is stopped by SIGINT, SIGTERM or SIGKILL to the
-command, to a rank, to a reader or to all of them, and started again until it is done. After each
+A small training with two workers and augmentation is stopped by SIGINT, SIGTERM or SIGKILL to the
+command, to a rank, to a worker or to all of them, and started again until it is done. After each
 stop every process must be gone within 10 s, and nothing left in /dev/shm; the last weights must be
 those of an undisturbed run, bit for bit. Then the next run begins. Not part of the test suite.
 
@@ -47,12 +47,12 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    chance, until = random.Random(args.seed), time.monotonic() + 60.0 * args.minutes
+    rng, until = random.Random(args.seed), time.monotonic() + 60.0 * args.minutes
     counts, faults, stops = Counter(), [], 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_data.write_dataset(str(folder / "data"), "needle", 24, 4, args.seed)
-        start(folder, "warm", args, epochs=1).join()  # what a first run compiles and reads
+        start(folder, "warm", args, epochs=1).join()  # compiles and reads files
         process, started = start(folder, "whole", args), time.monotonic()
         startup = begin(process, folder / "whole") - started
         process.join()
@@ -64,18 +64,18 @@ def main() -> int:
         while more := stops < args.stops and time.monotonic() < until:
             name = f"run{counts['runs']}"
             while process := start(folder, name, args):
-                if more and chance.random() < 0.2:
-                    process.join(chance.uniform(0.1, 1.0) * startup)
+                if more and rng.random() < 0.2:
+                    process.join(rng.uniform(0.1, 1.0) * startup)
                 elif more:
                     begin(process, folder / name)
-                    process.join(chance.uniform(0.0, 0.7) * work)
+                    process.join(rng.uniform(0.0, 0.7) * work)
                 else:
                     process.join()
                 while process.exitcode is None and not alive(process.pid):
                     time.sleep(0.02)  # it has no session yet
                 if process.exitcode is not None:
                     break
-                what, fault = stop(process, chance, args.processes)
+                what, fault = stop(process, rng, args.processes)
                 faults += [f"{name}, {what}: {fault}"] if fault else []
                 counts[what] += 1
                 stops += 1
@@ -105,7 +105,7 @@ def start(folder: Path, name: str, args, epochs: int = 0):
 
 
 def begin(process, folder: Path) -> float:
-    """Waits until the run holds its folder, or is over; the time."""
+    """Waits until the run has the lock of its folder, or is over; returns the time."""
     started = time.time()
     while process.exitcode is None:
         with contextlib.suppress(FileNotFoundError):
@@ -151,23 +151,23 @@ def settings(folder: Path, name: str, epochs: int) -> dict:
     }
 
 
-def stop(process, chance: random.Random, processes: int) -> tuple[str, str | None]:
-    """Stops the run one way or the other: what was done, and what is wrong afterwards."""
-    number, family = chance.choice(SIGNALS), alive(process.pid)
+def stop(process, rng: random.Random, processes: int) -> tuple[str, str | None]:
+    """Stops the run in a random way: what was done, and what is wrong afterwards."""
+    number, family = rng.choice(SIGNALS), alive(process.pid)
     members = sorted(family)
 
     def level(pid: int) -> int:
         return 1 + level(family[pid]) if pid in family and pid != process.pid else 0
 
-    names = ["command", *(["rank"] if processes > 1 else []), *["reader"] * 2]
+    names = ["command", *(["rank"] if processes > 1 else []), *["worker"] * 2]
     kinds = {name: [pid for pid in members if names[level(pid)] == name] for name in names}
     kinds["all"] = members
-    whom = chance.choice([kind for kind, pids in kinds.items() if pids])
-    targets = members if whom == "all" else [chance.choice(kinds[whom])]
+    whom = rng.choice([kind for kind, pids in kinds.items() if pids])
+    targets = members if whom == "all" else [rng.choice(kinds[whom])]
     what = f"{signal.Signals(number).name} to {whom}"
     before = set(os.listdir("/dev/shm"))
     send(number, targets)
-    if whom == "reader" and number != signal.SIGKILL:  # it passes that over
+    if whom == "worker" and number != signal.SIGKILL:  # it ignores that
         process.join(1.0)
         if process.exitcode:
             return what, f"the run ended of it with {process.exitcode}"
@@ -175,7 +175,7 @@ def stop(process, chance: random.Random, processes: int) -> tuple[str, str | Non
     until = time.monotonic() + SOON
     while (left := alive(process.pid)) and time.monotonic() < until:
         process.join(0.05)
-    for pid in left if shutil.which("py-spy") else ():  # what each still does
+    for pid in left if shutil.which("py-spy") else ():  # their stacks
         subprocess.run(["py-spy", "dump", "--pid", str(pid)])
     send(signal.SIGKILL, left)
     process.join()
@@ -195,7 +195,7 @@ def send(number: int, pids) -> None:
 
 
 def alive(session: int) -> dict[int, int]:
-    """The processes of a session that are more than a table's entry, and the parent of each."""
+    """The processes of a session that have not ended, and the parent of each."""
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:

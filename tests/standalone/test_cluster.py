@@ -80,7 +80,7 @@ def test_torchrun(cfg, monkeypatch):
     assert (cfg.NUM_SHARDS, cfg.SHARD_ID) == (2, 1)
 
 
-def test_torchrun_and_another_word_contradict(cfg, monkeypatch):
+def test_torchrun_and_other_options_contradict(cfg, monkeypatch):
     say(monkeypatch, TORCHRUN)
     cfg.NUM_GPUS = 8
     with pytest.raises(ValueError, match=r"2 processes were started .* NUM_GPUS is 8"):

@@ -260,7 +260,7 @@ def written(cfg):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_video_is_replaced_told_and_written_once(cfg, workers, caplog):
+def test_broken_video_is_replaced_logged_and_written_once(cfg, workers, caplog):
     break_video(cfg, 2)
     cfg.DATA_LOADER.NUM_WORKERS, cfg.TRAIN.BATCH_SIZE = workers, 2
     loader = build_loader(cfg, "train")
@@ -336,7 +336,7 @@ def test_broken_video_is_unreadable_in_all_its_test_views(cfg, tmp_path, caplog)
         loader.bad.require_all(allow_missing=False)
 
 
-def test_training_goes_on_up_to_the_share_of_bad_videos_and_stops_above(cfg):
+def test_training_continues_up_to_the_share_of_bad_videos_and_stops_above(cfg):
     break_video(cfg, 0, 2, 4)
     cfg.TRAIN.BATCH_SIZE = 2
     for seed in range(5):
@@ -393,7 +393,7 @@ def test_a_pipe_and_a_hung_file_do_not_stop_a_run(cfg, tmp_path, monkeypatch):
     assert "no regular file" in reasons and "DATA.READ_TIMEOUT 0.5" in reasons
 
 
-def test_videos_are_turned_unless_told(cfg, tmp_path):
+def test_videos_are_rotated_unless_the_config_forbids_it(cfg, tmp_path):
     with av.open(str(tmp_path / "videos" / "0.mp4"), "w") as container:
         stream = container.add_stream("libx264rgb", rate=30, options={"qp": "0"})
         stream.height, stream.width, stream.pix_fmt = 48, 64, "rgb24"

@@ -15,6 +15,7 @@ from stts_slowfast.standalone.data import ClipLoader
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.signals import Interrupted
 from stts_slowfast.standalone.training_loop import TrainingLoop
+from stts_slowfast.video.accuracy import mixed_topk_errors, topk_errors
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_training_and_testing_write_what_slowfast_writes(run, cfg):
     assert result["clips_per_s"] > 0
 
 
-def test_fine_tuning_holds_the_backbone_back(run, cfg, tmp_path):
+def test_fine_tuning_freezes_and_caps_the_backbone(run, cfg, tmp_path):
     cfg.TRAIN.CHECKPOINT_FILE_PATH = engine.train(cfg)["checkpoint"]
     cfg.TRAIN.CHECKPOINT_EPOCH_RESET = True
     cfg.OUTPUT_DIR = str(tmp_path / "tuned")
@@ -103,7 +104,7 @@ def test_fine_tuning_holds_the_backbone_back(run, cfg, tmp_path):
     assert rates == [False, False, True, True, True, True, True]
 
 
-def test_the_least_errors_survive_a_stop(run, cfg, tmp_path, monkeypatch):
+def test_the_lowest_errors_survive_a_stop(run, cfg, tmp_path, monkeypatch):
     errors = iter([[60.0, 50.0], [20.0, 10.0], [90.0, 80.0], [40.0, 30.0]] + [[70.0, 60.0]] * 2)
     monkeypatch.setattr(
         run_logger.Meter, "means", lambda meter: dict(zip(meter.names, next(errors)))
@@ -147,7 +148,7 @@ def test_stopped_and_resumed_ends_where_the_whole_run_ends(run, cfg, tmp_path):
     whole, lines = run.checkpoint(2), run.json_stats("train_iter_")
 
     cfg.OUTPUT_DIR = str(tmp_path / "stopped")
-    with pytest.raises(Interrupted, match=r"goes on from .*checkpoint_epoch_00001\.pyth"):
+    with pytest.raises(Interrupted, match=r"resumes from .*checkpoint_epoch_00001\.pyth"):
         engine.train(cfg, watch=CtrlC())
     engine.train(cfg)
     resumed = run.checkpoint(2)
@@ -164,7 +165,7 @@ def test_stopped_and_resumed_ends_where_the_whole_run_ends(run, cfg, tmp_path):
 
 def test_stopped_before_a_checkpoint_begins_anew(cfg):
     cfg.TRAIN.CHECKPOINT_PERIOD = 2
-    with pytest.raises(Interrupted, match="begins anew: there is no checkpoint yet"):
+    with pytest.raises(Interrupted, match="starts again: there is no checkpoint yet"):
         engine.train(cfg, watch=CtrlC())
 
 
@@ -191,7 +192,7 @@ def test_training_shuffles_anew_in_every_epoch(cfg):
 
 
 def test_a_runs_loaders_go_with_it(cfg):
-    """Else the readers of the next run in this process find them, and complain on the terminal."""
+    """Else the workers of the next run in this process find them, and print errors."""
     cfg.DATA_LOADER.NUM_WORKERS, cfg.SOLVER.MAX_EPOCH = 1, 1
     gc.collect()
     gc.disable()
@@ -261,7 +262,7 @@ def said_in_testing(run, cfg):
     return log.read_text()[len(before) :]
 
 
-def test_float16_goes_on_with_the_scale_of_the_gradients(run, cfg, tmp_path):
+def test_float16_resumes_with_the_scale_of_the_gradients(run, cfg, tmp_path):
     cfg.TRAIN.MIXED_PRECISION, cfg.TRAIN.MIXED_PRECISION_DTYPE = True, "float16"
     engine.train(cfg)
     whole = run.checkpoint(2)
@@ -277,7 +278,7 @@ def test_float16_goes_on_with_the_scale_of_the_gradients(run, cfg, tmp_path):
         engine.train(cfg)
 
 
-def test_files_that_are_no_whole_checkpoint_are_passed_over(run, cfg):
+def test_files_that_are_no_whole_checkpoint_are_ignored(run, cfg):
     folder = Path(cfg.OUTPUT_DIR, "checkpoints")
     folder.mkdir(parents=True)
     assert checkpointing.last_checkpoint(cfg) is None
@@ -298,7 +299,7 @@ def test_training_starts_from_a_baselines_weights(run, cfg, tmp_path):
     cfg.OUTPUT_DIR = str(tmp_path / "fine-tuned")
     cfg.TRAIN.CHECKPOINT_FILE_PATH = baseline
     cfg.STTS.ENABLE, cfg.STTS.FREEZE_BACKBONE_EPOCHS = True, 1.0
-    with pytest.raises(ValueError, match=r"CHECKPOINT_EPOCH_RESET True to train on from"):
+    with pytest.raises(ValueError, match=r"CHECKPOINT_EPOCH_RESET True to train from"):
         engine.train(cfg)
     cfg.TRAIN.CHECKPOINT_EPOCH_RESET = True
     engine.train(cfg)
@@ -326,7 +327,7 @@ def test_a_last_checkpoint_without_its_epoch_is_refused(run, cfg):
     path = Path(checkpointing.checkpoint_path(cfg, 1))
     path.parent.mkdir(parents=True)
     torch.save({"model_state": build_model(cfg).state_dict()}, path)
-    with pytest.raises(ValueError, match=r"00001\.pyth does not say after which epoch"):
+    with pytest.raises(ValueError, match=r"00001\.pyth does not contain its epoch"):
         engine.train(cfg)
 
 
@@ -402,7 +403,7 @@ def test_nan_scores_on_a_device_stop_training_by_the_selectors_name(cfg, monkeyp
     assert steps == ["train"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint(run, cfg):
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(run, cfg):
     cfg.SOLVER.BASE_LR, cfg.SOLVER.OPTIMIZING_METHOD = 1e6, "sgd"
     cfg.STTS.ENABLE = False
     with pytest.raises(
@@ -443,7 +444,7 @@ def test_ensembles_sum_and_take_the_maximum(run, cfg):
     assert (results["max"] >= results["sum"] / 2 - 1e-6).all() and results["max"].max() < 1
 
 
-def test_several_numbers_of_clips_are_said_in_testing(run, cfg):
+def test_several_numbers_of_clips_are_tested(run, cfg):
     cfg.TEST.NUM_TEMPORAL_CLIPS = [1, 3]
     assert engine.test(cfg)["num_views"] == 3
     assert len(run.json_stats("test_final")) == 2
@@ -466,5 +467,5 @@ def test_what_a_run_found_is_in_a_file(run, cfg):
 def test_mixed_labels_count_both_classes_as_right():
     logits = torch.tensor([[3.0, 2.5, 0.0, 4.0, -1.0, -2.0]])
     labels = torch.tensor([[0.6, 0.4, 0.0, 0.0, 0.0, 0.0]])
-    assert [error.item() for error in run_logger.train_errors(logits, labels)] == [0.0, 0.0]
-    assert run_logger.errors(logits, torch.tensor([0]))[0].item() == 100.0
+    assert [error.item() for error in mixed_topk_errors(logits, labels)] == [0.0, 0.0]
+    assert topk_errors(logits, torch.tensor([0]))[0].item() == 100.0

@@ -12,9 +12,10 @@ from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.annotations import NO_LABEL
 from stts_slowfast.standalone.config import get_cfg
 from stts_slowfast.standalone.data import UNREADABLE, ClipDataset
-from stts_slowfast.standalone.evaluator import ViewEnsemble, accuracies
+from stts_slowfast.standalone.evaluator import ViewEnsemble
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools.report.run_log import read_output
+from stts_slowfast.video.accuracy import video_accuracies
 
 
 def together(method, scores, labels, videos):
@@ -22,7 +23,7 @@ def together(method, scores, labels, videos):
     cfg.DATA.ENSEMBLE_METHOD, cfg.MODEL.NUM_CLASSES = method, scores.shape[1]
     views = ViewEnsemble(cfg, 2, 2)
     views.add(scores, labels, videos, torch.tensor([0, 1, 0, 1]))
-    return accuracies(views.predictions, views.labels)
+    return video_accuracies(views.predictions, views.labels)
 
 
 def test_views_of_a_video_are_put_together():
@@ -37,12 +38,12 @@ def test_views_of_a_video_are_put_together():
 def test_unreadable_videos_are_wrong_and_videos_without_label_are_neither():
     predictions = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0]] * 4)
     labels = torch.tensor([0, 4, 5, UNREADABLE])
-    found = accuracies(predictions, labels)
+    found = video_accuracies(predictions, labels)
     assert (found["top1_acc"], found["top5_acc"]) == (25.0, 50.0)
     assert found["top1_acc_readable"] == pytest.approx(100 / 3)
-    found = accuracies(predictions, torch.tensor([0, 4, NO_LABEL, NO_LABEL]))
+    found = video_accuracies(predictions, torch.tensor([0, 4, NO_LABEL, NO_LABEL]))
     assert found == {"top1_acc": 50.0, "top5_acc": 100.0}
-    found = accuracies(predictions, torch.full((4,), NO_LABEL))
+    found = video_accuracies(predictions, torch.full((4,), NO_LABEL))
     assert found == {"top1_acc": None, "top5_acc": None}
 
 
@@ -111,21 +112,21 @@ def spoil(model, kind):
 @pytest.mark.parametrize(
     ("job", "selection", "kind", "reason"),
     [
-        ("test", False, "head", r"the weights head\.1\.weight hold"),
-        ("validation", True, "head", r"the weights head\.1\.weight hold"),
-        ("test", True, "norm", r"the weights blocks\.2\.norm1\.bias hold"),
-        ("test", False, "overflow", r"they first are none in the layer blocks\.3\.mlp\.0"),
-        ("validation", True, "overflow", r"they first are none in the layer blocks\.3\.mlp\.0"),
+        ("test", False, "head", r"the weights head\.1\.weight have"),
+        ("validation", True, "head", r"the weights head\.1\.weight have"),
+        ("test", True, "norm", r"the weights blocks\.2\.norm1\.bias have"),
+        ("test", False, "overflow", r"the first such layer is blocks\.3\.mlp\.0"),
+        ("validation", True, "overflow", r"the first such layer is blocks\.3\.mlp\.0"),
     ],
 )
-def test_outputs_that_are_no_numbers_are_refused(run, tmp_path, kind, reason, job, selection):
+def test_outputs_that_are_not_finite_are_refused(run, tmp_path, kind, reason, job, selection):
     cfg = run.cfg
     cfg.STTS.ENABLE = selection
     model = build_model(cfg)
     spoil(model, kind)
     path = str(tmp_path / "spoilt.pyth")
     save_checkpoint(path, model, cfg, epoch=1)
-    match = rf"outputs for .*0\.mp4 are no numbers: {reason}"
+    match = rf"outputs for .*0\.mp4 are not finite: {reason}"
     if job == "test":
         cfg.TEST.CHECKPOINT_FILE_PATH = path
         with pytest.raises(ValueError, match=match):
@@ -138,7 +139,7 @@ def test_outputs_that_are_no_numbers_are_refused(run, tmp_path, kind, reason, jo
     assert not run.json_stats("test_final") and not run.json_stats("val_epoch")
 
 
-def test_the_video_is_named_whose_outputs_are_no_numbers(run, monkeypatch):
+def test_the_video_is_named_whose_outputs_are_not_finite(run, monkeypatch):
     from stts_slowfast.standalone import evaluator
 
     normalize, batches = evaluator.normalize_clips, []
@@ -152,5 +153,5 @@ def test_the_video_is_named_whose_outputs_are_no_numbers(run, monkeypatch):
 
     monkeypatch.setattr(evaluator, "normalize_clips", spoilt)
     # Batches of 4 views of 2 a video: the third of the second batch is of video 3.
-    with pytest.raises(ValueError, match=r"3\.mp4 are no numbers: its clip holds values"):
+    with pytest.raises(ValueError, match=r"3\.mp4 are not finite: its clip has values"):
         engine.test(run.cfg)

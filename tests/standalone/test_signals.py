@@ -18,7 +18,7 @@ from stts_slowfast.standalone.signals import Interrupted
 
 @pytest.fixture
 def cfg(run):
-    """Two readers, and augmentation."""
+    """Two workers, and augmentation."""
     run.cfg.DATA_LOADER.NUM_WORKERS, run.cfg.AUG.ENABLE = 2, True
     return run.cfg
 
@@ -45,7 +45,7 @@ def whole(run, cfg, tmp_path):
     return last
 
 
-def goes_on_to(run, cfg, whole):
+def resumes_to(run, cfg, whole):
     engine.train(cfg)
     for key in ("model_state", "optimizer_state"):
         torch.testing.assert_close(run.checkpoint(2)[key], whole[key], rtol=0, atol=0)
@@ -54,10 +54,10 @@ def goes_on_to(run, cfg, whole):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_loses_no_iteration(run, cfg, whole, number):
-    with pytest.raises(Interrupted, match=r"goes on from .*within_epoch_00001_iteration_0000002"):
+    with pytest.raises(Interrupted, match=r"resumes from .*within_epoch_00001_iteration_0000002"):
         engine.train(cfg, watch=Signal(4, number))  # processes tell each other in the next step
     assert len(run.json_stats("train_iter_")) == 5
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
     iterations = [s["epoch"] + " " + s["iter"] for s in run.json_stats("train_iter_")]
     assert iterations[5:] == ["2/2 3/3"]
     assert multiprocessing.active_children() == []
@@ -90,7 +90,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_to_the_whole_group_loses_no_iteration(run, cfg, processes, number):
-    """As timeout(1) and Slurm send it: the readers get it too."""
+    """As timeout(1) and Slurm send it: the workers get it too."""
     cfg.TRAIN.BATCH_SIZE = 2 * processes
     script = run.tmp_path / "group.py"
     script.write_text(GROUP)
@@ -115,14 +115,14 @@ def test_a_signal_to_the_whole_group_loses_no_iteration(run, cfg, processes, num
     status, said = train(4 if processes == 1 else 2)
     assert status == 128 + number, said
     (within,) = [name for name in run.checkpoints() if "within_epoch_00001" in name]
-    assert f"{within}\n" in said.partition("STOPPED interrupted; the same command goes on from")[2]
+    assert f"{within}\n" in said.partition("STOPPED interrupted; the same command resumes from")[2]
     assert "lost" not in said and "Exception ignored" not in said
     assert train(0)[0] == 0
     for key in ("model_state", "optimizer_state"):
         torch.testing.assert_close(run.checkpoint(2)[key], whole[key], rtol=0, atol=0)
 
 
-def test_a_warning_writes_a_checkpoint_and_goes_on(run, cfg, whole):
+def test_a_warning_writes_a_checkpoint_and_the_run_continues(run, cfg, whole):
     seen = []
 
     def watch(split, model, batch):
@@ -134,10 +134,10 @@ def test_a_warning_writes_a_checkpoint_and_goes_on(run, cfg, whole):
     # asked for after iteration 2, all processes know with the next one
     name = "within_epoch_00000_iteration_0000002.pyth"
     assert seen[:3] == [[], [], [name]] or seen[:3] == [[], [], []]
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
 
 
-def test_checkpoints_by_time_are_gone_on_from(run, cfg, whole):
+def test_checkpoints_by_time_are_resumed_from(run, cfg, whole):
     cfg.TRAIN.CHECKPOINT_EVERY_MINUTES = 1e-9
     kill = KeyboardInterrupt()
 
@@ -148,10 +148,10 @@ def test_checkpoints_by_time_are_gone_on_from(run, cfg, whole):
 
     with pytest.raises(Interrupted, match=r"within_epoch_00001_iteration_0000001"):
         engine.train(cfg, watch=watch)
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
     epochs = run.json_stats("train_epoch")
     cfg.TRAIN.CHECKPOINT_EVERY_MINUTES, cfg.TRAIN.AUTO_RESUME = 0.0, False
-    engine.train(cfg)  # what an epoch's line sums up goes on too
+    engine.train(cfg)  # the sums of an epoch's line are resumed too
     again = run.json_stats("train_epoch")[len(epochs) :]
     assert [s["loss"] for s in epochs] == [s["loss"] for s in again]
 
@@ -164,17 +164,17 @@ def test_another_batch_size_inside_an_epoch_is_refused(run, cfg):
         engine.train(cfg)
 
 
-def test_a_killed_reader_is_one_line(run, cfg, whole):
-    def reader():
+def test_a_killed_worker_is_one_line(run, cfg, whole):
+    def worker():
         return multiprocessing.active_children()[0].pid
 
     with pytest.raises(ChildProcessError, match=r"reads videos was lost .*resumes from the last"):
-        engine.train(cfg, watch=Signal(4, signal.SIGKILL, reader))
+        engine.train(cfg, watch=Signal(4, signal.SIGKILL, worker))
     assert multiprocessing.active_children() == []
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
 
 
-def test_a_lost_reader_is_told_from_an_error_in_one():
+def test_a_lost_worker_is_distinguished_from_its_errors():
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     assert "(killed by signal: Killed)" in str(signals.worker_death_error(error))
     amid = KeyError("a thread that was being started")
@@ -188,7 +188,7 @@ def test_a_lost_reader_is_told_from_an_error_in_one():
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
-def test_a_damaged_last_checkpoint_is_told_and_the_one_before_used(run, cfg, whole, damage):
+def test_a_corrupt_last_checkpoint_is_logged_and_the_one_before_used(run, cfg, whole, damage):
     engine.train(cfg)
     path = run.folder / "checkpoints" / "checkpoint_epoch_00002.pyth"
     data = path.read_bytes()
@@ -199,9 +199,9 @@ def test_a_damaged_last_checkpoint_is_told_and_the_one_before_used(run, cfg, who
         engine.train(cfg, strict_resume=True)
     with pytest.raises(ValueError, match=r"00002\.pyth cannot be read .*strict-resume"):
         engine.test(cfg, strict_resume=True)
-    goes_on_to(run, cfg, whole)
+    resumes_to(run, cfg, whole)
     log = (run.folder / "stdout.log").read_text()
-    assert "00002.pyth cannot be read" in log and "going on from the checkpoint before" in log
+    assert "00002.pyth cannot be read" in log and "resuming from the checkpoint before" in log
 
 
 def test_the_last_checkpoint_is_that_of_the_largest_number(run, cfg):
@@ -231,7 +231,7 @@ sys.stdin.read()
 """
 
 
-def test_a_second_run_in_a_folder_is_told_at_once(run, cfg):
+def test_a_second_run_in_a_folder_is_refused_at_once(run, cfg):
     run.folder.mkdir()
     command = [sys.executable, "-c", HOLD, str(run.folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -269,7 +269,7 @@ with signals.handle_signals() as stop:
 @pytest.mark.parametrize(
     ("state", "waited"), [("deferred", b"1 s"), ("nothing to save", b"0.25 s")]
 )
-def test_a_process_that_does_not_listen_ends_all_the_same(state, waited):
+def test_a_process_that_reads_no_signal_ends_all_the_same(state, waited):
     command = [sys.executable, "-c", DEAF, state]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
@@ -295,16 +295,16 @@ engine.train(load_config(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize(("readers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, readers, number):
-    cfg.DATA_LOADER.NUM_WORKERS = readers
+@pytest.mark.parametrize(("workers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_read_that_hangs_does_not_keep_a_run_from_ending(run, cfg, workers, number):
+    cfg.DATA_LOADER.NUM_WORKERS = workers
     pipe = run.tmp_path / "pipe"
     os.mkfifo(pipe)
     words = [sys.executable, "-c", HUNG, str(run.write()), str(pipe)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(words, start_new_session=True, **pipes)
     try:
-        for _ in range(readers or 1):
+        for _ in range(workers or 1):
             wait_for("waits", process)
         os.killpg(process.pid, number)
         assert process.wait(timeout=30) == 128 + number and all_gone(process.pid)
@@ -372,7 +372,7 @@ def test_a_killed_process_takes_all_others_along(run, cfg, processes):
     try:
         wait_for('"epoch": "2/1000"', process)
         everyone = alive(process.pid)
-        # the one that was started last but for the readers: a rank, or the run itself
+        # the one that was started last except for the workers: a rank, or the run itself
         victim = process.pid if processes == 1 else sorted(ranks(process.pid))[-1]
         os.kill(victim, signal.SIGKILL)
         assert len(everyone) >= 1 + 2 * processes and all_gone(process.pid)
@@ -393,7 +393,7 @@ def ranks(parent):
     return found
 
 
-def test_forked_children_leave_stopping_to_their_parent():
+def test_forked_children_leave_signals_to_their_parent():
     with signals.handle_signals():
         context = multiprocessing.get_context("fork")
         reader, writer = context.Pipe(duplex=False)
@@ -456,7 +456,7 @@ def test_a_process_that_still_imports_ends_at_once(tmp_path, number):
         process.communicate()
 
 
-def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
+def test_a_signal_at_the_very_end_leaves_no_worker(run, cfg, monkeypatch):
     kill_children = launch.kill_children
 
     def signalled(spared):
@@ -465,14 +465,14 @@ def test_a_signal_at_the_very_end_leaves_no_reader(run, cfg, monkeypatch):
 
     monkeypatch.setattr(launch, "kill_children", signalled)
     try:
-        with pytest.raises(Interrupted, match=r"goes on from .*checkpoint_epoch_00002"):
+        with pytest.raises(Interrupted, match=r"resumes from .*checkpoint_epoch_00002"):
             engine.train(cfg)
         assert multiprocessing.active_children() == []
     finally:
         signals.kill_children()
 
 
-def test_what_started_a_process_may_be_gone_already():
+def test_the_parent_of_a_process_may_be_gone_already():
     code = "from stts_slowfast.standalone.signals import die_with_parent as die; die({}); print(1)"
     for parent, status in (("__import__('os').getppid()", 0), (0, 1)):
         words = [sys.executable, "-c", code.format(parent)]
@@ -481,7 +481,7 @@ def test_what_started_a_process_may_be_gone_already():
     assert "its parent process is gone" in done.stderr
 
 
-def test_names_that_are_numbers_are_refused_in_words(run, cfg, tmp_path):
+def test_names_that_are_numbers_are_refused(run, cfg, tmp_path):
     path = str(tmp_path / "numbers.pyth")
     torch.save({"model_state": {0: torch.zeros(1), 1: torch.zeros(1)}}, path)
     cfg.TRAIN.CHECKPOINT_FILE_PATH, cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = path, ("module.",)

@@ -162,12 +162,12 @@ def test_every_key_is_in_one_table():
     assert set(config._RANGES["TRAIN.MIXED_PRECISION_DTYPE"]) == set(PRECISIONS)
 
 
-def test_what_nothing_reads_is_said(read, caplog):
+def test_what_nothing_reads_is_logged(read, caplog):
     with caplog.at_level(logging.WARNING):
         read("SOLVER.GAMMA", 0.5, "BN.NORM_TYPE", "batchnorm", "AUG.RE_SPLIT", True)
     assert [record.getMessage() for record in caplog.records] == [
-        "AUG.RE_SPLIT is True, which nothing reads: SlowFast does not read it either, AUG.RE_COUNT "
-        "says how many splits",
+        "AUG.RE_SPLIT is True, which nothing reads: SlowFast does not read it either, the "
+        "number of splits is AUG.RE_COUNT",
         "SOLVER.GAMMA is 0.5, which nothing reads: no policy reads it, in SlowFast neither",
     ]
     with pytest.raises(ValueError, match=r"^DATA\.IN22k_VAL_IN1K is 'x': .*--engine slowfast"):
@@ -177,7 +177,7 @@ def test_what_nothing_reads_is_said(read, caplog):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"COSINE_END_LR": 0.2}, r"SOLVER\.COSINE_END_LR is 0\.2: it must lie below"),
+        ({"COSINE_END_LR": 0.2}, r"SOLVER\.COSINE_END_LR is 0\.2: it must be below"),
         ({"COSINE_AFTER_WARMUP": True, "WARMUP_EPOCHS": 400.0}, r"SOLVER\.WARMUP_EPOCHS is 400"),
         ({"LR_POLICY": "steps_with_relative_lrs"}, r"SOLVER\.STEPS is \[\] and SOLVER\.LRS"),
         ({"MOMENTUM": 0.0}, r"SOLVER\.NESTEROV is True with SOLVER\.MOMENTUM 0"),

@@ -123,7 +123,7 @@ def test_ctrl_c_says_where_it_goes_on(config, capsys, stop, status):
     assert cli.main(["run", "--cfg", config]) == status
     line = error_line(capsys)
     last = max(path.name for path in folder.iterdir())
-    assert line == f"stts: interrupted; the same command goes on from {folder / last}"
+    assert line == f"stts: interrupted; the same command resumes from {folder / last}"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stts_slowfast.annealing import reset
 from stts_slowfast.checkpoints.io import atomic_write, check_output_path
 from stts_slowfast.plugins import require
-from stts_slowfast.schedule import reset
 from stts_slowfast.tools.cli import add_force
 from stts_slowfast.tools.inspection import draw_test_videos, load_trained_model, stored_config
 from stts_slowfast.tools.output import format_cell

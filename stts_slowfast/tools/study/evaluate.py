@@ -1,15 +1,13 @@
 """A model over a test list: accuracy, speed, agreement between views, and what the model keeps."""
 
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stts_slowfast.standalone.data import UNREADABLE, build_loader, normalize_clips
-from stts_slowfast.standalone.evaluator import ViewEnsemble, accuracies, require_readable
-from stts_slowfast.standalone.predictions import predict
+from stts_slowfast.standalone.data import UNREADABLE, build_loader
+from stts_slowfast.standalone.evaluator import Evaluator
 from stts_slowfast.tools.study.coverage import CoverageStats
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # clips, labels, video_index, view_index
@@ -26,8 +24,8 @@ class TestClips:
     def __init__(self, cfg):
         self.allow_missing = cfg.TEST.ALLOW_MISSING
         self.loader = build_loader(cfg, "test")
-        self.videos = self.loader.dataset.videos
-        self.num_views = self.loader.dataset.num_views
+        self.dataset = self.loader.dataset
+        self.videos = self.dataset.videos
         self.cached: list[Batch] | None = None
 
     def __len__(self) -> int:
@@ -72,32 +70,20 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
     Raises:
         ValueError: for unreadable videos (`TestClips`), or outputs that are not finite.
     """
-    device = next(model.parameters()).device
     model.eval()
-    coverage, busy = CoverageStats(cfg, clips.videos), []
-    views = ViewEnsemble(cfg, len(clips.videos), clips.num_views)
+    coverage, evaluator = CoverageStats(cfg, clips.videos), Evaluator(cfg, model, clips.dataset)
     predicted, of_video = [], []
-    for clip, labels, numbers, view in clips:
-        scores = torch.zeros(len(clip), cfg.MODEL.NUM_CLASSES)
-        readable = labels != UNREADABLE
-        if bool(readable.any()):
-            inputs, seen = normalize_clips(clip[readable].to(device), cfg), numbers[readable]
-            start = _now(device)
-            logits = predict(model, inputs, clips.videos, seen)
-            busy.append((len(inputs), _now(device) - start))
-            scores[readable] = logits.softmax(1).cpu()
-            predicted.append(scores[readable].argmax(1))
-            of_video.append(seen)
-            coverage("test", model, (inputs, labels[readable], seen, view[readable]))
-        views.add(scores, labels, numbers, view)
+    for batch in clips:
+        readable = batch[1] != UNREADABLE
+        predicted.append(evaluator.add(batch)[readable].argmax(1))
+        of_video.append(batch[2][readable])
+        coverage("test", model, batch)
         advance()
-    require_readable(cfg, views.labels)
-    accuracy = accuracies(views.predictions, views.labels)
-    busy = busy[1:] or busy
+    accuracy = evaluator.accuracies()
     return {
         **{name.replace("_acc", ""): round(value, 3) for name, value in accuracy.items()},
         "agreement": agreement(torch.cat(predicted), torch.cat(of_video)),
-        "clips_per_s": round(sum(n for n, _ in busy) / sum(seconds for _, seconds in busy), 2),
+        "clips_per_s": round(evaluator.clips_per_s(), 2),
         **coverage.summary(),
         **clips.count(),
     }
@@ -113,9 +99,3 @@ def agreement(predicted: Tensor, videos: Tensor) -> float | None:
             same = (classes[:, None] == classes).sum().item() - len(classes)
             shares.append(same / pairs)
     return round(float(np.mean(shares)), 4) if shares else None
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

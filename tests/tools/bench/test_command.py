@@ -141,8 +141,24 @@ def test_cuda_graph_replays_the_model(config):
     row = spec.parse_row(f"{config},STTS.ENABLE=True")
     args = cli_args(config, "--device", "cuda", "--cuda-graph")
     model, shapes = spec.build(row, "cuda")
-    command.make_step(model, shapes["eval"], "eval", args)()
+    command.capture(command.make_step(model, shapes["eval"], "eval", args))()
     torch.cuda.synchronize()
+
+
+def test_memory_of_a_cuda_graph_is_that_of_its_capture(config, monkeypatch):
+    """A replay allocates nothing."""
+
+    def capture(step):
+        step()
+        return lambda: None
+
+    monkeypatch.setattr(command, "capture", capture)
+    memory = {}
+    for words in ([], ["--cuda-graph"]):
+        row = spec.parse_row(str(config))
+        command.measure([row], cli_args(config, "--modes", "eval", "--repeats", "1", *words))
+        memory[len(words)] = row.memory["eval"] - 4 * row.parameters
+    assert memory[1] >= memory[0] > 0
 
 
 # ---- rows that are compared -----------------------------------------------------------------

@@ -247,7 +247,7 @@ def test_a_study_needs_labels(folder, tmp_path, spoilt, capsys):
     assert "has videos without a label" in capsys.readouterr().err
 
 
-def test_a_study_refuses_outputs_that_are_no_numbers(folder, tmp_path, capsys):
+def test_a_study_refuses_outputs_that_are_not_finite(folder, tmp_path, capsys):
     checkpoint = read_checkpoint(folder / "plain.pyth")
     checkpoint["model_state"]["norm.weight"][0] = float("inf")
     cfg = load_config(str(folder / "config.yaml"), ["STTS.ENABLE", False])
@@ -257,7 +257,7 @@ def test_a_study_refuses_outputs_that_are_no_numbers(folder, tmp_path, capsys):
     more = ("--time", "--space", "--both")
     assert cli.main(words(folder, tmp_path / "out", *more, checkpoint="inf.pyth")) == 2
     told = capsys.readouterr().err
-    assert "test_0000.mp4 are no numbers: the weights norm.weight hold" in told
+    assert "test_0000.mp4 are not finite: the weights norm.weight have" in told
     assert not (tmp_path / "out" / "study.json").exists()
 
 

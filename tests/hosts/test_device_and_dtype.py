@@ -1,4 +1,4 @@
-"""Selectors are where, and in the precision in which, their block computes."""
+"""Selectors have the device and the dtype in which their block computes."""
 
 import copy
 import warnings

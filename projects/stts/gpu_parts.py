@@ -1,0 +1,365 @@
+"""The parts of ``gpu.sh``: each in its own process, with a time limit and a file of results."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "Kinetics"
+MVIT = CONFIGS / "RECOMMENDED_MVIT_B_16x4_T0_0.9_S4_0.9.yaml"
+HALF = CONFIGS / "STTS_MVIT_B_16x4_T0_0.5_S4_0.7.yaml"
+MVITV2 = CONFIGS / "RECOMMENDED_MVITv2_S_16x4_T0_0.9_S4_0.9.yaml"
+TIMESFORMER = CONFIGS / "STTS_TIMESFORMER_96x4_T0_0.5_S4_0.9.yaml"
+STOCK, FUSED = ",STTS.ENABLE=False,STTS.FUSED_ATTENTION=False", ",STTS.ENABLE=False"
+TINY = ",DATA.NUM_FRAMES=4,DATA.TRAIN_CROP_SIZE=64,DATA.TEST_CROP_SIZE=64,MVIT.EMBED_DIM=24"
+TINY_TIMESFORMER = ",DATA.NUM_FRAMES=4,DATA.TRAIN_CROP_SIZE=32,DATA.TEST_CROP_SIZE=32"
+TINY_TIMESFORMER += ",TIMESFORMER.EMBED_DIM=48,TIMESFORMER.DEPTH=6"
+# The command, which is not installed on the GPU's machine.
+STTS = [
+    sys.executable,
+    "-c",
+    "import sys; from stts_slowfast.tools.cli import main; sys.exit(main())",
+]
+
+
+# --- bench --------------------------------------------------------------------------------------
+
+
+def _bench(args, name: str, rows: list[str], *words: str) -> dict:
+    """``stts bench`` of rows ``NAME=FILE,...``; what it wrote, whatever ended it."""
+    from stts_slowfast.tools import cli
+
+    path = args.out / f"bench_{name}.json"
+    common = ["--device", args.device, "--json", str(path)]
+    common += (
+        ["--repeats", "1", "--warmup", "0"] if args.tiny else ["--repeats", "10", "--warmup", "3"]
+    )
+    status = cli.main(["bench", *rows, *common, *words])
+    return {"status": "done" if status == 0 else "failed", "files": [path.name]}
+
+
+def _row(args, name: str, config: Path, more: str = "") -> str:
+    tiny = TINY_TIMESFORMER if config == TIMESFORMER else TINY
+    return f"{name}={config}{more}{tiny if args.tiny else ''}"
+
+
+def _mvit_rows(args) -> list[str]:
+    rows = [
+        _row(args, "stock", MVIT, STOCK),
+        _row(args, "all tokens fused", MVIT, FUSED),
+        _row(args, "0.9 subset", MVIT, ",STTS.OPERATOR=subset"),
+        _row(args, "0.9 perturbed", MVIT, ",STTS.OPERATOR=perturbed"),
+        _row(args, "0.5 subset", HALF, ",STTS.OPERATOR=subset"),
+        _row(args, "0.5 perturbed", HALF, ",STTS.OPERATOR=perturbed"),
+    ]
+    return [rows[0], rows[2]] if args.tiny else rows
+
+
+def bench(args) -> dict:
+    """MViT-B stock, fused and selected by both operators, in evaluation and training."""
+    found = {"status": "done", "files": []}
+    for batch in ["1"] if args.tiny else ["8", "64"]:
+        words = ["--batch-size", batch, "--dtype", "bfloat16"]
+        part = _bench(args, f"mvit_b{batch}", _mvit_rows(args), *words)
+        found = {"status": part["status"], "files": found["files"] + part["files"]}
+    return found
+
+
+def graphs(args) -> dict:
+    """The same evaluation compiled, and as CUDA graphs."""
+    rows = [row for row in _mvit_rows(args) if "perturbed" not in row]
+    words = ["--batch-size", "1" if args.tiny else "8", "--dtype", "bfloat16", "--modes", "eval"]
+    if args.device == "cpu":  # has no graphs, and compiling takes minutes
+        return _bench(args, "eager", rows, *words)
+    found = [_bench(args, "graphs", rows, *words, "--cuda-graph")]
+    found.append(_bench(args, "compiled", rows, *words, "--compile", "--no-memory"))
+    return {"status": found[-1]["status"], "files": [f for each in found for f in each["files"]]}
+
+
+def others(args) -> dict:
+    """MViTv2-S and TimeSformer 96x4."""
+    rows = [_row(args, "MViTv2-S stock", MVITV2, STOCK), _row(args, "MViTv2-S 0.9", MVITV2)]
+    words = ["--batch-size", "1" if args.tiny else "8", "--dtype", "bfloat16"]
+    found = [_bench(args, "mvitv2", rows, *words)]
+    rows = [_row(args, "TimeSformer stock", TIMESFORMER, STOCK)]
+    rows += [_row(args, "TimeSformer 0.5", TIMESFORMER)]
+    found.append(_bench(args, "timesformer", rows, *words))
+    return {"status": found[-1]["status"], "files": [f for each in found for f in each["files"]]}
+
+
+# --- tests --------------------------------------------------------------------------------------
+
+
+def _pytest(args, *words: str) -> dict:
+    tiny = ["-k", "plain and numbers"] if args.tiny else []
+    if args.device == "cpu":
+        os.environ["STTS_REHEARSE"] = "cpu"
+    command = [sys.executable, "-m", "pytest", "tests/gpu/test_cuda.py", "-p", "no:cacheprovider"]
+    ran = subprocess.run([*command, *words, *tiny], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    print(ran.stdout)
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped)", ran.stdout)}
+    failures = re.findall(r"^FAILED (.*)$", ran.stdout, re.MULTILINE)
+    return {"status": "done" if ran.returncode == 0 else "failed", **counts, "failures": failures}
+
+
+def parity(args) -> dict:
+    """Numbers of the GPU beside those of the CPU, for every host and family."""
+    return _pytest(args, "-k", "numbers_of_a_gpu")
+
+
+def tests(args) -> dict:
+    """The other tests of tests/gpu: half precision, graphs, waiting, GradScaler, resuming."""
+    return _pytest(
+        args, "--deselect", "tests/gpu/test_cuda.py::test_numbers_of_a_gpu_are_those_of_a_cpu"
+    )
+
+
+# --- profiler -----------------------------------------------------------------------------------
+
+
+def profile(args) -> dict:
+    """Launches, idle share and depthwise share of evaluation and training; float32 beside TF32 and
+    bfloat16."""
+    import torch
+
+    from stts_slowfast.tools.bench import command, spec
+
+    found = {"status": "done", "rows": []}
+    rows = _mvit_rows(args)[:1] if args.tiny else [_mvit_rows(args)[i] for i in (0, 2)]
+    for text in rows:
+        row = spec.parse_row(text)
+        model, shapes = spec.build(row, args.device)
+        for precision in ("bf16",) if args.tiny else ("fp32", "tf32", "bf16"):
+            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
+            words = [text, "--device", args.device, "--batch-size", "1" if args.tiny else "8"]
+            words += ["--dtype", "bfloat16" if precision == "bf16" else "float32"]
+            for mode in ("eval", "train"):
+                step = command.make_step(model, shapes[mode], mode, _parse_bench(words))
+                for _ in range(0 if args.tiny else 3):
+                    step()
+                seconds = min(
+                    command.timed(step, args.device) for _ in range(1 if args.tiny else 5)
+                )
+                line = {
+                    "model": row.name,
+                    "precision": precision,
+                    "mode": mode,
+                    "ms": 1e3 * seconds,
+                }
+                found["rows"].append(line | _profiled(step, args.device, seconds))
+                _write(args, "profile", found)  # as it goes
+    return found
+
+
+def _parse_bench(words: list[str]) -> argparse.Namespace:
+    from stts_slowfast.tools.bench import command
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def _profiled(step: Callable, device: str, seconds: float) -> dict:
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    cuda = device == "cuda"
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    ) as profiler:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    kernels: dict[str, float] = {}
+    launches = 0
+    for event in profiler.events():
+        if event.device_type == kind:
+            took = event.time_range.elapsed_us() if cuda else event.self_cpu_time_total
+            kernels[event.name] = kernels.get(event.name, 0.0) + took
+            launches += 1
+    busy = sum(kernels.values())
+    depthwise = sum(us for name, us in kernels.items() if "depthwise" in name.lower())
+    longest = sorted(kernels, key=kernels.get, reverse=True)[:12]
+    return {
+        "launches": launches,
+        "idle share": max(0.0, 1.0 - busy / (1e6 * seconds)) if cuda else None,
+        "depthwise share": depthwise / busy if busy else 0.0,
+        "longest": {name[:90]: round(kernels[name]) for name in longest},
+    }
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def runs(args) -> dict:
+    """``stts run`` on made videos in bfloat16 and float16: trained, stopped by SIGTERM, resumed."""
+    data = args.out / "data"
+    sizes = ["--train", "16", "--test", "4"] if args.tiny else ["--train", "256", "--test", "32"]
+    _stts("make-data", "--kind", "clutter", "--out", str(data), *sizes)
+    found = {"status": "done", "rows": []}
+    for dtype in ("bfloat16",) if args.tiny else ("bfloat16", "float16"):
+        folder = args.out / f"run_{dtype}"
+        opts = ["OUTPUT_DIR", str(folder), "SOLVER.MAX_EPOCH", "2", "TRAIN.BATCH_SIZE", "8"]
+        opts += ["TRAIN.MIXED_PRECISION", "True", "TRAIN.MIXED_PRECISION_DTYPE", dtype]
+        opts += ["NUM_GPUS", "0" if args.device == "cpu" else "1", "STTS.ENABLE", "True"]
+        opts += ["DATA_LOADER.NUM_WORKERS", "0" if args.tiny else "4", "TRAIN.AUTO_RESUME", "True"]
+        words = ["run", "--engine", "standalone", "--cfg", str(data / "mvit.yaml"), "--opts", *opts]
+        start = time.monotonic()
+        stopped = _stop_after_an_epoch(words, folder)
+        resumed = _stts(*words, check=False)
+        log = (folder / "stdout.log").read_text() if (folder / "stdout.log").exists() else ""
+        accuracy = re.findall(r'"top1_acc": "([\d.]+)"', log)
+        line = {"dtype": dtype, "exit when stopped": stopped, "exit when resumed": resumed}
+        line |= {"top-1": accuracy[-1] if accuracy else None}
+        line["seconds"] = round(time.monotonic() - start, 1)
+        found["rows"].append(line)
+        if resumed:
+            found["status"] = "failed"
+        _write(args, "runs", found)
+    return found
+
+
+def _stts(*words: str, check: bool = True) -> int:
+    return subprocess.run([*STTS, *words], cwd=ROOT, check=check).returncode
+
+
+def _stop_after_an_epoch(words: list[str], folder: Path) -> int:
+    """Sends SIGTERM once there is a checkpoint; the exit code."""
+    process = subprocess.Popen([*STTS, *words], cwd=ROOT)
+    while process.poll() is None and not list(folder.glob("checkpoints/*.pyth")):
+        time.sleep(0.1)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    return process.wait()
+
+
+# --- all of them --------------------------------------------------------------------------------
+
+# The parts in their order, with their seconds.
+PARTS: dict[Callable, int] = {
+    parity: 90,
+    tests: 60,
+    bench: 150,
+    graphs: 60,
+    profile: 90,
+    others: 60,
+    runs: 60,
+}
+
+
+def _write(args, name: str, found: dict) -> None:
+    (args.out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _run_part(args, part: Callable, limit: int) -> None:
+    """Runs a part in a process of its own; what it has written by its limit counts."""
+    name = part.__name__
+    command = [sys.executable, __file__, str(args.out), "--device", args.device, "--part", name]
+    command += ["--tiny"] if args.tiny else []
+    start, path = time.monotonic(), args.out / f"{name}.json"
+    path.unlink(missing_ok=True)
+    with open(args.out / f"{name}.log", "w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = "done" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = f"stopped at its limit of {limit} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if status != "done" or "status" not in found:
+        found["status"] = status
+    found["seconds"] = round(time.monotonic() - start, 1)
+    files = sorted(file.name for file in args.out.glob("bench_*.json"))
+    if part in (bench, graphs, others) and "files" not in found:
+        found["files"] = [f for f in files if (args.out / f).stat().st_mtime > time.time() - limit]
+    _write(args, name, found)
+    print(f"{name}: {found['status']}, {found['seconds']} s", flush=True)
+
+
+def write_report(args) -> None:
+    """Writes ``report.md`` of the parts that have run."""
+    import torch
+
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "a CPU"
+    lines = [f"# {device}, PyTorch {torch.__version__}", ""]
+    for part in PARTS:
+        path = args.out / f"{part.__name__}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            title = f"## {part.__name__}: {found['status']}, {found.get('seconds', '?')} s"
+            lines += [title, "", " ".join(part.__doc__.split()), "", *_tables(args, found), ""]
+    (args.out / "report.md").write_text("\n".join(lines))
+
+
+def _tables(args, found: dict) -> list[str]:
+    from stts_slowfast.tools.bench import command, spec
+
+    lines = []
+    for file in found.get("files", ()):
+        report = json.loads((args.out / file).read_text())
+        rows = [spec.BenchSpec(**{**row, "published": None}) for row in report["rows"]]
+        settings = report["settings"]
+        modes = [m for m in settings["modes"] if all(row.seconds.get(m) for row in rows)]
+        for row in rows:
+            row.seconds = {mode: row.seconds[mode] for mode in modes}
+            row.memory = {mode: row.memory[mode] for mode in modes if mode in row.memory}
+        how = f"batch {settings['batch_size']}, {settings['dtype']}"
+        how += ", CUDA graph" * settings["cuda_graph"] + ", compiled" * settings["compile"]
+        lines += [f"{file}: {how}", ""]
+        lines += [command.table(rows, settings["batch_size"]) if modes else "not measured", ""]
+    if rows := found.get("rows"):
+        head = [key for key in rows[0] if key != "longest"]
+        cells = [[_cell(row.get(key)) for key in head] for row in rows]
+        lines += [spec.markdown([head, *cells]), ""]
+        for row in rows:
+            if row.get("longest"):
+                lines += [f"Longest in {row['model']}, {row['precision']}, {row['mode']} (us):", ""]
+                lines += [f"- {us} `{name}`" for name, us in row["longest"].items()] + [""]
+    if "passed" in found or "failed" in found:
+        counts = [f"{found.get(word, 0)} {word}" for word in ("passed", "failed", "skipped")]
+        lines += [", ".join(counts), *(f"- {failure}" for failure in found["failures"])]
+    return lines
+
+
+def _cell(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="small models, to rehearse")
+    names = {part.__name__: part for part in PARTS}
+    parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)  # one, in this process
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    if args.part:
+        found = names[args.part](args)
+        _write(args, args.part, found)
+        return 0 if found["status"] == "done" else 1
+    for name in args.parts:
+        _run_part(args, names[name], PARTS[names[name]])
+        write_report(args)
+    print(f"all tables: {args.out / 'report.md'}")
+    failed = [
+        n for n in args.parts if '"status": "done"' not in (args.out / f"{n}.json").read_text()
+    ]
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
