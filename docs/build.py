@@ -1,18 +1,19 @@
-"""What mkdocs runs while it builds: pages that are made from the repository's own files.
+"""Hooks of mkdocs: they generate pages from files of the repository.
 
-A page may hold these lines, each alone:
+A page may contain these lines, each alone:
 
-- ``<!-- include: PATH -->`` a Markdown file of the repository, ``PATH#heading`` one section of it;
+- ``<!-- include: PATH -->`` a Markdown file of the repository; ``PATH#heading`` is one section;
 - ``<!-- config: PATH -->`` the table of keys, defaults and comments of a Python or YAML file;
 - ``<!-- cli -->`` the commands of ``stts`` with their options;
 - ``<!-- api -->`` the public names of ``stts_slowfast/__init__.py``, for mkdocstrings;
 - ``<!-- notebook: PATH -->`` a notebook with its output.
 
-So each thing is written once. Nothing of the package is imported.
+So everything is written once. The package is not imported.
 """
 
 import ast
 import base64
+import copy
 import json
 import os
 import re
@@ -40,7 +41,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Fills in the lines of the module's docstring."""
+    """Expands the lines that the module's docstring lists."""
     return expand(markdown, page.file.src_uri, config.repo_url or "")
 
 
@@ -53,12 +54,12 @@ def on_page_content(html, page, config, files):
 
 
 def expand(markdown: str, page: str, repo: str = "") -> str:
-    """A page with its lines filled in.
+    """A page with these lines expanded.
 
     Args:
         markdown: the page's text.
         page: its path in docs/.
-        repo: address of the repository, for links to files that no page shows.
+        repo: URL of the repository, for links to files that no page shows.
 
     Raises:
         ValueError: if a file or a section does not exist.
@@ -78,7 +79,7 @@ def expand(markdown: str, page: str, repo: str = "") -> str:
 
 
 def shown() -> dict[str, str]:
-    """Which page shows a file, or a section of it: ``{"README.md": "index.md", ...}``."""
+    """The page that shows a file or a section of it: ``{"README.md": "index.md", ...}``."""
     found = {}
     for page in sorted(DOCS.glob("*.md")):
         for kind, source in LINE.findall(page.read_text()):
@@ -88,7 +89,7 @@ def shown() -> dict[str, str]:
 
 
 def include(source: str, page: str, repo: str) -> str:
-    """A Markdown file, or one section of it, with links as they must be in ``page``."""
+    """A Markdown file, or one section of it, with links that work in ``page``."""
     name, _, anchor = source.partition("#")
     text = (ROOT / name).read_text()
     text = section(text, anchor, source) if anchor else text
@@ -108,7 +109,7 @@ def section(text: str, anchor: str, source: str) -> str:
 
 
 def headings(text: str) -> list[tuple[int, int, str]]:
-    """Place, level and title of each heading that is in no block of code."""
+    """Offset, level and title of each heading outside blocks of code."""
     code = [match.span() for match in re.finditer(r"^```.*?^```", text, re.M | re.S)]
     return [
         (match.start(), len(match[1]), match[2])
@@ -118,12 +119,12 @@ def headings(text: str) -> list[tuple[int, int, str]]:
 
 
 def slug(title: str) -> str:
-    """The anchor of a heading, as GitHub and mkdocs make it."""
+    """The anchor that GitHub and mkdocs give a heading."""
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
 
 
 def relink(text: str, name: str, page: str, repo: str) -> str:
-    """Links of a repository's file as they must be in the documentation."""
+    """A text of the repository with links that work in the documentation."""
     folder = (ROOT / name).parent
 
     def change(match):
@@ -172,7 +173,7 @@ def pictures() -> list[Path]:
 
 
 def picture_uri(path: Path) -> str:
-    """Where a picture is in the site."""
+    """The path of a picture in the site."""
     if DOCS in path.parents:
         return path.relative_to(DOCS).as_posix()
     return f"images/{path.name}"
@@ -187,7 +188,7 @@ def config_keys(path: Path) -> list[tuple[str, str, str]]:
 
 
 def python_keys(path: Path) -> list[tuple[str, str, str]]:
-    """Of lines such as ``cfg.STTS.SIGMA = 0.2`` with comments above them."""
+    """The keys of lines such as ``cfg.STTS.SIGMA = 0.2``, with the comments above them."""
     lines = path.read_text().splitlines()
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -208,13 +209,13 @@ def python_keys(path: Path) -> list[tuple[str, str, str]]:
 
 
 def yaml_keys(path: Path) -> list[tuple[str, str, str]]:
-    """Of a YAML file, its first document, with comments above the keys."""
+    """The keys of a YAML file's first document, with the comments above them."""
     text = path.read_text().split("\n---")[0]
     return list(yaml_rows(yaml.compose(text), yaml.safe_load(text), text.splitlines(), ""))
 
 
 def yaml_rows(node: yaml.MappingNode, values: dict, lines: list[str], prefix: str):
-    """A row for each key of a node; those that a line holds together share its comment."""
+    """A row for each key of a node; keys on one line share its comment."""
     for key, value in node.value:
         name, default = f"{prefix}{key.value}", values[key.value]
         if isinstance(default, dict):
@@ -224,7 +225,7 @@ def yaml_rows(node: yaml.MappingNode, values: dict, lines: list[str], prefix: st
 
 
 def comment_above(lines: list[str], number: int) -> str:
-    """The comment above a line, as one text; of keys in a row, that above the first."""
+    """The comment above a line as one text; consecutive keys share the comment above the first."""
     start = number - 1
     while start >= 0 and re.match(r"\s*[\w.]+( =|:) ", lines[start]):
         start -= 1
@@ -244,7 +245,7 @@ def config_table(path: Path) -> str:
 
 
 def cli() -> str:
-    """A section for each command of ``stts``, with its options, read from their sources."""
+    """A section for each command of ``stts``, and its options, read from the sources."""
     tools = ROOT / "stts_slowfast" / "tools"
     tree = ast.parse((tools / "cli.py").read_text())
     (commands,) = (
@@ -272,8 +273,8 @@ def cli() -> str:
 
 
 def options(function: ast.FunctionDef):
-    """A row for each ``add_argument`` in a function."""
-    for call in ast.walk(function):
+    """A row for each ``add_argument`` in a function, also in loops over literals."""
+    for call in ast.walk(Unrolled().visit(function)):
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument":
             words = {word.arg: word.value for word in call.keywords}
             (name, *_) = (ast.literal_eval(arg) for arg in call.args)
@@ -289,8 +290,38 @@ def options(function: ast.FunctionDef):
             yield f"| `{f'{name} {shape}'.strip()}` | {text.strip().replace('|', chr(92) + '|')} |"
 
 
+class Unrolled(ast.NodeTransformer):
+    """Replaces ``for a, b in ((1, 2), ...)`` by its body, once for each pair."""
+
+    def visit_For(self, node):
+        names = [part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)]
+        body = []
+        for values in literal(node.iter) or ():  # none in a loop over what is not literal
+            known = dict(zip(names, values if len(names) > 1 else [values]))
+            body += [Known(known).visit(copy.deepcopy(line)) for line in node.body]
+        return body
+
+
+class Known(ast.NodeTransformer):
+    """Replaces names by their values."""
+
+    def __init__(self, known):
+        self.known = known
+
+    def visit_Name(self, node):
+        return ast.Constant(self.known[node.id]) if node.id in self.known else node
+
+
 def literal(node):
     """The value of a literal; None for what is only known when the program runs."""
+    if isinstance(node, ast.JoinedStr):
+        parts = [
+            literal(getattr(part, "value", part))
+            if isinstance(part, ast.FormattedValue)
+            else part.value
+            for part in node.values
+        ]
+        return None if None in parts else "".join(map(str, parts))
     try:
         return None if node is None else ast.literal_eval(node)
     except ValueError:

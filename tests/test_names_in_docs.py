@@ -48,7 +48,7 @@ def text_of(path):
     """A file's text; a notebook's without pictures, the changelog's with the new names alone."""
     text = re.sub(r'"image/png.*', "", path.read_text())
     if path.name == "CHANGELOG.md":
-        text = re.sub(r"^\|.*\| (.*?) \|$", r"\1", text, flags=re.MULTILINE)
+        text = re.sub(r"^ *\|.*\| (.*?) \|$", r"\1", text, flags=re.MULTILINE)
     return text
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs the oldest versions that setup.cfg allows, each ">=" as "==", and runs a small model.
 #   bash projects/stts/lower_bounds.sh [DIR]
-# DIR (a temporary folder where none is given) gets the environment, about 6 GB; it is removed at
-# the end. PYTHON names an interpreter; the oldest one that is found by default.
+# The environment, about 6 GB, is created in DIR (default: a temporary folder) and removed at the end.
+# PYTHON names an interpreter (default: the oldest one found).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 dir=${1:-$(mktemp -d)}
@@ -29,12 +29,12 @@ PYTHON
 cat "$dir/venv/bounds.txt"
 pip=(python -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" -r "$dir/venv/bounds.txt" "pytest>=8.0" "setuptools>=64,<81" wheel
-mkdir -p "$dir/run/sources" # building leaves folders behind: not in the working tree
+mkdir -p "$dir/run/sources" # a copy, because building leaves folders behind
 cp -r "$root"/{stts_slowfast,configs,setup.cfg,pyproject.toml,README.md,LICENSE} "$dir/run/sources"
 "${pip[@]}" --no-deps --no-build-isolation "$dir/run/sources"
 cp -r "$root/tests" "$root/pyproject.toml" "$dir/run"
-cd "$dir/run" # the installed package is what is tested, not the working tree
-# What compiles or exports is left out: the oldest compiler does not know all that these tests trace.
+cd "$dir/run" # tests the installed package, not the working tree
+# Tests that compile or export are skipped: the oldest compiler does not support what they trace.
 echo "torch.compile and torch.export are not tested with the oldest versions"
 python -m pytest -q --import-mode=importlib -p no:cacheprovider \
     -k "not compil and not exported and not has_no_place_for_it" \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Watch selection being learned on real video: sets up .venv, then runs `stts quickstart`.
+# Trains a selection on synthetic videos: creates .venv, then runs `stts quickstart`.
 #   bash projects/stts/quickstart.sh [DIR] [--smoke] [--seed N]
-# DIR (./quickstart where none is given) gets videos, configs, runs, a table, and report.html to look at.
+# Writes videos, configs, runs, a table and report.html to DIR (default: ./quickstart).
 set -euo pipefail
 out="quickstart"
 if [ $# -gt 0 ] && [[ "$1" != -* ]]; then

@@ -1,6 +1,6 @@
-# Makes .venv in the project's root and installs the project into it; then activates it.
+# Creates .venv in the project's root, installs the project into it, and activates it.
 #   extras=dev,export; source projects/stts/setup_venv.sh
-# A second call with the same extras and unchanged requirements costs nothing.
+# A second call with the same extras and unchanged requirements installs nothing.
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 _extras=${extras:-}
 _python=${PYTHON:-}
@@ -11,12 +11,12 @@ for _candidate in python3.11 python3.12 python3.13 python3.10 python3; do
     fi
 done
 if [ -z "$_python" ]; then
-    echo "no Python 3.10 or newer was found: install one, or name it: PYTHON=/path/to/python" >&2
+    echo "found no Python 3.10 or newer: install one, or set PYTHON=/path/to/python" >&2
     exit 1
 fi
 [ -x "$_root/.venv/bin/python" ] || "$_python" -m venv "$_root/.venv"
 source "$_root/.venv/bin/activate"
-# What is installed already is remembered, extras by extras.
+# A stamp for each set of extras records the requirements that are installed.
 _wanted=$(cksum < "$_root/setup.cfg")
 _stamp="$_root/.venv/installed-${_extras:-plain}"
 if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then

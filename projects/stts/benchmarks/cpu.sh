@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Measures every table of ../benchmarks.md for a CPU, with one thread, in seconds of its core: other
-# work on the machine matters little. About half an hour of a core.
-#   bash projects/stts/benchmarks/cpu.sh [folder for the JSON files and pictures] [part ...]
-# Parts: mvit mvitv2 frames timesformer swin topk. All of them, where none is named.
+# Measures the CPU tables of ../benchmarks.md with one thread, in core-seconds, so that other work on
+# the machine has little effect. Takes about half an hour of a core.
+#   bash projects/stts/benchmarks/cpu.sh [FOLDER for JSON files and plots] [PART ...]
+# Parts: mvit mvitv2 frames timesformer swin topk (default: all of them).
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 out=${1:-benchmarks}

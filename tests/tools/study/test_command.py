@@ -337,5 +337,5 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path, model, ep
         text=True,
         capture_output=True,
     )
-    assert done.stdout == f"left out: {model} on motion, where all tokens reach 25%\n"
+    assert done.stdout == f"skipped: {model} on motion, because all tokens reach 25%\n"
     assert (tmp_path / "calls").read_text().splitlines()[-1].startswith("run|")
