@@ -1,10 +1,9 @@
-"""What Python calls as it starts (by a ``.pth`` file), and PyTorch at the end of ``import torch``
-(by the group ``torch.backends``): it cannot fail.
+"""Loads the guest for SlowFast; called when Python starts (by a ``.pth`` file) and at the end of
+``import torch`` (entry point ``torch.backends``). It cannot fail.
 
-An error here would be one of everybody in the environment. So this file is copied beside PyTorch,
-also by an editable install, needs the standard library alone, and passes over a package behind it
-that has moved, lacks a dependency or is half there. Whoever imports ``slowfast`` then reads so on
-one line.
+An error here would break Python for everybody in the environment. So this file is copied next to
+PyTorch, also by an editable install, and needs the standard library only. If the package behind it
+has moved, lacks a dependency or is incomplete, the first import of ``slowfast`` prints one line.
 """
 
 import os
@@ -14,14 +13,14 @@ _registered = False
 
 
 def wait() -> None:
-    """Lets the first import of ``slowfast`` call `register`: a launcher may read its config, and
-    the keys of this package in it, before it imports torch, or without."""
+    """Makes the first import of ``slowfast`` call `register`: a launcher may read its config, with
+    keys of this package, before it imports torch, or without."""
     if os.environ.get("STTS_AUTOLOAD") != "0":
-        sys.meta_path.insert(0, _Start())
+        sys.meta_path.insert(0, _RegisterOnImport())
 
 
-class _Start:
-    """Finds ``slowfast`` as it is found without us, but calls `register` before."""
+class _RegisterOnImport:
+    """Calls `register` before ``slowfast`` is found by the other finders."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "slowfast":
@@ -34,7 +33,7 @@ class _Start:
 
 
 def register() -> None:
-    """Lets the package wait for SlowFast; the second call does nothing."""
+    """Registers the hooks on SlowFast's modules; the second call does nothing."""
     global _registered
     if _registered:
         return
@@ -44,11 +43,11 @@ def register() -> None:
 
         autoload.register()
     except (Exception, SystemExit) as error:
-        sys.meta_path.insert(0, _Notice(error))
+        sys.meta_path.insert(0, _ErrorOnImport(error))
 
 
-class _Notice:
-    """Finds no module; when ``slowfast`` is looked for, it writes why this package is not there."""
+class _ErrorOnImport:
+    """Finds no module; prints why this package failed to load when ``slowfast`` is imported."""
 
     def __init__(self, error: BaseException):
         self.text = f"{type(error).__name__}: {error}"

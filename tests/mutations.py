@@ -51,12 +51,12 @@ MUTATIONS = {
     ),
     "a-file-that-changed-is-remembered": Mutation(
         "video/frame_cache.py",
-        "stat_key(path) if _memory.limit",
-        "(path,) if _memory.limit",
+        "stat_key(path) if _cache.limit",
+        "(path,) if _cache.limit",
         "tests/video/test_frame_cache.py -k changed",
     ),
     "more-is-remembered-than-was-said": Mutation(
-        "video/frame_index.py",
+        "video/lru_cache.py",
         "while self.size > self.limit and",
         "while not self.limit and",
         "tests/video/test_reader.py -k bounded",
@@ -383,8 +383,8 @@ MUTATIONS = {
     ),
     "guard-that-lets-pass": Mutation(
         "pyslowfast/preflight.py",
-        "if troubles := autoload.failed_hooks():",
-        "if troubles := []:",
+        "if failed := autoload.failed_hooks():",
+        "if failed := []:",
         f"{GUARD} -k does_not_run",
     ),
     "selectors-not-missed": Mutation(
@@ -395,8 +395,8 @@ MUTATIONS = {
     ),
     "weights-that-were-read-are-not-checked": Mutation(
         "pyslowfast/checkpoint_loading.py",
-        "loading.note_read(checkpoint_sd)",
-        "loading.read = True",
+        "load.check_read(checkpoint_sd)",
+        "load.was_read = True",
         "tests/pyslowfast/test_checkpoint_loading.py -k old_files",
     ),
     "scorers-without-weights-are-tested": Mutation(
@@ -413,7 +413,7 @@ MUTATIONS = {
     ),
     "processes-of-torchrun-run-alone": Mutation(
         "pyslowfast/distributed.py",
-        "if ours and started:",
+        "if uses_stts and process:",
         "if False:",
         "tests/pyslowfast/test_distributed.py -k otherwise_than_torchrun",
     ),
@@ -425,8 +425,8 @@ MUTATIONS = {
     ),
     "a-node-that-slowfast-lacks": Mutation(
         "pyslowfast/config.py",
-        "if lacking := [name for name in read if name not in self]:",
-        "if lacking := []:",
+        "if missing := [name for name in read if name not in self]:",
+        "if missing := []:",
         f"{GUARD} -k does_not_run",
     ),
     "noise-without-rank": Mutation(
@@ -437,37 +437,37 @@ MUTATIONS = {
     ),
     "unreadable-videos-are-scored": Mutation(
         "pyslowfast/error_log.py",
-        "return frames, NOT_READ, *rest",
-        "return found",
+        "return frames, UNREAD_LABEL, *rest",
+        "return item",
         f"{BAD} -k is_marked",
     ),
     "unreadable-by-the-last-view": Mutation(
         "pyslowfast/error_log.py",
-        "meter.video_labels[videos[gone]] = UNREADABLE",
-        "gone = gone & (labels == NOT_READ)",
+        "meter.video_labels[videos[missing]] = UNREADABLE",
+        "missing = missing & (labels == UNREAD_LABEL)",
         f"{BAD} -k unreadable_in_a_view",
     ),
     "own-configs-in-slowfast": Mutation(
         "pyslowfast/config_access.py",
-        'return bool(value(cfg, "STTS.ENABLE", False))',
+        'return bool(get_value(cfg, "STTS.ENABLE", False))',
         'return "STTS" in cfg and cfg.STTS.ENABLE',
         "tests/slowfast/test_control.py",
     ),
     "unreadable-videos-allowed": Mutation(
         "pyslowfast/error_log.py",
-        'not ours(reads.cfg, "TEST.ALLOW_MISSING"):',
+        'not extra_key(errors.cfg, "TEST.ALLOW_MISSING"):',
         "False:",
         f"{BAD} -k both_accuracies",
     ),
     "no-read-timeout-in-slowfast": Mutation(
         "pyslowfast/error_log.py",
-        'found = run_with_timeout(ours(cfg, "DATA.READ_TIMEOUT"), item.path, call)',
-        "found = call()",
+        'run_with_timeout(extra_key(cfg, "DATA.READ_TIMEOUT"), context.path, call)',
+        "call()",
         f"{BAD} -k hung_file",
     ),
     "damage-is-not-written-down": Mutation(
         "pyslowfast/decoder.py",
-        "    if video.damage and item:",
+        "    if video.damage and context:",
         "    if False:",
         f"{BAD} -k damage_is_written",
     ),
@@ -481,17 +481,17 @@ MUTATIONS = {
         "pyslowfast/lazy_clip.py",
         "(*steps, (_IN_PLACE[function], rest[0]))",
         "((_IN_PLACE[function], rest[0]),)",
-        f"{CLIPS} -k square",
+        f"{CLIPS} -k a_crop",
     ),
     "one-of-many-is-pickled-as-one": Mutation(
         "pyslowfast/distributed.py",
         "return ForcedMultiProcessCount, (self.given, int(self))",
         "return int, (self.given,)",
-        "tests/pyslowfast/test_distributed.py -k one_of_many",
+        "tests/pyslowfast/test_distributed.py -k forced_process_count",
     ),
     "parts-are-cut-before-what-looks-beyond": Mutation(
         "video/image_ops.py",
-        "if box and not afar:",
+        "if box and last_nonlocal < 0:",
         "if box:",
         "tests/standalone/test_transforms.py -k part_of_an_augmented",
     ),
@@ -533,13 +533,13 @@ MUTATIONS = {
     ),
     "the-order-of-showing-is-believed": Mutation(
         "video/frame_index.py",
-        "(np.diff(orders[places]) > 0).all() and",
+        "(np.diff(orders[order]) > 0).all() and",
         "",
         "tests/video/test_exact_frames.py -k times_of_decoding",
     ),
     "a-seek-is-believed": Mutation(
         "video/exact_index.py",
-        "or checksum(frame) != index.sums[number])",
+        "or checksum(frame) != index.checksums[number])",
         ")",
         "tests/video/test_exact_frames.py -k other_pixels",
     ),
@@ -557,8 +557,8 @@ MUTATIONS = {
     ),
     "checksum-not-verified": Mutation(
         "checkpoints/io.py",
-        "return checksum == _sha256(content)",
-        "return True",
+        "return archive.testzip()",
+        "return None",
         f"{FILES} -k flipped_byte",
     ),
     "links-not-followed": Mutation(

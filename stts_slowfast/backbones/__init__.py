@@ -1,7 +1,7 @@
-"""One file a family: its node, how it is built, how its tokens lie, how its parameters are named.
+"""One file a family: its config node, its model, its token grids and its parameter names.
 
-A family is a record in :data:`FAMILIES`; a new one is a file here and its name in the import below,
-or a file elsewhere that registers its record before the config is read.
+A family is a record in :data:`FAMILIES`. To add one, write a file here and import it below, or
+register the record elsewhere before the config is read.
 """
 
 from collections.abc import Collection
@@ -10,8 +10,8 @@ from torch import nn
 
 from stts_slowfast.backbones import hf, mvit, timesformer, video_swin  # noqa: F401  they register
 from stts_slowfast.backbones.activation_checkpointing import (
+    checkpoint_activations,
     detach_backbone,
-    recompute,
     refuse_detached_scorers,
 )
 from stts_slowfast.backbones.family import FAMILIES, Family, Format
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def add_configs(cfg) -> None:
-    """Adds the nodes of all families to a config; does nothing where they are there."""
+    """Adds the nodes of all families to a config; does nothing if they exist."""
     load_extensions()
     for _, family in FAMILIES:
         family.add_config(cfg)
@@ -40,37 +40,37 @@ def add_configs(cfg) -> None:
 def build(cfg) -> nn.Module:
     """Builds ``cfg.MODEL.MODEL_NAME`` without selectors, with random weights.
 
-    ``MODEL.ACT_CHECKPOINT`` and ``MODEL.DETACH_FINAL_FC`` are honoured for every family.
+    ``MODEL.ACT_CHECKPOINT`` and ``MODEL.DETACH_FINAL_FC`` work for every family.
 
     Raises:
-        ValueError: for an unknown name or a setting that the family cannot express.
+        ValueError: for an unknown name or a setting that the family does not have.
     """
     model = family_of(cfg).build(cfg)
     if cfg.MODEL.get("DETACH_FINAL_FC"):
         refuse_detached_scorers(cfg)
         detach_backbone(model)
     if cfg.MODEL.get("ACT_CHECKPOINT"):
-        recompute(model)
+        checkpoint_activations(model)
     return model
 
 
 def resolve_config(cfg, given: Collection[str]) -> None:
-    """Completes a config with what the model's own files say, where it has such.
+    """Completes a config from the model's own files, if it has any.
 
     Args:
         cfg: the config, changed in place.
-        given: the keys that a file or a command line gives.
+        given: the keys that a file or a command line sets.
 
     Raises:
-        FileNotFoundError: where they are missing.
-        ValueError: where a given key contradicts them.
+        FileNotFoundError: if they are missing.
+        ValueError: if a given key contradicts them.
     """
     if cfg.MODEL.MODEL_NAME in FAMILIES or cfg.MODEL.MODEL_NAME.startswith(hf.PREFIX):
         family_of(cfg).resolve_config(cfg, given)
 
 
 def block_grids(cfg) -> list[tuple[int, int, int]]:
-    """The token grid ``(T, H, W)`` that arrives at each block when nothing is selected.
+    """The token grid ``(T, H, W)`` that arrives at each block without selection.
 
     Raises:
         ValueError: for an unknown ``MODEL.MODEL_NAME``.

@@ -1,4 +1,4 @@
-"""``MODEL.ACT_CHECKPOINT`` and ``MODEL.DETACH_FINAL_FC`` for every family: what training keeps."""
+"""``MODEL.ACT_CHECKPOINT`` and ``MODEL.DETACH_FINAL_FC`` for every family."""
 
 import torch
 from torch import nn
@@ -7,11 +7,11 @@ from torch.utils.checkpoint import checkpoint
 from stts_slowfast.hosts import find_blocks
 
 
-class _Recomputed:
+class _CheckpointedForward:
     """A block's ``forward`` whose activations are computed again in the backward pass.
 
-    It stands in front of ``forward`` alone: hooks, and so selectors, run once. An object instead of
-    a closure, so that a copied or pickled model holds its own.
+    It wraps ``forward`` alone: hooks, and so selectors, run once. An object instead of a closure,
+    so that a copied or pickled model has its own.
     """
 
     def __init__(self, block: nn.Module):
@@ -24,22 +24,22 @@ class _Recomputed:
         return checkpoint(forward, self.block, *args, use_reentrant=False, **kwargs)
 
 
-def recompute(model: nn.Module) -> nn.Module:
-    """Has training compute the activations of every block twice instead of keeping them, in place.
+def checkpoint_activations(model: nn.Module) -> nn.Module:
+    """Makes training recompute the activations of every block instead of keeping them, in place.
 
-    Gradients are the same; random draws inside a block, such as stochastic depth, are repeated.
+    Gradients are the same; random numbers inside a block, such as stochastic depth's, are repeated.
     """
     for block in find_blocks(model):
-        # A stage of Video Swin is a sequence of blocks, of which one at a time is computed again.
+        # A stage of Video Swin is a sequence of blocks, which are recomputed one at a time.
         for part in block if isinstance(block, nn.Sequential) else [block]:
-            part.forward = _Recomputed(part)
+            part.forward = _CheckpointedForward(part)
     return model
 
 
 def refuse_detached_scorers(cfg) -> None:
-    """Raises ``ValueError`` where scorers are to be learned and ``MODEL.DETACH_FINAL_FC`` bars it.
+    """Raises ``ValueError`` if scorers are to learn but ``MODEL.DETACH_FINAL_FC`` prevents it.
 
-    Scorers learn through the backbone, from which the classifier is then cut off.
+    Scorers learn through the backbone, from which it detaches the classifier.
     """
     if not cfg.MODEL.get("DETACH_FINAL_FC") or not cfg.TRAIN.ENABLE:
         return
@@ -60,7 +60,7 @@ def refuse_detached_scorers(cfg) -> None:
 
 
 def detach_backbone(model: nn.Module) -> nn.Module:
-    """Leaves the classifier ``model.head`` alone to train, in place."""
+    """Freezes all but the classifier ``model.head``, in place."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
     return model

@@ -1,4 +1,4 @@
-"""What a family of backbones is: one record, in the registry ``FAMILIES``."""
+"""Records of backbone families and of checkpoint formats; the registry ``FAMILIES``."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,19 +14,18 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Format:
-    """A checkpoint format, told by the names and shapes of its parameters.
+    """A checkpoint format, recognised by the names and shapes of its parameters.
 
     Attributes:
-        name: what a user reads.
-        detect_format: whether a state dict is of this format.
-        to_slowfast: (state, the model's selectors) to the names that checkpoints of a run have:
-            SlowFast's, or the family's own where SlowFast does not have it. Where nothing is merged
-            parameters keep their order.
-        from_slowfast: the inverse, in this format's names; None where nobody writes it.
-        target: what ``stts convert --to`` calls it; "" where nobody writes it.
-        wrapper: the key under which a file of this format holds its parameters; "" for none.
-        metadata: what a model of this format has that its parameters do not say, where it differs
-            from the family's ``metadata``.
+        name: for messages.
+        recognize: whether a state dict is of this format.
+        to_slowfast: (state, the model's selectors) to the names in a run's checkpoints:
+            SlowFast's, or the family's own if SlowFast does not have it. The order of parameters is
+            kept unless some are merged.
+        from_slowfast: the inverse, to this format's names; None if it is not written.
+        target: its name for ``stts convert --to``; "" if it is not written.
+        wrapper: the key of the parameters in a file of this format; "" for none.
+        metadata: entries that differ from the family's ``metadata`` in models of this format.
     """
 
     name: str
@@ -46,23 +45,23 @@ class Family:
         name: ``MODEL.MODEL_NAME``.
         build: a config to a model with random weights that maps clips ``(B, 3, T, H, W)`` to
             logits ``(B, MODEL.NUM_CLASSES)``, its classifier at ``model.head``; raises ValueError
-            for what it cannot express.
+            for a setting that it does not have.
         block_grids: a config to the token grid ``(T, H, W)`` that arrives at each block.
-        add_config: adds the family's node with its defaults to a config, once.
+        add_config: adds the family's node with its defaults to a config, unless it is there.
         models: the classes that ``build`` returns.
-        formats: the checkpoint formats of the family, by name; the first that recognises wins.
+        formats: the checkpoint formats of the family, by name; the first that matches is used.
         from_slowfast: (state under the names of a run's checkpoints, model) to the model's names
             and sizes, the state's parameters first.
         to_slowfast: (the model's state dict, model) to the names of a run's checkpoints.
-        pretrained: a config to the file of weights to start from; "" for none.
+        pretrained: a config to the file of initial weights; "" for none.
         layer: (a parameter's name, number of blocks) to its layer for ``SOLVER.LAYER_DECAY``: 0
-            before the blocks, block + 1, number of blocks + 1 behind them.
-        metadata: what checkpoints carry beside parameters, with the values they have where they do
-            not say; ``read_metadata(model)`` finds them, ``set_metadata(model, metadata)`` sets them and
-            says in sentences what it changed.
-        resolve_config: (a config, the keys that a file or command line gives) completes the config with
-            what the model's own files say; raises ValueError where that contradicts a given key.
-        init_folder: a config to the folder whose weights, and selectors, ``build`` starts from; "".
+            before the blocks, block + 1, number of blocks + 1 after them.
+        metadata: entries of checkpoints beside parameters, with their defaults;
+            ``read_metadata(model)`` gives a model's, ``set_metadata(model, metadata)`` sets them
+            and returns a sentence for each change.
+        resolve_config: (a config, the keys that a file or command line sets) completes the config
+            from the model's own files; raises ValueError if they contradict a given key.
+        init_folder: a config to the folder of the initial weights and selectors; "" for none.
     """
 
     name: str
@@ -82,7 +81,7 @@ class Family:
     init_folder: Callable[[CfgNode], str] = lambda cfg: ""
 
     @property
-    def __name__(self) -> str:  # what fvcore's Registry files it under
+    def __name__(self) -> str:  # the key in fvcore's Registry
         return self.name
 
 

@@ -1,8 +1,7 @@
 """``MODEL.MODEL_NAME hf:FOLDER``: a video classifier of transformers from ``save_pretrained``.
 
-Sizes, classes, mean and standard deviation are what the folder says. A config that says otherwise
-is refused, but for ``MODEL.NUM_CLASSES``, which gives a model that is to be init_folder a new
-classifier.
+Sizes, classes, mean and standard deviation are the folder's. A config that contradicts them is
+refused, except for ``MODEL.NUM_CLASSES``: another number gives the model a new classifier.
 """
 
 import logging
@@ -38,12 +37,12 @@ class VideoClassifier(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        if hasattr(model, "vjepa2"):  # what only pretraining needs learns nothing here
+        if hasattr(model, "vjepa2"):  # only pretraining uses it
             model.vjepa2.predictor.requires_grad_(False)
 
     @property
     def hosted(self) -> nn.Module:
-        """The model whose blocks selection stands before, see ``hosts.hosted``."""
+        """The model that has the blocks, see ``hosts.base_model``."""
         return self.model
 
     def no_weight_decay(self) -> list[str]:
@@ -51,7 +50,7 @@ class VideoClassifier(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         logits = self.model(clips.transpose(1, 2)).logits
-        if len(logits) != len(clips):  # TimeSformer with attention in space only: one each frame
+        if len(logits) != len(clips):  # TimeSformer with attention in space only: one per frame
             logits = logits.unflatten(0, (len(clips), -1)).mean(1)
         return logits
 
@@ -60,7 +59,7 @@ def folder_of(cfg) -> str:
     """The folder that a config names.
 
     Raises:
-        FileNotFoundError: where it is none of ``save_pretrained``.
+        FileNotFoundError: if it was not written by ``save_pretrained``.
     """
     folder = cfg.MODEL.MODEL_NAME.removeprefix(PREFIX)
     if not os.path.isfile(os.path.join(folder, "config.json")):
@@ -72,15 +71,15 @@ def folder_of(cfg) -> str:
 
 
 def resolve_config(cfg, given: Collection[str]) -> None:
-    """Completes a config with what its folder says.
+    """Completes a config from its folder.
 
     Args:
         cfg: the config, changed in place.
-        given: keys that a file or a command line names.
+        given: keys that a file or a command line sets.
 
     Raises:
-        FileNotFoundError: where there is no such folder.
-        ValueError: where a key that is given contradicts the folder.
+        FileNotFoundError: if there is no such folder.
+        ValueError: if a given key contradicts the folder.
     """
     folder, config = folder_of(cfg), _config(cfg)
     frames = getattr(config, "num_frames", None) or config.frames_per_clip
@@ -89,7 +88,7 @@ def resolve_config(cfg, given: Collection[str]) -> None:
         if len(set(side)) > 1:
             raise ValueError(f"{folder} takes clips of {side}: only square ones can be read here")
         side = side[0]
-    facts = {
+    settings = {
         "DATA.NUM_FRAMES": frames,
         "DATA.TRAIN_CROP_SIZE": side,
         "DATA.TEST_CROP_SIZE": side,
@@ -100,17 +99,17 @@ def resolve_config(cfg, given: Collection[str]) -> None:
     }
     if not {"DATA.MEAN", "DATA.STD"} <= set(given):
         mean, std, short = _processing(folder, side)
-        facts.update({"DATA.MEAN": mean, "DATA.STD": std})
-        # The short side is scaled to the first where one crop is tested, else to the crop.
+        settings.update({"DATA.MEAN": mean, "DATA.STD": std})
+        # The short side is scaled to the first value if one crop is tested, else to the crop.
         if "DATA.TRAIN_JITTER_SCALES" not in given:
             cfg.DATA.TRAIN_JITTER_SCALES = [short, short * 5 // 4]
-    for key, value in facts.items():
-        room, _, leaf = key.partition(".")
-        if key in given and not _same(cfg[room][leaf], value):
+    for key, value in settings.items():
+        node, _, leaf = key.partition(".")
+        if key in given and not _same(cfg[node][leaf], value):
             if key == "MODEL.NUM_CLASSES":
                 continue
-            raise ValueError(f"{key} is {cfg[room][leaf]}, but {folder} says {value}: leave it out")
-        cfg[room][leaf] = value
+            raise ValueError(f"{key} is {cfg[node][leaf]}, but {folder} has {value}: leave it out")
+        cfg[node][leaf] = value
 
 
 def build(cfg) -> VideoClassifier:
@@ -143,7 +142,7 @@ def layer(name: str, depth: int) -> int:
 
 
 def from_slowfast(state: State, model: nn.Module) -> State:
-    """Names as the classifier or transformers has them, or TimeSformer's authors, to ours."""
+    """Names of the classifier, of transformers or of TimeSformer's authors, to the model's."""
     if is_transformers(model.model.state_dict()) and "patch_embed.proj.weight" in state:
         state = to_transformers(state)
     own = model.state_dict()
@@ -161,7 +160,7 @@ def _config(cfg):
 def _processing(folder: str, side: int) -> tuple[list[float], list[float], int]:
     """Mean and deviation of pixels in 0..1, and the short side, by the folder's processor.
 
-    Each family normalises by its own formula, so it is asked what becomes of black and white.
+    Each family normalises by its own formula, so they are found by processing black and white.
     """
     try:
         auto = require("transformers").AutoVideoProcessor
@@ -187,10 +186,11 @@ def _processing(folder: str, side: int) -> tuple[list[float], list[float], int]:
     return mean, std, getattr(size, "shortest_edge", None) or size.get("shortest_edge") or side
 
 
-def _same(given, said) -> bool:
-    if isinstance(said, list):
-        return len(given) == len(said) and all(abs(a - b) < 1e-3 for a, b in zip(given, said))
-    return given == said
+def _same(given, expected) -> bool:
+    if isinstance(expected, list):
+        close = all(abs(a - b) < 1e-3 for a, b in zip(given, expected))
+        return len(given) == len(expected) and close
+    return given == expected
 
 
 FAMILIES.register(

@@ -1,6 +1,6 @@
 """MViT and MViTv2: torchvision's, built from SlowFast's MVIT, DATA and MODEL nodes.
 
-With parameters renamed one to one (see ``mvit_names.py``) it computes what SlowFast's does.
+With parameters renamed one to one (``mvit_state_dict.py``) it computes what SlowFast's does.
 """
 
 from torch import nn
@@ -9,7 +9,7 @@ from torchvision.models.video.mvit import MSBlockConfig, MViT
 from stts_slowfast.backbones import mvit_state_dict, vit
 from stts_slowfast.backbones.family import FAMILIES, Family
 
-# What torchvision's MViT cannot express, and what it has instead.
+# Keys of which torchvision's MViT has one value.
 _FIXED = {
     "MODE": "conv",
     "POOL_FIRST": False,
@@ -26,7 +26,7 @@ _FIXED = {
     "LAYER_SCALE_INIT_VALUE": 0.0,
 }
 
-# Keys that hold entries which begin with a block, and what stands in one.
+# Keys with entries for blocks, and the fields of an entry.
 _ENTRIES = {
     "DIM_MUL": ("block", "factor"),
     "HEAD_MUL": ("block", "factor"),
@@ -39,13 +39,13 @@ def build(cfg) -> MViT | vit.ViT:
     """MViT (arXiv 2104.11227), MViTv2 (arXiv 2112.01526) or a plain ViT, with random weights.
 
     Returns:
-        torchvision's ``MViT``, or our ``ViT`` where nothing is pooled: clips
+        torchvision's ``MViT``, or our ``ViT`` if nothing is pooled: clips
         ``(B, 3, NUM_FRAMES, CROP, CROP)`` to logits ``(B, NUM_CLASSES)``.
 
     Raises:
         ValueError: for a setting of the ``MVIT`` node that torchvision's MViT does not have.
     """
-    if vit.is_plain_vit(cfg):  # which torchvision's MViT cannot express
+    if vit.is_plain_vit(cfg):  # which torchvision's MViT does not have
         return vit.build(cfg)
     mvit = cfg.MVIT
     _check(cfg)
@@ -91,7 +91,7 @@ def block_grids(cfg) -> list[tuple[int, int, int]]:
 
 
 def block_settings(cfg) -> list[MSBlockConfig]:
-    """SlowFast's per-block multipliers, kernels and strides, written out block by block."""
+    """SlowFast's multipliers, kernels and strides, for each block."""
     mvit = cfg.MVIT
     depth = mvit.DEPTH
     dim_mul = {int(block): factor for block, factor in mvit.DIM_MUL}
@@ -121,7 +121,7 @@ def block_settings(cfg) -> list[MSBlockConfig]:
 
 
 def _per_block(entries, depth: int) -> list[list[int]]:
-    """``[[block, t, h, w], ...]`` as one ``[t, h, w]`` per block, empty where none is named."""
+    """``[[block, t, h, w], ...]`` as one ``[t, h, w]`` per block, empty for the others."""
     strides = [[] for _ in range(depth)]
     for block, *stride in entries:
         strides[block] = list(stride)
@@ -162,7 +162,7 @@ def _check(cfg) -> None:
                 "set it, or run inside SlowFast"
             )
     for key, names in _ENTRIES.items():
-        # The width and the heads may change behind the last block, as SlowFast's configs say.
+        # The width and the heads may change after the last block, as in SlowFast's configs.
         last = mvit.DEPTH if len(names) == 2 else mvit.DEPTH - 1
         for entry in mvit[key]:
             if len(entry) != len(names) or not 0 <= entry[0] <= last:
@@ -199,7 +199,7 @@ def _check(cfg) -> None:
     }
     for key, (size, stride) in sizes.items():
         if size % stride:
-            raise ValueError(f"{key} is {size}: MVIT.PATCH_STRIDE wants a multiple of {stride}")
+            raise ValueError(f"{key} is {size}: MVIT.PATCH_STRIDE needs a multiple of {stride}")
     for size, stride, kernel, padding in zip(
         (cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE, cfg.DATA.TRAIN_CROP_SIZE),
         mvit.PATCH_STRIDE,

@@ -20,7 +20,7 @@ from stts_slowfast.backbones.state_dict import (
 
 # --- torchvision --------------------------------------------------------------------------------
 
-# How a name begins, after the "blocks.N." where there is one: SlowFast's and torchvision's.
+# Prefixes of names, after "blocks.N." if there is one: SlowFast's and torchvision's.
 _TORCHVISION = {
     "cls_token": "pos_encoding.class_token",
     "pos_embed_spatial": "pos_encoding.spatial_pos",
@@ -35,7 +35,8 @@ _TORCHVISION = {
     **{f"attn.pool_{x}.weight": f"attn.pool_{x}.pool.weight" for x in "qkv"},
     **{f"attn.norm_{x}.": f"attn.pool_{x}.norm_act.0." for x in "qkv"},
 }
-# What torchvision has without SlowFast's leading ones: a vector, and one a place.
+# Parameters without SlowFast's leading dimensions of 1 in torchvision: a vector, and one a
+# position.
 _VECTORS, _VECTOR_LISTS = (
     ("cls_token", "pos_embed_class"),
     ("pos_embed_spatial", "pos_embed_temporal"),
@@ -43,7 +44,7 @@ _VECTORS, _VECTOR_LISTS = (
 
 
 def torchvision_from_slowfast(state: State) -> State:
-    """SlowFast's MViT parameters under torchvision's names; what is no MViT's keeps its name."""
+    """SlowFast's MViT parameters under torchvision's names; others keep theirs."""
 
     def shaped(key: str, value: Tensor) -> Tensor:
         if key in _VECTORS:
@@ -74,7 +75,7 @@ _PYTORCHVIDEO = {
     "norm.": "norm_embed.",
     "head.projection.": "head.proj.",
 }
-# Its attention lists its pools and norms a second time, for TorchScript.
+# Its attention registers its pools and norms a second time, for TorchScript.
 _TWICE = re.compile(r"^(blocks\.\d+\.attn\.)(?:pool_([qkv])\.weight|norm_([qkv])\.(weight|bias))$")
 _QKV = re.compile(r"^(blocks\.\d+\.attn\.)qkv\.(weight|bias)$")
 _PART = re.compile(r"^(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)$")
@@ -85,9 +86,8 @@ def pytorchvideo_from_slowfast(state: State, separate: bool = True, twice: bool 
 
     Args:
         state: under SlowFast's names.
-        separate: as newer versions of pytorchvideo have it, a projection each for queries, keys
-            and values.
-        twice: as newer versions have it, pools and norms listed twice.
+        separate: a projection each for queries, keys and values, as in newer versions.
+        twice: pools and norms registered twice, as in newer versions.
     """
     renamed = {}
     for key, value in state.items():
@@ -104,8 +104,8 @@ def pytorchvideo_from_slowfast(state: State, separate: bool = True, twice: bool 
 
 
 def pytorchvideo_to_slowfast(state: State) -> State:
-    """The inverse of :func:`pytorchvideo_from_slowfast`, for all versions; takes off ``model.``,
-    which is in front of the names of SlowFast's PTVMViT."""
+    """The inverse of :func:`pytorchvideo_from_slowfast`, for all versions; removes the prefix
+    ``model.`` of SlowFast's PTVMViT."""
     prefixes = swapped(_PYTORCHVIDEO)
     state = without_prefix(state, "model.")
     renamed = {}
@@ -149,10 +149,10 @@ def to_slowfast(state: State, model: nn.Module) -> State:
     return pytorchvideo_to_slowfast(state) if _is_pytorchvideo(state) else dict(state)
 
 
-# --- what the names do not say --------------------------------------------------------------------
+# --- metadata -------------------------------------------------------------------------------------
 
-# What the norms of pooled queries, keys and values add to the variance: today's SlowFast and
-# torchvision, and the older SlowFast that the STTS authors forked.
+# The eps of the norms of pooled queries, keys and values: of today's SlowFast and torchvision, and
+# of the older SlowFast that the STTS authors forked.
 EPS_TODAY, EPS_AUTHORS = 1e-6, 1e-5
 
 
@@ -162,9 +162,9 @@ def read_metadata(model: nn.Module) -> dict:
     return {"pool_norm_eps": eps.pop()} if eps else {}
 
 
-def set_metadata(model: nn.Module, facts) -> list[str]:
-    """Sets ``pool_norm_eps``; returns a sentence where it was another."""
-    norms, eps = _pool_norms(model), facts["pool_norm_eps"]
+def set_metadata(model: nn.Module, metadata) -> list[str]:
+    """Sets ``pool_norm_eps``; returns a sentence if it changed."""
+    norms, eps = _pool_norms(model), metadata["pool_norm_eps"]
     changed = any(norm.eps != eps for norm in norms)
     for norm in norms:
         norm.eps = eps

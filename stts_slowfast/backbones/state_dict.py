@@ -1,4 +1,4 @@
-"""How parameters are named: helpers for renaming state dicts, and the STTS authors' scorers."""
+"""Helpers for renaming state dicts, and the names of the STTS authors' scorers."""
 
 import re
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ def has(state: State, pattern: str) -> bool:
 
 
 def patches_are(state: State, dims: int) -> bool:
-    """Whether the patch embedding's weight has so many dimensions: 4 in images, 5 in clips."""
+    """Whether the patch embedding's weight has ``dims`` dimensions: 4 for images, 5 for clips."""
     weight = state.get("patch_embed.proj.weight", state.get("model.patch_embed.proj.weight"))
     return weight is not None and weight.dim() == dims
 
 
 def without_prefix(state: State, prefix: str) -> State:
-    """``state`` with ``prefix`` taken off the names that have it."""
+    """``state`` with ``prefix`` removed from its names."""
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
@@ -28,7 +28,7 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 
 
 def replace_prefix(key: str, prefixes: dict[str, str]) -> str:
-    """Replaces how ``key`` begins, after the ``blocks.N.`` where there is one."""
+    """Replaces the prefix of ``key``, after ``blocks.N.`` if it has that."""
     match = _BLOCK.match(key)
     block = match.group() if match else ""
     rest = key.removeprefix(block)
@@ -39,12 +39,12 @@ def replace_prefix(key: str, prefixes: dict[str, str]) -> str:
 
 
 def swapped(names: dict[str, str]) -> dict[str, str]:
-    """The table that undoes a table of names."""
+    """The inverse of a table of names."""
     return {new: old for old, new in names.items()}
 
 
 def layer_of(name: str, depth: int) -> int:
-    """0 for what comes before the blocks, then 1 to ``depth``, ``depth + 1`` for what is after."""
+    """A parameter's layer: 0 before the blocks, 1 to ``depth`` in them, ``depth + 1`` after."""
     if match := _BLOCK.match(name):
         return int(match.group(1)) + 1
     before = name.startswith(("pos_embed", "time_embed", "patch_embed"))
@@ -67,7 +67,7 @@ def selectors_from_authors(state: State, selectors: Sequence[str]) -> State:
     Args:
         state: parameters.
         selectors: the model's selectors, such as ``["time_0", "space_4"]``: ``n`` counts the
-            selections of a dimension in order, our names say the block.
+            selections of a dimension in order, our names have the block.
     """
 
     def ours(key: str) -> str:

@@ -1,8 +1,8 @@
 """TimeSformer (arXiv 2102.05095): a ViT over frames with divided, joint or space-only attention.
 
 Written from the paper; parameters are named as in the released checkpoints. Between the blocks the
-tokens lie frame by frame: one class token, then T*H*W tokens; ``space_only`` carries a class token
-in front of every frame.
+tokens are in frame order: one class token, then T*H*W tokens; ``space_only`` has a class token
+before every frame.
 """
 
 import torch
@@ -24,14 +24,14 @@ from stts_slowfast.backbones.vit import (
     LayerNorm,
     Mlp,
     drop_path_rates,
+    init_xavier,
     sincos_1d,
-    start_by_xavier,
 )
 from stts_slowfast.configfiles.values import check_choice
 
 
 def add_config(cfg) -> None:
-    """Adds the node ``TIMESFORMER``, TimeSformer-B by default; does nothing where it is there."""
+    """Adds the node ``TIMESFORMER``, TimeSformer-B by default; does nothing if it exists."""
     if "TIMESFORMER" in cfg:
         return
     cfg.TIMESFORMER = type(cfg)()
@@ -56,10 +56,11 @@ def add_config(cfg) -> None:
 
 
 class DividedBlock(nn.Module):
-    """Attention over time at each place, then over space in each frame, then the MLP (section 3).
+    """Attention over time at each position, then over space in each frame, then the MLP (section
+    3).
 
-    Tokens (B, 1 + T*H*W, C). "Each place" is a place of the grid that arrives: after a spatial
-    selection, the same place within the frames' windows.
+    Tokens (B, 1 + T*H*W, C). A position is one in the grid that arrives: after a spatial selection,
+    the same position within the frames' windows.
     """
 
     def __init__(
@@ -76,16 +77,16 @@ class DividedBlock(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def attend_over_time(self, patches: Tensor) -> Tensor:
-        b, t, places, c = patches.shape
-        x = patches.transpose(1, 2).reshape(b * places, t, c)
+        b, t, positions, c = patches.shape
+        x = patches.transpose(1, 2).reshape(b * positions, t, c)
         x = self.temporal_fc(self.temporal_attn(self.temporal_norm1(x)))
-        return x.reshape(b, places, t, c).transpose(1, 2)
+        return x.reshape(b, positions, t, c).transpose(1, 2)
 
     def attend_over_space(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        b, t, places, c = patches.shape
+        b, t, _, c = patches.shape
         # every frame attends with a copy of the class token; the copies are averaged afterwards
         x = torch.cat([cls[:, None].expand(b, t, 1, c), patches], dim=2)
-        x = self.attn(self.norm1(x.reshape(b * t, 1 + places, c))).reshape(b, t, 1 + places, c)
+        x = self.attn(self.norm1(x.flatten(0, 1))).unflatten(0, (b, t))
         return x[:, :, 0].mean(1, keepdim=True), x[:, :, 1:]
 
     def forward(self, x: Tensor, thw):
@@ -94,9 +95,9 @@ class DividedBlock(nn.Module):
         cls = x[:, :1]
         patches = x[:, 1:].reshape(b, t, h * w, c)
         patches = patches + self.drop_path(self.attend_over_time(patches))
-        seen_cls, seen_patches = self.attend_over_space(cls, patches)
-        seen = torch.cat([seen_cls, seen_patches.reshape(b, t * h * w, c)], dim=1)
-        x = torch.cat([cls, patches.reshape(b, t * h * w, c)], dim=1) + self.drop_path(seen)
+        out_cls, out_patches = self.attend_over_space(cls, patches)
+        out = torch.cat([out_cls, out_patches.reshape(b, t * h * w, c)], dim=1)
+        x = torch.cat([cls, patches.reshape(b, t * h * w, c)], dim=1) + self.drop_path(out)
         return x + self.drop_path(self.mlp(self.norm2(x))), thw
 
 
@@ -118,17 +119,17 @@ BLOCKS = {
 def resize_positions(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resamples learned positions (1, 1 + side*side, C) to a grid (H, W); the class token's stays.
 
-    Bicubic, as is usual for ViT; raises ValueError where the positions do not form a square.
+    Bicubic, as usual for ViT; raises ValueError if the positions do not form a square.
     """
-    cls, places = embedding[:, :1], embedding[:, 1:]
-    if places.shape[1] == grid[0] * grid[1]:
+    cls, positions = embedding[:, :1], embedding[:, 1:]
+    if positions.shape[1] == grid[0] * grid[1]:
         return embedding
-    side = round(places.shape[1] ** 0.5)
-    if side * side != places.shape[1]:
-        raise ValueError(f"{places.shape[1]} position embeddings do not form a square grid")
-    places = places.transpose(1, 2).unflatten(2, (side, side))
-    places = F.interpolate(places, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([cls, places.flatten(2).transpose(1, 2)], dim=1)
+    side = round(positions.shape[1] ** 0.5)
+    if side * side != positions.shape[1]:
+        raise ValueError(f"{positions.shape[1]} position embeddings do not form a square grid")
+    positions = positions.transpose(1, 2).unflatten(2, (side, side))
+    positions = F.interpolate(positions, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls, positions.flatten(2).transpose(1, 2)], dim=1)
 
 
 def resize_times(embedding: Tensor, frames: int) -> Tensor:
@@ -153,8 +154,8 @@ class FrameEmbed(nn.Module):
 class TimeSformer(nn.Module):
     """Clip (B, 3, T, H, W) to logits (B, num_classes).
 
-    ``attention_type`` is ``divided_space_time``, ``joint_space_time`` or ``space_only``. A clip of
-    another size than the model was built for is taken, too: its positions are resampled.
+    ``attention_type`` is ``divided_space_time``, ``joint_space_time`` or ``space_only``. The model
+    also accepts clips of another size than it was built for: positions are resampled.
     """
 
     def __init__(
@@ -192,8 +193,8 @@ class TimeSformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Each frame has its time; weights of an image model bring their own (`start_time`)."""
-        start_by_xavier(self)
+        """Frames have different time embeddings, unless weights are an image model's."""
+        init_xavier(self)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.attention_type != "space_only":
@@ -202,7 +203,7 @@ class TimeSformer(nn.Module):
             self.time_embed.data.copy_(times)
 
     def no_weight_decay(self) -> list[str]:
-        """Names that are free from weight decay, as in ViT."""
+        """Names without weight decay, as in ViT."""
         return ["pos_embed", "cls_token", "time_embed"]
 
     def embed(self, clip: Tensor) -> tuple[Tensor, list[int]]:
@@ -223,7 +224,7 @@ class TimeSformer(nn.Module):
         for block in self.blocks:
             x, thw = block(x, thw)
         if self.attention_type == "space_only":
-            # what each frame says is averaged before the last norm
+            # the frames' class tokens are averaged before the last norm
             cls = x.reshape(x.shape[0], thw[0], 1 + thw[1] * thw[2], x.shape[2])[:, :, 0].mean(1)
         else:
             cls = x[:, 0]
@@ -269,8 +270,9 @@ def resize_timesformer(state: State, model: TimeSformer) -> State:
     return state
 
 
-def start_time(state: State, model: TimeSformer) -> State:
-    """Adds a start for what image weights do not have, so that the model starts as the image model.
+def init_from_image(state: State, model: TimeSformer) -> State:
+    """Adds parameters that image weights lack, so that the model computes what the image model
+    does.
 
     Time embeddings are zero; attention over time is a copy of attention over space, and its last
     layer is zero.
@@ -291,7 +293,7 @@ def _has_time(state: State) -> bool:
 
 
 def from_slowfast(state: State, model: nn.Module) -> State:
-    """Positions and times of the model's size; what image weights lack comes last."""
+    """Positions and times at the model's size; parameters that image weights lack come last."""
     if not isinstance(model, TimeSformer):
         own = model.state_dict()
         if not is_transformers(own):
@@ -300,7 +302,7 @@ def from_slowfast(state: State, model: nn.Module) -> State:
             state, "timesformer." if "timesformer.layernorm.weight" in own else ""
         )
     state = resize_timesformer(state, model)
-    return state if _has_time(state) else start_time(state, model)
+    return state if _has_time(state) else init_from_image(state, model)
 
 
 FORMATS = {

@@ -4,7 +4,7 @@ import re
 
 from stts_slowfast.backbones.state_dict import State, has, replace_prefix, swapped
 
-# How a name begins, after the "blocks.N." where there is one: ours (the authors'), transformers'.
+# Prefixes of names, after "blocks.N." if there is one: ours (the authors') and transformers'.
 _NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",

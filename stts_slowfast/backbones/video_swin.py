@@ -1,7 +1,8 @@
 """Video Swin (arXiv 2106.13230) from torchvision; its stages are the blocks of ``STTS.*.BLOCKS``.
 
-Between the stages the tokens lie on their grid, (B, T, H, W, C), without a class token. A stage's
-patch merging belongs to the way to the next stage, so that a selector sees the grid its stage sees.
+Between the stages tokens have the shape of their grid, (B, T, H, W, C), without a class token.
+Patch merging belongs to the next stage's input, so that a selector sees the grid that its stage
+sees.
 """
 
 import re
@@ -24,7 +25,7 @@ from stts_slowfast.backbones.state_dict import (
 
 
 def add_config(cfg) -> None:
-    """Adds the node ``VIDEO_SWIN``, Video Swin-T by default; does nothing where it is there."""
+    """Adds the node ``VIDEO_SWIN``, Video Swin-T by default; does nothing if it exists."""
     if "VIDEO_SWIN" in cfg:
         return
     cfg.VIDEO_SWIN = type(cfg)()
@@ -143,7 +144,7 @@ FORMATS = {
 
 
 def layer(name: str, depth: int) -> int:
-    """The stage for ``SOLVER.LAYER_DECAY``; patch merging belongs to the stage that it leads to."""
+    """The stage for ``SOLVER.LAYER_DECAY``; patch merging belongs to the stage after it."""
     if match := _FEATURES.match(name):
         return (int(match.group(1)) + 1) // 2 + 1
     return layer_of(name, depth)

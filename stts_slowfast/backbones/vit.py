@@ -1,8 +1,8 @@
 """Plain vision transformers as SlowFast's MVIT node describes them: no pooling, joint attention.
 
-torchvision's MViT always reads the class token and cannot pool the patch tokens instead, so the
-ViT-B, -L and -H of SlowFast's ``masked_ssl`` configs are built here. Parameters are named as in
-SlowFast, whose checkpoints load directly.
+torchvision's MViT cannot pool the patch tokens instead of reading the class token, so the ViT-B, -L
+and -H of SlowFast's ``masked_ssl`` configs are built here. Parameters are named as in SlowFast,
+whose checkpoints load directly.
 """
 
 from collections import OrderedDict
@@ -20,8 +20,8 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` for q, k, v of shape (B, heads, N, d).
 
-    While a trace is recorded the formula is spelt out, because fvcore counts matrix products and
-    does not see into the fused kernel.
+    Under tracing the products are explicit, because fvcore counts them and cannot see into the
+    fused kernel.
     """
     if torch.jit.is_tracing():
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -89,8 +89,8 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x))), thw
 
 
-def start_by_xavier(model: nn.Module) -> None:
-    """Linear layers as those of ViT (arXiv 2010.11929) start, at any width; biases of zero."""
+def init_xavier(model: nn.Module) -> None:
+    """Initialises linear layers as ViT (arXiv 2010.11929), at any width; biases are zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -100,7 +100,7 @@ def start_by_xavier(model: nn.Module) -> None:
 
 def sincos_1d(dim: int, positions: Tensor, longest: float = 10000.0) -> Tensor:
     """Sines, then cosines, of positions (N,) at ``dim / 2`` wavelengths from 2 pi to less than
-    ``longest`` times as much (arXiv 1706.03762, section 3.5)."""
+    ``longest`` times that (arXiv 1706.03762, section 3.5)."""
     rates = longest ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angles = positions.double()[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)  # (N, dim)
@@ -173,7 +173,7 @@ class ViT(nn.Module):
             if name.startswith(("pos_embed", "cls_token")) or name.endswith("weight"):
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif not name.startswith("patch_embed"):
-                nn.init.constant_(parameter, 0.02)  # SlowFast starts every bias here
+                nn.init.constant_(parameter, 0.02)  # SlowFast initialises every bias so
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
@@ -186,7 +186,7 @@ class ViT(nn.Module):
             self.head.projection.bias.mul_(head_init_scale)
 
     def position_embedding(self) -> Tensor | float:
-        """What is added to the tokens, (1, [1+]T*H*W, C)."""
+        """Positions that are added to the tokens, (1, [1+]T*H*W, C)."""
         if self.positions == "none":
             return 0.0
         if self.positions == "joint":
@@ -201,7 +201,7 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed_class, space + time], dim=1)
 
     def no_weight_decay(self) -> list[str]:
-        """Names that ``MVIT.ZERO_DECAY_POS_CLS`` frees from weight decay."""
+        """Names without weight decay by ``MVIT.ZERO_DECAY_POS_CLS``."""
         names = [name for name, _ in self.named_parameters()] if self.zero_decay_positions else []
         return [name for name in names if name.startswith(("pos_embed", "cls_token"))]
 
@@ -209,7 +209,7 @@ class ViT(nn.Module):
         x, thw = self.patch_embed(clip)
         if tuple(map(int, thw)) != self.grid:
             raise ValueError(
-                f"the clip gives a token grid of {tuple(map(int, thw))}, but the model was built "
+                f"the clip has a token grid of {tuple(map(int, thw))}, but the model was built "
                 f"for {self.grid}: set DATA.NUM_FRAMES and DATA.TRAIN_CROP_SIZE to the clip's size"
             )
         if self.class_token:
@@ -245,7 +245,7 @@ def is_plain_vit(cfg: CfgNode) -> bool:
 
 
 def vit_grid(cfg: CfgNode) -> tuple[int, int, int]:
-    """The token grid (T, H, W) behind the patch embedding."""
+    """The token grid (T, H, W) after the patch embedding."""
     size = (cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE, cfg.DATA.TRAIN_CROP_SIZE)
     node = cfg.MVIT
     return tuple(
@@ -268,7 +268,7 @@ def build(cfg: CfgNode) -> ViT:
     """The plain ViT of an MVIT node, see :func:`is_plain_vit`.
 
     Raises:
-        ValueError: for ``LAYER_SCALE_INIT_VALUE``, which is not built here.
+        ValueError: for ``LAYER_SCALE_INIT_VALUE``, which this ViT does not have.
     """
     node = cfg.MVIT
     if node.LAYER_SCALE_INIT_VALUE:

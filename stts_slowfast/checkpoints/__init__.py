@@ -1,6 +1,5 @@
-"""Checkpoints: formats are recognised and renamed, files read and written, what is loaded checked.
-
-``formats.py`` knows state dicts, ``files.py`` knows files, ``check.py`` knows configs.
+"""Checkpoints: files (``io.py``, ``names.py``, ``hf_folder.py``), the formats of state dicts
+(``formats.py``), and checks that they fit a run (``validate.py``, ``optimizer_state.py``).
 """
 
 from stts_slowfast.checkpoints.formats import (

@@ -1,4 +1,4 @@
-"""State dicts of every checkpoint format: recognised by their names, renamed, loaded, converted.
+"""State dicts of every checkpoint format: recognised by names, renamed, loaded, converted.
 
 Every format is renamed to one set of names, SlowFast's (for models that SlowFast does not have, the
 family's own), and from there to the model's; the formats are in the families' files.
@@ -26,7 +26,7 @@ from stts_slowfast.hosts import modules_with_selectors
 
 logger = logging.getLogger(__name__)
 
-# What is no weight: constants and counters.
+# Constants and counters, which are no weights.
 CONSTANT = re.compile(r"(relative_position_index|num_batches_tracked)$")
 
 _OWN = Format("the model's own names", lambda state: True, lambda state, selectors: state)
@@ -37,12 +37,12 @@ class Loaded:
     """What :func:`load_weights` did.
 
     Attributes:
-        format: what the file was recognised as.
-        missing: the model's parameters that the file does not have; they keep their values.
-        unexpected: the file's parameters, by the file's names, that the model does not have.
+        format: the file's format.
+        missing: the model's parameters that the file lacks; they keep their values.
+        unexpected: the file's parameters that the model lacks, by the file's names.
         mismatched: parameters of another shape than the model's (a head for other classes, say),
             with both shapes; they keep the model's values.
-        notes: what else was done to the model.
+        notes: other changes of the model.
     """
 
     format: str
@@ -66,7 +66,7 @@ def load_weights(
 ) -> Loaded:
     """Loads weights of any known format into a model, in place.
 
-    What the file has no weights for is noted in the model (``stts_new``), so that it learns from
+    Parameters that the file lacks are noted in the model (``stts_new``), so that they learn from
     the first step (:func:`stts_slowfast.param_groups`).
 
     Args:
@@ -75,11 +75,11 @@ def load_weights(
             bare state dict, or a folder of transformers' or peft's ``save_pretrained``: of a folder
             only the selectors, wherever in the model, and all of them, since ``from_pretrained``
             loads the rest.
-        strict: whether file and model must have the same tensors; False takes what fits, as
-            fine-tuning from a model without selectors or with other classes needs.
+        strict: whether file and model must have the same tensors; False loads those that fit, for
+            fine-tuning from a model without selectors or with other classes.
 
     Returns:
-        What it was, what was missing and what was left over.
+        The format, and the missing and unexpected parameters.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -110,13 +110,13 @@ def load_weights(
 
 
 def load_pretrained(model: nn.Module, cfg) -> Loaded | None:
-    """Loads what the family's node names to start from, such as ``TIMESFORMER.PRETRAINED_MODEL``.
+    """Loads the initial weights of the family's node, such as ``TIMESFORMER.PRETRAINED_MODEL``.
 
     Returns:
-        What it was; None where there is none to load.
+        As :func:`load_weights`; None if the node names no file.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load_weights`, but for what does not fit.
+        FileNotFoundError, ValueError: as :func:`load_weights` with ``strict=False``.
     """
     path = family_of(cfg).pretrained(cfg)
     if not path:
@@ -127,10 +127,10 @@ def load_pretrained(model: nn.Module, cfg) -> Loaded | None:
 
 
 def state_dict_of(checkpoint: dict) -> State:
-    """The parameters inside a checkpoint, whatever it wraps them in; DDP's prefix taken off.
+    """The parameters inside a checkpoint, whatever key holds them, without DDP's prefix.
 
     Raises:
-        ValueError: where there are none.
+        ValueError: if there are none.
     """
     for key in ("model_state", "state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
@@ -158,17 +158,17 @@ def save_checkpoint(
 ) -> None:
     """Writes a SlowFast ``.pyth`` checkpoint, parameters under SlowFast's names.
 
-    The file appears whole or not at all, see :func:`atomic_write`. Beside what SlowFast's have it
-    says, under ``stts``, by which version and commit of this package it was written, and the node.
+    The file is whole or absent, see :func:`atomic_write`. Beside SlowFast's entries it has, under
+    ``stts``, the version and commit of this package, and the node.
 
     Args:
         path: any path iopath opens.
         model: a standalone model.
         cfg: stored as text, as SlowFast does.
-        epoch: the epoch just finished, counted from 0.
+        epoch: the finished epoch, counted from 0.
         optimizer_state: the optimizer's ``state_dict()``.
         scaler_state: the gradient scaler's ``state_dict()``.
-        extra: entries that SlowFast does not know, and passes over.
+        extra: entries that SlowFast ignores.
     """
     checkpoint = {
         "epoch": epoch,
@@ -185,14 +185,14 @@ def save_checkpoint(
     if scaler_state is not None:
         checkpoint["scaler_state"] = scaler_state
     if family := _family_of(model):
-        facts = family.read_metadata(model)
-        checkpoint.update({k: v for k, v in facts.items() if v != family.metadata.get(k)})
+        metadata = family.read_metadata(model)
+        checkpoint.update({k: v for k, v in metadata.items() if v != family.metadata.get(k)})
     atomic_write(path, lambda partial: save(checkpoint, partial))
 
 
 @functools.cache
 def commit() -> str:
-    """The commit of the working tree that this package runs from; empty where it is none."""
+    """The commit of the working tree that this package runs from; empty if it is none."""
     root = Path(stts_slowfast.__file__).parents[1]
     if not (root / ".git").exists():
         return ""
@@ -222,44 +222,44 @@ def convert(checkpoint: dict, to: str, selectors: Sequence[str]) -> tuple[dict, 
 
     Args:
         checkpoint: as read from a file.
-        to: ``slowfast`` (what :func:`save_checkpoint` writes), or another of :func:`targets`.
-        selectors: where the selectors sit, such as ``["time_0", "space_4"]``; only the STTS
-            authors' files do not say it themselves.
+        to: ``slowfast`` (as :func:`save_checkpoint`), or another of :func:`targets`.
+        selectors: the model's selectors, such as ``["time_0", "space_4"]``; needed for the STTS
+            authors' files alone.
 
     Returns:
         The new checkpoint, the format that was recognised, and the names of score predictors for
-        which ``selectors`` has no place (they keep the authors' names).
+        which ``selectors`` has no name (they keep the authors').
 
     Raises:
-        ValueError: where the format is not known, or the target does not have this family.
+        ValueError: if the format is unknown, or the target does not have this family.
     """
     state = state_dict_of(checkpoint)
     family, source = _detect_format(state)
     if family is None:
         raise ValueError(f"no known format has parameters such as {next(iter(state))}")
     own_names = Format("", lambda state: False, source.to_slowfast, dict, "slowfast", "model_state")
-    able = {"slowfast": own_names}
-    able.update((row.target, row) for row in family.formats.values() if row.target)
-    if to not in able:
+    known = {"slowfast": own_names}
+    known.update((row.target, row) for row in family.formats.values() if row.target)
+    if to not in known:
         raise ValueError(
-            f"recognised as {source.name}, which has no {to} form: use {', '.join(sorted(able))}"
+            f"recognised as {source.name}, which has no {to} form: use {', '.join(sorted(known))}"
         )
-    target = able[to]
-    ours = source.to_slowfast(state, selectors)
-    left_over = [key for key in ours if AUTHORS_SCORER.match(key)]
-    converted = target.from_slowfast(ours)
+    target = known[to]
+    renamed = source.to_slowfast(state, selectors)
+    left_over = [key for key in renamed if AUTHORS_SCORER.match(key)]
+    converted = target.from_slowfast(renamed)
     if target.wrapper:
         converted = {target.wrapper: converted}
     if to == "slowfast":
-        facts = _metadata(checkpoint, family, source)
-        converted.update({k: v for k, v in facts.items() if v != family.metadata.get(k)})
+        metadata = _metadata(checkpoint, family, source)
+        converted.update({k: v for k, v in metadata.items() if v != family.metadata.get(k)})
         if isinstance(checkpoint.get("cfg"), str):
             converted["cfg"] = checkpoint["cfg"]
     return converted, source, left_over
 
 
 def detect_format(state: State) -> Format:
-    """The format of a state dict; where it is none of the known, the model's own names."""
+    """The format of a state dict; the model's own names if it is unknown."""
     return _detect_format(state)[1]
 
 
@@ -272,19 +272,19 @@ def _detect_format(state: State) -> tuple[Family | None, Format]:
 
 
 def _metadata(checkpoint: Mapping, family: Family, source: Format) -> dict:
-    """What the file says, its format implies or the family takes for granted, in this order."""
+    """Metadata of the file, else of its format, else of the family."""
     known = {**family.metadata, **source.metadata}
     return {key: checkpoint.get(key, value) for key, value in known.items()}
 
 
 def _family_of(model: nn.Module) -> Family | None:
-    """The family of a model: by its class, or by the names of its parameters."""
+    """The family of a model, by its class or by the names of its parameters."""
     by_class = next((family for _, family in FAMILIES if isinstance(model, family.models)), None)
     return by_class or _detect_format(dict(model.state_dict()))[0]
 
 
 def is_standalone(model: nn.Module) -> bool:
-    """Whether a family built the model itself, and not SlowFast or another library."""
+    """Whether the model was built by a family, not by SlowFast or another library."""
     return any(isinstance(model, family.models) for _, family in FAMILIES)
 
 
@@ -296,11 +296,11 @@ def to_model(state: State, model: nn.Module) -> State:
 
 
 def _copy_into(model: nn.Module, state: State, renamed: State, name: str, strict: str) -> Loaded:
-    """Copies what fits; ``strict`` names the source of which all must."""
+    """Copies what fits; if all must fit, ``strict`` is the source's name for messages."""
     loaded = Loaded(name)
     own = model.state_dict()
     fitting = {}
-    # Some formats hold in several parameters what the model has in one.
+    # Some formats split one parameter of the model into several.
     names = state if len(state) <= len(renamed) else renamed
     for theirs, (key, value) in zip_longest(names, renamed.items()):
         if key not in own:
@@ -319,7 +319,7 @@ def _copy_into(model: nn.Module, state: State, renamed: State, name: str, strict
     if strict and not all(CONSTANT.search(key) for key in differ):
         raise ValueError(
             f"{strict} is not of {_name(model)}: {loaded}. load_weights(model, ..., strict=False) "
-            "takes what fits, to fine-tune from it; a folder of save_pretrained is for "
+            "loads what fits, to fine-tune from it; a folder of save_pretrained is for "
             "from_pretrained, and its selectors for load_weights(model, folder)"
         )
     model.load_state_dict(fitting, strict=False)
@@ -328,7 +328,7 @@ def _copy_into(model: nn.Module, state: State, renamed: State, name: str, strict
 
 
 def note_new(model: nn.Module, missing: Collection[str]) -> None:
-    """Notes in a model which parameters no file has filled so far; scorers are new in any case."""
+    """Records in a model which parameters no file has filled yet, besides scorers."""
     parameters = {name for name, _ in model.named_parameters() if "stts" not in name.split(".")}
     missing = parameters.intersection(missing)
     if "stts_new" in vars(model):

@@ -22,8 +22,8 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(base_model\.model|module|_orig_mod)\.")
 def read_selectors(folder: str | Path) -> State:
     """The parameters of the selectors in a folder, under their names in the model.
 
-    Nothing else is read: a backbone may have other names in the file than in the model, which
-    transformers' ``from_pretrained`` knows. Empty if the model was saved without selectors.
+    Nothing else is read: the backbone's names in the file may differ from the model's, which
+    ``from_pretrained`` resolves. Empty if the model was saved without selectors.
 
     Raises:
         FileNotFoundError: if the folder holds neither ``model.safetensors``, whole or in shards,
@@ -50,9 +50,9 @@ def _files(folder: Path) -> list[str]:
 
 
 def pretrained_state(model: nn.Module, folder: str | Path) -> dict:
-    """What a model that was built from a folder has from there, as a checkpoint.
+    """The weights that a model built from a folder has from it, as a checkpoint.
 
-    Its parameters, but for those that are new (``model.stts_new``), and the folder's selectors.
+    These are its parameters except new ones (``model.stts_new``), and the folder's selectors.
     """
     new = tuple(getattr(model, "stts_new", ()))
     state = {
@@ -61,48 +61,48 @@ def pretrained_state(model: nn.Module, folder: str | Path) -> dict:
         if not _SELECTOR.match(key) and not key.startswith(new)
     }
     selectors = {
-        f"stts.{name}": value for (_, name), value in _by_place(read_selectors(folder)).items()
+        f"stts.{name}": value for (_, name), value in _by_module(read_selectors(folder)).items()
     }
     return {"model_state": {**state, **selectors}}
 
 
 def load_selectors(model: nn.Module, folder: str | Path) -> int:
-    """Loads the selectors of a folder into a model that has the same, wherever in it, in place.
+    """Loads the selectors of a folder into a model with the same ones anywhere in it, in place.
 
     Returns:
-        How many tensors; 0 if neither has selectors with weights.
+        The number of tensors; 0 if neither has selectors with weights.
 
     Raises:
         FileNotFoundError: as :func:`read_selectors`.
         ValueError: if model and folder have other selectors, or not all tensors of the same.
     """
-    theirs = _by_place(read_selectors(folder))
+    theirs = _by_module(read_selectors(folder))
     state = model.state_dict()
     copies = {key for key in state if "original_module" not in key.split(".")}
-    own = _by_place({key: key for key in state if key in copies})
+    own = _by_module({key: key for key in state if key in copies})
     paths, saved = {path for path, _ in own}, {path for path, _ in theirs}
-    if len(paths) == len(saved) == 1 and _same_place(paths.pop(), saved.pop()):
+    if len(paths) == len(saved) == 1 and _may_be_same(paths.pop(), saved.pop()):
         own = {("", name): key for (_, name), key in own.items()}
         theirs = {("", name): value for (_, name), value in theirs.items()}
     if own.keys() != theirs.keys():
         raise ValueError(_differ(model, folder, own, theirs))
-    wrong = [key for place, key in own.items() if state[key].shape != theirs[place].shape]
+    wrong = [key for name, key in own.items() if state[key].shape != theirs[name].shape]
     if wrong:
         raise ValueError(
             f"{folder} has selectors of other widths than this {type(model).__name__}: {wrong[0]} "
             "and more; attach those that were saved"
         )
-    model.load_state_dict({key: theirs[place] for place, key in own.items()}, strict=False)
+    model.load_state_dict({key: theirs[name] for name, key in own.items()}, strict=False)
     return len(own)
 
 
-def _same_place(path: str, other: str) -> bool:
-    """Whether two paths may name one module: of a model with or without its head or a wrapper."""
+def _may_be_same(path: str, other: str) -> bool:
+    """Whether two paths may be of one module, in a model with or without its head or a wrapper."""
     short, long = sorted((path, other), key=len)
     return f".{long}".endswith(f".{short}" if short else "")
 
 
-def _by_place(state: dict) -> dict[tuple[str, str], object]:
+def _by_module(state: dict) -> dict[tuple[str, str], object]:
     """Values by the path of the module with selectors and the name in its ``stts``."""
     found = {}
     for key, value in state.items():
@@ -124,8 +124,8 @@ def _differ(model: nn.Module, folder: str | Path, own: dict, theirs: dict) -> st
         if names:
             shown = ", ".join(f"{path}stts.{name}" for path, name in sorted(names)[:3])
             texts.append(f"{len(names)} tensors are {title} ({shown}{', ...' * (len(names) > 3)})")
-    return f"{folder} has not the selectors of this {kind}: {'; '.join(texts)}"
+    return f"{folder} does not have the selectors of this {kind}: {'; '.join(texts)}"
 
 
-def _selectors(places: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(sorted({name.split(".")[0] for _, name in places})) or "none"
+def _selectors(names: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(sorted({name.split(".")[0] for _, name in names})) or "none"

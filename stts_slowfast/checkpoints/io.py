@@ -1,10 +1,9 @@
-"""Checkpoint files: reading what may be damaged, writing so that a file is whole or absent."""
+"""Checkpoint files: verified when read, written whole or not at all."""
 
 import errno
 import hashlib
 import io
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -14,42 +13,37 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from iopath.common.file_io import g_pathmgr
-from torch import Tensor
 
 from stts_slowfast.backbones.state_dict import State
 from stts_slowfast.plugins import MissingPackageError, require
-
-logger = logging.getLogger(__name__)
 
 # --- reading ------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """Reads a checkpoint onto the CPU: PyTorch's kind, or ``.safetensors``.
+    """Reads a checkpoint onto the CPU: PyTorch's format, or ``.safetensors``.
 
-    Every record of PyTorch's files has a CRC-32, as in any zip archive, and what we write has a
-    SHA-256 of all it holds besides: both are verified. If the first hold and the last does not,
-    somebody has changed what we wrote and saved it again: that is logged, and read.
+    A damaged file is noticed: PyTorch's files are zip archives with a CRC-32 of each record, and
+    ours in safetensors, a format without checksums, have a SHA-256 in their metadata.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it cannot be read as a checkpoint (truncated, damaged, of another kind).
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read as a checkpoint (truncated, damaged, of another format).
     """
     path = os.fspath(path)
     if not g_pathmgr.isfile(path):
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
         with g_pathmgr.open(path, "rb") as f:
-            if path.endswith(".safetensors"):
-                checkpoint = _read_safetensors(f)
-            else:
-                checkpoint = _read_pytorch(f, path)
+            read = _read_safetensors if path.endswith(".safetensors") else _read_pytorch
+            checkpoint = read(f)
+    except MissingPackageError:
+        raise
     except Exception as error:
-        if isinstance(error, MissingPackageError):
-            raise
         if isinstance(error, pickle.UnpicklingError):  # PyTorch's advice is about its own arguments
             reason = "it is no file of PyTorch's, or holds more than tensors, numbers and texts"
         else:
@@ -62,67 +56,56 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 
 class _DamagedError(Exception):
-    """The file is not what was once written."""
+    """The file is not as it was written."""
 
 
-def _read_pytorch(f, path: str) -> object:
+def _read_pytorch(f: IO[bytes]) -> object:
     if f.read(1) == b"":
         raise _DamagedError("it is empty: its writing was interrupted, or the disk was full")
     f.seek(0)
-    archived = zipfile.is_zipfile(f)
-    if archived:
-        with zipfile.ZipFile(f) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise _DamagedError(f"its checksum does not hold at {damaged}, the file is damaged")
+    # Files of PyTorch before 1.6 are no archives.
+    if zipfile.is_zipfile(f) and (damaged := _damaged_record(f)):
+        raise _DamagedError(f"its checksum does not hold at {damaged}, the file is damaged")
     f.seek(0)
     checkpoint = torch.load(f, map_location="cpu", weights_only=True)
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("checksum"), str):
-        checksum = checkpoint.pop("checksum")
-        if not _holds(checkpoint, checksum):
-            if not archived:
-                raise _DamagedError(f"{_BROKEN}, or was edited in a format that cannot tell")
-            logger.warning("%s was edited after it was written: its bytes are whole", path)
+        del checkpoint["checksum"]  # the SHA-256 of files of version 0.1
     return checkpoint
 
 
-_BROKEN = "its checksum does not hold, the file is damaged"
+def _damaged_record(f: IO[bytes]) -> str | None:
+    """The first damaged record of a zip archive; torch.load compares no CRC."""
+    with zipfile.ZipFile(f) as archive:
+        for record in archive.infolist():
+            # Of a "directory" torch.load reads nothing, and leaves the tensor uninitialized.
+            if record.external_attr & _DOS_DIRECTORY and record.file_size:
+                return record.filename
+        return archive.testzip()
 
 
-def _holds(content, checksum: str) -> bool:
-    return checksum == _sha256(content)
+_DOS_DIRECTORY = 0x10
 
 
-def _read_safetensors(f) -> dict:
+def _read_safetensors(f: IO[bytes]) -> dict:
     data = f.read()
     state = require("safetensors.torch").load(data)
     length = int.from_bytes(data[:8], "little")
-    notes = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    text = notes.get("stts_slowfast", "{}")
-    if "sha256" in notes and not _holds([text, dict(sorted(state.items()))], notes["sha256"]):
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    notes = metadata.get("stts_slowfast", "{}")
+    if "sha256" in metadata and _sha256(notes, state) != metadata["sha256"]:
         raise _DamagedError(
-            f"{_BROKEN}, or was edited with the sha256 of its metadata left as it was"
+            "its checksum does not hold, the file is damaged, or was edited with the sha256 of its "
+            "metadata left as it was"
         )
-    return {**json.loads(text), "model_state": state}
+    return {**json.loads(notes), "model_state": state}
 
 
-def _sha256(content) -> str:
-    digest = hashlib.sha256()
-
-    def add(value) -> None:
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
-            digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, (dict, list, tuple)):
-            parts = value.items() if isinstance(value, dict) else value
-            digest.update(f"{len(value)} {isinstance(value, dict)}\n".encode())
-            for part in parts:
-                add(part)
-        else:
-            digest.update(f"{value!r}\n".encode())
-
-    add(content)
+def _sha256(notes: str, state: State) -> str:
+    """Digest of a safetensors file's notes and parameters."""
+    digest = hashlib.sha256(f"2 False\n{notes!r}\n{len(state)} True\n".encode())
+    for key, value in sorted(state.items()):
+        digest.update(f"2 False\n{key!r}\n{value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -132,13 +115,9 @@ def _sha256(content) -> str:
 def save(checkpoint: dict, path: str) -> None:
     """Writes a checkpoint, or a bare state dict, at ``path``: use it inside :func:`atomic_write`.
 
-    A checkpoint gains ``checksum``; a state dict stays what ``load_state_dict`` takes.
-
     Raises:
-        OSError: with ``needed``, the file's size in bytes, where the disk has no room for it.
+        OSError: with ``needed``, the file's size in bytes, if the disk has no room for it.
     """
-    if not all(isinstance(value, Tensor) for value in checkpoint.values()):
-        checkpoint = {**checkpoint, "checksum": _sha256(checkpoint)}
     with open(path, "wb") as f:
         sink = _Sink(f)
         torch.save(checkpoint, sink)
@@ -158,19 +137,19 @@ def safetensors_bytes(state: State, notes: dict) -> bytes:
     """A safetensors file of parameters, with ``notes`` (JSON) and a checksum in its metadata."""
     state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     text = json.dumps(notes)
-    digest = _sha256([text, dict(sorted(state.items()))])
-    metadata = {"format": "pt", "sha256": digest, "stts_slowfast": text}
+    metadata = {"format": "pt", "sha256": _sha256(text, state), "stts_slowfast": text}
     return require("safetensors.torch").save(state, metadata)
 
 
 class _Sink(io.RawIOBase):
-    """A file for ``torch.save``, which aborts the interpreter where a write fails as it closes.
+    """A file for ``torch.save``, which aborts the interpreter if a write fails as it closes.
 
-    After a failed write it only counts, so that what was needed is known when it is told.
+    After a failed write it only counts bytes, so that the error can name the needed size.
     """
 
-    def __init__(self, file):
-        self.file, self.needed, self.error = file, 0, None
+    def __init__(self, file: IO[bytes]):
+        self.file, self.needed = file, 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -186,7 +165,7 @@ class _Sink(io.RawIOBase):
         return size
 
     def finish(self) -> None:
-        """Raises what went wrong, if anything did."""
+        """Raises the first error, if there was one."""
         try:
             self.file.flush()
         except OSError as error:
@@ -202,21 +181,21 @@ def atomic_write(
     overwrite: bool = True,
     sources: Sequence[str | os.PathLike] = (),
 ) -> None:
-    """Has ``write`` fill a file beside ``path``, then renames it: a file is whole or absent.
+    """Writes a file beside ``path``, then renames it: a file is whole or absent.
 
-    A missing folder is made, a link followed; what killed processes left half-written there is
-    removed. Every file that a run or a command leaves behind is written by this function.
+    A missing folder is created and a link followed; half-written files of killed processes in the
+    folder are removed. Every file that a run or a command writes is written by this function.
 
     Args:
-        path: where the file is to be; also a remote path that iopath opens.
-        write: is given the path of a local file to fill.
-        overwrite: whether a file that is there may be replaced (``--force`` of the commands).
-        sources: files that must not be replaced, since they are what is being written from.
+        path: the file; also a remote path that iopath opens.
+        write: called with the path of a local file to fill.
+        overwrite: whether an existing file may be replaced (``--force`` of the commands).
+        sources: files that must not be replaced, since ``write`` reads them.
 
     Raises:
-        FileExistsError: where there is a file, and it may not be replaced.
-        ValueError: where ``path`` is a folder, a device or another special file, or a source.
-        OSError: where the disk is full, saying what was needed and what is free.
+        FileExistsError: if the file exists and may not be replaced.
+        ValueError: if ``path`` is a folder, a device or another special file, or a source.
+        OSError: if the disk is full, naming the needed and the free space.
     """
     path = os.fspath(path)
     if "://" in path:
@@ -228,7 +207,7 @@ def atomic_write(
     os.makedirs(folder, exist_ok=True)
     _remove_leftovers(folder)
     # SlowFast resumes from any file there with "checkpoint" in its name; torch.save names the
-    # archive inside after what stands before the last dot, which must not be empty.
+    # archive inside after the name before the last dot, which must not be empty.
     partial = os.path.join(folder, f".partial-{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         write(partial)
@@ -276,7 +255,7 @@ def _no_room(error: OSError, partial: str, path: str) -> OSError | None:
         return None
     written = os.path.getsize(partial) if os.path.exists(partial) else 0
     if os.path.exists(partial):
-        os.remove(partial)  # so that what is free is what there was before
+        os.remove(partial)  # so that its space counts as free
     needed = getattr(error, "needed", None)
     needs = f"it needs {_size(needed)}" if needed else f"it needs more than {_size(written)}"
     free = shutil.disk_usage(os.path.dirname(path)).free
@@ -288,7 +267,7 @@ def _size(count: int) -> str:
 
 
 def _remove_leftovers(folder: str) -> None:
-    """Removes what processes of this machine that are gone left half-written, and what is old."""
+    """Removes half-written files of dead processes of this machine, and all that are a day old."""
     for leftover in Path(folder).glob(".partial-*.tmp"):
         host, _, process = leftover.stem.removeprefix(".partial-").rpartition("-")
         try:

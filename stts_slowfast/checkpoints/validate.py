@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the model that a config asks for: wrong ones stop before they run."""
+"""Refuses checkpoints of another model than a config's, before a run starts."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -18,28 +18,28 @@ from stts_slowfast.hosts import unwrap
 _SCORER = re.compile(r"^stts\.(time|space)_(\d+)\.")
 _BLOCK = re.compile(r"^(?:model\.)?(?:\w+\.)?(?:encoder\.)?(?:blocks|features|layers?)\.(\d+)\.")
 _HEAD = re.compile(r"^(?:model\.)?(?:head\.|cls_head\.|classifier\.)")
-# What SlowFast's own loader resamples to the model's size.
+# Parameters that SlowFast's own loader resamples to the model's size.
 _RESAMPLED = re.compile(r"rel_pos|pos_embed_(temporal|spatial)|attn\.pool_[qkv]\.weight")
 _UNTRAINED = "uniform, random or change"
 
 
 def validate_checkpoint(model: nn.Module, state: Mapping, cfg, purpose: str, source: str) -> None:
-    """Refuses a checkpoint that is not of the model which ``cfg`` asks for.
+    """Refuses a checkpoint that is not of the model of ``cfg``.
 
     A standalone model is compared with what :func:`load_weights` would make of the file; any other
-    model, such as SlowFast's own, with the names as they stand, since its loader renames nothing.
+    model, such as SlowFast's own, with the names in the file, since its loader renames nothing.
     Scorers without weights (uniform, random, change) need none from the file.
 
     Args:
         model: the model with its selectors, wrapped for several devices or not; not changed.
         state: the checkpoint, or the state dict in it.
         cfg: the run's config.
-        purpose: ``test``; ``finetune``, which may lack scorers and have a head of other classes;
-            ``resume``, which must have all that the model has.
+        purpose: ``test``; ``finetune``, if the file may lack scorers and have a head for other
+            classes; ``resume``, if the file must have all of the model's parameters.
         source: the file's path, for messages.
 
     Raises:
-        ValueError: naming the file, the keys and the ways out; for an unknown ``purpose``.
+        ValueError: naming the file, the keys and the remedy; for an unknown ``purpose``.
     """
     if purpose not in ("test", "finetune", "resume"):
         raise ValueError(f"purpose is {purpose!r}: use test, finetune or resume")
@@ -70,8 +70,8 @@ def _check_scorers(own: State, found: State, node, purpose: str, source: str) ->
     if node is None:
         if trained and purpose != "finetune":
             raise ValueError(
-                f"{source} was trained with token selection ({_say(trained)}), but STTS.ENABLE is "
-                "False: set STTS.ENABLE True, with KEEP [1.0] to keep every token"
+                f"{source} was trained with token selection ({_block_keys(trained)}), but "
+                "STTS.ENABLE is False: set STTS.ENABLE True, with KEEP [1.0] to keep every token"
             )
         return
     if any(AUTHORS_SCORER.match(key) for key in found):
@@ -83,25 +83,25 @@ def _check_scorers(own: State, found: State, node, purpose: str, source: str) ->
         return
     learned = _blocks(own)
     for dimension, blocks in trained.items():
-        now = list(node[dimension].BLOCKS)
-        if sorted(now) != blocks and (dimension in learned or not now):
+        configured = list(node[dimension].BLOCKS)
+        if sorted(configured) != blocks and (dimension in learned or not configured):
             raise ValueError(
-                f"STTS.{dimension}.BLOCKS is {now}, but {source} was trained with {blocks}: set "
-                f"STTS.{dimension}.BLOCKS {blocks}, with KEEP {[1.0] * len(blocks)} to keep every "
-                f"token, or STTS.{dimension}.SCORER {_UNTRAINED}, which need no weights"
+                f"STTS.{dimension}.BLOCKS is {configured}, but {source} was trained with {blocks}: "
+                f"set STTS.{dimension}.BLOCKS {blocks}, with KEEP {[1.0] * len(blocks)} to keep "
+                f"every token, or STTS.{dimension}.SCORER {_UNTRAINED}, which need no weights"
             )
     missing = sorted(set(learned) - set(trained), reverse=True)  # TIME before SPACE
     if missing:
         keys = " and ".join(f"STTS.{dimension}.SCORER" for dimension in missing)
-        rather = (
+        alternative = (
             ", or set " + " and ".join(f"STTS.{dimension}.BLOCKS []" for dimension in missing)
             if trained
             else ", or set STTS.ENABLE False"
         )
         raise ValueError(
-            f"{source} has no trained scorers for {_say({d: learned[d] for d in missing})}: train "
-            f"them from it first (TRAIN.CHECKPOINT_FILE_PATH), or set {keys} {_UNTRAINED}, which "
-            f"need no weights{rather}"
+            f"{source} has no trained scorers for {_block_keys({d: learned[d] for d in missing})}: "
+            f"train them from it first (TRAIN.CHECKPOINT_FILE_PATH), or set {keys} {_UNTRAINED}, "
+            f"which need no weights{alternative}"
         )
     wrong = [key for key in own if _SCORER.match(key) and not _fits(key, own, found)]
     if wrong:
@@ -127,29 +127,29 @@ def _check_backbone(
             f"{source} has a head for other classes: {_differ(heads, own, found)}; set "
             "MODEL.NUM_CLASSES to what it was trained with, or fine-tune from it"
         )
-    # Blocks that the model does not have would be left out, and it would compute something else.
+    # Without further blocks of the file the model would compute something else.
     beyond = [key for key in found if _BLOCK.match(key) and key not in own]
     beyond = [key for key in beyond if not CONSTANT.search(key)]
     if not wrong and not beyond:
         return
-    ways = "MODEL.*, MVIT.* (or the family's node) and DATA.* must be those it was trained with"
+    advice = "MODEL.*, MVIT.* (or the family's node) and DATA.* must be those it was trained with"
     known = detect_format(theirs)
     converted = known.to_slowfast(theirs, [])
     if not renamed and len(set(converted) & set(own)) > len(set(found) & set(own)):
-        ways = f"it is {known.name}: `stts convert {source} OUT` writes it under SlowFast's names"
+        advice = f"it is {known.name}: `stts convert {source} OUT` writes it under SlowFast's names"
     if wrong:
         raise ValueError(
             f"{source} is not of this model: {len(wrong)} of its {len(own)} parameters are "
-            f"missing or of another shape ({_differ(wrong, own, found)}); {ways}"
+            f"missing or of another shape ({_differ(wrong, own, found)}); {advice}"
         )
     raise ValueError(
         f"{source} is of a larger model: this one has no {', '.join(beyond[:3])}"
-        f"{', ...' if len(beyond) > 3 else ''} ({len(beyond)} parameters); {ways}"
+        f"{', ...' if len(beyond) > 3 else ''} ({len(beyond)} parameters); {advice}"
     )
 
 
 def _blocks(names: Collection[str]) -> dict[str, list[int]]:
-    """Before which blocks scorers with weights sit: ``{"TIME": [0], "SPACE": [4]}``."""
+    """The blocks before which there are scorers with weights: ``{"TIME": [0], "SPACE": [4]}``."""
     blocks: dict[str, set[int]] = {}
     for match in filter(None, map(_SCORER.match, names)):
         blocks.setdefault(match.group(1).upper(), set()).add(int(match.group(2)))
@@ -160,7 +160,7 @@ def _blocks(names: Collection[str]) -> dict[str, list[int]]:
     }
 
 
-def _say(blocks: dict[str, list[int]]) -> str:
+def _block_keys(blocks: dict[str, list[int]]) -> str:
     return ", ".join(f"STTS.{dimension}.BLOCKS {at}" for dimension, at in blocks.items())
 
 

@@ -1,4 +1,4 @@
-"""Config files: found by path or by the name of one that comes along, read with their bases."""
+"""Config files: found by path or by the name of a packaged one, and read with their bases."""
 
 import difflib
 import logging
@@ -12,22 +12,22 @@ from iopath.common.file_io import g_pathmgr
 
 logger = logging.getLogger(__name__)
 
-# Groups of keys in which nothing may stand twice.
+# Nodes in which no key may be given twice.
 OURS = ("STTS.",)
 
-# In the repository a link to configs/, in a wheel its files.
+# A link to configs/ in the repository, its files in a wheel.
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def find_config(name: str | os.PathLike) -> str:
-    """The path of a config file, or of one that comes with this package.
+    """The path of a config file, which may be one of this package.
 
     Args:
         name: a path that iopath opens; or a name such as ``STTS_MVIT_B_16x4_T0_0.9_S4_0.9``
             (Kinetics), ``SSv2/STTS_MVIT_B_16x4_T0_0.9_S4_0.9``, with ``.yaml`` or without.
 
     Raises:
-        FileNotFoundError: where there is neither, naming the nearest.
+        FileNotFoundError: if there is neither, naming the nearest.
     """
     name = os.fspath(name)
     if g_pathmgr.exists(name) or "://" in name:
@@ -48,15 +48,15 @@ def find_config(name: str | os.PathLike) -> str:
 
 
 def read_yaml(path: str | os.PathLike, allow_unsafe: bool = False) -> dict:
-    """A config file as nested dicts, the files that it names as ``_BASE_`` merged in.
+    """A config file as nested dicts, merged into the files of its ``_BASE_``.
 
     Args:
         path: a file that iopath opens.
-        allow_unsafe: as fvcore's reader has it: read tags that run code.
+        allow_unsafe: allow tags that run code, as fvcore's reader.
 
     Raises:
-        FileNotFoundError: where the file, or one of its bases, does not exist.
-        ValueError: where it is no YAML, or for what :func:`check_file` refuses.
+        FileNotFoundError: if the file, or one of its bases, does not exist.
+        ValueError: if it is no YAML, or if :func:`check_file` refuses it.
     """
     path = os.fspath(path)
     try:
@@ -77,10 +77,10 @@ def read_yaml(path: str | os.PathLike, allow_unsafe: bool = False) -> dict:
 
 
 def check_file(path: str, above: tuple[str, ...] = ()) -> None:
-    """Looks for what the reader passes over: keys given twice, and bases that lead in a circle.
+    """Checks what the YAML reader ignores: keys given twice, and circular bases.
 
-    Of a group of keys given twice the first would be lost whole, so that is refused; of a key of
-    ours too. SlowFast's own files give single keys twice, and the last counts: that is told.
+    A node given twice is refused, since the first would be lost as a whole, and so is a key of
+    ours. SlowFast's own files have single keys twice, of which the last counts: that is logged.
 
     Args:
         path: a file that iopath opens.
@@ -104,7 +104,7 @@ def check_file(path: str, above: tuple[str, ...] = ()) -> None:
         raise ValueError(f"config file {path} is empty")
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"config file {path} is no mapping: write lines such as 'STTS:'")
-    _no_key_twice(root, path)
+    _check_duplicates(root, path)
     for base in _bases(root):
         base = os.path.expanduser(base)
         if not base.startswith("/") and "://" not in base:
@@ -112,29 +112,29 @@ def check_file(path: str, above: tuple[str, ...] = ()) -> None:
         check_file(base, (*above, real))
 
 
-def _no_key_twice(root: yaml.Node, path: str) -> None:
-    done = set()  # what several places name is looked at once
+def _check_duplicates(root: yaml.Node, path: str) -> None:
+    done = set()  # a node with several aliases is checked once
 
-    def look(node: yaml.Node, prefix: str, above: tuple[yaml.Node, ...]) -> None:
+    def check(node: yaml.Node, prefix: str, above: tuple[yaml.Node, ...]) -> None:
         if node in above:
             line = node.start_mark.line + 1
-            raise ValueError(f"config file {path}: what begins in line {line} contains itself")
+            raise ValueError(f"config file {path}: the value in line {line} contains itself")
         if node in done:
             return
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
             for part in node.value:
-                look(part, prefix, above)
+                check(part, prefix, above)
         if isinstance(node, yaml.MappingNode):
-            _keys_of(node, path, prefix)
+            _check_keys(node, path, prefix)
             for key, value in node.value:
-                look(value, f"{prefix}{key.value}.", above)
+                check(value, f"{prefix}{key.value}.", above)
         done.add(node)
 
-    look(root, "", ())
+    check(root, "", ())
 
 
-def _keys_of(node: yaml.MappingNode, path: str, prefix: str) -> None:
+def _check_keys(node: yaml.MappingNode, path: str, prefix: str) -> None:
     first: dict[str, tuple[int, yaml.Node]] = {}
     for key, value in node.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1

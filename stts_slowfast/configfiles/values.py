@@ -1,4 +1,4 @@
-"""Values and names of config keys as people write them: read leniently, refused helpfully."""
+"""Values and names of config keys: parsed leniently, with helpful errors."""
 
 import contextlib
 import difflib
@@ -18,15 +18,15 @@ _TYPE_NAMES = {
 
 
 def coerce_tree(
-    tree: Mapping, known: CfgNode, where: str = "", optional: Mapping | None = None
+    tree: Mapping, known: CfgNode, location: str = "", optional: Mapping | None = None
 ) -> CfgNode:
-    """Nested values from a file or a command line, each as its key's type: what yacs merges.
+    """Nested values from a file or a command line, each as its key's type: ready for yacs to merge.
 
     Args:
-        tree: the values. A key that ``known`` does not have is passed over in a node that allows
-            new ones, and an error in others.
+        tree: the values. A key that ``known`` does not have is skipped in a node that allows new
+            ones, and an error in others.
         known: all keys with their defaults.
-        where: where the values stand, for messages: ``" in run.yaml"``.
+        location: source of the values, for messages: ``" in run.yaml"``.
         optional: keys that may be None, with an example of their other values.
 
     Raises:
@@ -36,13 +36,13 @@ def coerce_tree(
     def read(key: str, value, default):
         if not isinstance(default, CfgNode):
             example = (optional or {}).get(key)
-            value = read_value(key, value, default, where, example and type(example))
+            value = read_value(key, value, default, location, example and type(example))
             return repr(value) if isinstance(value, str) else value  # yacs evaluates texts
         if value is None:
-            value = {}  # a node without keys says nothing
+            value = {}  # a node without keys
         if not isinstance(value, Mapping):
             names = ", ".join(f"{key}.{name}" for name in default)
-            raise ValueError(f"{key}{where} is a group of keys: give one of {names}")
+            raise ValueError(f"{key}{location} is a group of keys: give one of {names}")
         found = CfgNode()
         for name, part in value.items():
             inner = f"{key}.{name}" if key else name
@@ -51,7 +51,7 @@ def coerce_tree(
             elif not default.is_new_allowed():
                 wrong = next(all_keys({inner: part}), inner)
                 raise ValueError(
-                    f"unknown config key {wrong}{where}; {suggest_key(wrong, all_keys(known))}"
+                    f"unknown config key {wrong}{location}; {suggest_key(wrong, all_keys(known))}"
                 )
         return found
 
@@ -65,14 +65,14 @@ def unflatten(key: str, value) -> dict:
     return value
 
 
-def read_value(key: str, value, default, where: str = "", optional: type | None = None):
-    """A value as the key's type: text is read as Python would, a whole number is a number.
+def read_value(key: str, value, default, location: str = "", optional: type | None = None):
+    """Parses a value as the key's type: text as Python literals, whole numbers as floats.
 
     Args:
         key: full name, for messages.
         value: from a file, or a word of a command line.
-        default: the key's default, which has its type.
-        where: where the value stands, for messages: ``" in run.yaml"``.
+        default: the key's default.
+        location: source of the value, for messages: ``" in run.yaml"``.
         optional: for a key that may be None, the type of its other values.
 
     Raises:
@@ -97,19 +97,20 @@ def read_value(key: str, value, default, where: str = "", optional: type | None 
     if type(value) is not wanted:
         also = " or None" if optional else ""
         raise ValueError(
-            f"{key}{where} is {given!r}: it takes {_TYPE_NAMES[wanted]}{also}, such as {default!r}"
+            f"{key}{location} is {given!r}: it takes {_TYPE_NAMES[wanted]}{also}, "
+            f"such as {default!r}"
         )
     return value
 
 
 def check_choice(key: str, value, known: Iterable[str]) -> None:
-    """Raises ``ValueError`` naming ``key`` where its value is none of the known ones."""
+    """Raises ``ValueError`` naming ``key`` if its value is not one of the known ones."""
     if value not in known:
         raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")
 
 
 def suggest_key(key: str, known: Iterable[str]) -> str:
-    """Names the known key that looks most like ``key``; one of the same node, if it can be."""
+    """Names the known key most similar to ``key``, preferably in the same node."""
     known = list(known)
     node, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == node}

@@ -1,4 +1,4 @@
-"""Fused blocks around pooling attention: what they make in between is kept once, or not at all."""
+"""Fused blocks around pooling attention: intermediate tensors are kept once, or not at all."""
 
 import torch
 from torch import Tensor, cat, nn
@@ -10,35 +10,35 @@ from stts_slowfast.fx_tracing import tracer_of
 
 
 class BlockReplacement(Replacement):
-    """Stands in for an MViT block around fused attention, whose names a subclass knows.
+    """Replaces an MViT block around fused attention, whose attribute names a subclass knows.
 
     Args:
-        stock: the block to stand in for.
-        model: the model whose last block it is, where that drops all tokens but the cls; then the
-            cls token comes out alone.
-        reader: the child of ``model`` that reads the tokens.
+        original: the block to replace.
+        model: the model whose last block it is, if that keeps the cls token alone; then the block
+            computes no other.
+        final_norm: the child of ``model`` that reads the block's tokens.
 
     Shapes: tokens ``(B, [1+]T*H*W, C)`` and ``(T, H, W)`` in; tokens and their grid out.
     """
 
-    # The child that is stochastic depth.
+    # The name of the child that is stochastic depth.
     stochastic: str
 
-    def __init__(self, stock: nn.Module, model=None, reader=None):
-        super().__init__(stock, model=model, reader=reader)
+    def __init__(self, original: nn.Module, model=None, final_norm=None):
+        super().__init__(original, model=model, final_norm=final_norm)
 
     @classmethod
-    def build(cls, stock: nn.Module, request: FuseOptions) -> "BlockReplacement | None":
-        if not (request.fuse and is_pristine(stock, hooks=False) and cls.fits(stock)):
+    def build(cls, original: nn.Module, options: FuseOptions) -> "BlockReplacement | None":
+        if not (options.fuse and is_pristine(original, hooks=False) and cls.fits(original)):
             return None
-        # Patches' queries, and all that follows from them, can be left out where nobody reads them,
-        # but not where parameters serve those alone: every parameter must get a gradient.
-        cls_asks = not stock.attn.has_positions() and stock.attn.pool_q is None
-        return cls(stock, *request.final_norms.get(stock, ()) if cls_asks else ())
+        # The patches' queries can be left out if nothing reads what follows from them, unless some
+        # parameters serve them alone: every parameter must get a gradient.
+        can_omit = not original.attn.has_positions() and original.attn.pool_q is None
+        return cls(original, *options.final_norms.get(original, ()) if can_omit else ())
 
     @classmethod
     def fits(cls, block: nn.Module) -> bool:
-        """Whether the parts are of the kinds that can be rearranged exactly."""
+        """Whether the submodules are of types that can be rearranged exactly."""
         first, activation, second, *dropouts = cls.mlp_layers(block) or (None,) * 3
         return (
             isinstance(block.attn, AttentionReplacement)
@@ -63,20 +63,20 @@ class BlockReplacement(Replacement):
         raise NotImplementedError
 
     def projection(self) -> tuple[nn.Module | None, bool]:
-        """What changes the width of the residual, if anything, and whether before the MLP."""
+        """The layer that changes the residual's width, if any, and whether before the MLP."""
         raise NotImplementedError
 
     def skip_pool(self) -> nn.Module | None:
-        """What pools the residual, if anything."""
+        """The pooling of the residual, if any."""
         raise NotImplementedError
 
     def sample_inputs(self, generator: torch.Generator) -> list[tuple]:
         return self.attn.sample_inputs(generator)
 
     def implementations(self) -> list:
-        return [self.fused, self._cls_beside_patches] if self.reader is not None else [self.fused]
+        return [self.fused] if self.final_norm is None else [self.fused, self._fused_separately]
 
-    def _cls_beside_patches(self, x: Tensor, thw) -> Tensor:
+    def _fused_separately(self, x: Tensor, thw) -> Tensor:
         return cat([self.fused(x, thw, True)[0], self.fused(x, thw)[0][:, 1:]], dim=1)
 
     def is_fused(self) -> bool:
@@ -85,19 +85,19 @@ class BlockReplacement(Replacement):
     def forward(self, x: Tensor, thw):
         if tracer_of(x) or not thw or not self.is_fused():
             return self.original.forward(x, thw)
-        return self.fused(x, thw, self._cls_only())
+        return self.fused(x, thw, self._is_cls_read_alone())
 
-    def fused(self, x: Tensor, thw, cls_alone: bool = False):
+    def fused(self, x: Tensor, thw, cls_only: bool = False):
         y, norm = x, self.norm1
         if not ops.use_chunks(x):  # cast once, instead of in each projection
             y, norm = self.norm1(x).to(ops.compute_dtype(x)), None
-        out, thw_new = self.attn.fused(y, thw, norm, cls_alone)
+        out, thw_new = self.attn.fused(y, thw, norm, cls_only)
         project, in_attention = self.projection()
         if project is not None and in_attention:
             x = ops.linear(y, project.weight, project.bias, norm)
             project = None
         drop = getattr(self, self.stochastic)
-        x = (x[:, :1] if cls_alone else self._skip(x, tuple(thw))) + drop(out)
+        x = (x[:, :1] if cls_only else self._skip(x, tuple(thw))) + drop(out)
         scale = None
         if drop.training:
             ones = x.new_ones(len(x), 1, 1)
@@ -106,12 +106,12 @@ class BlockReplacement(Replacement):
         first, _, second, *_ = self.mlp_layers(self)
         return ops.residual_mlp(x, self.norm2, first, second, project, scale), thw_new
 
-    def _cls_only(self) -> bool:
-        """Whether nobody reads more of what comes out than the cls token."""
-        reader, model = self.reader, self.model
-        if reader is None or not any(child is reader for child in model._modules.values()):
+    def _is_cls_read_alone(self) -> bool:
+        """Whether nothing reads more of the output than the cls token."""
+        norm, model = self.final_norm, self.model
+        if norm is None or not any(child is norm for child in model._modules.values()):
             return False
-        return not self._forward_hooks and "forward" not in model.__dict__ and is_pristine(reader)
+        return not self._forward_hooks and "forward" not in model.__dict__ and is_pristine(norm)
 
     def _skip(self, x: Tensor, thw: tuple) -> Tensor:
         """Pools the residual ``(B, [1+]T*H*W, C)`` over the grid."""

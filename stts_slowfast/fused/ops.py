@@ -1,9 +1,9 @@
 """Operators of the fused blocks: PyTorch's own results, in less time and memory.
 
-On a CPU fresh memory is what makes large tensors slow: the system hands it out page by page and
-clears it, which may take longer than to compute what goes in. So what is large and needed only for
-a moment (normalised tokens, the hidden layer of an MLP) is made in pieces that fit the cache, for
-which the allocator gives the same pages again, and made again in the backward pass.
+On a CPU fresh memory makes large tensors slow: the system allocates it page by page and clears it,
+which may take longer than the computation. So large temporaries (normalised tokens, the hidden
+layer of an MLP) are computed in chunks that fit the cache, for which the allocator reuses the same
+pages, and computed again in the backward pass.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, jit, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Elements that are made at a time on a CPU: 8 MiB of float32.
+# Elements of a chunk on a CPU: 8 MiB of float32.
 CHUNK_ELEMENTS = 2**21
 
 
 def use_chunks(x: Tensor) -> bool:
-    """Whether operators work on pieces of ``x``: on a CPU, where nobody compiles or traces them."""
+    """Whether operators work on chunks of ``x``: on a CPU, unless they are compiled or traced."""
     traced = torch.compiler.is_compiling() or jit.is_tracing()
     return x.device.type == "cpu" and not traced
 
@@ -26,22 +26,22 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     norm: nn.LayerNorm | None = None,
-    places: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """``F.linear(norm(x))`` of tokens ``(B, N, C)``.
 
     Args:
-        norm: what normalises the tokens; None for nothing.
-        places: take the tokens at these indices into ``N`` alone, each at most once.
+        norm: normalises the tokens; None for no norm.
+        positions: use only the tokens at these indices into ``N``, each at most once.
     """
     if norm is None or not use_chunks(x):
-        x = x if places is None else x.index_select(1, places)
+        x = x if positions is None else x.index_select(1, positions)
         return F.linear(x if norm is None else norm(x), weight, bias)
     dtype = compute_dtype(x)
-    tokens = len(x) * (x.shape[1] if places is None else len(places))
+    tokens = len(x) * (x.shape[1] if positions is None else len(positions))
     rows = max(min(CHUNK_ELEMENTS // x.shape[2], tokens), 1)
     layer = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _NormedLinear.apply(x, *_settings(norm), *layer, places, rows)
+    return _NormedLinear.apply(x, *_settings(norm), *layer, positions, rows)
 
 
 def residual_mlp(
@@ -55,19 +55,19 @@ def residual_mlp(
     """The second half of a block, of tokens ``x (B, N, C)``.
 
     With ``y = norm(x)`` it is ``x + scale * second(gelu(first(y)))``, with ``project(y)`` in place
-    of ``x`` where given. For the backward pass ``x`` alone is kept, and the hidden layer before the
-    activation unless it is so large that it is made in pieces.
+    of ``x`` if given. For the backward pass only ``x`` is kept, and the hidden layer before the
+    activation unless it is computed in chunks.
 
     Args:
         scale: ``(B, 1, 1)``, stochastic depth; None for 1.
     """
     dtype = compute_dtype(x)
-    layers = [first.weight, first.bias, second.weight, second.bias]
-    layers += [None, None] if project is None else [project.weight, project.bias]
-    layers = [None if t is None else t.to(dtype) for t in layers]
+    weights: list[Tensor | None] = [first.weight, first.bias, second.weight, second.bias]
+    weights += [None, None] if project is None else [project.weight, project.bias]
+    weights = [None if t is None else t.to(dtype) for t in weights]
     tokens = x.shape[0] * x.shape[1]
     rows = min(CHUNK_ELEMENTS // first.out_features, tokens) if use_chunks(x) else tokens
-    return _ResidualMLP.apply(x, scale, *_settings(norm), *layers, max(rows, 1))
+    return _ResidualMLP.apply(x, scale, *_settings(norm), *weights, max(rows, 1))
 
 
 def depthwise(x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
@@ -80,7 +80,7 @@ def depthwise(x: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tenso
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer of ``x``, or its attention, computes in."""
+    """The dtype that a linear layer of ``x``, or its attention, computes in."""
     device = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(device):  # the meta device has no autocast
         return x.dtype
@@ -114,23 +114,23 @@ def _normalize_backward(
 
 class _NormedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, places, rows):
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, places)
+    def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, positions, rows):
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, positions)
         ctx.eps, ctx.rows = eps, rows
-        read = x if places is None else x.index_select(1, places)
+        read = x if positions is None else x.index_select(1, positions)
         tokens, out = read.flatten(0, 1), None
         for part in _chunks(tokens, rows):
-            piece = _normalize(tokens[part], norm_weight, norm_bias, eps)[0].to(weight.dtype)
-            out = _write_chunk(out, part, F.linear(piece, weight, bias), len(tokens))
+            chunk = _normalize(tokens[part], norm_weight, norm_bias, eps)[0].to(weight.dtype)
+            out = _write_chunk(out, part, F.linear(chunk, weight, bias), len(tokens))
         return out.view(*read.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        x, norm_weight, norm_bias, weight, places = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight, positions = ctx.saved_tensors
         needed = ctx.needs_input_grad
         grad_x = grad_norm_weight = grad_norm_bias = grad_weight = grad_bias = None
-        read = x if places is None else x.index_select(1, places)
+        read = x if positions is None else x.index_select(1, positions)
         tokens, grad_output = read.flatten(0, 1), grad_output.flatten(0, 1)
         for part in _chunks(tokens, ctx.rows):
             grad = grad_output[part]
@@ -147,8 +147,8 @@ class _NormedLinear(torch.autograd.Function):
             grad_x = _write_chunk(grad_x, part, grad, len(tokens))
         if grad_x is not None:
             grad_x = grad_x.view(read.shape)
-            if places is not None:
-                grad_x = x.new_zeros(x.shape).index_copy_(1, places, grad_x)
+            if positions is not None:
+                grad_x = x.new_zeros(x.shape).index_copy_(1, positions, grad_x)
         if needed[5]:
             grad_bias = grad_output.sum(0)
         return grad_x, grad_norm_weight, grad_norm_bias, None, grad_weight, grad_bias, None, None
@@ -162,12 +162,12 @@ class _ResidualMLP(torch.autograd.Function):
         tokens, out = x.flatten(0, 1), None
         scale = _per_token(scale, x)
         for part in _chunks(tokens, rows):
-            piece = _normalize(tokens[part], norm_weight, norm_bias, eps)[0].to(weight_1.dtype)
-            hidden = F.linear(piece, weight_1, bias_1)
+            chunk = _normalize(tokens[part], norm_weight, norm_bias, eps)[0].to(weight_1.dtype)
+            hidden = F.linear(chunk, weight_1, bias_1)
             y = F.linear(F.gelu(hidden), weight_2, bias_2)
             if scale is not None:
                 y *= scale[part]
-            y = y + (tokens[part] if weight_p is None else F.linear(piece, weight_p, bias_p))
+            y = y + (tokens[part] if weight_p is None else F.linear(chunk, weight_p, bias_p))
             out = _write_chunk(out, part, y, len(tokens))
         kept = hidden if rows >= len(tokens) else None
         ctx.save_for_backward(
@@ -187,8 +187,8 @@ class _ResidualMLP(torch.autograd.Function):
         tokens, grad_output = x.flatten(0, 1), grad_output.flatten(0, 1)
         for part in _chunks(tokens, ctx.rows):
             norm = _normalize(tokens[part], norm_weight, norm_bias, ctx.eps)
-            piece = norm[0].to(weight_1.dtype)
-            hidden = F.linear(piece, weight_1, bias_1) if kept is None else kept
+            chunk = norm[0].to(weight_1.dtype)
+            hidden = F.linear(chunk, weight_1, bias_1) if kept is None else kept
             grad = grad_output[part] if scale is None else grad_output[part] * scale[part]
             grad = grad.to(weight_1.dtype)
             if needed[7]:
@@ -197,14 +197,14 @@ class _ResidualMLP(torch.autograd.Function):
                 grads[8] = _accumulate(grads[8], grad.sum(0))
             grad = torch.ops.aten.gelu_backward(grad @ weight_2, hidden)
             if needed[5]:
-                grads[5] = _accumulate(grads[5], grad.t() @ piece)
+                grads[5] = _accumulate(grads[5], grad.t() @ chunk)
             if needed[6]:
                 grads[6] = _accumulate(grads[6], grad.sum(0))
             grad = grad @ weight_1
             if weight_p is not None:
                 by_out = grad_output[part].to(weight_1.dtype)
                 if needed[9]:
-                    grads[9] = _accumulate(grads[9], by_out.t() @ piece)
+                    grads[9] = _accumulate(grads[9], by_out.t() @ chunk)
                 if needed[10]:
                     grads[10] = _accumulate(grads[10], by_out.sum(0))
                 grad = grad + by_out @ weight_p
@@ -228,13 +228,13 @@ def _chunks(tokens: Tensor, rows: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(tokens), rows)]
 
 
-def _write_chunk(out: Tensor | None, part: slice, piece: Tensor, length: int) -> Tensor:
-    """Writes a piece of ``length`` rows to its place; the only piece is the whole."""
-    if len(piece) == length:
-        return piece
+def _write_chunk(out: Tensor | None, part: slice, chunk: Tensor, length: int) -> Tensor:
+    """Writes a chunk into a tensor of ``length`` rows; an only chunk is that tensor."""
+    if len(chunk) == length:
+        return chunk
     if out is None:
-        out = piece.new_empty(length, piece.shape[1])
-    out[part] = piece
+        out = chunk.new_empty(length, chunk.shape[1])
+    out[part] = chunk
     return out
 
 

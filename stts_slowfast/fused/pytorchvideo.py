@@ -1,29 +1,37 @@
-"""pytorchvideo's MViT: the views of its attention and blocks. It need not be installed."""
+"""Replacements in pytorchvideo's MViT, which need not be installed: classes are known by name."""
+
+from typing import Any
 
 from torch import Tensor, cat, nn
 
 from stts_slowfast.fused import ops
-from stts_slowfast.fused.attention import AttentionReplacement, fusible, inner, split
+from stts_slowfast.fused.attention import AttentionReplacement, split
 from stts_slowfast.fused.blocks import BlockReplacement
-from stts_slowfast.fused.replacement import BLOCKS, FINAL_NORMS, SUBMODULES
+from stts_slowfast.fused.pooling import find_with, is_fusible
+
+ATTENTION = "pytorchvideo.layers.attention.MultiScaleAttention"
+BLOCK = "pytorchvideo.layers.attention.MultiScaleBlock"
+DROP_PATH = "pytorchvideo.layers.drop_path.DropPath"
+MODEL = "pytorchvideo.models.vision_transformers.MultiscaleVisionTransformers"
+POOL = "pytorchvideo.models.head.SequencePool"
 
 
-def is_instance_of(module: nn.Module, name: str) -> bool:
+def _is_a(module: nn.Module, name: str) -> bool:
     """Whether the class of a module, or one that it derives from, has this dotted name."""
-    return name in [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+    return name in [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
 def _is_separate(attn: nn.Module) -> bool:
-    """Whether queries, keys and values have a projection each; in the release 0.1.5 always."""
+    """Whether queries, keys and values have a projection each; always so in release 0.1.5."""
     return getattr(attn, "separate_qkv", True)
 
 
 class PyTorchVideoAttention(AttentionReplacement):
-    """Stands in for ``pytorchvideo.layers.attention.MultiScaleAttention``."""
+    """Replaces ``pytorchvideo.layers.attention.MultiScaleAttention``."""
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
-        return is_instance_of(module, "pytorchvideo.layers.attention.MultiScaleAttention")
+    def matches(cls, module: nn.Module) -> bool:
+        return _is_a(module, ATTENTION)
 
     def forward(self, x: Tensor, thw_shape):
         return super().forward(x, thw_shape)
@@ -32,12 +40,13 @@ class PyTorchVideoAttention(AttentionReplacement):
     def fits(cls, attn: nn.Module) -> bool:
         if attn.pool_first:
             return False
-        linears = [attn.q, attn.k, attn.v] if _is_separate(attn) else [attn.qkv]
-        return all(fusible(linear, cls.pools(attn)) for linear in linears)
+        names = ("q", "k", "v") if _is_separate(attn) else ("qkv",)
+        linears = [getattr(attn, name) for name in names]
+        return all(is_fusible(linear, cls.pools(attn)) for linear in linears)
 
     def channels(self) -> int:
         linear = self.q if _is_separate(self) or self.pool_first else self.qkv
-        return inner(linear, "in_features").in_features
+        return find_with(linear, "in_features").in_features
 
     def projections(self):
         if _is_separate(self):
@@ -67,28 +76,26 @@ class PyTorchVideoAttention(AttentionReplacement):
 
 
 class PyTorchVideoBlock(BlockReplacement):
-    """Stands in for ``pytorchvideo.layers.attention.MultiScaleBlock``."""
+    """Replaces ``pytorchvideo.layers.attention.MultiScaleBlock``."""
 
     stochastic = "drop_path"
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
-        return is_instance_of(module, "pytorchvideo.layers.attention.MultiScaleBlock")
+    def matches(cls, module: nn.Module) -> bool:
+        return _is_a(module, BLOCK)
 
     def forward(self, x: Tensor, thw_shape=None):
         return super().forward(x, thw_shape)
 
     @classmethod
     def drops_clips(cls, module: nn.Module) -> bool:
-        return type(module) is nn.Identity or is_instance_of(
-            module, "pytorchvideo.layers.drop_path.DropPath"
-        )
+        return type(module) is nn.Identity or _is_a(module, DROP_PATH)
 
     @staticmethod
     def mlp_layers(block: nn.Module) -> list[nn.Module]:
         mlp = block.mlp
-        dropouts = [part for part in mlp.children() if isinstance(part, nn.Dropout)]
-        return [mlp.fc1, mlp.act, mlp.fc2, *dropouts]
+        layers: list[Any] = [mlp.fc1, mlp.act, mlp.fc2]
+        return layers + [part for part in mlp.children() if isinstance(part, nn.Dropout)]
 
     def projection(self) -> tuple[nn.Module | None, bool]:
         return self.proj if self.dim != self.dim_out else None, self.dim_mul_in_att
@@ -98,16 +105,9 @@ class PyTorchVideoBlock(BlockReplacement):
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """What reads the tokens of the last block, where the head takes the cls token alone."""
-    if not is_instance_of(
-        model, "pytorchvideo.models.vision_transformers.MultiscaleVisionTransformers"
-    ):
+    """The norm that reads the last block's tokens, if the head uses the cls token alone."""
+    if not _is_a(model, MODEL):
         return None
     pool = getattr(model.head, "sequence_pool", None)
-    cls_alone = is_instance_of(pool, "pytorchvideo.models.head.SequencePool") and pool.mode == "cls"
-    return model.norm_embed if cls_alone and type(model.norm_embed) is nn.LayerNorm else None
-
-
-SUBMODULES.append(PyTorchVideoAttention)
-BLOCKS.append(PyTorchVideoBlock)
-FINAL_NORMS.append(final_norm)
+    cls_only = _is_a(pool, POOL) and pool.mode == "cls"
+    return model.norm_embed if cls_only and type(model.norm_embed) is nn.LayerNorm else None

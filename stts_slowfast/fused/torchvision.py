@@ -1,4 +1,4 @@
-"""torchvision's MViT and Video Swin: the views of their attention and blocks."""
+"""Replacements in torchvision's MViT and Video Swin."""
 
 import torch
 from torch import Tensor, arange, nn
@@ -8,35 +8,29 @@ from torchvision.ops import MLP, StochasticDepth
 
 from stts_slowfast import fx_tracing
 from stts_slowfast.fused import ops
-from stts_slowfast.fused.attention import AttentionReplacement, fusible, inner, split
+from stts_slowfast.fused.attention import AttentionReplacement, split
 from stts_slowfast.fused.blocks import BlockReplacement
-from stts_slowfast.fused.replacement import (
-    BLOCKS,
-    FINAL_NORMS,
-    SUBMODULES,
-    FuseOptions,
-    Replacement,
-    run,
-)
+from stts_slowfast.fused.pooling import find_with, is_fusible
+from stts_slowfast.fused.replacement import FuseOptions, Replacement, call_forward
 from stts_slowfast.fx_tracing import tracer_of
 
 
 class TorchvisionAttention(AttentionReplacement):
-    """Stands in for ``torchvision.models.video.mvit.MultiscaleAttention``."""
+    """Replaces ``torchvision.models.video.mvit.MultiscaleAttention``."""
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module) -> bool:
         return isinstance(module, MultiscaleAttention)
 
-    @staticmethod
-    def fits(attn: nn.Module) -> bool:
+    @classmethod
+    def fits(cls, attn: nn.Module) -> bool:
         pools = [pool for pool in (attn.pool_q, attn.pool_k, attn.pool_v) if pool is not None]
         if any(pool.norm_before_pool or len(pool.norm_act or ()) > 1 for pool in pools):
             return False
-        return fusible(attn.qkv, TorchvisionAttention.pools(attn))
+        return is_fusible(attn.qkv, cls.pools(attn))
 
     def channels(self) -> int:
-        return inner(self.qkv, "in_features").in_features
+        return find_with(self.qkv, "in_features").in_features
 
     def projections(self):
         return split(self.qkv)
@@ -90,12 +84,12 @@ class TorchvisionAttention(AttentionReplacement):
 
 
 class TorchvisionBlock(BlockReplacement):
-    """Stands in for ``torchvision.models.video.mvit.MultiscaleBlock``."""
+    """Replaces ``torchvision.models.video.mvit.MultiscaleBlock``."""
 
     stochastic = "stochastic_depth"
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module) -> bool:
         return isinstance(module, MultiscaleBlock)
 
     @classmethod
@@ -116,25 +110,25 @@ class TorchvisionBlock(BlockReplacement):
 
 
 class SwinAttention(Replacement):
-    """Stands in for ``ShiftedWindowAttention3d`` behind a selection of windows.
+    """Replaces ``ShiftedWindowAttention3d`` behind a selection of windows.
 
-    Its relative positions stay true where the grid is smaller than an attention window. The stock
-    module, like Video Swin, then takes the first rows of its index, which belong to other places
-    unless only frames are missing.
+    Its relative positions stay true if the grid is smaller than an attention window. The original,
+    like Video Swin, then uses the first rows of its index, which belong to other positions unless
+    only frames are missing.
 
     Shapes: tokens ``(B, T, H, W, C)`` in and out.
     """
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
+    def matches(cls, module: nn.Module) -> bool:
         return isinstance(module, ShiftedWindowAttention3d)
 
     @classmethod
-    def build(cls, stock: nn.Module, request: FuseOptions) -> "SwinAttention | None":
-        return cls(stock) if request.true_distances and stock in request.cropped else None
+    def build(cls, original: nn.Module, options: FuseOptions) -> "SwinAttention | None":
+        return cls(original) if options.true_distances and original in options.cropped else None
 
     def sample_inputs(self, generator: torch.Generator) -> list[tuple]:
-        whole, channels = self.window_size, inner(self.qkv, "in_features").in_features
+        whole, channels = self.window_size, find_with(self.qkv, "in_features").in_features
         grids = [whole, [1, *whole[1:]], [size + 1 for size in whole]]
         return [(torch.randn(1, *grid, channels, generator=generator),) for grid in grids]
 
@@ -143,7 +137,7 @@ class SwinAttention(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         if tracer := tracer_of(x):
-            return fx_tracing.call(tracer, run, self, x)
+            return fx_tracing.call(tracer, call_forward, self, x)
         return type(self.original).forward(self, x)
 
     def get_relative_position_bias(self, window_size: list[int]) -> Tensor:
@@ -155,10 +149,5 @@ class SwinAttention(Replacement):
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """What reads the tokens of the last block, of which ``MViT`` keeps the cls token alone."""
+    """The norm that reads the last block's tokens, of which ``MViT`` keeps the cls token alone."""
     return model.norm if type(model) is MViT and "forward" not in vars(model) else None
-
-
-SUBMODULES += [TorchvisionAttention, SwinAttention]
-BLOCKS += [TorchvisionBlock]
-FINAL_NORMS.append(final_norm)

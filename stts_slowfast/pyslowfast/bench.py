@@ -1,4 +1,4 @@
-"""SlowFast's own models and loaders, for measuring them beside ours."""
+"""SlowFast's own models and loaders, to benchmark them beside ours."""
 
 import os
 import sys
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from stts_slowfast.pyslowfast import autoload, launch
-from stts_slowfast.pyslowfast.compat.flops import recomputing_nothing
+from stts_slowfast.pyslowfast.compat.flops import fairscale_checkpointing_off
 
 
 def read_config(path: str, opts=()):
-    """A config as SlowFast reads it, for a run on CPUs: the model is moved by who measures it.
+    """A config as SlowFast reads it, with NUM_GPUS 0: the caller moves the model.
 
     Raises:
-        FileNotFoundError: where no checkout of SlowFast is found.
-        ValueError: naming a file or key that SlowFast does not take.
+        FileNotFoundError: if no checkout of SlowFast is found.
+        ValueError: naming a file or key that SlowFast does not accept.
     """
     launcher = launch.find_launcher()
     if launcher is None:
@@ -40,8 +40,7 @@ def read_config(path: str, opts=()):
 
 
 def build(cfg) -> nn.Module:
-    """``cfg.MODEL.MODEL_NAME`` through SlowFast's registry, with selectors where STTS.ENABLE; it
-    maps clips (B, 3, T, H, W) to what SlowFast's model returns."""
+    """SlowFast's model of a config, with selectors if STTS.ENABLE, on clips (B, 3, T, H, W)."""
     from slowfast.models import build_model
 
     return SingleInput(build_model(cfg), cfg)
@@ -55,19 +54,19 @@ def loader(cfg, split: str):
 
 
 class SingleInput(nn.Module):
-    """A SlowFast model that takes clips instead of lists of pathways."""
+    """A SlowFast model that takes clips (B, 3, T, H, W) instead of lists of pathways."""
 
     def __init__(self, model: nn.Module, cfg):
         super().__init__()
         self.model = model
         self.alpha = cfg.SLOWFAST.ALPHA
-        self.two = cfg.MODEL.ARCH in cfg.MODEL.MULTI_PATHWAY_ARCH
+        self.two_pathways = cfg.MODEL.ARCH in cfg.MODEL.MULTI_PATHWAY_ARCH
 
     def forward(self, clips: Tensor) -> Tensor:
-        inputs = self.pathways(clips) if self.two else [clips]
+        inputs = self.pathways(clips) if self.two_pathways else [clips]
         if not torch.jit.is_tracing():
             return self.model(inputs)
-        with recomputing_nothing():
+        with fairscale_checkpointing_off():
             return self.model(inputs)
 
     def pathways(self, clips: Tensor) -> list[Tensor]:

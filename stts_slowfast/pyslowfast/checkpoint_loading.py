@@ -1,12 +1,11 @@
-"""What SlowFast loads into a model: whether it is of that model, and that a run starts trained.
+"""Checks the checkpoints that SlowFast loads, and marks models that start from trained weights.
 
-What is checked is what SlowFast has read and loaded, by hooks in its own loading: a second reading
-of the file could fail where the first did not, and the check would be gone.
+The checks are hooks in SlowFast's own loading, not a second reading of the file: that could fail
+if SlowFast's succeeds, and the check would be skipped.
 """
 
 import contextlib
 import inspect
-import os
 import re
 from contextvars import ContextVar
 
@@ -17,49 +16,50 @@ from torch import nn
 from yacs import config as yacs
 
 from stts_slowfast import checkpoints
+from stts_slowfast.checkpoints.names import previous_checkpoint
+from stts_slowfast.checkpoints.optimizer_state import optimizer_mismatch
 from stts_slowfast.configfiles.values import all_keys
 from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.pyslowfast import run_state
 from stts_slowfast.pyslowfast.config_access import is_enabled
 from stts_slowfast.pyslowfast.patching import wrap
-from stts_slowfast.pyslowfast.preflight import OFF
+from stts_slowfast.pyslowfast.preflight import TURN_OFF
 
 _ABSENT = object()
 
 _SCORER = re.compile(r"(^|\.)stts\.(time|space)_\d+\.")
 
-# The loading that runs in this thread.
-_loading: ContextVar["Loading | None"] = ContextVar("loading", default=None)
+_current: ContextVar["CheckpointLoad | None"] = ContextVar("stts_load", default=None)
 
 
 def wrap_load_checkpoint(checkpoint) -> None:
-    """``slowfast.utils.checkpoint.load_checkpoint``, through which every checkpoint comes, and
-    ``normal_to_sub_bn``, to which it gives the weights it has read."""
-    wrap(checkpoint, "load_checkpoint", _load)
-    wrap(checkpoint, "normal_to_sub_bn", _note_read)
+    """``slowfast.utils.checkpoint.load_checkpoint``, which loads every checkpoint, and
+    ``normal_to_sub_bn``, which it calls with the weights it has read."""
+    wrap(checkpoint, "load_checkpoint", _load_checkpoint)
+    wrap(checkpoint, "normal_to_sub_bn", _normal_to_sub_bn)
 
 
 def register_config(model: nn.Module, cfg) -> None:
-    """Notes with which config SlowFast built a model with selectors: its loader is not told."""
+    """Stores a model's config in it: SlowFast's ``load_checkpoint`` does not get the config."""
     _inner(model).__dict__["stts_config"] = cfg
 
 
 def config_of(model: nn.Module):
-    """What :func:`register_config` noted, else the config that SlowFast's own model holds, else that of
-    the job that runs, else None."""
-    held, job = _inner(model).__dict__, run_state.running()
+    """The config of a model: from :func:`register_config`, else the one that SlowFast's own model
+    holds, else that of the current job, else None."""
+    held, job = _inner(model).__dict__, run_state.current_job()
     found = held.get("stts_config"), held.get("cfg"), job.cfg if job else None
-    # Under `cfg` a model of the user's own may hold anything.
+    # A user's own model may have anything as its attribute `cfg`.
     return next((cfg for cfg in found if isinstance(cfg, yacs.CfgNode)), None)
 
 
 def mark_pretrained(model: nn.Module) -> None:
-    """Notes that a model, wrapped by DDP or not, has weights of an earlier training."""
+    """Marks a model, inside DDP or not, as having weights of an earlier training."""
     _inner(model).__dict__["stts_trained"] = True
 
 
-def is_trained(model: nn.Module) -> bool:
-    """Whether :func:`mark_pretrained` was told of this model."""
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether :func:`mark_pretrained` has marked a model."""
     return _inner(model).__dict__.get("stts_trained", False)
 
 
@@ -67,53 +67,55 @@ def _inner(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
 
 
-class Loading:
-    """One call of ``load_checkpoint``: what was asked for, read and loaded.
+class CheckpointLoad:
+    """One call of ``load_checkpoint``.
 
     Attributes:
-        read: whether the file could be read.
+        same_names: whether the file's weights have the model's names and shapes, as Caffe2's and
+            inflated 2D weights do not.
+        purpose: test, finetune or resume.
+        was_read: whether SlowFast could read the file.
         missing: names of the model's weights that were not loaded.
     """
 
-    def __init__(self, asked: dict, cfg):
-        self.path, self.optimizer, self.cfg = asked["path_to_checkpoint"], asked["optimizer"], cfg
-        self.patterns = asked["clear_name_pattern"]
-        self.model = _inner(asked["model"])
-        # Weights of other kinds, and 2D ones that are inflated, have other names and shapes.
-        self.plain = not asked["inflation"] and not asked["convert_from_caffe2"]
-        self.read, self.missing = False, []
+    def __init__(self, call: dict, cfg):
+        self.path, self.optimizer, self.cfg = call["path_to_checkpoint"], call["optimizer"], cfg
+        self.patterns = call["clear_name_pattern"]
+        self.model = _inner(call["model"])
+        self.same_names = not call["inflation"] and not call["convert_from_caffe2"]
+        self.was_read = False
+        self.missing: list[str] = []
         if self.optimizer is None:
             self.purpose = "test"
-        elif asked["epoch_reset"] or self.path == cfg.TRAIN.CHECKPOINT_FILE_PATH:
+        elif call["epoch_reset"] or self.path == cfg.TRAIN.CHECKPOINT_FILE_PATH:
             self.purpose = "finetune"
         else:
             self.purpose = "resume"
 
     @contextlib.contextmanager
-    def watched(self):
-        """While SlowFast loads: its reading, its model and its optimizer call back."""
-        token = _loading.set(self)
-        hooks = [self.model.register_load_state_dict_post_hook(self._note_loaded)]
+    def hooked(self):
+        """In this context SlowFast's reading, the model and the optimizer call the checks."""
+        token = _current.set(self)
+        hooks = [self.model.register_load_state_dict_post_hook(self._on_loaded)]
         optimizer = getattr(self.optimizer, "optim", self.optimizer)  # inside SlowFast's LARS
         if optimizer is not None and is_enabled(self.cfg):
             hooks.append(optimizer.register_load_state_dict_pre_hook(self._check_optimizer))
         try:
             yield
         finally:
-            _loading.reset(token)
+            _current.reset(token)
             for hook in hooks:
                 hook.remove()
 
-    def note_read(self, state: dict) -> None:
-        """Refuses weights that are not of the model, as soon as SlowFast has read them."""
-        self.read = True
-        if self.plain:
-            checkpoints.validate_checkpoint(
-                self.model, self._own(state), self.cfg, self.purpose, self.path
-            )
+    def check_read(self, state: dict) -> None:
+        """Refuses weights of another model, as soon as SlowFast has read them."""
+        self.was_read = True
+        if self.same_names:
+            state = self._selected_module_state(state)
+            checkpoints.validate_checkpoint(self.model, state, self.cfg, self.purpose, self.path)
 
-    def _own(self, state: dict) -> dict:
-        """The part of the weights that is of the module with selectors, by the names in it."""
+    def _selected_module_state(self, state: dict) -> dict:
+        """The weights of the module with selectors, by their names in it."""
         path = next(iter(modules_with_selectors(self.model)), "")
         if not path:
             return state
@@ -126,37 +128,29 @@ class Loading:
         }
 
     def check_loaded(self) -> None:
-        """Refuses scorers that learn, that are to be used, and that got no weights.
-
-        Raises:
-            ValueError: naming them.
-        """
+        """Raises ``ValueError`` if learned scorers got no weights, except for fine-tuning."""
         random = [key for key in self.missing if _SCORER.search(key)]
         if random and self.purpose != "finetune":
             raise ValueError(
                 f"from {self.path} no weights were loaded for {len(random)} parameters of the "
-                f"scorers ({', '.join(random[:2])}, ...), which would choose at random: train them "
+                f"scorers ({', '.join(random[:2])}, ...), which would select at random: train them "
                 "first (TRAIN.CHECKPOINT_FILE_PATH), or set STTS.TIME.SCORER and STTS.SPACE.SCORER "
-                f"uniform, random or change, which need no weights, {OFF}"
+                f"uniform, random or change, which need no weights, {TURN_OFF}"
             )
 
-    def explain(self, error: Exception) -> None:
-        """Raises the error of a file that could not be read with its name.
-
-        Raises:
-            RuntimeError: naming the file, and the checkpoint before it if there is one.
-        """
-        way = "give another file"
+    def read_error(self, error: Exception) -> RuntimeError:
+        """An error that names the file, and the previous checkpoint if there is one."""
+        remedy = "use another file"
         if self.purpose == "resume":
-            way = "move it away to begin anew"
-            if before := _checkpoint_before(self.path):
-                way = f"move it away to resume from {before}"
-        raise RuntimeError(
-            f"{self.path} cannot be read ({type(error).__name__}: {error}), as a file that was not "
-            f"written to its end: {way}"
-        ) from error
+            remedy = "move it away to train from the start"
+            if previous := previous_checkpoint(self.path):
+                remedy = f"move it away to resume from {previous}"
+        return RuntimeError(
+            f"{self.path} cannot be read ({type(error).__name__}: {error}); it may be truncated: "
+            f"{remedy}"
+        )
 
-    def _note_loaded(self, module: nn.Module, incompatible) -> None:
+    def _on_loaded(self, module: nn.Module, incompatible) -> None:
         self.missing = list(incompatible.missing_keys)
         checkpoints.note_new(self.model, self.missing)  # a head for other classes, say
 
@@ -164,7 +158,7 @@ class Loading:
         _check_optimizer(state, optimizer, self.cfg, self.purpose, self.path)
 
 
-def _load(load_checkpoint, *args, **kwargs):
+def _load_checkpoint(load_checkpoint, *args, **kwargs):
     call = inspect.signature(load_checkpoint).bind(*args, **kwargs)
     call.apply_defaults()
     model = call.arguments["model"]
@@ -173,71 +167,52 @@ def _load(load_checkpoint, *args, **kwargs):
         epoch = load_checkpoint(*args, **kwargs)
         mark_pretrained(model)
         return epoch
-    loading = Loading(call.arguments, cfg)
+    load = CheckpointLoad(call.arguments, cfg)
     try:
-        with loading.watched():
+        with load.hooked():
             epoch = load_checkpoint(*args, **kwargs)
     except Exception as error:
-        if not loading.read and loading.plain and is_enabled(cfg):
-            loading.explain(error)
+        if not load.was_read and load.same_names and is_enabled(cfg):
+            raise load.read_error(error) from error
         raise
     if is_enabled(cfg):
-        loading.check_loaded()
+        load.check_loaded()
         mark_pretrained(model)
     return epoch
 
 
-def _note_read(normal_to_sub_bn, checkpoint_sd, model_sd):
-    if loading := _loading.get():
-        loading.note_read(checkpoint_sd)
+def _normal_to_sub_bn(normal_to_sub_bn, checkpoint_sd, model_sd):
+    if load := _current.get():
+        load.check_read(checkpoint_sd)
     return normal_to_sub_bn(checkpoint_sd, model_sd)
 
 
-def _checkpoint_before(path: str) -> str | None:
-    """The checkpoint before one in its folder, by name; None if there is none."""
-    folder, name = os.path.split(path)
-    with contextlib.suppress(OSError):
-        names = sorted(each for each in os.listdir(folder) if "checkpoint" in each and each < name)
-        return os.path.join(folder, names[-1]) if names else None
-
-
 def _config_in(path: str) -> str | None:
-    """The config in a checkpoint, for a message; None if the file is not read this simply."""
-    with contextlib.suppress(Exception):
+    """The config in a checkpoint, for an error; None if the file cannot be read this way."""
+    try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["cfg"]
+    except Exception:
+        return None
 
 
 def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> None:
-    """Refuses an optimizer state of other parameters, of which torch's message names no key.
+    """Refuses an optimizer state of other parameters; torch's own error would name no key.
 
     Raises:
-        ValueError: naming the keys of ``STTS`` that have changed, and the way out.
+        ValueError: naming the keys of ``STTS`` that changed, and the remedy.
     """
-    found = [len(group["params"]) for group in state.get("param_groups", ())]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if found == sizes and _fits(state.get("state", {}), optimizer):
+    mismatch = optimizer_mismatch(state, optimizer)
+    if not mismatch:
         return
-    way = (
+    remedy = (
         "choose another OUTPUT_DIR, or set TRAIN.AUTO_RESUME False"
         if purpose == "resume"
         else "set TRAIN.CHECKPOINT_EPOCH_RESET True to start from its weights alone"
     )
     changed = "; ".join(_changed_keys(_config_in(path), cfg))
     raise ValueError(
-        f"{path} holds the state of an optimizer for other parameters (groups of {found}, where "
-        f"this run has {sizes}), so that run cannot go on: "
-        + (f"since then {changed}; set it back, or " if changed else "")
-        + way
-    )
-
-
-def _fits(state: dict, optimizer) -> bool:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return all(
-        value.shape == parameters[number].shape
-        for number, entry in state.items()
-        for value in entry.values()
-        if isinstance(value, torch.Tensor) and value.dim()
+        f"{path} has the optimizer state of other parameters ({mismatch}), so it cannot be "
+        "resumed: " + (f"since then {changed}; change it back, or " if changed else "") + remedy
     )
 
 

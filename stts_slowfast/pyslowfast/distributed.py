@@ -1,8 +1,9 @@
-"""``--num_shards`` with one process a machine is one run, for SlowFast joins only if NUM_GPUS > 1;
-so are the processes that torchrun started, which SlowFast does not look at.
+"""Joins processes to one run that SlowFast would run separately: those of ``--num_shards`` with one
+process a machine, and those of torchrun.
 
-SlowFast asks ``cfg.NUM_GPUS > 1`` wherever it means "are there other processes?": samplers,
-gradients, errors, predictions, checkpoints. So in such a run that key holds :class:`ForcedMultiProcessCount`.
+SlowFast joins processes only if NUM_GPUS > 1, and its samplers, gradients, metrics and checkpoints
+test ``cfg.NUM_GPUS > 1`` for "there are other processes". So in such a run that key holds a
+:class:`ForcedMultiProcessCount`.
 """
 
 import atexit
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs import config as yacs
 
 from stts_slowfast.pyslowfast import compat, precision, run_state, torchrun
-from stts_slowfast.pyslowfast.compat.devices import quiet_synchronize
+from stts_slowfast.pyslowfast.loops import skip_cuda_synchronize
 from stts_slowfast.pyslowfast.patching import wrap
 from stts_slowfast.pyslowfast.preflight import require_hooks
 
@@ -25,12 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 class ForcedMultiProcessCount(int):
-    """``NUM_GPUS`` of 0 or 1 in a run of several processes: greater than 1 all the same.
+    """``NUM_GPUS`` of 0 or 1 that is greater than 1, in a run of several processes.
 
-    In arithmetic it is the number of processes of this machine, 1 unless torchrun started more. Its
-    truth and its equality are those of the number that was given, so that ``if cfg.NUM_GPUS:`` asks
-    for a GPU as before.
+    In arithmetic it is the number of processes of this machine: 1 unless torchrun started more.
+    Truth, equality and text are those of ``given``, so that ``if cfg.NUM_GPUS:`` still tests for a
+    GPU, and checkpoints hold the plain number.
     """
+
+    given: int
 
     def __new__(cls, given: int, processes: int = 1):
         number = super().__new__(cls, processes)
@@ -64,7 +67,7 @@ class ForcedMultiProcessCount(int):
         return ForcedMultiProcessCount, (self.given, int(self))
 
 
-# Checkpoints hold cfg.dump().
+# For cfg.dump() in checkpoints.
 yacs._VALID_TYPES.add(ForcedMultiProcessCount)
 yaml.SafeDumper.add_representer(
     ForcedMultiProcessCount, lambda dumper, n: dumper.represent_int(n.given)
@@ -72,65 +75,64 @@ yaml.SafeDumper.add_representer(
 
 
 def wrap_launch_job(misc) -> None:
-    """``slowfast.utils.misc.launch_job``, through which launchers start every job."""
-    wrap(misc, "launch_job", _launch)
+    """``slowfast.utils.misc.launch_job``, by which launchers start every job."""
+    wrap(misc, "launch_job", _launch_job)
 
 
 def rank() -> int:
-    """This process's number among all of a run."""
+    """The rank of this process in its run."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def build(build_model, cfg, *args, **kwargs) -> nn.Module:
-    """SlowFast's ``build_model``, and DDP on a CPU, which that does not know."""
+def build_model(build_stock_model, cfg, *args, **kwargs) -> nn.Module:
+    """SlowFast's ``build_model``, with DDP also on CPUs, which SlowFast lacks."""
     if not isinstance(cfg.NUM_GPUS, ForcedMultiProcessCount) or cfg.NUM_GPUS:
-        return build_model(cfg, *args, **kwargs)
-    alone = cfg.clone()
-    alone.NUM_GPUS = 0
+        return build_stock_model(cfg, *args, **kwargs)
+    cpu_cfg = cfg.clone()
+    cpu_cfg.NUM_GPUS = 0
     contrastive = cfg.MODEL.MODEL_NAME == "ContrastiveModel"
-    unused = cfg.MODEL.DETACH_FINAL_FC or contrastive  # as SlowFast has it on GPUs
-    return DistributedDataParallel(
-        build_model(alone, *args, **kwargs), find_unused_parameters=unused
-    )
+    unused = cfg.MODEL.DETACH_FINAL_FC or contrastive  # as SlowFast sets it on GPUs
+    model = build_stock_model(cpu_cfg, *args, **kwargs)
+    return DistributedDataParallel(model, find_unused_parameters=unused)
 
 
-def _launch(launch_job, cfg, init_method, func, daemon=False):
-    ours, started = compat.asks_for_us(cfg), torchrun.process()
-    if ours and started:
-        torchrun.check(cfg, started)
+def _launch_job(launch_job, cfg, init_method, func, daemon=False):
+    uses_stts, process = compat.uses_stts(cfg), torchrun.current_process()
+    if uses_stts and process:
+        torchrun.check_process_counts(cfg, process)
         cfg = cfg.clone()
-        cfg.NUM_SHARDS, cfg.SHARD_ID = started.shards, started.shard
-        join_process_group(cfg, "env://", started.local_rank, started.local_world)
-        return run(func, cfg=cfg)
-    if ours and cfg.NUM_SHARDS > 1 and cfg.NUM_GPUS <= 1:
+        cfg.NUM_SHARDS, cfg.SHARD_ID = process.num_shards, process.shard_id
+        join_process_group(cfg, "env://", process.local_rank, process.local_world_size)
+        return run_job(func, cfg=cfg)
+    if uses_stts and cfg.NUM_SHARDS > 1 and cfg.NUM_GPUS <= 1:
         cfg = cfg.clone()
         join_process_group(cfg, init_method)
-        return run(func, cfg=cfg)
-    # Unpickling it in a child of its own loads this package there.
-    return launch_job(cfg, init_method, functools.partial(run, func), daemon)
+        return run_job(func, cfg=cfg)
+    # A spawned child unpickles run_job, and so loads this package.
+    return launch_job(cfg, init_method, functools.partial(run_job, func), daemon)
 
 
-def run(func, cfg):
-    """Runs one of a launcher's jobs, in whichever process."""
-    compat.report(compat.asks_for_us(cfg))
+def run_job(func, cfg):
+    """Runs a job of a launcher in this process."""
+    compat.report(compat.uses_stts(cfg))
     require_hooks(cfg)
-    with run_state.started(cfg, func), precision.autocast(cfg), quiet_synchronize(cfg):
+    with run_state.enter_job(cfg, func), precision.autocast(cfg), skip_cuda_synchronize(cfg):
         return func(cfg=cfg)
 
 
 def join_process_group(cfg, init_method: str, local_rank: int = 0, processes: int = 1) -> None:
-    """Meets the other processes, once, and makes the config that of a run of several.
+    """Joins the process group, once, and makes NUM_GPUS of the config greater than 1.
 
-    Training, testing and whatever follows happen in the same processes, so the group stays.
+    The group stays until the process ends: training and testing use the same processes.
 
     Args:
         cfg: with NUM_SHARDS and SHARD_ID; changed in place.
-        init_method: where they meet.
-        local_rank: which of its machine's processes this is.
-        processes: how many its machine has.
+        init_method: address of the rendezvous.
+        local_rank: of this process on its machine.
+        processes: number of processes of this machine.
 
     Raises:
-        ValueError: for a shard that the run does not have.
+        ValueError: if SHARD_ID is out of range.
     """
     if not 0 <= cfg.SHARD_ID < cfg.NUM_SHARDS:
         raise ValueError(
@@ -139,10 +141,10 @@ def join_process_group(cfg, init_method: str, local_rank: int = 0, processes: in
         )
     if not dist.is_initialized():
         if cfg.NUM_GPUS:
-            # A launcher may show each process its own GPU alone.
+            # A launcher may make only its own GPU visible to each process.
             torch.cuda.set_device(local_rank if torch.cuda.device_count() > local_rank else 0)
         rank, world = cfg.SHARD_ID * processes + local_rank, cfg.NUM_SHARDS * processes
-        logger.info("Process %d of %d meets the others at %s", rank, world, init_method)
+        logger.info("Process %d of %d joins the process group at %s", rank, world, init_method)
         dist.init_process_group(
             backend=cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo",
             init_method=init_method,

@@ -1,6 +1,6 @@
-"""A forward pass without numbers, at build time: what selection cannot do in a model shows at once.
+"""Dry run at build time: a forward pass on ``meta`` finds models in which selection fails.
 
-It costs no memory and milliseconds to a second: the copy's tensors are on the ``meta`` device.
+It takes milliseconds to a second, and no memory.
 """
 
 import copy
@@ -18,40 +18,40 @@ logger = logging.getLogger(__name__)
 def check_forward(model: nn.Module, cfg) -> None:
     """Runs a copy of a model with selectors on one clip of the config's size, on ``meta``.
 
-    A model that cannot be copied, or run without numbers, is left to its first real forward pass.
+    Models that cannot be copied or run on ``meta`` are skipped.
 
     Args:
-        model: as SlowFast builds it: takes a list of pathways, and boxes with DETECTION.ENABLE.
+        model: takes a list of pathways, and boxes with DETECTION.ENABLE, as SlowFast's do.
         cfg: with ``DATA``; the clip has ``DATA.NUM_FRAMES`` frames of ``DATA.TRAIN_CROP_SIZE``.
 
     Raises:
-        ValueError: what a selector raises in the forward pass; if one never gets tokens.
+        ValueError: raised by a selector in the forward pass, or if a selector gets no tokens.
     """
     try:
-        twin = _meta_copy(model).eval()
+        meta = _meta_copy(model).eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            twin(*_inputs(cfg))
+            meta(*_inputs(cfg))
     except Exception as error:
-        if isinstance(error, ValueError) and _is_ours(error):
+        if isinstance(error, ValueError) and _raised_by_us(error):
             raise
         logger.debug("No dry run of %s: %s: %s", type(model).__name__, type(error).__name__, error)
         return
     try:
-        selections(twin)
+        selections(meta)
     except ValueError as error:
         raise ValueError(
-            f"a forward pass of {type(model).__name__} passes selectors by ({error}): call each "
-            "block once, as a module, x, thw = block(x, thw)"
+            f"a forward pass of {type(model).__name__} skips selectors ({error}): call each block "
+            "once, as a module, x, thw = block(x, thw)"
         ) from None
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
     memo = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        twin = torch.empty_like(tensor, device="meta")
+        copied = torch.empty_like(tensor, device="meta")
         if isinstance(tensor, nn.Parameter):
-            twin = nn.Parameter(twin, requires_grad=False)
-        memo[id(tensor)] = twin
+            copied = nn.Parameter(copied, requires_grad=False)
+        memo[id(tensor)] = copied
     return copy.deepcopy(model, memo)
 
 
@@ -65,7 +65,7 @@ def _inputs(cfg) -> tuple[list[Tensor], ...]:
     return (clips,)
 
 
-def _is_ours(error: Exception) -> bool:
+def _raised_by_us(error: Exception) -> bool:
     """Whether this package raised it."""
     frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
     return frame.f_globals.get("__name__", "").startswith("stts_slowfast.")

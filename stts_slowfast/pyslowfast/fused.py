@@ -1,30 +1,30 @@
-"""SlowFast's MViT: the views of its attention and blocks."""
+"""Fused replacements of the attention and blocks of SlowFast's MViT."""
 
 from torch import Tensor, arange, nn
 
 from stts_slowfast.fused.pytorchvideo import PyTorchVideoAttention, PyTorchVideoBlock
-from stts_slowfast.fused.replacement import BLOCKS, FINAL_NORMS, SUBMODULES
+from stts_slowfast.fused.registry import BLOCKS, FINAL_NORMS, SUBMODULES
 
-# The modules `slowfast.models.attention`, by whatever names they are imported.
-_hosts = []
-
-
-def register(attention_module) -> None:
-    """Makes the modules of ``slowfast.models.attention`` known to ``fused.configure``."""
-    if attention_module not in _hosts:
-        _hosts.append(attention_module)
+# The imported modules `slowfast.models.attention`; there may be several by different names.
+_attention_modules = []
 
 
-def _is_a(module: nn.Module, name: str) -> bool:
-    return any(isinstance(module, getattr(host, name)) for host in _hosts)
+def register_attention(attention_module) -> None:
+    """Makes the classes of ``slowfast.models.attention`` known to ``fused.fuse_model``."""
+    if attention_module not in _attention_modules:
+        _attention_modules.append(attention_module)
+
+
+def _is_instance(module: nn.Module, name: str) -> bool:
+    return any(isinstance(module, getattr(host, name)) for host in _attention_modules)
 
 
 class SlowFastAttention(PyTorchVideoAttention):
-    """Stands in for ``slowfast.models.attention.MultiScaleAttention``."""
+    """Replaces ``slowfast.models.attention.MultiScaleAttention``."""
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
-        return _is_a(module, "MultiScaleAttention")
+    def matches(cls, module: nn.Module) -> bool:
+        return _is_instance(module, "MultiScaleAttention")
 
     def tables(self):
         return tuple(getattr(self, f"rel_pos_{axis}", None) for axis in "thw")
@@ -40,8 +40,9 @@ class SlowFastAttention(PyTorchVideoAttention):
             parts = [self._heads(layer(x)).transpose(1, 2) for layer in (self.q, self.k, self.v)]
         elif not self.pool_first:
             parts = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        pool_tokens = _attention_modules[0].attention_pool
         pooled = [
-            _hosts[0].attention_pool(part, pool, thw, has_cls_embed=self.has_cls_embed, norm=norm)
+            pool_tokens(part, pool, thw, has_cls_embed=self.has_cls_embed, norm=norm)
             for part, (pool, norm) in zip(parts, self.pools())
         ]
         parts = [part.transpose(1, 2) for part, _ in pooled]  # (B, N, groups, D)
@@ -59,22 +60,22 @@ class SlowFastAttention(PyTorchVideoAttention):
 
     @staticmethod
     def distances(q_size: int, k_size: int, device) -> Tensor:
-        """``cal_rel_pos_spatial``'s rows, in its order of float operations, before truncation."""
+        """Row indices of ``cal_rel_pos_spatial`` before truncation, in its order of operations."""
         q_ratio, k_ratio = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
         q = arange(q_size, device=device)[:, None] * q_ratio
         return q - arange(k_size, device=device) * k_ratio + (k_size - 1) * k_ratio
 
 
 class SlowFastBlock(PyTorchVideoBlock):
-    """Stands in for ``slowfast.models.attention.MultiScaleBlock``."""
+    """Replaces ``slowfast.models.attention.MultiScaleBlock``."""
 
     @classmethod
-    def matches(cls, module: nn.Module, parent: nn.Module, name: str) -> bool:
-        return _is_a(module, "MultiScaleBlock")
+    def matches(cls, module: nn.Module) -> bool:
+        return _is_instance(module, "MultiScaleBlock")
 
     @classmethod
     def drops_clips(cls, module: nn.Module) -> bool:
-        return type(module) is nn.Identity or _is_a(module, "DropPath")
+        return type(module) is nn.Identity or _is_instance(module, "DropPath")
 
     @classmethod
     def fits(cls, block: nn.Module) -> bool:
@@ -85,7 +86,7 @@ class SlowFastBlock(PyTorchVideoBlock):
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """What reads the tokens of the last block, where ``MViT`` keeps the cls token alone."""
+    """The norm after the last block, if ``MViT`` then uses the cls token only; else None."""
     kind = type(model)
     if kind.__name__ != "MViT" or not kind.__module__.endswith("models.video_model_builder"):
         return None

@@ -1,8 +1,8 @@
-"""Starts SlowFast's launcher, ``tools/run_net.py`` of a checkout, with the plugin in place.
+"""Starts SlowFast's launcher, ``tools/run_net.py`` of a checkout, with this package loaded.
 
 ``python -m stts_slowfast.pyslowfast.launch LAUNCHER ARGS`` does what ``python LAUNCHER ARGS`` does.
-It serves where PyTorch is too old to load the plugin by itself: spawned children import this module
-as their main module, and with it the plugin.
+PyTorch before 2.5 does not load this package by itself; here spawned children import this module as
+their main module, and with it the package.
 """
 
 import importlib.util
@@ -16,11 +16,10 @@ from stts_slowfast.pyslowfast import autoload, compat
 def find_launcher() -> str | None:
     """Path of ``tools/run_net.py``: in ``SLOWFAST_ROOT``, else beside an importable slowfast.
 
-    Returns None where there is neither. SlowFast's own packaging leaves the launcher out, so a
-    slowfast that is installed otherwise than as a checkout has none.
+    Returns None if there is neither: SlowFast's own packaging leaves the launcher out.
 
     Raises:
-        FileNotFoundError: where ``SLOWFAST_ROOT`` is set but holds no launcher.
+        FileNotFoundError: if ``SLOWFAST_ROOT`` is set but has no launcher.
     """
     root = os.environ.get("SLOWFAST_ROOT")
     if root:
@@ -40,22 +39,22 @@ def find_launcher() -> str | None:
 
 
 def environment(launcher: str) -> dict[str, str]:
-    """The environment for a process that runs ``launcher``: its checkout can be imported."""
+    """Environment variables for a process that runs ``launcher`` and imports its checkout."""
     root = os.path.dirname(os.path.dirname(launcher))
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-    env.pop("STTS_AUTOLOAD", None)  # who starts SlowFast through us wants us
+    env.pop("STTS_AUTOLOAD", None)  # `stts run` requests this package
     return env
 
 
 def run(argv: list[str]) -> None:
-    """Becomes SlowFast's launcher: replaces this process, and does not return.
+    """Replaces this process by SlowFast's launcher; does not return.
 
     Args:
-        argv: arguments as ``tools/run_net.py`` takes them: ``["--cfg", path, "--opts", ...]``.
+        argv: arguments of ``tools/run_net.py``: ``["--cfg", path, "--opts", ...]``.
 
     Raises:
-        FileNotFoundError: where there is no launcher.
+        FileNotFoundError: if there is no launcher.
     """
     launcher = find_launcher()
     if launcher is None:
@@ -66,17 +65,17 @@ def run(argv: list[str]) -> None:
     command = [sys.executable, "-m", "stts_slowfast.pyslowfast.launch", launcher, *argv]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, command, {**environment(launcher), compat.BY_US: "1"})
+    os.execve(sys.executable, command, {**environment(launcher), compat.LAUNCHED_BY_CLI: "1"})
 
 
 def main(launcher: str, argv: list[str]) -> None:
-    """Runs ``launcher`` in this process, as Python does with a script."""
+    """Runs ``launcher`` in this process, as Python runs a script."""
     autoload.register_hooks()
-    # Slurm's warning, which would end a loop that cannot use it; children inherit this.
+    # Slurm's warning signal would kill the run, which cannot handle it; children inherit this.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.argv = [launcher, *argv]
     sys.path.insert(0, os.path.dirname(launcher))  # older launchers import their neighbours by name
-    # Not run as __main__: that stays this module, which spawned children then import.
+    # Not as __main__: that stays this module, which spawned children import.
     spec = importlib.util.spec_from_file_location("run_net", launcher)
     module = importlib.util.module_from_spec(spec)
     sys.modules["run_net"] = module

@@ -1,7 +1,7 @@
-"""A clip that SlowFast handles as a tensor, whose arithmetic waits until it has been cropped.
+"""A clip that delays SlowFast's pixelwise arithmetic until the clip is cropped.
 
-SlowFast makes floats of whole frames, normalises them, and then takes a square of them: what it
-does to every pixel alike is done to the square alone here, in the same order, with the same bits.
+SlowFast converts whole frames to float and normalises them, then crops a square. Here the same
+operations run on the square only, in the same order and with the same bits.
 """
 
 import numpy as np
@@ -14,33 +14,33 @@ _IN_PLACE = {
     Tensor.sub: Tensor.sub_,
     Tensor.__sub__: Tensor.sub_,
 }
-_TELL = {Tensor.size, Tensor.dim, Tensor.__len__, Tensor.shape.__get__, Tensor.dtype.__get__}
+_METADATA = {Tensor.size, Tensor.dim, Tensor.__len__, Tensor.shape.__get__, Tensor.dtype.__get__}
 
 
 class LazyClip(Tensor):
-    """Frames (T, H, W, 3) uint8, and what has been asked of them since.
+    """Frames (T, H, W, 3) uint8 and the operations recorded since.
 
-    Conversion to float, division and subtraction by one number or one a channel are put down;
-    frames may be chosen, axes permuted. Cutting a square out of (3, T, H, W), and anything else,
-    makes a tensor that is none of this class.
+    Recorded are conversion to float, division and subtraction by a number or one a channel,
+    selecting frames, and permuting axes. Cropping (3, T, H, W), and any other operation, returns a
+    plain tensor.
     """
 
-    images: list[np.ndarray | None]  # None: a frame that was not decoded, and will not be used
-    steps: tuple  # of (function in place, its operand)
+    images: list[np.ndarray | None]  # None: a frame that was not decoded and will not be used
+    steps: tuple  # of (in-place function, operand)
     order: tuple[int, ...]  # of the axes
 
     @classmethod
-    def of(cls, images, steps=(), order=(0, 1, 2, 3), floating=False) -> "LazyClip":
+    def create(cls, images, steps=(), order=(0, 1, 2, 3), floating=False) -> "LazyClip":
         sizes = len(images), *next(each.shape for each in images if each is not None)
         shape = [sizes[axis] for axis in order]
         dtype = torch.float32 if floating else torch.uint8
-        clip = torch.empty((), dtype=dtype).expand(shape).as_subclass(cls)  # of one number
+        clip = torch.empty((), dtype=dtype).expand(shape).as_subclass(cls)  # one element
         clip.images, clip.steps, clip.order = images, steps, order
         return clip
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function in _TELL:
+        if function in _METADATA:
             return super().__torch_function__(function, types, args, kwargs)
         self, *rest = args
         if isinstance(self, cls) and not kwargs:
@@ -56,33 +56,33 @@ class LazyClip(Tensor):
         if function in (Tensor.__eq__, Tensor.eq) and rest == [None]:
             return False
         if function is Tensor.clone and not rest:
-            return self.of(images, steps, order, floating)
+            return self.create(images, steps, order, floating)
         if function is Tensor.float and not rest:
-            return self.of(images, steps, order, True)
-        if function in _IN_PLACE and floating and self._is_alike(rest[0]):
-            return self.of(images, (*steps, (_IN_PLACE[function], rest[0])), order, True)
+            return self.create(images, steps, order, True)
+        if function in _IN_PLACE and floating and self._is_per_channel(rest[0]):
+            return self.create(images, (*steps, (_IN_PLACE[function], rest[0])), order, True)
         if function is Tensor.permute and len(rest) == 4:
-            return self.of(images, steps, tuple(order[axis] for axis in rest), floating)
+            return self.create(images, steps, tuple(order[axis] for axis in rest), floating)
         if function is torch.index_select and order[0] == rest[0] == 0:
-            return self.of([images[place] for place in rest[1]], steps, order, floating)
+            return self.create([images[index] for index in rest[1]], steps, order, floating)
         if function is Tensor.__getitem__ and order == (3, 0, 1, 2) and type(rest[0]) is tuple:
             channels, frames, *square = rest[0]
             if channels == frames == slice(None) and list(map(type, square)) == [slice] * 2:
                 return self.materialize(*square)
         return None
 
-    def _is_alike(self, operand) -> bool:
-        """One number, or one a channel where channels come last."""
+    def _is_per_channel(self, operand) -> bool:
+        """Whether it is one number, or one a channel while channels are last."""
         if isinstance(operand, Tensor):
             return operand.shape == (3,) and self.order[-1] == 3
         return isinstance(operand, int | float)
 
     def materialize(self, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """The tensor that this stands for, or a part of each frame."""
+        """The tensor with all recorded operations applied, or a crop of each frame."""
         like = next(each for each in self.images if each is not None)[rows, columns]
         pixels = torch.zeros((len(self.images), *like.shape), dtype=self.dtype)
         width = like.shape[1]
-        steps = [  # along whole rows, whose channels alternate
+        steps = [  # on whole rows, in which channels alternate
             (step, by.repeat(width) if isinstance(by, Tensor) else by) for step, by in self.steps
         ]
         for frame, image in zip(pixels, self.images):

@@ -1,20 +1,17 @@
-"""The functions of SlowFast's ``tools/train_net.py`` and ``test_net.py``, each with its patches.
+"""Wraps the functions of SlowFast's ``tools/train_net.py`` and ``test_net.py``.
 
-They have everything at hand that a loop needs: loader, model, meter and config. A file of the same
-name that is none of a checkout of SlowFast is left alone.
+A file of the same name that does not belong to a checkout of SlowFast is left alone.
 """
 
 import contextlib
 import inspect
-from functools import partial
 
 from stts_slowfast.pyslowfast import error_log, run_state
-from stts_slowfast.pyslowfast.compat import patch
-from stts_slowfast.pyslowfast.compat.devices import quiet_synchronize
-from stts_slowfast.pyslowfast.compat.tools import is_a_tool
-from stts_slowfast.pyslowfast.patching import wrap
+from stts_slowfast.pyslowfast.compat import patch, switched_off
+from stts_slowfast.pyslowfast.compat.tools import is_tool_file
+from stts_slowfast.pyslowfast.patching import replaced_methods, wrap
 
-# Functions, with the names of their loader and their meter and the split that they go through.
+# Function to its arguments for the loader and the meter, and its split.
 LOOPS = {
     "train_epoch": ("train_loader", "train_meter", "train"),
     "eval_epoch": ("val_loader", "val_meter", "val"),
@@ -26,100 +23,108 @@ def wrap_jobs(tool) -> None:
     """``train`` and ``test``, which notebooks call without the launcher."""
     for name in ("train", "test"):
         job = getattr(tool, name, None)
-        if _is_slowfasts(tool) and job and list(inspect.signature(job).parameters) == ["cfg"]:
+        if _is_loop_file(tool) and job and list(inspect.signature(job).parameters) == ["cfg"]:
             wrap(tool, name, _run_job)
 
 
 @patch("bad_videos")
 def patch_bad_videos(tool) -> bool:
-    """The loops over ``Kinetics``: what cannot be read is accounted for."""
+    """The loops over ``Kinetics`` keep track of videos that cannot be read."""
     for name in LOOPS:
-        if _is_slowfasts(tool) and hasattr(tool, name):
-            wrap(tool, name, _keep_account)
-    return False  # what cannot be read is noted by what opens the files
+        if _is_loop_file(tool) and hasattr(tool, name):
+            wrap(tool, name, _track_errors)
+    return False  # reported by the patch of the dataset
 
 
 @patch("cuda_synchronize")
 def patch_cuda_synchronize(train_net) -> bool:
-    """``torch.cuda.synchronize()`` after every iteration, whatever ``NUM_GPUS`` is."""
+    """``train_epoch`` calls ``torch.cuda.synchronize()`` in every iteration, also on a CPU."""
     import torch
 
-    here = _is_slowfasts(train_net) and hasattr(train_net, "train_epoch")
-    if torch.cuda.is_available() or not here:
+    has_loop = _is_loop_file(train_net) and hasattr(train_net, "train_epoch")
+    if torch.cuda.is_available() or not has_loop:
         return False
-    wrap(train_net, "train_epoch", _train_quietly)
+    wrap(train_net, "train_epoch", _train_epoch)
     return True
 
 
 @patch("ava_test")
 def patch_ava_test(test_net) -> bool:
-    """AVA's meter in testing: ``perform_test`` ends each iteration for it a second time."""
-    if not (_is_slowfasts(test_net) and hasattr(test_net, "perform_test")):
+    """``perform_test`` updates AVA's meter twice in each iteration, the second time wrongly."""
+    if not (_is_loop_file(test_net) and hasattr(test_net, "perform_test")):
         return False
-    wrap(test_net, "perform_test", _test_detection)
+    wrap(test_net, "perform_test", _perform_test)
     return True
 
 
-def _is_slowfasts(tool) -> bool:
+def _is_loop_file(tool) -> bool:
     path = getattr(tool, "__file__", None)
-    return is_a_tool(path, "train_net") or is_a_tool(path, "test_net")
+    return is_tool_file(path, "train_net") or is_tool_file(path, "test_net")
 
 
 def _arguments(function, args, kwargs) -> dict:
     return inspect.signature(function).bind(*args, **kwargs).arguments
 
 
-def _run_job(function, cfg):
-    with run_state.started(cfg, function), quiet_synchronize(cfg):
-        return function(cfg)
-
-
-def _keep_account(loop, *args, **kwargs):
-    loader, meter, mode = LOOPS[loop.__name__]
-    call = _arguments(loop, args, kwargs)
-    with error_log.account(call[loader], call[meter], mode):
-        return loop(*args, **kwargs)
-
-
-def _train_quietly(train_epoch, *args, **kwargs):
-    with quiet_synchronize(_arguments(train_epoch, args, kwargs)["cfg"]):
-        return train_epoch(*args, **kwargs)
-
-
-def _test_detection(perform_test, *args, **kwargs):
-    call = _arguments(perform_test, args, kwargs)
-    with _asked_once(call["test_meter"]) if call["cfg"].DETECTION.ENABLE else _as_it_is():
-        return perform_test(*args, **kwargs)
-
-
-_as_it_is = contextlib.nullcontext
-
-
 @contextlib.contextmanager
-def _asked_once(meter):
-    """The second time an iteration ends, the meter's timers stand already, the epoch is missing,
-    and what it is to collect are indices of videos, where it collects boxes."""
-    methods = {"iter_toc": _pause_once, "log_iter_stats": _log, "update_stats": _collect_boxes}
-    for name, ours in methods.items():
-        setattr(meter, name, partial(ours, getattr(meter, name), meter))
+def skip_cuda_synchronize(cfg):
+    """In this context ``torch.cuda.synchronize()`` does nothing with NUM_GPUS 0 and no CUDA."""
+    import torch
+
+    if cfg.NUM_GPUS or "cuda_synchronize" in switched_off() or torch.cuda.is_available():
+        yield
+        return
+    stock = torch.cuda.synchronize
+    torch.cuda.synchronize = lambda device=None: None
     try:
         yield
     finally:
-        for name in methods:
-            vars(meter).pop(name, None)
+        torch.cuda.synchronize = stock
 
 
-def _pause_once(iter_toc, meter):
+def _run_job(function, cfg):
+    with run_state.enter_job(cfg, function), skip_cuda_synchronize(cfg):
+        return function(cfg)
+
+
+def _track_errors(loop, *args, **kwargs):
+    loader, meter, split = LOOPS[loop.__name__]
+    call = _arguments(loop, args, kwargs)
+    with error_log.track_errors(call[loader], call[meter], split):
+        return loop(*args, **kwargs)
+
+
+def _train_epoch(train_epoch, *args, **kwargs):
+    with skip_cuda_synchronize(_arguments(train_epoch, args, kwargs)["cfg"]):
+        return train_epoch(*args, **kwargs)
+
+
+def _perform_test(perform_test, *args, **kwargs):
+    call = _arguments(perform_test, args, kwargs)
+    if not call["cfg"].DETECTION.ENABLE:
+        return perform_test(*args, **kwargs)
+    with replaced_methods(call["test_meter"], _AVA_METER):
+        return perform_test(*args, **kwargs)
+
+
+def _iter_toc(iter_toc, meter):
     if not meter.iter_timer.is_paused():
         iter_toc()
 
 
-def _log(log_iter_stats, meter, *args):
-    if len(args) > 1:
+def _log_iter_stats(log_iter_stats, meter, *args):
+    if len(args) > 1:  # the second call lacks the epoch
         log_iter_stats(*args)
 
 
-def _collect_boxes(update_stats, meter, preds, ori_boxes, metadata):
-    # A box has its video and its second: (boxes, 2). Indices of videos are (videos,).
+def _update_stats(update_stats, meter, preds, ori_boxes, metadata):
+    # Boxes have a video and a second: (boxes, 2). The second call has video indices (videos,).
     if metadata.dim() > 1:
         update_stats(preds, ori_boxes, metadata)
+
+
+_AVA_METER = {
+    "iter_toc": _iter_toc,
+    "log_iter_stats": _log_iter_stats,
+    "update_stats": _update_stats,
+}

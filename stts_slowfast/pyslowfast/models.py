@@ -1,4 +1,4 @@
-"""Our backbones that SlowFast does not have, in its model registry, called as it calls its own."""
+"""Backbones of this package in SlowFast's model registry."""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,9 @@ from stts_slowfast.configfiles.values import check_choice
 from stts_slowfast.hosts import find_blocks
 from stts_slowfast.pyslowfast import compat
 from stts_slowfast.pyslowfast.checkpoint_loading import mark_pretrained
-from stts_slowfast.pyslowfast.config_access import value
+from stts_slowfast.pyslowfast.config_access import get_value
 
-# What MODEL.HEAD_ACT makes of logits in evaluation, as SlowFast's transformer head does.
+# MODEL.HEAD_ACT, which SlowFast's transformer head applies to logits in evaluation.
 ACTIVATIONS = {
     "softmax": lambda logits: logits.softmax(dim=1),
     "sigmoid": torch.sigmoid,
@@ -19,10 +19,11 @@ ACTIVATIONS = {
 
 
 class SlowFastModel(nn.Module):
-    """A backbone that takes SlowFast's list of one pathway and ends as SlowFast's models end.
+    """A backbone with the inputs and outputs of SlowFast's models: a list of one pathway, and
+    probabilities in evaluation.
 
-    The backbone's parameters, buffers and children are this module's own, not those of a child, so
-    that all of them keep their names, and checkpoints are the same with and without SlowFast.
+    The backbone's parameters, buffers and children are this module's own, so that their names, and
+    checkpoints, are the same with and without SlowFast.
 
     Args:
         backbone: maps clips ``(B, 3, T, H, W)`` to logits ``(B, classes)``.
@@ -36,7 +37,7 @@ class SlowFastModel(nn.Module):
         super().__init__()
         check_choice("MODEL.HEAD_ACT", head_act, ACTIVATIONS)
         self.head_act = head_act
-        self.__dict__["backbone"] = backbone  # past nn.Module, which would make it a child
+        self.__dict__["backbone"] = backbone  # nn.Module.__setattr__ would make it a child
         self._parameters = backbone._parameters
         self._buffers = backbone._buffers
         self._modules = backbone._modules
@@ -46,7 +47,7 @@ class SlowFastModel(nn.Module):
         return super().train(mode)
 
     def no_weight_decay(self):
-        """Names of the parameters without weight decay; SlowFast's optimizer asks for them."""
+        """Names of parameters without weight decay, for SlowFast's optimizer."""
         names = getattr(self.backbone, "no_weight_decay", None)
         return names() if names else []
 
@@ -56,20 +57,20 @@ class SlowFastModel(nn.Module):
         return logits if self.training else ACTIVATIONS[self.head_act](logits)
 
 
-def offer(registry, cfg) -> None:
-    """Registers the family that a config names, if ``MODEL_REGISTRY`` has nothing of that name.
+def register_family(registry, cfg) -> None:
+    """Registers the family that a config names, unless ``MODEL_REGISTRY`` has that name.
 
-    Not before it is built: the name may be that of a model of the user's own, registered late. Not
-    those whose ``MODEL.MODEL_NAME`` continues behind a colon: a registry holds whole names.
+    Only when a model is built: a user's own model of that name may be registered late. Names with a
+    colon (``hf:...``) are not registered: the registry holds whole names.
     """
-    name = value(cfg, "MODEL.MODEL_NAME", "")
+    name = get_value(cfg, "MODEL.MODEL_NAME", "")
     if registry is not None and name in backbones.FAMILIES and name not in registry:
         registry.register(FamilyBuilder(name))
-        compat.report(asked=True)
+        compat.report(requested=True)
 
 
 class FamilyBuilder:
-    """What the registry holds of one of our families: called with a config, it builds the model."""
+    """Registry entry of a family: called with a config, it builds the model."""
 
     def __init__(self, name: str):
         self.__name__ = name  # the registry's key
@@ -80,7 +81,7 @@ class FamilyBuilder:
                 f"DETECTION.ENABLE is True, but {self.__name__} has no RoI head: use "
                 "MODEL.MODEL_NAME MViT"
             )
-        # Only now, for it imports torchvision's models.
+        # Late: it imports torchvision's models.
         from stts_slowfast.checkpoints import load_pretrained
 
         model = backbones.build(cfg)
@@ -91,21 +92,21 @@ class FamilyBuilder:
         return model
 
 
-def is_ours(model: nn.Module) -> bool:
-    """Whether a model is of one of our families, rather than SlowFast's or the user's own."""
+def is_family_model(model: nn.Module) -> bool:
+    """Whether a model is a backbone of this package, not SlowFast's or the user's own."""
     return isinstance(model, SlowFastModel)
 
 
 def layer_decay_groups(groups: list[dict], model: nn.Module, cfg) -> list[dict]:
-    """``SOLVER.LAYER_DECAY`` for the families here: SlowFast's own rule reads ``MVIT.DEPTH``.
+    """``SOLVER.LAYER_DECAY`` for backbones of this package: SlowFast's rule reads ``MVIT.DEPTH``.
 
     Args:
-        groups: the optimizer's, as ``construct_optimizer`` makes them.
-        model: wrapped for several GPUs or not.
+        groups: of ``construct_optimizer``.
+        model: inside DDP or not.
 
     Returns:
-        The groups split so that ``layer_decay`` follows the family's own layers; as they were for
-        models of SlowFast's own, and without decay.
+        The groups split by the family's own layers, each with its ``layer_decay``; the same groups
+        for SlowFast's own models and without layer decay.
     """
     model = getattr(model, "module", model)
     if not isinstance(model, SlowFastModel) or cfg.SOLVER.LAYER_DECAY == 1.0:

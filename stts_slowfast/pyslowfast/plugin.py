@@ -1,7 +1,7 @@
-"""SlowFast's config and models with STTS: the node, the selectors, what is refused.
+"""Selectors in SlowFast's models: the config node, building, and what is refused.
 
-Each function takes the module that was just imported (see ``autoload.HOOKS``) and can be called
-again without harm. With ``STTS.ENABLE`` False what SlowFast does is what it does without us.
+The hooks take the module that was just imported (see ``hook_table.HOOKS``); calling one again does
+nothing. With ``STTS.ENABLE`` False SlowFast is unchanged.
 """
 
 from functools import partial
@@ -10,6 +10,7 @@ from types import FunctionType, SimpleNamespace
 from torch import nn
 
 from stts_slowfast import backbones
+from stts_slowfast.annealing import reset
 from stts_slowfast.config import Settings, add_stts_config, check_testing
 from stts_slowfast.hooks import attach
 from stts_slowfast.hosts import modules_with_selectors, resolve_host
@@ -24,10 +25,9 @@ from stts_slowfast.pyslowfast import (
 from stts_slowfast.pyslowfast.config_access import is_enabled
 from stts_slowfast.pyslowfast.dry_run import check_forward
 from stts_slowfast.pyslowfast.patching import wrap
-from stts_slowfast.pyslowfast.preflight import OFF, check_selectors, require_hooks
-from stts_slowfast.annealing import reset
+from stts_slowfast.pyslowfast.preflight import TURN_OFF, check_selectors, require_hooks
 
-# Models of SlowFast's that have no tokens.
+# SlowFast's models without tokens.
 CONVOLUTIONAL = (
     *("SlowFast", "ResNet", "X3D"),
     *("PTVResNet", "PTVSlowFast", "PTVX3D", "PTVCSN", "PTVR2plus1D"),
@@ -43,17 +43,17 @@ def add_config(defaults) -> None:
 
 
 def wrap_config(defaults) -> None:
-    """``assert_and_infer_cfg``, with which a launcher ends reading its config."""
-    wrap(defaults, "assert_and_infer_cfg", _infer_config)
+    """``assert_and_infer_cfg``, the last call of a launcher that reads its config."""
+    wrap(defaults, "assert_and_infer_cfg", _assert_and_infer_cfg)
 
 
-def _infer_config(assert_and_infer_cfg, cfg):
-    compat.report(compat.asks_for_us(cfg))
+def _assert_and_infer_cfg(assert_and_infer_cfg, cfg):
+    compat.report(compat.uses_stts(cfg))
     if is_enabled(cfg):
         check_compatible(cfg)
         if cfg.TEST.ENABLE:
             check_testing(cfg.STTS)
-    torchrun.count_machines(cfg)
+    torchrun.set_shards(cfg)
     return assert_and_infer_cfg(cfg)
 
 
@@ -61,27 +61,27 @@ def _infer_config(assert_and_infer_cfg, cfg):
 
 
 def wrap_build_model(build) -> None:
-    """``slowfast.models.build.build_model``, through which every tool gets its model.
+    """``slowfast.models.build.build_model``, by which every tool gets its model.
 
-    The registry stays as it is, and hands out what was registered.
+    The registry is unchanged and returns the registered classes.
     """
     wrap(build, "build_model", _build_model)
 
 
 def wrap_load_test(checkpoint) -> None:
-    """``load_test_checkpoint``: a model that was built past :func:`build_model` is not tested
-    without the selectors of its config."""
+    """``load_test_checkpoint``: refuses a model without the selectors of its config, which was
+    built without ``build_model``."""
     wrap(checkpoint, "load_test_checkpoint", _load_test_checkpoint)
 
 
 def _build_model(build_model, cfg, *args, **kwargs) -> nn.Module:
-    compat.report(compat.asks_for_us(cfg))
-    models.offer(getattr(build_model, "__globals__", {}).get("MODEL_REGISTRY"), cfg)
+    compat.report(compat.uses_stts(cfg))
+    models.register_family(getattr(build_model, "__globals__", {}).get("MODEL_REGISTRY"), cfg)
     if not is_enabled(cfg):
-        return distributed.build(build_model, cfg, *args, **kwargs)
+        return distributed.build_model(build_model, cfg, *args, **kwargs)
     require_hooks(cfg)
     check_compatible(cfg)
-    model = distributed.build(_with_selectors(build_model), cfg, *args, **kwargs)
+    model = distributed.build_model(_with_selectors(build_model), cfg, *args, **kwargs)
     check_selectors(model, cfg)
     return model
 
@@ -92,15 +92,15 @@ def _load_test_checkpoint(load_test_checkpoint, cfg, model, *args, **kwargs):
 
 
 def _with_selectors(build_model):
-    """SlowFast's ``build_model``, in whose one look into the registry selectors are added: before
-    it moves the model to a device and wraps it for several.
+    """A copy of SlowFast's ``build_model`` that adds selectors to the model from the registry,
+    before it is moved to a device and wrapped by DDP.
 
-    It is a copy that sees another registry under that name. A model that looks for its parts in
-    the registry finds them there as they were registered.
+    Only this copy sees another registry: a model that builds submodules from the registry gets them
+    as they were registered.
     """
     names = getattr(build_model, "__globals__", {})
     if "MODEL_REGISTRY" not in names or "MODEL_REGISTRY" not in build_model.__code__.co_names:
-        return build_model  # replaced by somebody else: what it lacks is found afterwards
+        return build_model  # replaced by other code: check_selectors looks at the result
     lookup = SimpleNamespace(get=partial(_builder, names["MODEL_REGISTRY"]))
     copy = FunctionType(
         build_model.__code__,
@@ -118,7 +118,7 @@ def _builder(registry, name: str):
 
 
 def check_compatible(cfg) -> None:
-    """Refuses what token selection cannot do, before a model is built.
+    """Refuses configs that token selection does not support, before a model is built.
 
     Raises:
         ValueError: naming the key and what would be right.
@@ -129,52 +129,52 @@ def check_compatible(cfg) -> None:
     if cfg.MASK.ENABLE:
         raise ValueError(
             "MASK.ENABLE is True: masked pretraining predicts every token, so none may be dropped; "
-            f"select in fine-tuning, with MASK.ENABLE False (configs/masked_ssl/*_FT.yaml), {OFF}"
+            "select in fine-tuning, with MASK.ENABLE False (configs/masked_ssl/*_FT.yaml), "
+            f"{TURN_OFF}"
         )
     if cfg.MVIT.REV.ENABLE and name == "MViT":
         raise ValueError(
             "MVIT.REV.ENABLE is True: a reversible MViT recomputes its blocks backwards, which "
-            f"needs every token; use a plain MViT, with MVIT.REV.ENABLE False, {OFF}"
+            f"needs every token; use a plain MViT, with MVIT.REV.ENABLE False, {TURN_OFF}"
         )
     for key in ("LONG_CYCLE", "SHORT_CYCLE"):
         if cfg.MULTIGRID[key]:
             raise ValueError(
                 f"MULTIGRID.{key} is True: multigrid cycles change the clip's size as they train, "
-                f"and a transformer's positions do not; set MULTIGRID.{key} False, {OFF}"
+                f"and a transformer's positions do not; set MULTIGRID.{key} False, {TURN_OFF}"
             )
     if cfg.DETECTION.ENABLE and len(cfg.STTS.SPACE.BLOCKS):
         raise ValueError(
             "DETECTION.ENABLE is True and STTS.SPACE.BLOCKS is "
             f"{list(cfg.STTS.SPACE.BLOCKS)}: boxes are pooled from whole frames, so only frames "
-            f"can be selected; set STTS.SPACE.BLOCKS [], {OFF}"
+            f"can be selected; set STTS.SPACE.BLOCKS [], {TURN_OFF}"
         )
 
 
 def add_selectors(model: nn.Module, cfg) -> nn.Module:
-    """Attaches what ``cfg.STTS`` asks for to a model that SlowFast has just built, once.
+    """Attaches the selectors of ``cfg.STTS`` to a model that SlowFast has just built.
 
-    The selectors are put where the blocks are: in the model, or in the one module of it that has
-    some. A model that got the same selectors earlier, as a part that was built on its own, keeps
-    them.
+    They are attached to the module that has the blocks: the model, or a submodule. A model whose
+    submodule already has the same selectors, because it was built on its own, is unchanged.
 
     Raises:
-        ValueError: for a model that is no video transformer, or a node that does not fit it.
+        ValueError: if the model is no video transformer, or the node does not fit it.
     """
     name = cfg.MODEL.MODEL_NAME
     if holders := modules_with_selectors(model):
         if len(holders) == 1 and _settings(holders) == [Settings.from_cfg(cfg.STTS)]:
             return model
         raise ValueError(
-            f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}, but modules of it have selectors "
-            f"already, of another config ({', '.join(path or 'itself' for path in holders)}): "
-            f"build its parts with STTS.ENABLE False, {OFF}"
+            f"STTS.ENABLE is True with MODEL.MODEL_NAME {name!r}, but modules of it already have "
+            f"other selectors ({', '.join(path or 'the model' for path in holders)}): build its "
+            f"submodules with STTS.ENABLE False, {TURN_OFF}"
         )
     inner = transformer_in(model, name)
     backbones.refuse_detached_scorers(cfg)
     try:
         grids = arriving_grids(inner, cfg)
         attach(inner, cfg.STTS, grids)
-        if run_state.trains(cfg):
+        if run_state.is_training(cfg):
             reset(inner)
         if cfg.DETECTION.ENABLE and hasattr(inner, "head"):
             make_roi_pool_adaptive(inner.head)
@@ -187,11 +187,11 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
 
 
 def transformer_in(model: nn.Module, name: str) -> nn.Module:
-    """The module of a model that has a transformer's blocks: itself, or one inside a wrapper.
+    """The module of a model that has a transformer's blocks: the model itself or a submodule.
 
     Args:
         model: as SlowFast builds it.
-        name: ``MODEL.MODEL_NAME``, for messages.
+        name: ``MODEL.MODEL_NAME``, for errors.
 
     Raises:
         ValueError: if there is none, or more than one.
@@ -203,7 +203,7 @@ def transformer_in(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(
             f"STTS.ENABLE is True, but MODEL.MODEL_NAME {name!r} has {len(found)} modules with "
             f"blocks ({', '.join(found)}), and tokens are selected in one: use a model with one, "
-            f"{OFF}"
+            f"{TURN_OFF}"
         )
     return next(iter(found.values()))
 
@@ -213,8 +213,8 @@ def _transformers(path: str, module: nn.Module):
         _, blocks = resolve_host(module)
     except ValueError:
         blocks = []
-    # Convolutional networks have `blocks` as well; a transformer's have a LayerNorm.
-    if any(isinstance(part, nn.LayerNorm) for block in blocks for part in block.modules()):
+    # Convolutional networks have `blocks` too, but without LayerNorm.
+    if any(isinstance(m, nn.LayerNorm) for block in blocks for m in block.modules()):
         yield path, module
         return
     for name, child in module.named_children():
@@ -225,7 +225,7 @@ def _no_transformer(name: str) -> str:
     return (
         f"STTS.ENABLE is True, but MODEL.MODEL_NAME {name!r} is no video transformer: there are no "
         "tokens to select among. Use MViT, TimeSformer, VideoSwin, PTVMViT, or a model of yours "
-        f"with blocks that are called as x, thw = block(x, thw); {OFF}"
+        f"with blocks that are called as x, thw = block(x, thw); {TURN_OFF}"
     )
 
 
@@ -234,24 +234,24 @@ def _settings(holders: dict[str, nn.Module]) -> list[Settings]:
 
 
 def arriving_grids(model: nn.Module, cfg) -> list[tuple[int, int, int]] | None:
-    """The token grid at each block, of the clips that a model will see; None if not known.
+    """The token grid at each block; None if unknown.
 
-    Those are of ``DATA.TRAIN_CROP_SIZE`` in training, of ``DATA.TEST_CROP_SIZE`` otherwise.
+    Clips are of ``DATA.TRAIN_CROP_SIZE`` in training, of ``DATA.TEST_CROP_SIZE`` otherwise.
     """
-    # MViT is SlowFast's own; under the names of our other families there may be others.
+    # MViT is SlowFast's own; the names of our other families may be a user's models.
     name = cfg.MODEL.MODEL_NAME
-    if name not in backbones.FAMILIES or (name != "MViT" and not models.is_ours(model)):
+    if name not in backbones.FAMILIES or (name != "MViT" and not models.is_family_model(model)):
         return None
-    if not run_state.trains(cfg):
+    if not run_state.is_training(cfg):
         cfg = cfg.clone()
         cfg.DATA.TRAIN_CROP_SIZE = cfg.DATA.TEST_CROP_SIZE
     return backbones.block_grids(cfg)
 
 
 def make_roi_pool_adaptive(head: nn.Module) -> None:
-    """Makes SlowFast's RoI head average over however many frames arrive, in place.
+    """Makes SlowFast's RoI head average over any number of frames, in place.
 
-    Its average pooling is as long as the clip and fails on fewer frames; over all frames both are
+    Its average pooling has the clip's length and fails on fewer frames; for all frames both give
     the same mean.
     """
     for name, _ in list(head.named_children()):

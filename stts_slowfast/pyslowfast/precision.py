@@ -1,30 +1,31 @@
-"""``TRAIN.MIXED_PRECISION_DTYPE`` inside SlowFast, whose loop has float16 on GPUs alone."""
+"""``TRAIN.MIXED_PRECISION_DTYPE`` inside SlowFast, whose loop has only float16, on GPUs."""
 
 import contextlib
 
 import torch
 
+from stts_slowfast.configfiles.extra_keys import EXTRA_RANGES
 from stts_slowfast.configfiles.values import check_choice
-from stts_slowfast.pyslowfast.config_access import ours, value
+from stts_slowfast.pyslowfast.config_access import extra_key, get_value
 
-DTYPES = ("", "float16", "bfloat16")
+KEY = "TRAIN.MIXED_PRECISION_DTYPE"
 
 
 @contextlib.contextmanager
 def autocast(cfg):
-    """While a job runs, what its loop knows as autocast and GradScaler are those of bfloat16, where
-    that is asked for: with float32's range, so that no gradient is scaled, and on CPUs too.
+    """In this context ``torch.cuda.amp`` autocasts to bfloat16, if the config sets it: on GPUs and
+    CPUs, without scaling gradients, because bfloat16 has float32's range.
 
     Raises:
         ValueError: for another type, and for float16 without a GPU.
     """
-    mixed = value(cfg, "TRAIN.MIXED_PRECISION", False)
-    dtype = ours(cfg, "TRAIN.MIXED_PRECISION_DTYPE") if mixed else ""
-    check_choice("TRAIN.MIXED_PRECISION_DTYPE", dtype, DTYPES)
+    mixed = get_value(cfg, "TRAIN.MIXED_PRECISION", False)
+    dtype = extra_key(cfg, KEY) if mixed else ""
+    check_choice(KEY, dtype, EXTRA_RANGES[KEY])
     if dtype == "float16" and not cfg.NUM_GPUS:
         raise ValueError(
-            "TRAIN.MIXED_PRECISION_DTYPE is 'float16' and NUM_GPUS is 0, but SlowFast has float16 "
-            "on GPUs alone: use 'bfloat16'"
+            f"{KEY} is 'float16' and NUM_GPUS is 0, but SlowFast has float16 only on GPUs: use "
+            "'bfloat16'"
         )
     if dtype != "bfloat16":
         yield

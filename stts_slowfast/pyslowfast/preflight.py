@@ -1,7 +1,7 @@
-"""Where ``STTS.ENABLE`` is True, what did not happen stops the run.
+"""Stops a run with ``STTS.ENABLE`` True if a hook failed or a model lacks its selectors.
 
-Every stage that a run passes (config, launch, model, optimizer) asks here, each from a hook of its
-own, so that one of them failing leaves the others.
+Config, launch, model and optimizer call these checks from separate hooks, so that the others still
+run if one of the hooks fails.
 """
 
 from torch import nn
@@ -12,38 +12,38 @@ from stts_slowfast.pyslowfast.config_access import is_enabled
 from stts_slowfast.pyslowfast.patching import wrap
 from stts_slowfast.selectors import Selector
 
-OFF = "or set STTS.ENABLE False"
+TURN_OFF = "or set STTS.ENABLE False"
 
 
 def wrap_config(defaults) -> None:
-    """``assert_and_infer_cfg``, with which a launcher ends reading its config."""
-    wrap(defaults, "assert_and_infer_cfg", _assert_config)
+    """``assert_and_infer_cfg``, the last call of a launcher that reads its config."""
+    wrap(defaults, "assert_and_infer_cfg", _assert_and_infer_cfg)
 
 
 def require_hooks(cfg) -> None:
-    """Stops a run with selection where a hook of this package failed, or never ran.
+    """Stops a run with selection if a hook of this package failed or never ran.
 
     Raises:
         RuntimeError: naming the hooks and the way out.
     """
     if not is_enabled(cfg):
         return
-    if troubles := autoload.failed_hooks():
+    if failed := autoload.failed_hooks():
         raise RuntimeError(
-            "STTS.ENABLE is True, but stts_slowfast has not taken hold of SlowFast: "
-            f"{'; '.join(troubles)}. `stts doctor` tells more; mend that, {OFF}"
+            "STTS.ENABLE is True, but stts_slowfast could not patch SlowFast: "
+            f"{'; '.join(failed)}. `stts doctor` shows details; fix that, {TURN_OFF}"
         )
 
 
 def check_selectors(model: nn.Module, cfg) -> None:
-    """Refuses a model that has not exactly the selectors that a config asks for.
+    """Refuses a model that does not have exactly the selectors of a config.
 
     Args:
-        model: with selectors anywhere in it: in a DDP wrapper, in a wrapper of the user's.
-        cfg: with ``STTS``, or without.
+        model: its selectors may be in any submodule, such as inside DDP.
+        cfg: with the node ``STTS`` or without.
 
     Raises:
-        RuntimeError: naming what the model has, and what it lacks.
+        RuntimeError: naming the selectors of the config and of the model.
     """
     if not is_enabled(cfg):
         return
@@ -62,14 +62,14 @@ def check_selectors(model: nn.Module, cfg) -> None:
     if sorted(found) == sorted(wanted) and len(holders) <= 1:
         return
     inner = getattr(model, "module", model)
-    places = f", in {len(holders)} modules of it" if len(holders) > 1 else ""
+    modules = f", in {len(holders)} of its modules" if len(holders) > 1 else ""
     raise RuntimeError(
-        f"STTS.ENABLE is True and asks for the selectors {', '.join(wanted) or 'none'}, but this "
-        f"{type(inner).__name__} has {', '.join(found) or 'none'}{places}: build it with this "
-        f"config by slowfast.models.build_model(cfg), {OFF}"
+        f"STTS.ENABLE is True and requires the selectors {', '.join(wanted) or 'none'}, but this "
+        f"{type(inner).__name__} has {', '.join(found) or 'none'}{modules}: build it with this "
+        f"config by slowfast.models.build_model(cfg), {TURN_OFF}"
     )
 
 
-def _assert_config(assert_and_infer_cfg, cfg):
+def _assert_and_infer_cfg(assert_and_infer_cfg, cfg):
     require_hooks(cfg)
     return assert_and_infer_cfg(cfg)

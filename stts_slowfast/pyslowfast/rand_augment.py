@@ -1,8 +1,8 @@
-"""SlowFast's RandAugment on bytes instead of PIL's images, if STTS.FAST_AUGMENT asks for it.
+"""SlowFast's RandAugment on byte arrays instead of PIL images, with ``STTS.FAST_AUGMENT``.
 
-SlowFast draws, as ever: which operations, how strong, which interpolation for each frame, which
-crop. What it would do to a list of images is put down, and done to the crop alone, by
-`stts_slowfast.video.image_ops`: at most a grey level from PIL's at each operation.
+SlowFast still draws the operations, their strength, the interpolation of each frame and the crop.
+The operations are recorded and then applied to the crop only, by `stts_slowfast.video.image_ops`:
+each differs from PIL's by at most one grey level.
 """
 
 import copy
@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stts_slowfast.pyslowfast.config_access import value
+from stts_slowfast.pyslowfast.config_access import get_value
 from stts_slowfast.pyslowfast.lazy_clip import LazyClip
 from stts_slowfast.pyslowfast.patching import wrap
 from stts_slowfast.video.affine import Box
 from stts_slowfast.video.image_ops import GEOMETRIC, Operation, augment
 
-# Which of our operations stands for a function of SlowFast's `rand_augment.py`.
+# Function of SlowFast's `rand_augment.py` to the operation of `image_ops`.
 NAMES = {
     "auto_contrast": "AutoContrast",
     "equalize": "Equalize",
@@ -40,15 +40,15 @@ NAMES = {
     "translate_y_rel": "TranslateY",
 }
 
-# What SlowFast has asked of a clip before and after: bytes as floats in 0..1.
+# The steps that SlowFast records on a `LazyClip` before: bytes to floats in 0..1.
 _TO_FLOATS = ((Tensor.div_, 255.0),)
 
-# Whether the training item that is read now is of a config that asks for it.
-_asked: ContextVar[bool] = ContextVar("stts_fast_augment", default=False)
+# Whether the item that is read now is augmented by this file.
+_enabled: ContextVar[bool] = ContextVar("stts_fast_augment", default=False)
 
 
 def wrap_augment(kinetics) -> None:
-    """What Kinetics and SSv2 do to frames in training (``slowfast/datasets``)."""
+    """How Kinetics and SSv2 augment frames in training (``slowfast/datasets``)."""
     from slowfast.datasets import rand_augment, utils
 
     wrap(rand_augment.AugmentOp, "__call__", _operate)
@@ -61,34 +61,34 @@ def wrap_augment(kinetics) -> None:
     wrap(utils, "_list_img_to_frames", _to_clip)
 
 
-def is_asked(cfg) -> bool:
-    """Whether a config asks for it."""
-    return bool(value(cfg, "STTS.FAST_AUGMENT", False))
+def is_enabled(cfg) -> bool:
+    """Whether a config sets ``STTS.FAST_AUGMENT``."""
+    return bool(get_value(cfg, "STTS.FAST_AUGMENT", False))
 
 
-class Images:
-    """A clip in place of SlowFast's list of PIL's images; operations on it wait.
+class LazyImages:
+    """A clip in place of SlowFast's list of PIL images; operations are recorded.
 
     Attributes:
         frames: (T, H, W, 3) uint8.
-        operations: what has been asked of them, in order.
+        operations: the recorded operations, in order.
     """
 
     def __init__(self, frames: np.ndarray, operations: tuple[Operation, ...] = ()):
         self.frames, self.operations = frames, operations
-        self._box, self._part = None, None
+        self._box, self._crop = None, None
 
-    def part(self, box: Box) -> np.ndarray:
-        """The part ``box`` of the augmented frames; the last one is kept."""
+    def crop(self, box: Box) -> np.ndarray:
+        """The crop ``box`` of the augmented frames; the last one is cached."""
         if box != self._box:
-            self._box, self._part = box, augment(self.frames, self.operations, box)
-        return self._part
+            self._box, self._crop = box, augment(self.frames, self.operations, box)
+        return self._crop
 
 
-class Frame:
-    """One of `Images`, as `LazyClip` handles an array (H, W, 3)."""
+class LazyFrame:
+    """One frame of `LazyImages`; `LazyClip` handles it as an array (H, W, 3)."""
 
-    def __init__(self, images: Images, number: int):
+    def __init__(self, images: LazyImages, number: int):
         self.images, self.number = images, number
 
     @property
@@ -97,32 +97,34 @@ class Frame:
 
     def __getitem__(self, square: tuple[slice, slice]) -> np.ndarray:
         (top, bottom, _), (left, right, _) = (
-            each.indices(size) for each, size in zip(square, self.shape)
+            axis.indices(size) for axis, size in zip(square, self.shape)
         )
-        return self.images.part((top, left, bottom - top, right - left))[self.number]
+        return self.images.crop((top, left, bottom - top, right - left))[self.number]
 
 
 def _get_item(getitem, dataset, index):
-    token = _asked.set(dataset.mode == "train" and is_asked(dataset.cfg))
+    token = _enabled.set(dataset.mode == "train" and is_enabled(dataset.cfg))
     try:
         return getitem(dataset, index)
     finally:
-        _asked.reset(token)
+        _enabled.reset(token)
 
 
 def _augment_frames(aug_frame, cfg, *args, **kwargs):
-    token = _asked.set(is_asked(cfg))
+    token = _enabled.set(is_enabled(cfg))
     try:
         return aug_frame(cfg, *args, **kwargs)
     finally:
-        _asked.reset(token)
+        _enabled.reset(token)
 
 
 def _decode(decode, *args, **kwargs):
     frames, *others = decode(*args, **kwargs)
-    if _asked.get() and frames is not None:
-        # Its copies, and what makes floats of it, would be of all pixels.
-        frames = [LazyClip.of(list(clip.numpy())) if _is_plain(clip) else clip for clip in frames]
+    if _enabled.get() and frames is not None:
+        # Lazy: SlowFast would copy and convert all pixels.
+        frames = [
+            LazyClip.create(list(clip.numpy())) if _is_plain(clip) else clip for clip in frames
+        ]
     return frames, *others
 
 
@@ -131,49 +133,49 @@ def _is_plain(clip) -> bool:
 
 
 def _to_images(stock, frames: Tensor, dataset=None):
-    """Frames (T, 3, H, W), bytes or floats in 0..1, as `Images`."""
-    if not _asked.get():
+    """Frames (T, 3, H, W), bytes or floats in 0..1, as `LazyImages`."""
+    if not _enabled.get():
         return stock(frames) if dataset is None else stock(dataset, frames)
     if isinstance(frames, LazyClip) and frames.steps == _TO_FLOATS:
-        return Images(np.stack(frames.images))
+        return LazyImages(np.stack(frames.images))
     pixels = frames.mul(255).byte() if frames.is_floating_point() else frames
-    return Images(np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy()))
+    return LazyImages(np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy()))
 
 
 def _operate(call, operation, images):
-    if not isinstance(images, Images):
+    if not isinstance(images, LazyImages):
         return call(operation, images)
-    drawing = copy.copy(operation)  # SlowFast's, which draws and then calls this
-    drawing.aug_fn = _noting(NAMES[operation.aug_fn.__name__])
+    drawing = copy.copy(operation)  # SlowFast draws, then calls aug_fn
+    drawing.aug_fn = _recorder(NAMES[operation.aug_fn.__name__])
     return call(drawing, images)
 
 
-def _noting(name: str) -> Callable[..., Images]:
-    """In place of a function on one image: ``name`` is noted for all."""
+def _recorder(name: str) -> Callable[..., LazyImages]:
+    """A function that records the operation ``name`` for all frames."""
 
-    def note(images: Images, argument: float = 0.0, *, resample, **_) -> Images:
+    def record(images: LazyImages, argument: float = 0.0, *, resample, **_) -> LazyImages:
         bicubic: list[bool] | bool = False
         if name in GEOMETRIC:
-            several = isinstance(resample, (list, tuple))  # then one is drawn for each frame
+            several = isinstance(resample, (list, tuple))  # one is drawn for each frame
             drawn = [random.choice(resample) if several else resample for _ in images.frames]
             if not {*drawn} <= {Image.BILINEAR, Image.BICUBIC}:
                 raise ValueError(
                     "STTS.FAST_AUGMENT is True, but AUG.INTERPOLATION is none of bicubic, bilinear "
                     "and random: set one of these"
                 )
-            bicubic = [each == Image.BICUBIC for each in drawn]
+            bicubic = [method == Image.BICUBIC for method in drawn]
             bicubic = bicubic[0] if len({*bicubic}) == 1 else bicubic
         height, width = images.frames.shape[1:3]
         argument *= {"TranslateX": width, "TranslateY": height}.get(name, 1)
         operation = Operation(name, argument, bicubic)
-        return Images(images.frames, (*images.operations, operation))
+        return LazyImages(images.frames, (*images.operations, operation))
 
-    return note
+    return record
 
 
 def _to_clip(stock, images, dataset=None) -> Tensor:
-    """`Images` as floats (T, 3, H, W) in 0..1, which wait for their crop."""
-    if not isinstance(images, Images):
+    """`LazyImages` as a `LazyClip` of floats (T, 3, H, W) in 0..1."""
+    if not isinstance(images, LazyImages):
         return stock(images) if dataset is None else stock(dataset, images)
-    frames = [Frame(images, number) for number in range(len(images.frames))]
-    return LazyClip.of(frames, _TO_FLOATS, (0, 3, 1, 2), floating=True)
+    frames = [LazyFrame(images, number) for number in range(len(images.frames))]
+    return LazyClip.create(frames, _TO_FLOATS, (0, 3, 1, 2), floating=True)

@@ -1,7 +1,7 @@
-"""What is known while SlowFast's ``Kinetics`` fetches one item: of which dataset, from which file.
+"""The item that SlowFast's ``Kinetics`` reads now: its dataset, file, and what is wrong with it.
 
-SlowFast opens and decodes files by functions that get neither. A call of
-``Kinetics.__getitem__`` opens an :class:`Item`, which ends with it.
+SlowFast opens and decodes files by functions that get no dataset. A call of
+``Kinetics.__getitem__`` makes a :class:`ReadContext`, which ends with it.
 """
 
 from contextvars import ContextVar
@@ -9,83 +9,86 @@ from contextvars import ContextVar
 from stts_slowfast.pyslowfast.compat import patch
 from stts_slowfast.pyslowfast.patching import wrap
 
-_item: "ContextVar[Item | None]" = ContextVar("stts_item", default=None)
+_current: "ContextVar[ReadContext | None]" = ContextVar("stts_item", default=None)
 
 
-class Files:
-    """The file that a dataset read last, and how: SlowFast asks for the views of a video one after
-    the other. Each process has its own."""
+class LastFile:
+    """The open file that a dataset read last: SlowFast asks for the views of a video one after the
+    other. Each process has its own.
+
+    Attributes:
+        opened: key of the file, options of its decoding, and its reader; None if none is open.
+    """
 
     def __init__(self):
-        self.last: tuple | None = None  # key of the file, rules, the open file
+        self.opened: tuple | None = None
 
-    def __reduce__(self):  # datasets are pickled as they are without us
+    def __reduce__(self):  # datasets are pickled as without this package
         return type(None), ()
 
     def close(self) -> None:
-        if self.last is not None:
-            self.last[2].close()
-        self.last = None
+        if self.opened is not None:
+            self.opened[2].close()
+        self.opened = None
 
 
-class Item:
+class ReadContext:
     """One call of ``Kinetics.__getitem__``.
 
     Attributes:
-        dataset: whose item it is.
-        files: the dataset's :class:`Files`.
-        reads: the dataset's :class:`~stts_slowfast.pyslowfast.error_log.Reads`; None outside of the
-            loops that keep such an account.
+        dataset: the ``Kinetics``.
+        last_file: the dataset's :class:`LastFile`.
+        errors: the dataset's :class:`~stts_slowfast.pyslowfast.error_log.ReadErrors`; None outside
+            of loops that track them.
         path: the file that was opened last.
-        finding: what is wrong with it: unreadable or damaged, and why.
-        blank: whether black frames took its place.
+        issue: its kind (unreadable or damaged) and reason; None if it is sound.
+        is_black: whether black frames replace it.
     """
 
     def __init__(self, dataset):
         self.dataset = dataset
-        self.files = vars(dataset).get("stts_files") or Files()
-        vars(dataset)["stts_files"] = self.files
-        self.reads = vars(dataset).get("stts_reads")
-        self.path, self.finding, self.blank = "", None, False
+        self.last_file = vars(dataset).get("stts_last_file") or LastFile()
+        vars(dataset)["stts_last_file"] = self.last_file
+        self.errors = vars(dataset).get("stts_errors")
+        self.path, self.issue, self.is_black = "", None, False
 
-    def leave_file(self) -> None:
-        """Leaves the last file as it is: something still reads it."""
-        vars(self.dataset)["stts_files"] = Files()
+    def abandon_file(self) -> None:
+        """Leaves the last file open, for a thread that still reads it."""
+        vars(self.dataset)["stts_last_file"] = LastFile()
 
-    def crops_alone(self) -> bool:
-        """Whether SlowFast's own code takes the frames, crops them and does no more: it does so
-        with a test view."""
+    def only_crops(self) -> bool:
+        """Whether SlowFast only crops the frames, as for a test view of its own ``Kinetics``."""
         return is_kinetics(self.dataset) and self.dataset.mode == "test"
 
 
 def is_kinetics(dataset) -> bool:
-    """Whether a dataset is SlowFast's ``Kinetics``: what a subclass does is not known here."""
-    kind = type(dataset)
-    return (kind.__module__, kind.__name__) == ("slowfast.datasets.kinetics", "Kinetics")
+    """Whether a dataset is SlowFast's ``Kinetics`` itself: a subclass may do anything."""
+    cls = type(dataset)
+    return (cls.__module__, cls.__name__) == ("slowfast.datasets.kinetics", "Kinetics")
 
 
-def item() -> Item | None:
-    """The item that is fetched now, if SlowFast's ``Kinetics`` fetches one."""
-    return _item.get()
+def current() -> ReadContext | None:
+    """The item that is read now; None outside of ``Kinetics.__getitem__``."""
+    return _current.get()
 
 
 @patch("decoder")
 def patch_decoder_items(kinetics) -> bool:
-    """``Kinetics.__getitem__``: the views of a file are read in one pass."""
-    wrap_items(kinetics)
-    return False  # it patches nothing by itself
+    """``Kinetics.__getitem__``: all views of a file are read in one pass."""
+    track_items(kinetics)
+    return False  # reported by the patch of the decoder
 
 
-def wrap_items(kinetics) -> None:
-    """``Kinetics.__getitem__``, which opens an :class:`Item`."""
+def track_items(kinetics) -> None:
+    """Makes ``Kinetics.__getitem__`` set the :class:`ReadContext`."""
     wrap(kinetics.Kinetics, "__getitem__", _get_item)
 
 
 def _get_item(getitem, dataset, index):
-    current = Item(dataset)
-    token = _item.set(current)
+    context = ReadContext(dataset)
+    token = _current.set(context)
     try:
-        found = getitem(dataset, index)
+        item = getitem(dataset, index)
     finally:
-        _item.reset(token)
-    return found if current.reads is None else current.reads.settle(current, found)
+        _current.reset(token)
+    return item if context.errors is None else context.errors.check_item(context, item)

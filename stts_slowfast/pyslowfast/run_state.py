@@ -1,8 +1,8 @@
-"""What a run inside SlowFast knows: one object a job, made when it starts and gone when it ends.
+"""The state of a run inside SlowFast: one `RunState` a job, one `Training` an optimizer.
 
-A job is what SlowFast's launcher runs: ``train``, ``test``, ... or a function of the user's own.
-A training within it, or in a loop of the user's own without any job, has an object of its own,
-which is held by its optimizer. Nothing of a run is kept in a module.
+A job is what SlowFast's launcher runs: ``train``, ``test``, ... or a function of the user's. A
+training in a user's own loop has no job. Nothing of a run is kept in a module: the state ends with
+the job, and a `Training` with its optimizer.
 """
 
 import contextlib
@@ -19,29 +19,29 @@ TRAINING_JOBS, OTHER_JOBS = {"train"}, {"test", "visualize", "demo", "benchmark_
 
 
 class RunState:
-    """A job: its config, and the name of the function that it runs.
+    """A job.
 
     Attributes:
         cfg: the config that the job was started with.
-        job: ``train``, ``test``, ...
-        function: what the job runs.
+        function: the function that the job runs.
+        job: its name: ``train``, ``test``, ...
     """
 
     def __init__(self, cfg, function):
         self.cfg, self.function = cfg, function
         self.job: str = getattr(function, "__name__", "")
 
-    def trains(self) -> bool:
-        """Whether the job trains; a function of the user's own does so as ``TRAIN.ENABLE`` says."""
+    def is_training(self) -> bool:
+        """Whether the job trains; for a user's own function ``TRAIN.ENABLE`` decides."""
         if self.job in TRAINING_JOBS | OTHER_JOBS:
             return self.job in TRAINING_JOBS
         return self.cfg.TRAIN.ENABLE
 
 
 @contextlib.contextmanager
-def started(cfg, function):
-    """While a job runs, :func:`running` is its state. Both the launcher and the function that it
-    calls may start the same one."""
+def enter_job(cfg, function):
+    """In this context :func:`current_job` is the job. The launcher and the function that it calls
+    may both enter the same one."""
     state, outer = RunState(cfg, function), _job.get()
     if outer is not None and (outer.cfg is cfg and outer.job == state.job):
         yield outer
@@ -54,19 +54,19 @@ def started(cfg, function):
         _training.reset(tokens[1])
 
 
-def running() -> RunState | None:
-    """The job that runs here; None in a loop of the user's own that no launcher started."""
+def current_job() -> RunState | None:
+    """The current job; None in a user's own loop that no launcher started."""
     return _job.get()
 
 
-def trains(cfg) -> bool:
-    """Whether a model that is built now is to be trained."""
-    state = running()
-    return state.trains() if state else cfg.TRAIN.ENABLE
+def is_training(cfg) -> bool:
+    """Whether a model that is built now will be trained."""
+    state = current_job()
+    return state.is_training() if state else cfg.TRAIN.ENABLE
 
 
 class Clock:
-    """Where a config's schedule stands: its clones in this process share it."""
+    """The current epoch of a config's schedule; all clones of the config in a process share it."""
 
     epoch: float | None = None
 
@@ -77,12 +77,12 @@ class Clock:
         return Clock, ()
 
 
-def clock(cfg) -> Clock:
-    """The clock of a config, which is given one where it has none."""
+def schedule_clock(cfg) -> Clock:
+    """The clock of a config; it gets one if it has none."""
     found = vars(cfg).get("stts_clock")
     if found is None:
         found = Clock()
-        object.__setattr__(cfg, "stts_clock", found)  # past yacs, which would make it a key
+        object.__setattr__(cfg, "stts_clock", found)  # CfgNode.__setattr__ would make it a key
     return found
 
 
@@ -92,13 +92,13 @@ class Training:
     Attributes:
         cfg: the config that the optimizer was made with.
         clock: that of the config; ``get_epoch_lr`` sets it.
-        schedule: ``schedule.Schedule``, once the first iteration has come; else None.
-        split: splits the optimizer's groups anew, as a saved state had them, or by what is new.
-        rates: what a training line of the log gains.
+        schedule: ``schedule.Schedule`` from the first iteration on; None before.
+        split: ``split(state=None)`` splits the optimizer's groups, as in a saved state if given.
+        rates: the values that training lines of the log gain.
     """
 
     def __init__(self, model: nn.Module, cfg):
-        self._model, self.cfg, self.clock = weakref.ref(model), cfg, clock(cfg)
+        self._model, self.cfg, self.clock = weakref.ref(model), cfg, schedule_clock(cfg)
         self.clock.epoch = None
         self.schedule = self.split = None
         self.rates: dict[str, float] = {}
@@ -110,16 +110,16 @@ class Training:
     def __deepcopy__(self, memo) -> "Training":
         return self
 
-    def __reduce__(self):  # optimizers are pickled as they are without us
+    def __reduce__(self):  # optimizers are pickled as without this package
         return type(None), ()
 
 
-def note_step(training: Training | None) -> None:
-    """Notes whose iteration it is: a training's, or that of a model without selectors (None)."""
+def set_training(training: Training | None) -> None:
+    """Sets whose iteration this is: a training's, or of a model without selectors (None)."""
     _training.set(weakref.ref(training) if training is not None else None)
 
 
-def training() -> Training | None:
-    """The training whose iteration it is."""
+def current_training() -> Training | None:
+    """The training whose iteration this is."""
     reference = _training.get()
     return reference() if reference is not None else None

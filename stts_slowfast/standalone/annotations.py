@@ -16,7 +16,7 @@ from iopath.common.file_io import g_pathmgr
 
 from stts_slowfast.video import list_lines
 from stts_slowfast.video.accuracy import NO_LABEL
-from stts_slowfast.video.list_lines import read_label, split_line
+from stts_slowfast.video.list_lines import read_label, read_labels, read_lines
 
 __all__ = ["NO_LABEL", "VideoList", "VideoRecord", "list_kinetics", "list_ssv2"]
 
@@ -89,10 +89,8 @@ def list_kinetics(cfg, split: str) -> VideoList:
         raise ValueError("DATA.PATH_LABEL_SEPARATOR is empty: set the separator before the label")
 
     def paths() -> Iterator[str]:
-        for number, line in _lines(path):
-            where = f"{path} line {number}"
-            name, text = split_line(line, separator, where)
-            labels.append(_label(cfg, text, where))
+        for name, label in read_labels(path, separator, cfg.MODEL.NUM_CLASSES):
+            labels.append(_unlabelled_as_ours(label))
             yield name
 
     return VideoList(PackedStrings(paths(), cfg.DATA.PATH_PREFIX), labels)
@@ -118,7 +116,7 @@ def list_ssv2(cfg, split: str) -> VideoList:
         where = f"something-something-v2-{name}.json, video {video['id']}"
         if template not in known:
             raise ValueError(f"{where}: template {template!r} has no label in the labels file")
-        label = _label(cfg, known[template], where)
+        label = _unlabelled_as_ours(read_label(known[template], cfg.MODEL.NUM_CLASSES, where))
         if video["id"] in names:
             ids.append(video["id"])
             labels.append(label)
@@ -136,7 +134,7 @@ def _frame_list(cfg, name: str) -> tuple[PackedStrings, np.ndarray, dict[str, in
     owners, names = array("q"), {}
 
     def images() -> Iterator[str]:
-        for number, line in _lines(path):
+        for number, line in read_lines(path):
             fields = line.split()
             if fields[0] == "original_vido_id":
                 continue
@@ -165,20 +163,11 @@ def _data_file(cfg, name: str, content: str) -> str:
     return path
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbers and texts of the lines that are not empty."""
-    with g_pathmgr.open(path, "r") as file:
-        try:
-            yield from list_lines.numbered(file)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
 def _read_json(cfg, name: str, kind: type, content: str):
     path = _data_file(cfg, name, content)
     with g_pathmgr.open(path, "r") as file:
         try:
-            found = json.loads(file.read().removeprefix(list_lines.MARK))
+            found = json.loads(file.read().removeprefix(list_lines.BYTE_ORDER_MARK))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, kind):
@@ -188,6 +177,5 @@ def _read_json(cfg, name: str, kind: type, content: str):
     return found
 
 
-def _label(cfg, text: str | int, where: str) -> int:
-    label = read_label(text, cfg.MODEL.NUM_CLASSES, where)
-    return NO_LABEL if label == list_lines.NO_LABEL else label
+def _unlabelled_as_ours(label: int) -> int:
+    return NO_LABEL if label == list_lines.UNLABELLED else label

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,12 +17,10 @@ from stts_slowfast.checkpoints import (
     read_checkpoint,
     validate_checkpoint,
 )
+from stts_slowfast.checkpoints.names import checkpoint_name, latest_first
 from stts_slowfast.standalone.run_logger import write_json
 
 logger = logging.getLogger(__name__)
-
-# SlowFast must not resume from a checkpoint inside an epoch, so its name is not one of SlowFast's.
-_WITHIN = "within_epoch_{:05d}_iteration_{:07d}.pyth"
 
 
 @dataclass
@@ -54,9 +51,8 @@ def _of_task(cfg, name: str) -> str:
 
 def checkpoint_path(cfg, epoch: int, iteration: int = 0) -> str:
     """The path of the checkpoint after ``epoch`` epochs, or after iterations of the next one."""
-    name = f"checkpoint_epoch_{epoch:05d}.pyth"
-    name = _WITHIN.format(epoch, iteration) if iteration else name
-    return os.path.join(cfg.OUTPUT_DIR, "checkpoints", _of_task(cfg, name))
+    name = checkpoint_name(epoch, iteration, cfg.TASK)
+    return os.path.join(cfg.OUTPUT_DIR, "checkpoints", name)
 
 
 def checkpoints(cfg) -> list[str]:
@@ -64,14 +60,7 @@ def checkpoints(cfg) -> list[str]:
     folder = os.path.dirname(checkpoint_path(cfg, 0))
     if not g_pathmgr.isdir(folder):
         return []
-    task = re.escape(_of_task(cfg, ""))
-    names = r"checkpoint_epoch_(\d+)|within_epoch_(\d+)_iteration_(\d+)"
-    pattern = re.compile(rf"{task}(?:{names})\.pyth")
-    matches = filter(None, map(pattern.fullmatch, g_pathmgr.ls(folder)))
-    progress = {
-        match.string: [int(n) for n in match.groups() if n is not None] for match in matches
-    }
-    names = sorted(progress, key=lambda name: progress[name], reverse=True)
+    names = latest_first(g_pathmgr.ls(folder), cfg.TASK)
     return [os.path.join(folder, name) for name in names]
 
 

@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode
 
 from stts_slowfast.backbones import add_configs, resolve_config
 from stts_slowfast.config import add_stts_config
+from stts_slowfast.configfiles.extra_keys import EXTRA_KEYS, EXTRA_RANGES
 from stts_slowfast.configfiles.files import find_config, read_yaml
 from stts_slowfast.configfiles.values import all_keys, coerce_tree, unflatten
 from stts_slowfast.standalone.value_ranges import check_machines, check_patches, check_ranges
@@ -28,6 +29,9 @@ _KEYS, _IGNORED_NODES, _ONLY_IN_SLOWFAST, _OPTIONAL, _NOT_READ, _RANGES = yaml.s
 _C = CfgNode({**{name: {} for name in _IGNORED_NODES}, **_KEYS})
 for _name in _IGNORED_NODES:
     _C[_name].set_new_allowed(True)
+for _name in EXTRA_KEYS:
+    _C[_name].update(EXTRA_KEYS[_name])
+_RANGES.update(EXTRA_RANGES)
 add_stts_config(_C)
 add_configs(_C)
 

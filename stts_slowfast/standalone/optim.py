@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stts_slowfast.backbones import family_of
 from stts_slowfast.checkpoints import slowfast_state
+from stts_slowfast.checkpoints.optimizer_state import optimizer_mismatch
 from stts_slowfast.hosts import find_blocks
 from stts_slowfast.optimizer_groups import run_groups
 
@@ -204,15 +205,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, source: 
     Raises:
         ValueError: if the state is of an optimizer with other parameters.
     """
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    found = [len(group["params"]) for group in state.get("param_groups", ())]
     advice = (
         "to load only its weights set TRAIN.CHECKPOINT_EPOCH_RESET True (or another OUTPUT_DIR)"
     )
-    if sizes != found:
+    if mismatch := optimizer_mismatch(state, optimizer, reshaped=True):
         raise ValueError(
-            f"{source} holds the state of an optimizer with groups of {found} parameters, the "
-            f"model of this config has {sizes}: {advice}"
+            f"{source} holds the state of an optimizer for other parameters ({mismatch}): {advice}"
         )
     for key in ("momentum", "betas"):  # SGD has the one, Adam and AdamW the other
         if key in optimizer.param_groups[0] and key not in state["param_groups"][0]:
@@ -220,12 +218,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, source: 
                 f"{source} holds the state of another optimizer than {type(optimizer).__name__}, "
                 f"which SOLVER.OPTIMIZING_METHOD asks for: {advice}"
             )
-    try:
-        tensors = _reshaped(state["state"], optimizer, lambda p: p.shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{source} holds the state of an optimizer for parameters of other shapes: {advice}"
-        ) from error
+    tensors = _reshaped(state["state"], optimizer, lambda p: p.shape)
     optimizer.load_state_dict({**state, "state": tensors})
 
 

@@ -1,6 +1,6 @@
-"""Opens a video with PyAV and decodes just the frames of its clips; and the clip sampling rules.
+"""Reads the frames of clips from video files with PyAV, and has the clip sampling rules.
 
-`Video` knows files and nothing of rules; the rules know numbers and nothing of files::
+`Video` knows no sampling rule, and the rules (``sampling.py``) know no file::
 
     with Video("clip.mp4") as video:
         slots = clip_frames(video.num_frames, video.fps, num_frames=16, sampling_rate=4)

@@ -1,9 +1,9 @@
-"""What the first bytes of packets say: whether decoding may begin there, and the order of showing.
+"""The first bytes of packets: whether decoding may start there, and the presentation order.
 
-A container claims keyframes and presentation times, and often enough they are wrong. The packets
-themselves are what the decoder goes by, so claims are believed if the packets agree. Codecs that no
-reader here knows, and streams of a known codec that may decode to other than one frame a packet in
-the order of showing, have no reader: see `packet_reader`.
+A container's keyframes and presentation times are often wrong. The decoder follows the packets, so
+a container's claims are used only if its packets agree. Codecs without a reader here, and streams
+of a known codec that may not decode to one frame a packet in presentation order, have none: see
+`packet_reader`.
 """
 
 import re
@@ -13,13 +13,13 @@ import av
 
 from stts_slowfast.video.h26x import H264, HEVC, Bits, Picture
 
-# Reads one packet after the other, in the order of decoding, from an entry on. None: the packet is
-# not one frame, or not what its stream's header promises.
+# Reads one packet after the other, in decoding order, from an entry on. None: the packet is not one
+# frame, or not what its stream's header declares.
 PacketReader = Callable[[bytes | memoryview], Picture | None]
 
 
 def packet_reader(stream: av.video.stream.VideoStream) -> PacketReader | None:
-    """A reader for the packets of a stream, or None if they cannot be relied on."""
+    """A reader for the packets of a stream, or None if they are not reliable."""
     codec = stream.codec_context.codec
     name = getattr(codec, "canonical_name", codec.name)
     try:
@@ -31,13 +31,13 @@ def packet_reader(stream: av.video.stream.VideoStream) -> PacketReader | None:
 
 
 def reorder_depth(reader: PacketReader) -> int | None:
-    """How many frames the decoder may hold back to put them in order; None: it guesses, and loses
-    frames that come later than it guessed."""
+    """How many frames the decoder may delay for reordering; None: it guesses, and loses frames that
+    come later than that."""
     return getattr(reader, "depth", 0)
 
 
 class _Intra:
-    """Codecs whose every packet is a frame of its own."""
+    """Codecs with intra frames alone."""
 
     def __init__(self, extradata: bytes):
         self.count = 0
@@ -55,11 +55,11 @@ class _MPEG4:
 
     def __call__(self, data) -> Picture | None:
         data = bytes(data)
-        place = data.find(_VOP)
+        offset = data.find(_VOP)
         self.time_bits = self.time_bits or _time_bits(data)
-        if place < 0 or data.find(_VOP, place + 4) >= 0 or not self.time_bits:
+        if offset < 0 or data.find(_VOP, offset + 4) >= 0 or not self.time_bits:
             return None
-        bits = Bits(data[place + 4 : place + 24])
+        bits = Bits(data[offset + 4 : offset + 24])
         kind = bits.u(2)
         try:
             while bits.u(1):
@@ -120,7 +120,7 @@ class _VP9:
 
     @staticmethod
     def _starts(data) -> list[int]:
-        """Where the frames of a packet begin."""
+        """Offsets of the frames in a packet."""
         last, starts = data[-1], [0]
         width, count = (last >> 3 & 3) + 1, (last & 7) + 1
         size = 2 + width * count
@@ -148,30 +148,30 @@ class _AV1:
 
     def __call__(self, data) -> Picture | None:
         self.count += 1
-        frames, place, header = [], 0, False
-        while place < len(data):
-            kind, extended, sized = data[place] >> 3 & 15, data[place] & 4, data[place] & 2
-            place += 1
+        frames, offset, header = [], 0, False
+        while offset < len(data):
+            kind, extended, sized = data[offset] >> 3 & 15, data[offset] & 4, data[offset] & 2
+            offset += 1
             if extended:
-                if data[place] >> 3 & 3:
+                if data[offset] >> 3 & 3:
                     return None  # a spatial layer
-                place += 1
-            size = len(data) - place
+                offset += 1
+            size = len(data) - offset
             if sized:
                 size = shift = 0
                 while True:
-                    size |= (data[place] & 127) << shift
-                    shift, place = shift + 7, place + 1
-                    if not data[place - 1] & 128:
+                    size |= (data[offset] & 127) << shift
+                    shift, offset = shift + 7, offset + 1
+                    if not data[offset - 1] & 128:
                         break
             header = header or kind == 1
-            if kind == 1 and data[place] & 8:
+            if kind == 1 and data[offset] & 8:
                 return None  # a still picture, whose frames have another header
             if kind in (3, 6):
-                byte = data[place]
-                again, key, shown = byte & 128, not byte & 96, byte & 16
-                frames.append((header and not again and key and shown, again or shown))
-            place += size
+                byte = data[offset]
+                repeated, key, shown = byte & 128, not byte & 96, byte & 16
+                frames.append((header and not repeated and key and shown, repeated or shown))
+            offset += size
         if sum(bool(shown) for _, shown in frames) != 1:
             return None
         return Picture(bool(frames[0][0]), bool(frames[0][0]), self.count)

@@ -1,4 +1,4 @@
-"""Keeps account of the videos that cannot be read, or that are damaged, on all processes."""
+"""The log of unreadable and damaged videos over all processes, for both engines."""
 
 import contextlib
 import fcntl
@@ -12,20 +12,20 @@ from iopath.common.file_io import g_pathmgr
 
 logger = logging.getLogger(__name__)
 
-FILE = "bad_videos.jsonl"
+FILE_NAME = "bad_videos.jsonl"
 # The label of a test video that cannot be read: no prediction equals it, so it counts as wrong.
 UNREADABLE = -1
 CONSEQUENCES = {
-    ("unreadable", False): "another one takes its place",
+    ("unreadable", False): "another one replaces it",
     ("unreadable", True): "it counts as wrong",
-    ("damaged", False): "it is used all the same",
-    ("damaged", True): "it is used all the same",
+    ("damaged", False): "it is used nevertheless",
+    ("damaged", True): "it is used nevertheless",
 }
 
 
 class VideoIssue(NamedTuple):
-    """What a worker found about the video ``index`` of a list: ``kind`` is unreadable (nothing of
-    it is used) or damaged (frames are missing, or the decoder made some of them up)."""
+    """A problem of the video ``index`` of a list: ``kind`` is unreadable (nothing of it is used) or
+    damaged (frames are missing, or were decoded with errors)."""
 
     index: int
     path: str
@@ -34,68 +34,68 @@ class VideoIssue(NamedTuple):
 
 
 class VideoErrorLog:
-    """The findings of one loader. ``OUTPUT_DIR/bad_videos.jsonl`` gets a line for each video and
-    kind, whichever process meets it first, also over restarts; each process logs it once."""
+    """The issues of one loader. ``OUTPUT_DIR/bad_videos.jsonl`` has one line for each video and
+    kind, over all processes and restarts; each process logs a warning once."""
 
     def __init__(self, cfg, split: str):
         self.split, self.folder = split, cfg.OUTPUT_DIR
         self.epoch: dict[tuple[int, str], VideoIssue] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str]] = set()
 
     def begin_epoch(self) -> None:
-        """Counts anew."""
+        """Resets the counts."""
         self.epoch.clear()
 
-    def add(self, findings: list[VideoIssue], epoch: int | None = 0) -> None:
-        for finding in findings:
-            self.epoch.setdefault((finding.index, finding.kind), finding)
-            key = finding.path, finding.kind
-            if key not in self._told:
-                self._told.add(key)
-                fate = CONSEQUENCES[finding.kind, self.split == "test"]
-                logger.warning("%s is %s: %s; %s", *key, finding.reason, fate)
-                self._write(finding, epoch)
+    def add(self, issues: list[VideoIssue], epoch: int | None = 0) -> None:
+        for issue in issues:
+            self.epoch.setdefault((issue.index, issue.kind), issue)
+            key = issue.path, issue.kind
+            if key not in self._logged:
+                self._logged.add(key)
+                consequence = CONSEQUENCES[issue.kind, self.split == "test"]
+                logger.warning("%s is %s: %s; %s", *key, issue.reason, consequence)
+                self._write(issue, epoch)
 
     def count(self) -> dict[str, int]:
         """``{"unreadable": ..., "damaged": ...}``: videos of this epoch, each counted once over all
         processes. Every process of a group must call it."""
-        kinds = [kind for _, kind in self._everywhere()]
-        return {kind: kinds.count(kind) for kind in ("unreadable", "damaged")}
+        found = [kind for _, kind in self._all_ranks()]
+        return {kind: found.count(kind) for kind in ("unreadable", "damaged")}
 
     def require_all(self, allow_missing: bool) -> None:
         """Raises ValueError with the list of unreadable videos, unless they are allowed. Every
         process of a group must call it, and all raise."""
-        found = self._everywhere().values()
+        found = self._all_ranks().values()
         if not allow_missing:
             missing = {item.path: item.reason for item in found if item.kind == "unreadable"}
             raise_if_unreadable(missing, self.folder)
 
-    def _everywhere(self) -> dict[tuple[int, str], VideoIssue]:
+    def _all_ranks(self) -> dict[tuple[int, str], VideoIssue]:
         if not torch.distributed.is_initialized():
             return self.epoch
         parts = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, self.epoch)
-        return {key: finding for part in parts for key, finding in part.items()}
+        return {key: issue for part in parts for key, issue in part.items()}
 
-    def _write(self, finding: VideoIssue, epoch: int | None) -> None:
-        record = {**finding._asdict(), "split": self.split}
+    def _write(self, issue: VideoIssue, epoch: int | None) -> None:
+        record = {**issue._asdict(), "split": self.split}
         del record["index"]
         if epoch is not None:
             record["epoch"] = epoch + 1
         g_pathmgr.mkdirs(self.folder)
-        with g_pathmgr.open(os.path.join(self.folder, FILE), "a+") as file, _locked(file):
-            if (finding.path, finding.kind) not in _records(file):
+        with g_pathmgr.open(os.path.join(self.folder, FILE_NAME), "a+") as file, _locked(file):
+            if (issue.path, issue.kind) not in _records(file):
                 file.write(json.dumps(record) + "\n")
                 file.flush()
 
 
 def read_log(folder: str, kind: str) -> dict[str, str]:
-    """The videos of a kind that the processes of a run have written down, each with its reason."""
-    path = os.path.join(folder, FILE)
+    """The videos of a kind in the log of a run, each with its reason."""
+    path = os.path.join(folder, FILE_NAME)
     if not g_pathmgr.exists(path):
         return {}
     with g_pathmgr.open(path) as file:
-        return {path: reason for (path, its), reason in _records(file).items() if its == kind}
+        return {path: reason for (path, found), reason in _records(file).items() if found == kind}
 
 
 def _records(file) -> dict[tuple[str, str], str]:
@@ -109,27 +109,27 @@ def _records(file) -> dict[tuple[str, str], str]:
 
 
 def raise_if_unreadable(missing: dict[str, str], folder: str) -> None:
-    """Raises ValueError with the list where test videos are missing; ``missing`` has reasons."""
+    """Raises ValueError with the list of unreadable test videos, if any: ``{path: reason}``."""
     if missing:
         lines = [f"\n  {path}: {reason}" for path, reason in sorted(missing.items())[:20]]
         more = f"\n  and {len(missing) - 20} more" if len(missing) > 20 else ""
         raise ValueError(
             f"{len(missing)} of the test videos cannot be read, so the accuracy is not that "
-            f"of the list. Mend them, or set TEST.ALLOW_MISSING True to count them as wrong "
-            f"(all are in {os.path.join(folder, FILE)}):{''.join(lines)}{more}"
+            f"of the list. Repair them, or set TEST.ALLOW_MISSING True to count them as wrong "
+            f"(all are in {os.path.join(folder, FILE_NAME)}):{''.join(lines)}{more}"
         )
 
 
 @contextlib.contextmanager
 def _locked(file):
-    """Processes of a run write one after the other, where the file system has locks."""
+    """Processes of a run write one after the other, if the file system has locks."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         fcntl.flock(file, fcntl.LOCK_EX)
-    yield  # closing the file lets go
+    yield  # closing the file unlocks it
 
 
 def exceeds_limit(bad: int, seen: int, total: int, limit: float) -> bool:
-    """Whether more than the share ``limit`` of a list's ``total`` videos is bad, as far as is
-    known: for certain by counting, or beyond doubt by the ``seen`` ones (four standard deviations
-    of a share), so that no run ends because it happened to meet its bad videos first."""
+    """Whether more than the share ``limit`` of a list's ``total`` videos is bad: by counting, or by
+    the ``seen`` ones beyond doubt (four standard deviations of a share), so that no run ends
+    because it happened to read its bad videos first."""
     return bad > limit * total or bad / seen - 2 / seen**0.5 > limit

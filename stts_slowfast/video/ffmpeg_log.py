@@ -1,4 +1,4 @@
-"""FFmpeg's log: ours while we call it, as it was before and afterwards."""
+"""FFmpeg's log level, changed only during our calls."""
 
 import threading
 
@@ -9,8 +9,8 @@ _calls, _level = 0, None
 
 
 class quiet:
-    """Inside, FFmpeg prints nothing, and PyAV counts its errors (`errors`): what goes wrong is
-    raised as a VideoError, with the file's name."""
+    """Context in which FFmpeg prints nothing and PyAV counts its errors (`errors`), which we raise
+    as a VideoError with the file's name."""
 
     def __enter__(self) -> None:
         global _calls, _level
@@ -29,6 +29,6 @@ class quiet:
 
 
 def errors() -> tuple[int, str]:
-    """How many errors FFmpeg logged inside of `quiet` so far, and the last of them."""
+    """How many errors FFmpeg has logged inside `quiet`, and the last of them."""
     count, last = av.logging.get_last_error()
     return count, last[2] if last else ""

@@ -1,44 +1,44 @@
-"""Videos whose frames are decoded once, where the same few are read again and again."""
+"""Videos whose decoded frames are cached, for the same few that are read again and again."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from stts_slowfast.video.frame_index import LRUCache
 from stts_slowfast.video.io import stat_key
+from stts_slowfast.video.lru_cache import LRUCache
 from stts_slowfast.video.reader import Video, frames_at
 
-_memory = LRUCache(0)
+_cache = LRUCache(0)
 
 
 @contextlib.contextmanager
 def cache_frames(size: int) -> Iterator[None]:
-    """Inside, `open_video` keeps the frames that it decodes, up to ``size`` bytes of those read
-    last, in each process (a DataLoader's workers remember for themselves)."""
-    _memory.limit = size
+    """Context in which `open_video` caches decoded frames, up to ``size`` bytes of those read last,
+    in each process (each DataLoader worker has its own cache)."""
+    _cache.limit = size
     try:
         yield
     finally:
-        _memory.clear()
-        _memory.limit = 0
+        _cache.clear()
+        _cache.limit = 0
 
 
 def open_video(path: str, threads: int = 1, rotate: bool = True) -> "Video | CachedVideo":
-    """The file as a `Video`; inside of `cache_frames`, as one that remembers."""
-    key = stat_key(path) if _memory.limit else None
+    """The file as a `Video`; inside `cache_frames`, as a `CachedVideo`."""
+    key = stat_key(path) if _cache.limit else None
     if key is None:
         return Video(path, threads=threads, rotate=rotate)
     key = *key, rotate
-    return _memory.get(key) or CachedVideo(key, path, threads, rotate)
+    return _cache.get(key) or CachedVideo(key, path, threads, rotate)
 
 
 class CachedVideo:
-    """As `Video` for who iterates; the file is opened only for what is not in memory.
+    """Iterates as `Video` does; the file is opened only for frames that are not cached.
 
     Attributes:
-        images: frames (H, W, 3) uint8 by number and short side.
-        num_frames, fps, ticks, frames_at, damage: as `Video` tells them.
+        images: frames (H, W, 3) uint8 by index and short side.
+        num_frames, fps, ticks, frame_times, damage: as of `Video`.
     """
 
     def __init__(self, key: tuple, path: str, threads: int, rotate: bool):
@@ -46,7 +46,7 @@ class CachedVideo:
         self.images: dict[tuple[int, int], np.ndarray] = {}
         self.damage = ""
         with Video(*self._file) as video:
-            self._ask(video)
+            self._copy_metadata(video)
 
     def __enter__(self) -> "CachedVideo":
         return self
@@ -59,21 +59,21 @@ class CachedVideo:
         return sum(image.nbytes for image in self.images.values())
 
     def iter_frames(self, wanted: list[int], short_side: int = 0) -> list[np.ndarray]:
-        """The frames ``wanted``, as `Video.iterate` gives them."""
+        """The frames ``wanted``, as `Video.iter_frames`."""
         missing = [index for index in wanted if (index, short_side) not in self.images]
         if missing:
             with Video(*self._file) as video:
                 decoded = video.iter_frames(missing, short_side)
                 for index, image in zip(missing, decoded, strict=True):
-                    self.images[index, short_side] = image.copy()  # without what lies beside it
-                self._ask(video)
-            _memory.put(self._key, self)
+                    self.images[index, short_side] = image.copy()  # without the padding of its rows
+                self._copy_metadata(video)
+            _cache.put(self._key, self)
         return [self.images[index, short_side] for index in wanted]
 
     def frames_at(self, slots: Iterable[int]) -> list[int]:
-        return frames_at(slots, self.clock, self.ticks)
+        return frames_at(slots, self.frame_times, self.ticks)
 
-    def _ask(self, video: Video) -> None:
+    def _copy_metadata(self, video: Video) -> None:
         self.num_frames, self.fps, self.ticks = video.num_frames, video.fps, video.ticks
-        self.clock = video.clock
+        self.frame_times = video.frame_times
         self.damage = self.damage or video.damage

@@ -2,18 +2,18 @@
 
 from typing import NamedTuple
 
-_FIRST_BYTES = 24  # of a slice: more than its header needs, up to the order of showing
-_APART = 1 << 40  # of groups, so that the pictures of one never reach into the next
+_FIRST_BYTES = 24  # of a slice: more than its header needs, up to the presentation order
+_APART = 1 << 40  # between groups, so that the orders of two never overlap
 
 
 class Picture(NamedTuple):
     """What a packet holds.
 
     Attributes:
-        entry: decoding may begin here; frames shown later are what they are in a full decoding.
-        closed: and no packet behind it is shown earlier.
-        order: grows with the order of showing; None: the decoder's order is known when it decodes.
-        shown: the decoder gives a frame for it.
+        entry: decoding may start here; later frames are those of a full decoding.
+        closed: an entry, and no later packet is shown before it.
+        order: increases in presentation order; None if only the decoder knows it.
+        shown: the decoder outputs a frame for it.
     """
 
     entry: bool
@@ -23,7 +23,7 @@ class Picture(NamedTuple):
 
 
 class Bits:
-    """Bits of a header, the first one first. Raises ValueError behind the last."""
+    """Bits of a header, most significant first. Raises ValueError after the last."""
 
     def __init__(self, data: bytes):
         self.value, self.left = int.from_bytes(data, "big"), 8 * len(data)
@@ -46,14 +46,14 @@ class Bits:
 
 
 def _plain(data: bytes) -> bytes:
-    """Without the bytes that keep start codes from appearing."""
+    """Removes emulation prevention bytes."""
     return data.replace(b"\0\0\3", b"\0\0")
 
 
 class H264:
-    """H.264 with lengths before its units (mp4, Matroska, FLV), one sequence header, whole frames.
+    """H.264 with a length before each unit (mp4, Matroska, FLV), one sequence header, no fields.
 
-    Only IDR pictures are entries: what a recovery point promises shows when it is decoded.
+    Only IDR pictures are entries: whether a recovery point is exact is known once it is decoded.
     """
 
     def __init__(self, extradata: bytes):
@@ -100,7 +100,7 @@ class H264:
 
     @staticmethod
     def _reorder(bits: Bits) -> int | None:
-        """The depth that the header's last part states, if it does."""
+        """``max_num_reorder_frames`` of the header's last part, if it has one."""
         if not bits.u(1):
             return None
         if bits.u(1) and bits.u(8) == 255:
@@ -135,16 +135,16 @@ class H264:
         return bits.ue()
 
     def __call__(self, data) -> Picture | None:
-        place, length = 0, self.length
-        while place + length < len(data):
-            size = int.from_bytes(data[place : place + length], "big")
-            place += length
-            kind = data[place] & 31
+        offset, length = 0, self.length
+        while offset + length < len(data):
+            size = int.from_bytes(data[offset : offset + length], "big")
+            offset += length
+            kind = data[offset] & 31
             if kind in (1, 5):
-                return self._picture(kind == 5, data[place] >> 5 & 3, data[place + 1 :])
-            if kind == 2 or (kind == 7 and bytes(data[place : place + size]) != self.header):
+                return self._picture(kind == 5, data[offset] >> 5 & 3, data[offset + 1 :])
+            if kind == 2 or (kind == 7 and bytes(data[offset : offset + size]) != self.header):
                 return None
-            place += size
+            offset += size
         return None
 
     def _picture(self, idr: bool, reference: int, data) -> Picture | None:
@@ -159,7 +159,7 @@ class H264:
                 bits.ue()
                 self.start, self.previous = self.count * _APART, 0
             elif number != (self.number + 1) % (1 << self.number_bits):
-                return None  # a reference is missing: what the decoder makes up for it varies
+                return None  # a reference is missing: the decoder's substitute varies
             if reference:
                 self.number = number
             if not self.order_bits:
@@ -174,8 +174,8 @@ class H264:
 
 
 class HEVC:
-    """HEVC with lengths before its units. Random access points are exact by its standard, but for
-    frames that are shown before them."""
+    """HEVC with a length before each unit. Random access points are exact by its standard, except
+    for frames shown before them."""
 
     def __init__(self, extradata: bytes):
         if extradata[:1] != b"\1":
@@ -183,18 +183,18 @@ class HEVC:
         self.length = (extradata[21] & 3) + 1
 
     def __call__(self, data) -> Picture | None:
-        place, length, found = 0, self.length, None
-        while place + length + 2 < len(data):
-            size = int.from_bytes(data[place : place + length], "big")
-            place += length
-            kind, layer = data[place] >> 1 & 63, (data[place] & 1) << 5 | data[place + 1] >> 3
-            if kind in (36, 37):  # the sequence ends: what follows is decoded otherwise
+        offset, length, found = 0, self.length, None
+        while offset + length + 2 < len(data):
+            size = int.from_bytes(data[offset : offset + length], "big")
+            offset += length
+            kind, layer = data[offset] >> 1 & 63, (data[offset] & 1) << 5 | data[offset + 1] >> 3
+            if kind in (36, 37):  # the sequence ends: later packets are decoded differently
                 return None
             if kind < 32 and not layer and found is None:
-                flags = data[place + 2] >> 6
-                # A first slice; of an entry, one that lets all earlier frames be shown.
+                flags = data[offset + 2] >> 6
+                # The first slice of a picture; an entry's must not discard earlier frames.
                 if not flags & 2 or (kind >= 16 and flags & 1) or kind in (16, 17, 18):
                     return None
                 found = Picture(kind in (19, 20, 21), kind in (19, 20), None)
-            place += size
+            offset += size
         return found

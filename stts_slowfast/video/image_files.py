@@ -1,4 +1,4 @@
-"""Image files as OpenCV reads them for SlowFast: BGR, 8 bits, turned as their EXIF data say."""
+"""Image files as OpenCV reads them for SlowFast: BGR, 8 bits, rotated by their EXIF data."""
 
 import numpy as np
 from iopath.common.file_io import g_pathmgr
@@ -8,11 +8,11 @@ from stts_slowfast.video.io import VideoError
 
 
 def read_image(path: str) -> np.ndarray:
-    """(H, W, 3) uint8, BGR. Raises VideoError if the file is missing, no image, or not whole."""
+    """(H, W, 3) uint8, BGR. Raises VideoError if the file is missing, no image, or truncated."""
     try:
         with g_pathmgr.open(path, "rb") as file:
             image = ImageOps.exif_transpose(Image.open(file))
-        if image.mode.startswith("I"):  # 16 bits of grey, of which the upper eight are kept
+        if image.mode.startswith("I"):  # 16-bit grey, of which the upper eight bits are kept
             grey = (np.array(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
             return np.repeat(grey[..., None], 3, 2)
         return np.array(image.convert("RGB"))[..., ::-1]

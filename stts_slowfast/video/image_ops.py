@@ -1,7 +1,7 @@
-"""Operations on the bytes of a clip's frames, (T, H, W, 3) uint8, within a grey level of PIL's.
+"""RandAugment's operations on all frames of a clip, (T, H, W, 3) uint8, within a grey level of PIL.
 
-RandAugment's, alike for all frames: of both engines. They work in NumPy in the order of the
-decoder: its copies in another order, conversions and lookups take a fraction of PyTorch's time.
+They use NumPy in the decoder's memory layout: its transposed copies, conversions and lookups take a
+fraction of PyTorch's time.
 """
 
 import math
@@ -13,9 +13,9 @@ import torch
 
 from stts_slowfast.video.affine import Box, warp
 
-# These look at no other pixel than the one that they make.
+# Operations whose output pixel depends on the same input pixel alone.
 POINTWISE = {"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"}
-# These move pixels, by bilinear or bicubic interpolation.
+# Operations that move pixels, by bilinear or bicubic interpolation.
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 OPERATIONS = (
     *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
@@ -25,11 +25,11 @@ OPERATIONS = (
 
 
 class Operation(NamedTuple):
-    """One of ``OPERATIONS`` as PIL's functions and timm's take it.
+    """One of ``OPERATIONS``, with arguments as of PIL and timm.
 
-    ``argument``: bits that Posterize keeps, the value from which Solarize inverts, what SolarizeAdd
-    adds to values below 128, the factor of Color, Contrast, Brightness and Sharpness (1 changes
-    nothing), degrees counterclockwise of Rotate, the factor of ShearX and ShearY, pixels of
+    ``argument``: bits that Posterize keeps, the value from which Solarize inverts, the number that
+    SolarizeAdd adds to values below 128, the factor of Color, Contrast, Brightness and Sharpness (1
+    changes nothing), degrees counterclockwise of Rotate, the factor of ShearX and ShearY, pixels of
     TranslateX and TranslateY; none of the others. ``bicubic``: of the geometric ones, also one for
     each frame; else bilinear.
     """
@@ -40,13 +40,15 @@ class Operation(NamedTuple):
 
 
 def augment(frames: np.ndarray, operations: Sequence[Operation], box: Box | None = None):
-    """The part ``box`` of the frames after all operations: those behind the last one that looks
-    beyond a pixel are done there alone."""
-    afar = [place for place, each in enumerate(operations) if each.name not in POINTWISE]
-    if box and not afar:
+    """Applies the operations and crops to ``box``; operations after the last non-local one run on
+    the crop only."""
+    last_nonlocal = max(
+        (number for number, each in enumerate(operations) if each.name not in POINTWISE), default=-1
+    )
+    if box and last_nonlocal < 0:
         frames = crop(frames, box)
-    for place, operation in enumerate(operations):
-        frames = operate(frames, operation, box if afar[-1:] == [place] else None)
+    for number, operation in enumerate(operations):
+        frames = operate(frames, operation, box if number == last_nonlocal else None)
     return frames
 
 
@@ -56,7 +58,7 @@ def crop(frames: np.ndarray, box: Box) -> np.ndarray:
 
 
 def operate(frames: np.ndarray, operation: Operation, box: Box | None = None) -> np.ndarray:
-    """The part ``box`` of the frames after one operation."""
+    """Applies one operation and crops to ``box``."""
     name, argument, bicubic = operation
     box = box or (0, 0, *frames.shape[1:3])
     part = crop(frames, box)
@@ -92,11 +94,11 @@ _LUMA = np.float32([0.299, 0.587, 0.114])
 
 
 def _apply_lut(pixels: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Each byte's entry in its table: ``tables`` (..., 256) has one for each ``pixels[...]``."""
+    """Applies lookup tables (..., 256), one for each ``pixels[...]``."""
     out = np.empty_like(pixels)
-    for place in np.ndindex(tables.shape[:-1]):
-        found = pixels[place].tobytes().translate(tables[place].tobytes())
-        out[place] = np.frombuffer(found, np.uint8).reshape(out[place].shape)
+    for index in np.ndindex(tables.shape[:-1]):
+        found = pixels[index].tobytes().translate(tables[index].tobytes())
+        out[index] = np.frombuffer(found, np.uint8).reshape(out[index].shape)
     return out
 
 
@@ -106,7 +108,7 @@ def _blend(other, pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _mean_grey(frames: np.ndarray) -> np.ndarray:
-    """(T,): that of each frame (T, H, W, 3)."""
+    """Mean grey level (T,) of frames (T, H, W, 3)."""
     columns = frames.reshape(*frames.shape[:2], -1).sum(1, dtype=np.uint32)
     colours = columns.reshape(len(frames), -1, 3).mean(1) / frames.shape[1]
     return np.rint(colours @ _LUMA).astype(np.float32)
@@ -147,8 +149,7 @@ def _saturate(frames: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _sharpen(frames: np.ndarray, factor: float, box: Box) -> np.ndarray:
-    """Away from, or towards, the mean of each pixel, counted five times, and its neighbours; pixels
-    at the border stay."""
+    """Blends with a 3x3 smoothing whose centre has weight 5; border pixels are unchanged."""
     top, left, height, width = box
     out = frames[:, top : top + height, left : left + width].copy()
     first, last = max(top, 1), min(top + height, frames.shape[1] - 1)
@@ -166,7 +167,7 @@ def _sharpen(frames: np.ndarray, factor: float, box: Box) -> np.ndarray:
 
 def _affine(frames: np.ndarray, name: str, argument: float, bicubic, box: Box) -> np.ndarray:
     height, width = frames.shape[1:3]
-    if name == "Rotate":  # about the middle
+    if name == "Rotate":  # about the centre
         cos, sin = math.cos(math.radians(argument)), -math.sin(math.radians(argument))
         x, y = width / 2, height / 2
         matrix = (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
@@ -180,7 +181,7 @@ def _affine(frames: np.ndarray, name: str, argument: float, bicubic, box: Box) -
     if isinstance(bicubic, bool):
         return warp(frames, matrix, bicubic, box)
     out = np.empty((len(frames), *box[2:], 3), np.uint8)
-    for kind in set(bicubic):
-        chosen = np.array(bicubic) == kind
-        out[chosen] = warp(frames[chosen], matrix, kind, box)
+    for value in set(bicubic):
+        chosen = np.array(bicubic) == value
+        out[chosen] = warp(frames[chosen], matrix, value, box)
     return out

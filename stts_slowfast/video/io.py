@@ -1,4 +1,4 @@
-"""Opening what a video is in: a path, bytes or an open file; and waiting for it only so long."""
+"""Opens a video's source (a path, bytes or an open file), and limits the time of reading it."""
 
 import contextlib
 import ctypes
@@ -23,7 +23,7 @@ class VideoError(RuntimeError):
         super().__init__(f"cannot read video {name}: {reason}")
         self.name, self.reason = name, reason
 
-    def __reduce__(self):  # keeps both arguments on the way out of a DataLoader's worker
+    def __reduce__(self):  # keeps both arguments when a DataLoader worker raises it
         return type(self), (self.name, self.reason)
 
 
@@ -34,7 +34,7 @@ def source_name(source: Source) -> str:
 
 
 def open_source(source: Source, name: str) -> tuple[BinaryIO, bool]:
-    """A seekable binary file, and whether closing it is our business."""
+    """A seekable binary file, and whether we have to close it."""
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source), True
     if not isinstance(source, str | os.PathLike):
@@ -48,14 +48,14 @@ def open_source(source: Source, name: str) -> tuple[BinaryIO, bool]:
 
 
 def require_regular(path: str) -> None:
-    """Raises VideoError for a pipe or a device: opening one waits for its other end, perhaps for
-    ever. What is not there, or what only iopath knows, is passed over."""
+    """Raises VideoError for a pipe or a device, since opening one may wait forever. Missing files,
+    and paths that only iopath knows, pass."""
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise VideoError(path, "it is no regular file")
 
 
 def stat_key(source: Source) -> tuple | None:
-    """What stays the same as long as a file does; None for what is no local file."""
+    """Path, size and modification time of a local file; None for any other source."""
     if not isinstance(source, str | os.PathLike):
         return None
     try:
@@ -66,9 +66,9 @@ def stat_key(source: Source) -> tuple | None:
 
 
 def run_with_timeout(seconds: float, name: str, read: Callable):
-    """What ``read()`` returns or raises, or VideoError where it takes longer than ``seconds``
-    (0: any time). A hung mount can be waited for, but not interrupted: the thread that reads is
-    left behind, and ends when the mount answers."""
+    """Returns or raises as ``read()`` does, or raises VideoError after ``seconds`` (0: no limit).
+    Reading from a hung mount cannot be interrupted: the thread is left behind, and ends when the
+    mount answers."""
     if not seconds:
         return read()
     outcome: list = []
@@ -92,9 +92,9 @@ def run_with_timeout(seconds: float, name: str, read: Callable):
 
 @functools.cache
 def tune_malloc() -> None:
-    """In a DataLoader's worker: memory that is freed is used again. The C library (glibc; others
-    do as they do) gives what is as large as clips back to the system at once, and fetching it page
-    by page for the next clip takes as long as decoding."""
+    """Makes glibc reuse freed memory in a DataLoader worker. By default it returns blocks as large
+    as clips to the system at once, and paging them in for the next clip takes as long as
+    decoding."""
     if get_worker_info() is None:
         return
     with contextlib.suppress(OSError, AttributeError):

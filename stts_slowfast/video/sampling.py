@@ -1,4 +1,4 @@
-"""Which frames make up a clip: the rules of SlowFast's ``datasets/decoder.py`` and
+"""The frames of a clip, by the rules of SlowFast's ``datasets/decoder.py`` and
 ``datasets/ssv2.py``, as pure functions of numbers."""
 
 import math
@@ -28,11 +28,11 @@ def clip_span(
 ) -> tuple[float, float]:
     """First and last frame of a clip of ``size`` frames (``decoder.get_start_end_idx``).
 
-    ``clip_idx`` -1 takes a random clip; 0 .. ``num_clips - 1`` the uniform views of testing
+    ``clip_idx`` -1 samples a random clip; 0 .. ``num_clips - 1`` the uniform views of testing
     (``TEST.NUM_ENSEMBLE_VIEWS``), spread up to the last possible start with ``use_offset``
-    (``DATA.USE_OFFSET_SAMPLING``; the centre where there is one view), else from the first frame
-    on. Positions are fractional, and the end lies beyond the video where it is shorter than the
-    clip: `frame_indices` clamps. ``rng`` has ``uniform``, like `random.Random`.
+    (``DATA.USE_OFFSET_SAMPLING``; the centre if there is one view), else from the first frame on.
+    Positions are fractional, and the end is after the video's if that is shorter than the clip:
+    `frame_indices` clamps. ``rng`` has ``uniform``, like `random.Random`.
     """
     room = max(num_video_frames - size, 0)
     if clip_idx == -1:
@@ -58,9 +58,9 @@ def frames_between(
 ) -> range:
     """The frames that SlowFast decodes for a clip: those shown from ``start`` on up to ``end``.
 
-    It asks for them by time stamps, ``ticks`` units of the file's time base a frame, of which it
-    takes whole ones: a start that is behind a frame by less than a unit is that frame. None: units
-    as small as you like. Empty if no frame is shown in the meantime.
+    It selects them by time stamps, rounded down to whole units of the file's time base, of which a
+    frame has ``ticks``: a start less than a unit after a frame selects that frame. None: exact
+    times. Empty if no frame is shown in between.
     """
     if ticks is None:
         first, last = math.ceil(start), math.floor(end)
@@ -89,9 +89,9 @@ def clip_frames(
     """The frames of a clip (``decoder.decode``); arguments as of `clip_size`, `clip_span` and
     `frames_between`.
 
-    SlowFast decodes the clip's frames alone if the video has more than ``num_frames *
-    sampling_rate``, and takes its frames evenly from the first of them on. Of a shorter video it
-    decodes all frames, and takes them evenly from the start itself, which may lie between two.
+    If the video has more than ``num_frames * sampling_rate`` frames, SlowFast decodes the clip's
+    frames alone and samples evenly from the first of them. Of a shorter video it decodes all
+    frames, and samples evenly from the start itself, which may be between two.
     """
     size = clip_size(num_frames, sampling_rate, fps, target_fps)
 

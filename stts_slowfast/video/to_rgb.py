@@ -1,4 +1,4 @@
-"""From decoded frames to images."""
+"""Converts decoded frames to RGB images."""
 
 import av
 import numpy as np
@@ -7,8 +7,8 @@ from av.video.reformatter import VideoReformatter
 
 
 class Converter:
-    """Frames to RGB images (H, W, 3) uint8, turned, mirrored and scaled; all of the size of the
-    first."""
+    """Converts frames to RGB images (H, W, 3) uint8, rotated, mirrored and scaled, all to the size
+    of the first."""
 
     def __init__(self, short_side: int, rotate: bool, reformatter: VideoReformatter):
         self.short_side, self.rotate = short_side, rotate
@@ -16,7 +16,7 @@ class Converter:
         self.sides = self.rotation = None
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        # Who asks a frame for its side data makes a circle: it is kept until garbage is collected.
+        # Reading a frame's side data makes a reference cycle, freed only by garbage collection.
         if self.rotate and frame.rotation != self.rotation:
             self.rotation, self.orientation = frame.rotation, orientation(frame)
         swapped, down, across = self.orientation
@@ -33,8 +33,8 @@ class Converter:
 
 
 def orientation(frame: av.VideoFrame) -> tuple[bool, int, int]:
-    """How a frame is shown: whether rows and columns change places, and the direction (1 or -1) in
-    which the rows and the columns that this makes are passed through. All eight orientations."""
+    """How a frame is shown, one of eight orientations: whether rows and columns are swapped, and
+    then the direction (1 or -1) of rows and of columns."""
     matrix = next((each for each in frame.side_data if each.type == Type.DISPLAYMATRIX), None)
     if matrix is None:
         return False, 1, 1
@@ -46,8 +46,8 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, int, int]:
 
 
 def _one_thread() -> dict:
-    """How to keep PyAV's scaler from starting a thread per core: a scaler a clip pays more for
-    them than for its work. Versions that start none do not know the option."""
+    """The option that stops PyAV's scaler from starting a thread per core, which costs more than
+    scaling a clip. Versions that start none do not have it."""
     try:
         VideoReformatter().reformat(av.VideoFrame(16, 16, "rgb24"), threads=1)
         return {"threads": 1}

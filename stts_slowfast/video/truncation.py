@@ -1,4 +1,4 @@
-"""Whether a file ends early: whether it holds less than it promises."""
+"""Whether a file is truncated: shorter than its header declares."""
 
 import os
 from typing import BinaryIO
@@ -8,37 +8,45 @@ from stts_slowfast.video.stream import Stream
 
 
 def ends_early(stream: Stream, count: int, last: int, edited: bool, errors_before: int) -> str:
-    """Whether a file holds less than it promises: clearly less than the frames of its header, or
-    at all less than the bytes of its parts."""
+    """How a file is truncated ("" if it is not): clearly fewer frames than its header declares, or
+    any byte less than the sizes of its parts.
+
+    Args:
+        stream: the file's stream, of which all packets were read.
+        count: its packets.
+        last: the decoding time of the last one.
+        edited: whether an edit list discards some.
+        errors_before: FFmpeg's errors before the packets were read.
+    """
     file, name = stream.file, stream.container.format.name
     entries = getattr(stream.stream, "index_entries", None) or ()
-    promised, there = stream.stream.frames, count
+    declared, found = stream.stream.frames, count
     if name == "avi":  # counts frames that were dropped, for which there are no packets
-        there = max(count, last + 1)
+        found = max(count, last + 1)
     elif "mp4" in name and (entries or edited):  # of all frames, its index has those that play
-        promised = len(entries)
-    if promised and there < 0.98 * promised - 1:
-        return f"it ends early: {count} of {promised} frames are there"
-    number, said = errors()
-    if number != errors_before and "ended prematurely" in said:  # Matroska's elements have sizes
+        declared = len(entries)
+    if declared and found < 0.98 * declared - 1:
+        return f"it ends early: {count} of {declared} frames are there"
+    number, message = errors()
+    if number != errors_before and "ended prematurely" in message:  # Matroska's elements have sizes
         return "it ends early: in the middle of what its header promises"
     size = file_size(file)
-    where = file.tell()
+    before = file.tell()
     torn = _is_torn(name, file, size)
-    file.seek(where)  # where the container left it
+    file.seek(before)  # the container reads on from there
     if torn or any(entry.pos + entry.size > size for entry in entries):
-        return f"it ends early: its last part goes on beyond its {size} bytes"
+        return f"it ends early: its last part continues after its {size} bytes"
     return ""
 
 
 def file_size(file: BinaryIO) -> int:
-    where, size = file.tell(), file.seek(0, os.SEEK_END)
-    file.seek(where)  # where the container left it
+    before, size = file.tell(), file.seek(0, os.SEEK_END)
+    file.seek(before)  # the container reads on from there
     return size
 
 
 def _is_torn(name: str, file: BinaryIO, size: int) -> bool:
-    """Whether the last chunk of an AVI, or the last packet of a transport stream, is not whole."""
+    """Whether the last chunk of an AVI, or the last packet of a transport stream, is incomplete."""
     end = 0
     if name == "mpegts":
         file.seek(max(size - 3 * 204, 0))

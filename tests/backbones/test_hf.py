@@ -126,7 +126,7 @@ def test_all_but_the_last_word_of_a_model_is_trained(tmp_path):
         checkpointing.load_for_test(cfg, model)
 
 
-def test_selectors_of_the_folder_are_tested_or_told(tmp_path):
+def test_selectors_of_the_folder_are_tested_or_refused(tmp_path):
     example = save(tmp_path, selection={"time": {0: 0.5}, "space": {2: 0.6}})
     text = "STTS: {ENABLE: True, TIME: {KEEP: [0.5]}, SPACE: {BLOCKS: [2], KEEP: [0.6]}}"
     cfg = config(tmp_path, text)

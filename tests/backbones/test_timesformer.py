@@ -140,7 +140,7 @@ def test_every_parameter_learns_with_selectors(attention_type):
 
 @pytest.mark.parametrize("attention_type", ["divided_space_time", "joint_space_time"])
 @torch.no_grad()
-def test_new_model_tells_a_clip_from_its_reverse(attention_type):
+def test_new_model_distinguishes_a_clip_from_its_reverse(attention_type):
     """With times of zero, order showed only once they had learned, and many models never got so
     far."""
     torch.manual_seed(0)

@@ -128,7 +128,7 @@ def test_a_larger_models_file_stops_everything(tiny_cfg, wrap):
 
 
 @both
-def test_another_width_of_a_block_is_told_with_both_shapes(tiny_cfg, wrap):
+def test_another_width_of_a_block_is_named_with_both_shapes(tiny_cfg, wrap):
     cfg, model = build(tiny_cfg)
     state = file_of(model)
     state["model_state"]["blocks.1.mlp.fc1.bias"] = torch.zeros(7)

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from stts_slowfast.configfiles.files import CONFIGS, _no_key_twice, find_config, read_yaml
+from stts_slowfast.configfiles.files import CONFIGS, _check_duplicates, find_config, read_yaml
 from stts_slowfast.standalone.config import load_config
 
 
@@ -34,7 +34,7 @@ def test_an_unknown_name_says_the_nearest():
         load_config("/x/zzz.yaml")
 
 
-def test_a_key_given_twice_is_told_with_both_lines(tmp_path):
+def test_a_key_given_twice_is_refused_with_both_lines(tmp_path):
     path = write(tmp_path / "a.yaml", "STTS:\n  ENABLE: True\nRNG_SEED: 1\nSTTS:\n  SIGMA: 0.1\n")
     with pytest.raises(ValueError, match=r"STTS is given twice in .*a\.yaml, in lines 1 and 4"):
         load_config(path)
@@ -46,7 +46,7 @@ def test_a_key_given_twice_is_told_with_both_lines(tmp_path):
         load_config(base)
 
 
-def test_a_single_key_of_slowfasts_given_twice_is_told_and_the_last_counts(tmp_path, caplog):
+def test_of_a_slowfast_key_given_twice_the_last_counts_and_is_logged(tmp_path, caplog):
     path = write(tmp_path / "a.yaml", "SOLVER:\n  LAYER_DECAY: 0.75\n  LAYER_DECAY: 0.65\n")
     assert load_config(path).SOLVER.LAYER_DECAY == 0.65
     assert "SOLVER.LAYER_DECAY is given twice" in caplog.text and "lines 2 and 3" in caplog.text
@@ -62,7 +62,7 @@ def test_bases_are_merged(tmp_path):
     assert (cfg.RNG_SEED, cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_EPOCH) == (5, 0.3, 9)
 
 
-def test_bases_in_a_circle_are_told(tmp_path):
+def test_circular_bases_are_refused(tmp_path):
     path = write(tmp_path / "self.yaml", "_BASE_: self.yaml\n")
     with pytest.raises(ValueError, match=r"leads in a circle: .*self\.yaml -> .*self\.yaml"):
         load_config(path)
@@ -85,10 +85,10 @@ def test_what_lists_hold_is_looked_at_too(tmp_path):
         read_yaml(str(path))
 
 
-def test_a_node_that_contains_itself_is_told(tmp_path):
+def test_a_node_that_contains_itself_is_refused(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("A: 1\nB: &b\n  C: [*b]\n")
-    with pytest.raises(ValueError, match=r"a\.yaml: what begins in line . contains itself"):
+    with pytest.raises(ValueError, match=r"a\.yaml: the value in line . contains itself"):
         read_yaml(str(path))
 
 
@@ -97,4 +97,4 @@ def test_what_many_places_name_is_looked_at_once(tmp_path):
     lines = ["A0: &a0 [1]"]
     lines += [f"A{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
     path.write_text("\n".join(lines))
-    _no_key_twice(yaml.compose(path.read_text()), "")  # ten to the eighth, place by place
+    _check_duplicates(yaml.compose(path.read_text()), "")  # ten to the eighth, place by place

@@ -1,4 +1,4 @@
-"""A small MViT, and what the tests of its views look at."""
+"""A small MViT, and what the tests of its replacements compare."""
 
 import pytest
 import torch

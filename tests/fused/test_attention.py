@@ -23,7 +23,7 @@ from stts_slowfast.hooks import attach, selections
 @pytest.mark.parametrize(
     ("relative", "residual_with_cls"), [(False, False), (True, False), (True, True)]
 )
-def test_outputs_and_gradients_are_the_stock_ones(
+def test_outputs_and_gradients_are_the_originals(
     outputs_and_gradients, mvit, relative, residual_with_cls, clips
 ):
     model = mvit(relative, residual_with_cls)
@@ -102,7 +102,7 @@ def test_unfused_model_follows_what_happened_while_fused(mvit, clips):
     model(clips.double())
 
 
-def test_what_cannot_be_fused_stays_stock(mvit):
+def test_what_cannot_be_fused_is_kept(mvit):
     model = mvit(False)
     model.blocks[0].attn.pool_k.norm_act[0] = nn.BatchNorm3d(16)
     model.blocks[1].attn.qkv = nn.Sequential(model.blocks[1].attn.qkv)
@@ -134,7 +134,7 @@ SMALL = (2, 3, 8, 32, 32)
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_with_selection_stretched_tables_give_the_stock_output(selecting, relative):
+def test_stretched_tables_give_the_original_output_after_a_selection(selecting, relative):
     model = selecting(relative)
     unfuse_model(model)
     clips = torch.randn(SMALL)
@@ -224,7 +224,7 @@ def test_true_distances_differ_from_stretched_ones_only_after_a_selection(mvit, 
     assert torch.equal(outputs[True][1], outputs[False][1])
 
 
-def test_flops_are_counted_as_for_the_stock_model(mvit, clips):
+def test_flops_are_those_of_the_original_model(mvit, clips):
     model = mvit(True)
 
     def count():
@@ -264,7 +264,7 @@ def test_copies_follow_their_own_selectors(selecting, how):
     assert list(twin.state_dict()) == list(model.state_dict())
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
-    assert "stock" not in " ".join(model.state_dict())
+    assert "original" not in " ".join(model.state_dict())
 
 
 def test_autocast(outputs_and_gradients, mvit, clips):
@@ -368,7 +368,7 @@ def test_what_happens_to_a_part_of_a_fused_block_counts(mvit, clips):
     model(clips)
 
 
-def test_blocks_with_dropout_stay_stock(mvit):
+def test_blocks_with_dropout_are_kept(mvit):
     model = mvit(False)
     for block in model.blocks:
         block.mlp[2].p = 0.1

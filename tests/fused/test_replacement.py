@@ -1,4 +1,4 @@
-"""Fusion is checked, and steps aside wherever somebody touches or watches a part."""
+"""Fusion is verified, and falls back to the original if a submodule is changed or observed."""
 
 import copy
 import logging
@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torchvision.models.video.mvit import MultiscaleAttention, MultiscaleBlock
 
-from stts_slowfast.fused import fuse_model, replacement, unfuse_model
+from stts_slowfast.fused import equivalence, fuse_model, unfuse_model
 from stts_slowfast.fused.attention import AttentionReplacement
 from stts_slowfast.fused.blocks import BlockReplacement
 
 
 def fused(model) -> list[bool]:
-    """Which attention and block views compute by other means now."""
+    """Which replacements of attention and blocks are fused now."""
     kinds = (AttentionReplacement, BlockReplacement)
     return [module.is_fused() for module in model.modules() if isinstance(module, kinds)]
 
@@ -157,7 +157,7 @@ def test_compiled_hooks_fire(mvit, backend, clips):
     torch.testing.assert_close(compiled(x, (4, 16, 16))[0], plain, rtol=1e-4, atol=1e-4)
 
 
-# ---- compared with the stock module ----------------------------------------------------------
+# ---- compared with the original ----------------------------------------------------------
 
 
 class Doubled(MultiscaleAttention):
@@ -181,7 +181,7 @@ def test_a_subclass_is_fused_where_it_computes_the_same(mvit, clips, caplog):
     assert type(model.blocks[1].attn) is Doubled
     torch.testing.assert_close(model(clips), stock, rtol=1e-5, atol=1e-5)
     lines = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(lines) == 1 and lines[0].startswith("Doubled stays as it is")
+    assert len(lines) == 1 and lines[0].startswith("not replacing Doubled: the new output differs")
 
 
 @pytest.mark.parametrize("kind", [MultiscaleAttention, MultiscaleBlock])
@@ -222,7 +222,7 @@ def test_comparing_touches_nothing(mvit, monkeypatch):
     model = mvit(True).train()
     model.blocks[0].register_forward_hook(lambda *args: pytest.fail("the model ran"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    replacement._compare.cache_clear()
+    equivalence._compare.cache_clear()
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -234,11 +234,11 @@ def test_comparing_touches_nothing(mvit, monkeypatch):
 
 
 def test_each_kind_is_compared_once(mvit, monkeypatch):
-    replacement._compare.cache_clear()
+    equivalence._compare.cache_clear()
     fuse_model(mvit(True), True, True)
-    misses = replacement._compare.cache_info().misses
+    misses = equivalence._compare.cache_info().misses
     fuse_model(mvit(True), True, True)
-    assert replacement._compare.cache_info().misses == misses > 0
+    assert equivalence._compare.cache_info().misses == misses > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -251,7 +251,7 @@ def test_models_of_any_type_and_on_meta_are_fused(mvit, dtype):
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_torch_func_goes_through_the_stock_modules(mvit, relative, clips):
+def test_torch_func_runs_the_originals(mvit, relative, clips):
     model = mvit(relative).double()
     block, x = model.blocks[1], torch.randn(1, 1 + 4 * 16 * 16, 16, dtype=torch.float64)
     v = torch.randn_like(x)
@@ -288,15 +288,15 @@ def test_second_derivatives_outside_of_torch_func_are_refused_in_words(mvit, cli
 
 
 def test_a_replica_computes_with_its_own_parameters(mvit):
-    """What ``nn.DataParallel`` makes of a view, which takes the stock way here."""
+    """A replica of ``nn.DataParallel``; here it runs the original's forward."""
     model = mvit(True)
     fuse_model(model, True, True)
-    view = model.blocks[0].attn
-    twice = copy.deepcopy(view)
+    replacement = model.blocks[0].attn
+    twice = copy.deepcopy(replacement)
     x = torch.randn(1, 1 + 4 * 16 * 16, 8)
-    replica = view._replicate_for_data_parallel()
-    for name, table in view._parameters.items():
+    replica = replacement._replicate_for_data_parallel()
+    for name, table in replacement._parameters.items():
         setattr(replica, name, table * 2)
         twice._parameters[name].data.mul_(2)
-    replica.qkv = twice.qkv = Adapter(view.qkv)
+    replica.qkv = twice.qkv = Adapter(replacement.qkv)
     torch.testing.assert_close(replica(x, (4, 16, 16))[0], twice(x, (4, 16, 16))[0])

@@ -77,7 +77,7 @@ def explicit(attn, x):
     return attn.proj(out).view(x.shape)
 
 
-def test_a_window_attention_of_another_formula_stays_stock(caplog):
+def test_a_window_attention_of_another_formula_is_not_replaced(caplog):
     class Doubled(ShiftedWindowAttention3d):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -86,5 +86,5 @@ def test_a_window_attention_of_another_formula_stays_stock(caplog):
     model.features[4][0].attn.__class__ = Doubled
     attach(model, space={1: 0.6})
     assert kinds(model)[-2:] == [SwinAttention, Doubled]
-    assert "Doubled stays as it is" in caplog.text
+    assert "not replacing Doubled" in caplog.text
     assert fuse_model(model, False, False) == 0

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import stts_slowfast as stts
+from stts_slowfast.hooks import raise_on_nan
 from tests.gpu.subjects import SMALL
 
 REHEARSAL = os.environ.get("STTS_REHEARSE") == "cpu"
@@ -61,8 +62,11 @@ def gradients(model: nn.Module) -> dict:
 
 def assert_near(found: dict, expected: dict, tolerance: float) -> None:
     assert found.keys() == expected.keys()
+    largest = max(tensor.abs().max() for tensor in expected.values())
     for name, tensor in expected.items():
-        scale = tensor.abs().max() + 1e-6
+        if name.endswith("score.4.bias"):  # scores are normalised: 0 but for rounding
+            continue
+        scale = max(tensor.abs().max(), 0.01 * largest)
         assert (found[name] - tensor).abs().max() <= tolerance * scale, name
 
 
@@ -147,7 +151,7 @@ def test_a_replayed_graph_gives_what_eager_mode_gives(name):
         torch.testing.assert_close(replayed, logits(model, static), rtol=1e-4, atol=1e-4)
         for key, tensor in stts.selections(model).items():
             assert torch.equal(tensor, chosen[key]), key
-    stts.raise_on_nan(model) if hasattr(stts, "raise_on_nan") else None
+    raise_on_nan(model)
 
 
 def test_a_grad_scaler_leaves_out_a_step_that_overflows():

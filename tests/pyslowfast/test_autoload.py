@@ -100,7 +100,7 @@ def test_hooks_run_when_slowfast_was_imported_before(checkout):
     assert output(code, checkout) == "True"
 
 
-def test_a_module_that_imports_torch_first_gets_its_hooks_when_it_is_whole(checkout):
+def test_a_module_that_imports_torch_first_gets_its_hooks_when_it_is_complete(checkout):
     (checkout / "slowfast/utils/logging.py").write_text(
         # As `import torch` does with the entry point, in the middle of a module of SlowFast.
         "import stts_slowfast.pyslowfast\ndef log_json_stats(stats, output_dir=None): ..."
@@ -120,7 +120,7 @@ def test_autoload_is_switched_off_by_the_environment(checkout):
     assert output(code, checkout, STTS_AUTOLOAD="0") == "False"
 
 
-def test_every_place_is_taken_hold_of_once(checkout):
+def test_every_function_is_wrapped_once(checkout):
     code = """
 import stts_slowfast.pyslowfast
 from stts_slowfast.pyslowfast import autoload, plugin
@@ -182,12 +182,12 @@ def test_patches_are_switched_off_by_the_environment(checkout, switch):
     assert "stts_slowfast:" not in done.stderr
 
 
-def test_one_line_tells_of_all_patches_if_it_is_asked_for(checkout):
+def test_one_line_lists_all_patches_if_requested(checkout):
     code = "import stts_slowfast.pyslowfast, slowfast.config.defaults; import vision.fair.slowfast"
     assert python(code, checkout).stderr == ""
-    told = python(code, checkout, STTS_COMPAT_VERBOSE="1").stderr
-    assert told.count("\n") == 1
-    assert "patched SlowFast in memory: vision_imports, prefetch_key (STTS_COMPAT=-NAME" in told
+    message = python(code, checkout, STTS_COMPAT_VERBOSE="1").stderr
+    assert message.count("\n") == 1
+    assert "patched SlowFast in memory: vision_imports, prefetch_key (STTS_COMPAT=-NAME" in message
 
 
 @pytest.mark.parametrize("word", ["-decode", "decoder", "-decoder,-bad"])
@@ -202,7 +202,7 @@ def test_a_switch_that_names_no_patch_is_refused_on_one_line(checkout, word):
     assert "check_switch failed" in output(code, checkout, STTS_COMPAT=word)
 
 
-def test_a_failing_hook_is_told_and_does_not_stop_the_import(checkout):
+def test_a_failing_hook_is_logged_and_does_not_stop_the_import(checkout):
     (checkout / "slowfast/config/defaults.py").write_text("def get_cfg(): return 'stock'")
     code = "import stts_slowfast.pyslowfast; from slowfast.config.defaults import get_cfg"
     done = python(f"{code}; print(get_cfg())", checkout)
@@ -210,7 +210,7 @@ def test_a_failing_hook_is_told_and_does_not_stop_the_import(checkout):
     assert "stts_slowfast: plugin.add_config failed on slowfast.config.defaults" in done.stderr
 
 
-def test_a_package_that_is_half_there_is_one_line_and_slowfast_runs(checkout):
+def test_an_incomplete_package_is_one_line_and_slowfast_runs(checkout):
     """A partial upgrade: a file that most hooks need cannot be imported."""
     code = (
         "import sys; sys.modules['stts_slowfast.hosts'] = None; import stts_slowfast.pyslowfast; "
@@ -234,7 +234,7 @@ def test_what_torch_calls_never_fails(checkout, broken):
     assert "stts_slowfast: SlowFast runs without it (ModuleNotFoundError: " in done.stderr
 
 
-def test_nothing_heavy_is_imported_where_slowfast_is_not(checkout):
+def test_nothing_heavy_is_imported_without_slowfast(checkout):
     code = """
 import sys
 import stts_slowfast.pyslowfast.autoload

@@ -1,4 +1,4 @@
-"""Checkpoints that SlowFast's loader is asked for: what is refused, by key and way out."""
+"""Checkpoints that SlowFast's loader refuses with this package, naming the key and the remedy."""
 
 import re
 from functools import partial
@@ -74,18 +74,18 @@ def test_testing_without_trained_scorers_is_refused(load, saved, registry, cfg):
     path = saved("STTS.ENABLE", False)
     with pytest.raises(ValueError, match="has no trained scorers"):
         load(path, model, False)
-    assert not checkpoint_loading.is_trained(model)
+    assert not checkpoint_loading.is_pretrained(model)
     assert load(saved(), model, False) == 0
-    assert checkpoint_loading.is_trained(model)
+    assert checkpoint_loading.is_pretrained(model)
 
 
-def test_a_file_with_scorers_is_refused_where_selection_is_off(load, saved, registry, cfg):
+def test_a_file_with_scorers_is_refused_if_selection_is_off(load, saved, registry, cfg):
     path = saved()
     cfg.STTS.ENABLE = False
     model = registry.get("Transformer")(cfg)
     with (
         pytest.raises(ValueError, match=r"set STTS\.ENABLE True"),
-        run_state.started(cfg, load),
+        run_state.enter_job(cfg, load),
     ):
         load(path, model, False)
     model.cfg = cfg  # as SlowFast's MViT has it
@@ -105,12 +105,14 @@ def test_resuming_with_changed_scorers_names_the_key(load, saved, registry, cfg)
     path = saved()
     cfg.STTS.SPACE.SCORER = "uniform"
     model = registry.get("Transformer")(cfg)
-    told = re.escape("STTS.SPACE.SCORER learned became uniform; set it back, or choose another")
-    with pytest.raises(ValueError, match=told):
+    message = re.escape(
+        "STTS.SPACE.SCORER learned became uniform; change it back, or choose another"
+    )
+    with pytest.raises(ValueError, match=message):
         load(path, model, False, optimizer_of(model))
 
 
-def test_a_run_that_is_what_it_was_goes_on(load, saved, registry, cfg):
+def test_an_unchanged_run_is_resumed(load, saved, registry, cfg):
     model = registry.get("Transformer")(cfg)
     assert load(saved(), model, False, optimizer_of(model)) == 0
 
@@ -144,7 +146,7 @@ def test_scorers_that_got_no_weights_are_not_tested(load, registry, cfg):
     model = registry.get("Transformer")(cfg)
     with pytest.raises(ValueError, match=r"no weights were loaded for \d+ parameters of the scor"):
         load("blobs.pkl", model, False, convert_from_caffe2=True)
-    assert not checkpoint_loading.is_trained(model)
+    assert not checkpoint_loading.is_pretrained(model)
     cfg.STTS.TIME.SCORER = cfg.STTS.SPACE.SCORER = "uniform"
     assert load("blobs.pkl", registry.get("Transformer")(cfg), False, convert_from_caffe2=True)
 
@@ -155,8 +157,8 @@ def test_a_truncated_checkpoint_is_named_with_the_one_before(load, saved, regist
     first.write_bytes(whole)
     last.write_bytes(whole[: len(whole) // 2])
     model = registry.get("Transformer")(cfg)
-    told = f"{last} cannot be read .* move it away to resume from {first}"
-    with pytest.raises(RuntimeError, match=told):
+    message = f"{last} cannot be read .* move it away to resume from {first}"
+    with pytest.raises(RuntimeError, match=message):
         load(str(last), model, False, optimizer_of(model))
     cfg.STTS.ENABLE = False
     model = registry.get("Transformer")(cfg)

@@ -1,4 +1,4 @@
-"""The number that stands for NUM_GPUS in a run of shards, and what is refused."""
+"""ForcedMultiProcessCount as NUM_GPUS in a run of shards, and refused process counts."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from stts_slowfast.pyslowfast.distributed import ForcedMultiProcessCount
 
 
 @pytest.mark.parametrize("given", [0, 1])
-def test_one_of_many_answers_what_slowfast_asks(given):
+def test_a_forced_process_count_is_greater_than_one(given):
     number = ForcedMultiProcessCount(given)
     assert number > 1 and not number <= 1  # are there other processes?
     assert bool(number) == bool(given) and (number > 0) == bool(given)  # is there a GPU?
@@ -25,7 +25,7 @@ def test_one_of_many_answers_what_slowfast_asks(given):
         assert copied > 1 and copied == given
 
 
-def test_one_of_many_counts_the_processes_of_its_machine():
+def test_a_forced_process_count_is_the_number_of_processes_of_its_machine():
     number = ForcedMultiProcessCount(0, 2)
     assert number > 1 and not number and number == 0
     assert (8 / max(1, number), number * 3, str(number)) == (4, 6, "0")
@@ -54,14 +54,14 @@ def test_a_shard_that_the_run_does_not_have_is_refused(launch_job):
 
 def test_one_shard_is_left_to_slowfast(launch_job):
     def train(cfg):
-        return run_state.running().job, type(cfg.NUM_GPUS)
+        return run_state.current_job().job, type(cfg.NUM_GPUS)
 
     cfg = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 1, "SHARD_ID": 0})
     assert launch_job(cfg, "", train) == ("train", int)
-    assert run_state.running() is None
+    assert run_state.current_job() is None
 
 
-def test_shards_of_a_run_without_us_stay_runs_of_their_own(launch_job):
+def test_shards_of_a_run_without_stts_stay_separate_runs(launch_job):
     cfg = CfgNode({"NUM_GPUS": 0, "NUM_SHARDS": 2, "SHARD_ID": 7, "STTS": {"ENABLE": False}})
     assert launch_job(cfg, "", lambda cfg: type(cfg.NUM_GPUS)) is int
 
@@ -74,10 +74,10 @@ def started(monkeypatch):
     """``started(rank, world, local_rank, local_world)``: as torchrun starts a process."""
 
     def start(*numbers):
-        for name, number in zip(torchrun.NAMES, numbers):
+        for name, number in zip(torchrun.VARIABLES, numbers):
             monkeypatch.setenv(name, str(number))
 
-    for name in torchrun.NAMES:
+    for name in torchrun.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return start
 
@@ -88,7 +88,7 @@ def config(**keys):
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         (
             {"NUM_GPUS": 8},
@@ -98,26 +98,26 @@ def config(**keys):
         ({"NUM_SHARDS": 4}, r"--num_shards is 4 .*processes on 2 machines: leave both out"),
     ],
 )
-def test_configs_that_say_otherwise_than_torchrun_are_refused(launch_job, started, keys, told):
+def test_configs_that_say_otherwise_than_torchrun_are_refused(launch_job, started, keys, message):
     started(3, 4, 1, 2)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         launch_job(config(**keys), "", print)
 
 
 def test_machines_of_torchrun_are_shards(started):
     cfg = config()
-    torchrun.count_machines(cfg)
+    torchrun.set_shards(cfg)
     assert (cfg.NUM_SHARDS, cfg.SHARD_ID) == (1, 0)
     started(3, 4, 1, 2)
-    torchrun.count_machines(cfg)
+    torchrun.set_shards(cfg)
     assert (cfg.NUM_SHARDS, cfg.SHARD_ID) == (2, 1)
-    torchrun.check(cfg, torchrun.process())
+    torchrun.check_process_counts(cfg, torchrun.current_process())
     for other in (config(NUM_GPUS=1), config(STTS={"ENABLE": False})):
-        torchrun.count_machines(other)
+        torchrun.set_shards(other)
         assert other.NUM_SHARDS == 1
 
 
-def test_torchrun_is_left_to_slowfast_without_us_or_with_one_process(launch_job, started):
+def test_torchrun_is_left_to_slowfast_without_stts_or_with_one_process(launch_job, started):
     started(1, 2, 1, 2)
     off = config(STTS={"ENABLE": False}, NUM_GPUS=1)
     assert launch_job(off, "", lambda cfg: type(cfg.NUM_GPUS)) is int
@@ -125,7 +125,7 @@ def test_torchrun_is_left_to_slowfast_without_us_or_with_one_process(launch_job,
     assert launch_job(config(NUM_GPUS=4), "", lambda cfg: cfg.NUM_GPUS) == 4
 
 
-def test_runs_that_stts_run_started_are_ours(launch_job, started, monkeypatch):
+def test_runs_of_stts_run_use_stts(launch_job, started, monkeypatch):
     started(1, 2, 1, 2)
     monkeypatch.setenv("STTS_RUN", "1")
     with pytest.raises(ValueError, match="torchrun started 2"):

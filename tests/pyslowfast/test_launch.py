@@ -80,7 +80,7 @@ def test_the_environment_finds_the_checkout_and_asks_for_the_plugin(checkout, mo
     assert "STTS_AUTOLOAD" not in env
 
 
-def test_spawned_children_have_the_plugin_where_torch_does_not_load_it(checkout):
+def test_spawned_children_load_the_plugin_if_torch_does_not(checkout):
     code = "import sys; from stts_slowfast.pyslowfast import launch; launch.run(sys.argv[1:])"
     env = {
         **os.environ,

@@ -22,26 +22,26 @@ def whole():
     return normalised(torch.from_numpy(np.stack(IMAGES)))
 
 
-def test_a_square_has_the_bits_of_the_whole(whole):
-    clip = normalised(LazyClip.of(IMAGES))
+def test_a_crop_has_the_bits_of_the_whole(whole):
+    clip = normalised(LazyClip.create(IMAGES))
     assert type(clip) is LazyClip and clip.shape == whole.shape and clip.dtype == whole.dtype
     square = clip[:, :, 2:9, 3:10]
     assert type(square) is torch.Tensor and torch.equal(square, whole[:, :, 2:9, 3:10])
 
 
-def test_what_cannot_wait_is_done_on_the_whole(whole):
+def test_other_operations_run_on_whole_frames(whole):
     for ask in (lambda c: c * 2, lambda c: c.flip(-1), lambda c: c[1], lambda c: c / c.amax()):
-        found = ask(normalised(LazyClip.of(IMAGES)))
+        found = ask(normalised(LazyClip.create(IMAGES)))
         assert type(found) is torch.Tensor and torch.equal(found, ask(whole))
 
 
 def test_three_numbers_are_those_of_channels_only_where_channels_come_last():
     narrow = [image[:, :3] for image in IMAGES]
-    both = LazyClip.of(narrow), torch.from_numpy(np.stack(narrow))
+    both = LazyClip.create(narrow), torch.from_numpy(np.stack(narrow))
     found, expected = (clip.float().permute(3, 0, 1, 2) / STD for clip in both)
     assert torch.equal(found[:, :], expected)
 
 
 def test_frames_that_were_not_decoded_are_not_needed(whole):
     images = [image if number in (0, 2, 5) else None for number, image in enumerate(IMAGES)]
-    assert torch.equal(normalised(LazyClip.of(images))[:, :, :, :], whole)
+    assert torch.equal(normalised(LazyClip.create(images))[:, :, :, :], whole)

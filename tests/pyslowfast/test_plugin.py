@@ -24,7 +24,7 @@ def test_disabled_models_are_stock(registry, cfg):
     assert not any(block._forward_pre_hooks for block in model.blocks)
 
 
-def test_a_part_that_a_model_takes_from_the_registry_has_its_selectors_once(registry, cfg):
+def test_a_submodule_from_the_registry_has_its_selectors_once(registry, cfg):
     class Wrapper(nn.Module):
         def __init__(self, cfg):
             super().__init__()
@@ -89,12 +89,12 @@ def test_refusals_name_the_key_and_the_remedy(registry, cfg, key, remedy):
         registry.get("Transformer")(cfg)
 
 
-def test_nothing_is_refused_where_selection_is_off(registry, cfg):
+def test_nothing_is_refused_if_selection_is_off(registry, cfg):
     cfg.merge_from_list(["MASK.ENABLE", True, "STTS.ENABLE", False])
     registry.get("Transformer")(cfg)
 
 
-def test_our_families_answer_as_slowfast_models(registry, cfg):
+def test_our_families_return_what_slowfasts_models_return(registry, cfg):
     opts = (
         "MODEL.MODEL_NAME TimeSformer MODEL.NUM_CLASSES 5 DATA.NUM_FRAMES 4 "
         "DATA.TRAIN_CROP_SIZE 32 DATA.TEST_CROP_SIZE 32 TIMESFORMER.EMBED_DIM 24 "

@@ -29,12 +29,12 @@ def train(cfg):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_bfloat16_is_what_the_loop_gets_while_a_job_runs():
     stock = torch.cuda.amp.autocast, torch.cuda.amp.GradScaler
-    dtype, state, gradient = distributed.run(train, config())
+    dtype, state, gradient = distributed.run_job(train, config())
     assert dtype is torch.bfloat16 and state == {}
     assert torch.equal(gradient, torch.ones(4))  # not scaled
     assert (torch.cuda.amp.autocast, torch.cuda.amp.GradScaler) == stock
     for other in (config(mixed=False), config(dtype="")):
-        assert distributed.run(train, other)[0] is torch.float32
+        assert distributed.run_job(train, other)[0] is torch.float32
 
 
 def test_other_types_are_refused_before_the_job():
@@ -43,6 +43,6 @@ def test_other_types_are_refused_before_the_job():
         (config(dtype="float16"), "'float16' and NUM_GPUS is 0, .* use 'bfloat16'"),
     ):
         with pytest.raises(ValueError, match=message):
-            distributed.run(lambda cfg: pytest.fail("ran"), cfg)
+            distributed.run_job(lambda cfg: pytest.fail("ran"), cfg)
     with precision.autocast(config(dtype="float16", gpus=1)):
         assert "lambda" not in torch.cuda.amp.autocast.__name__

@@ -1,4 +1,4 @@
-"""Every hook fails, or never runs, in turn: where STTS.ENABLE is True the run stops, else not."""
+"""Each hook fails or never runs, in turn: the run stops if STTS.ENABLE is True, and only then."""
 
 import itertools
 import json
@@ -215,20 +215,20 @@ def runs(tmp_path_factory) -> dict:
     return {(function, how, enable): stages for function, how, enable, stages in lines}
 
 
-def test_every_hook_runs_where_none_fails(runs):
+def test_every_hook_runs_if_none_fails(runs):
     # Of another hook's failure this one tells: all others have run.
-    told = runs["training.wrap_log", "fails", True]["build"]
-    assert told.count(" failed (") == 1 and "never ran" not in told
+    message = runs["training.wrap_log", "fails", True]["build"]
+    assert message.count(" failed (") == 1 and "never ran" not in message
 
 
 @pytest.mark.parametrize("how", ["fails", "never ran"])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_run_with_selection_stops_where_a_hook_does_not_run(runs, hook, how):
+def test_a_run_with_selection_stops_if_a_hook_does_not_run(runs, hook, how):
     stages = runs[hook, how, True]
     assert "child" not in stages, stages["child"]
     name = f"broken.{hook} failed" if how == "fails" else f"{hook} never ran"
     if hook == "plugin.add_config":  # then SlowFast does not know the key
-        assert "STTS is given" in stages["opts"] and name in stages["opts"]
+        assert "STTS is set" in stages["opts"] and name in stages["opts"]
         return
     # Every stage but the hook's own tells of it.
     own = {
@@ -257,7 +257,7 @@ def test_an_optimizer_wants_the_selectors_of_its_config(registry, cfg):
     model = registry.get("Transformer")(cfg)
     preflight.check_selectors(model, cfg)
     cfg.STTS.ENABLE = True
-    with pytest.raises(RuntimeError, match=r"asks for .* time_0, space_1, but .* has none"):
+    with pytest.raises(RuntimeError, match=r"requires .* time_0, space_1, but .* has none"):
         preflight.check_selectors(model, cfg)
     model = registry.get("Transformer")(cfg)
     preflight.check_selectors(nn.DataParallel(model), cfg)

@@ -21,7 +21,7 @@ def optim():
         for group in optimizer.param_groups:
             group["lr"] = new_lr * group["layer_decay"]
 
-    run_state.note_step(None)
+    run_state.set_training(None)
     module = SimpleNamespace(
         construct_optimizer=construct_optimizer,
         get_epoch_lr=lambda cur_epoch, cfg: cfg.SOLVER.BASE_LR,
@@ -86,7 +86,7 @@ def test_disabled_optimizers_are_stock(registry, cfg, optim):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_resumed_run_is_held_back_as_it_was(registry, cfg, optim, trained):
+def test_a_resumed_run_is_frozen_and_capped_as_before(registry, cfg, optim, trained):
     model = registry.get("Transformer")(cfg)
     if trained:
         checkpoint_loading.mark_pretrained(model)
@@ -110,12 +110,12 @@ def test_a_model_is_trained_once_a_checkpoint_was_loaded_into_it(wrapped):
     checkpoint_loading.wrap_load_checkpoint(checkpoint)
     model = nn.Linear(1, 1)
     outer = nn.DataParallel(model) if wrapped else model
-    assert not checkpoint_loading.is_trained(outer)
+    assert not checkpoint_loading.is_pretrained(outer)
     assert checkpoint.load_checkpoint("x.pyth", outer, wrapped) == 7
-    assert checkpoint_loading.is_trained(outer) and checkpoint_loading.is_trained(model)
+    assert checkpoint_loading.is_pretrained(outer) and checkpoint_loading.is_pretrained(model)
 
 
-def test_the_line_says_once_where_a_run_starts_from(registry, cfg, optim, caplog):
+def test_the_start_of_a_run_is_logged_once(registry, cfg, optim, caplog):
     caplog.set_level("INFO")
     optimizer = optim.construct_optimizer(model := registry.get("Transformer")(cfg), cfg)
     for epoch in (0.0, 0.5):

@@ -143,7 +143,7 @@ def test_pooling_before_the_projection_reads_true_distances(make, mode, fuse):
     assert isinstance(thw, Grid) and torch.equal(thw.frames, frames)
 
 
-def test_hooks_and_adapters_of_a_part_count(get_cfg, build):
+def test_hooks_and_adapters_of_submodules_run(get_cfg, build):
     model = build(get_cfg("STTS.ENABLE", True, *V2)).eval()
     clips, calls = [torch.randn(2, 3, 8, 32, 32)], []
     plain = model(clips)

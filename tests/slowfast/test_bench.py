@@ -1,4 +1,4 @@
-"""SlowFast's own models stand beside ours in ``stts bench``."""
+"""SlowFast's own models in ``stts bench``, beside those of this package."""
 
 import json
 

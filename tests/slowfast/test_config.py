@@ -35,7 +35,7 @@ def test_yaml_and_opts_override_the_node(checkout, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "opts", "told"),
+    ("line", "opts", "message"),
     [
         ("TIME: {KEPE: [0.5]}", ["STTS.TIME.KEPE", "[0.5]"], r"did you mean STTS.TIME.KEEP\?"),
         ("TIME: {KEEP: 0.5}", ["STTS.TIME.KEEP", "0.5"], r"takes a list, such as \[0.9\]"),
@@ -43,12 +43,12 @@ def test_yaml_and_opts_override_the_node(checkout, tmp_path):
         ("TIME: 3", ["STTS.TIME", "3"], "give one of STTS.TIME.BLOCKS, STTS.TIME.KEEP"),
     ],
 )
-def test_mistakes_get_the_nearest_key_and_an_example(get_cfg, tmp_path, line, opts, told):
-    with pytest.raises(ValueError, match=told):
+def test_mistakes_get_the_nearest_key_and_an_example(get_cfg, tmp_path, line, opts, message):
+    with pytest.raises(ValueError, match=message):
         get_cfg(*opts)
     path = tmp_path / "run.yaml"
     path.write_text(f"STTS:\n  {line}\n")
-    with pytest.raises(ValueError, match=f"in {path}.*{told}"):
+    with pytest.raises(ValueError, match=f"in {path}.*{message}"):
         get_cfg().merge_from_file(str(path))
 
 
@@ -69,7 +69,7 @@ def test_a_node_given_twice_is_refused(get_cfg, tmp_path):
         get_cfg().merge_from_file(str(path))
 
 
-def test_a_file_without_a_key_of_ours_is_read_as_without_us(get_cfg, tmp_path):
+def test_a_file_without_our_keys_is_read_by_yacs(get_cfg, tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("TRAIN:\n  BATCH_SIZE: 7\nRNG_SEED: 1\nTRAIN:\n  EVAL_PERIOD: 3\n")
     cfg = get_cfg()
@@ -132,7 +132,7 @@ def test_the_standalone_runner_knows_every_key_with_its_default(checkout):
     assert not wrong
 
 
-def test_slowfasts_own_keys_are_read_as_ever(get_cfg):
+def test_slowfasts_own_keys_are_read_by_yacs(get_cfg):
     with pytest.raises(ValueError, match="Type mismatch"):
         get_cfg("SOLVER.BASE_LR", "1")
     with pytest.raises(AssertionError, match=r"Non-existent key: SOLVER\.BASE"):

@@ -1,6 +1,6 @@
 """Jobs of users who never write STTS, with this package installed and without: nothing differs.
 
-See ``control_jobs.py`` for the jobs, and for what stands in for this package in the control.
+See ``control_jobs.py`` for the jobs, and for the control's replacements of this package.
 """
 
 import json

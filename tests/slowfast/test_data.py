@@ -36,15 +36,15 @@ def decode(checkout):
 
 
 @pytest.fixture
-def files(checkout):
-    """The files of a dataset of which every call of ``decode`` is for an item."""
+def last_file(checkout):
+    """The last file of a dataset, for whose items ``decode`` is called."""
     from stts_slowfast.pyslowfast import read_context
 
-    item = read_context.Item(SimpleNamespace())
-    token = read_context._item.set(item)
-    yield item.files
-    read_context._item.reset(token)
-    item.files.close()
+    context = read_context.ReadContext(SimpleNamespace())
+    token = read_context._current.set(context)
+    yield context.last_file
+    read_context._current.reset(token)
+    context.last_file.close()
 
 
 def levels(clip: torch.Tensor) -> list[int]:
@@ -133,7 +133,7 @@ def decoded(monkeypatch):
 
 @BACKENDS
 def test_views_of_one_file_are_one_pass_and_equal_views_alone(
-    checkout, decode, backend, tmp_path, write_video, decoded, files
+    checkout, decode, backend, tmp_path, write_video, decoded, last_file
 ):
     rng = np.random.default_rng(0)
     paths = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
@@ -145,7 +145,7 @@ def test_views_of_one_file_are_one_pass_and_equal_views_alone(
             path, backend, clip_idx=clip, num_clips_uniform=5, max_spatial_scale=24
         )
         if alone:
-            files.close()
+            last_file.close()
         return frames[0], spans
 
     alone = {(path, clip): view(path, clip, True) for path in paths for clip in range(5)}
@@ -157,7 +157,7 @@ def test_views_of_one_file_are_one_pass_and_equal_views_alone(
             frames, spans = view(path, clip)
             assert torch.equal(frames, alone[path, clip][0])
             np.testing.assert_array_equal(spans, alone[path, clip][1])
-        files.close()
+        last_file.close()
 
     check([(path, clip) for path in paths for clip in range(5) for _ in range(3)])
     assert decoded["opened"] == 2 and decoded["decoded"] <= 2 * 90
@@ -196,13 +196,13 @@ def test_views_are_cropped_before_they_are_normalised(
         assert torch.equal(dataset[view][0][0], views[view])
 
 
-def test_as_much_is_kept_as_a_clip_spans(checkout, counting, decode, files):
+def test_the_frames_of_one_clip_are_kept(checkout, counting, decode, last_file):
     for clip in range(10):
         decode(counting, "pyav", clip_idx=clip, num_clips_uniform=10)
-        assert len(files.last[2].images) <= SIZE * RATE
+        assert len(last_file.opened[2].images) <= SIZE * RATE
 
 
-def test_a_file_that_changed_is_opened_anew(decode, tmp_path, write_video, decoded, files):
+def test_a_file_that_changed_is_opened_anew(decode, tmp_path, write_video, decoded, last_file):
     path = tmp_path / "a.mp4"
     for level in (50, 200):
         write_video(path, [np.full((48, 64, 3), level, np.uint8)] * (level // 5))
@@ -275,7 +275,7 @@ def test_a_broken_file_is_replaced_by_another(get_cfg, videos, backend, tmp_path
     assert index != broken and inputs[0].shape == (3, 8, 32, 32)
 
 
-def test_decoding_goes_on_where_multi_threading_is_asked_for(get_cfg, videos):
+def test_multi_threaded_decoding_continues_from_view_to_view(get_cfg, videos):
     from slowfast.datasets import build_dataset
 
     cfg = get_cfg("DATA.PATH_TO_DATA_DIR", str(videos), "DATA.DECODING_BACKEND", "pyav",

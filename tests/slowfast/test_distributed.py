@@ -58,7 +58,7 @@ def test_one_checkpoint_is_written_by_shard_0(logs):
 
 def test_the_shards_share_the_videos_and_what_they_find(logs):
     first, _, _ = logs
-    # 13 videos in batches of 4: three iterations alone, one where each of two has seven.
+    # 13 videos in batches of 4: three iterations alone, one if each of two has seven.
     assert len(stats(first, "train_iter_")) == 1
     (final,) = stats(first, "test_final")
     assert 0 <= float(final["top1_acc"]) <= 100

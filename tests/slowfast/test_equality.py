@@ -24,7 +24,7 @@ SETTINGS = pytest.mark.parametrize(
 
 
 def twins(get_cfg, build, *opts):
-    """SlowFast's model and ours, of one config; SlowFast's with weights that say something."""
+    """SlowFast's model and ours, of one config; SlowFast's with weights that are not near zero."""
     torch.manual_seed(0)
     cfg = get_cfg("STTS.ENABLE", True, *opts)
     ours = standalone_cfg()

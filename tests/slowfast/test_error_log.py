@@ -39,7 +39,7 @@ def dataset(alone):
                 multi_label=False, update_stats=print, finalize_metrics=print, **counts
             )
             loader = SimpleNamespace(dataset=data)
-            loops.enter_context(error_log.account(loader, meter, mode))
+            loops.enter_context(error_log.track_errors(loader, meter, mode))
             return data
 
         yield make
@@ -57,14 +57,14 @@ BACKENDS = pytest.mark.parametrize("backend", ["pyav", "torchvision"])
 
 @BACKENDS
 def test_a_test_video_that_cannot_be_read_is_marked(dataset, bad_lists, backend):
-    from stts_slowfast.pyslowfast.error_log import NOT_READ
+    from stts_slowfast.pyslowfast.error_log import UNREAD_LABEL
 
     data = dataset("test", "DATA.DECODING_BACKEND", backend)
     views = data._num_clips
     items = [data[index] for index in range(len(data))]
-    marks = [1, NOT_READ, 1, NOT_READ, 1]
+    marks = [1, UNREAD_LABEL, 1, UNREAD_LABEL, 1]
     assert [item[1] for item in items] == [mark for mark in marks for _ in range(views)]
-    unread = [number for number in range(len(data)) if data.stts_reads.kinds[number]]
+    unread = [number for number in range(len(data)) if data.stts_errors.kinds[number]]
     assert {data._path_to_videos[n].rpartition("/")[2] for n in unread} == {
         "broken.mp4", "half.mp4"
     }  # fmt: skip
@@ -155,11 +155,11 @@ def fill(meter, labels):
 
 @pytest.mark.parametrize("views", [[0, 1], [1, 0], [0, 0]])
 def test_unreadable_in_a_view_is_unreadable(dataset, views):
-    from stts_slowfast.pyslowfast.error_log import NOT_READ
+    from stts_slowfast.pyslowfast.error_log import UNREAD_LABEL
 
     tested = meter(5)
     dataset("test", meter=tested)
-    views = [1 if read else NOT_READ for read in views]
+    views = [1 if read else UNREAD_LABEL for read in views]
     fill(tested, [1, 1, *views, 0, 0, 1, 1, 1, 1])
     assert tested.video_labels.tolist() == [1, -1, 0, 1, 1]
 
@@ -210,7 +210,7 @@ def test_outputs_that_are_no_numbers_are_refused(dataset):
     data = dataset("test", "STTS.ENABLE", True, meter=tested)
     scores = torch.eye(8)[:3].clone()
     scores[2, 3] = float("nan")
-    with pytest.raises(ValueError, match=f"{data._path_to_videos[5]} are no numbers"):
+    with pytest.raises(ValueError, match=f"{data._path_to_videos[5]} are not finite"):
         tested.update_stats(scores, torch.ones(3).long(), torch.tensor([0, 1, 5]))
 
 
@@ -233,12 +233,12 @@ def test_a_test_ends_with_the_list_or_with_both_accuracies(dataset, bad_lists, c
 
 
 def test_a_test_of_nothing_readable_is_refused(dataset):
-    from stts_slowfast.pyslowfast.error_log import NOT_READ
+    from stts_slowfast.pyslowfast.error_log import UNREAD_LABEL
 
     tested = meter(5, 1)
     one = "TEST.NUM_ENSEMBLE_VIEWS", "1", "TEST.NUM_SPATIAL_CROPS", "1"
     dataset("test", "TEST.ALLOW_MISSING", True, *one, meter=tested)
-    fill(tested, [NOT_READ] * 5)
+    fill(tested, [UNREAD_LABEL] * 5)
     with pytest.raises(ValueError, match="5 of the test videos"):
         tested.finalize_metrics()
 
@@ -247,14 +247,14 @@ def test_meter_and_dataset_are_slowfasts_again_after_the_loop(alone):
     from stts_slowfast.pyslowfast import error_log
 
     data, tested = alone("test"), meter(5)
-    with error_log.account(SimpleNamespace(dataset=data), tested, "test"):
-        assert "update_stats" in vars(tested) and hasattr(data, "stts_reads")
+    with error_log.track_errors(SimpleNamespace(dataset=data), tested, "test"):
+        assert "update_stats" in vars(tested) and hasattr(data, "stts_errors")
     assert not {"update_stats", "finalize_metrics"} & vars(tested).keys()
-    assert not hasattr(data, "stts_reads")
+    assert not hasattr(data, "stts_errors")
     assert pickle.loads(pickle.dumps(data))._labels == data._labels
 
 
-def test_without_a_loop_that_counts_slowfast_gives_up_as_it_does(alone):
+def test_without_a_tracking_loop_slowfast_gives_up_as_before(alone):
     data = alone("test")
     data._num_retries = 2
     views = data._num_clips
@@ -277,8 +277,8 @@ def test_a_dataset_of_the_users_own_is_left_alone(get_cfg, bad_lists):
     PATH = (bad_lists / "val.csv").read_text().split()[0]
     data = Own(get_cfg("OUTPUT_DIR", str(bad_lists / "out")), "val")
     counted = SimpleNamespace(log_epoch_stats=print)
-    with error_log.account(SimpleNamespace(dataset=data), counted, "val"):
-        assert counted.log_epoch_stats is print and not hasattr(data, "stts_reads")
+    with error_log.track_errors(SimpleNamespace(dataset=data), counted, "val"):
+        assert counted.log_epoch_stats is print and not hasattr(data, "stts_errors")
         assert data[1][1] == 5 and data[0][1] == 5
         frames = data[1][0][0]
     assert type(frames) is torch.Tensor and not read_context.is_kinetics(data)

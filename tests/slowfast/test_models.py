@@ -226,7 +226,7 @@ from slowfast.config.defaults import assert_and_infer_cfg, get_cfg
 
 cfg = get_cfg()
 cfg.NUM_GPUS, cfg.MODEL.MODEL_NAME = 0, "VideoSwin"
-with contextlib.redirect_stderr(io.StringIO()) as told:
+with contextlib.redirect_stderr(io.StringIO()) as message:
     cfg = assert_and_infer_cfg(cfg)
 
     @MODEL_REGISTRY.register()
@@ -235,7 +235,7 @@ with contextlib.redirect_stderr(io.StringIO()) as told:
             super().__init__(2, 2)
 
     model = build_model(cfg)
-print(type(model) is VideoSwin, "stts" in told.getvalue())
+print(type(model) is VideoSwin, "stts" in message.getvalue())
 """,
     )
     assert done.split()[-2:] == ["True", "False"]

@@ -38,6 +38,6 @@ def test_a_loop_without_set_lr_keeps_what_the_config_says_and_warns_once(
             scheduler.step()
     assert arrived == [2, 2, 2]  # of 8
     assert [selector.sigma for selector in model.stts.values()] == [cfg.STTS.SIGMA]
-    told = [str(one.message) for one in caught if "without a schedule" in str(one.message)]
-    assert len(told) == 1 and "set_progress(model, fraction)" in told[0]
+    message = [str(one.message) for one in caught if "without a schedule" in str(one.message)]
+    assert len(message) == 1 and "set_progress(model, fraction)" in message[0]
     assert any(not torch.equal(a, b) for a, b in zip(before, model.stts.parameters(), strict=True))

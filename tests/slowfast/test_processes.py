@@ -45,7 +45,7 @@ def child(rank, folder):
     torch.manual_seed(0)
     model = build_model(cfg)
     before = [p.detach().clone() for p in model.parameters()]
-    # As build_model wraps it where there are several GPUs.
+    # As build_model wraps it for several GPUs.
     model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
     cfg.NUM_GPUS = 2  # construct_optimizer looks into the wrapper
     optimizer = optim.construct_optimizer(model, cfg)

@@ -50,7 +50,7 @@ def test_each_operation_has_slowfasts_draws_and_pixels(checkout, pictures, polic
     from slowfast.datasets.transform import create_random_augment
 
     images, used = [Image.fromarray(frame) for frame in pictures], set()
-    ours = pyslowfast_rand_augment.Images(pictures)
+    ours = pyslowfast_rand_augment.LazyImages(pictures)
     for seed in range(60):
         transform = create_random_augment((37, 52), policy, interpolation)
         seeded(seed)
@@ -58,9 +58,9 @@ def test_each_operation_has_slowfasts_draws_and_pixels(checkout, pictures, polic
         seeded(seed)
         found, next_drawn = transform(ours), drawn()
         assert next_drawn == theirs_next
-        assert isinstance(found, pyslowfast_rand_augment.Images) and len(found.operations) <= 1
+        assert isinstance(found, pyslowfast_rand_augment.LazyImages) and len(found.operations) <= 1
         used.update(operation.name for operation in found.operations)
-        part = found.part((0, 0, 37, 52)).astype(int)
+        part = found.crop((0, 0, 37, 52)).astype(int)
         assert np.abs(part - np.stack([np.asarray(each) for each in expected])).max() <= 1
     assert len(used) > 8
 
@@ -103,18 +103,18 @@ def test_items_have_slowfasts_draws_and_nearly_its_pixels(config, relative, samp
     assert np.median(worst) <= 1.01
 
 
-def test_nothing_is_other_unless_asked(config, monkeypatch):
+def test_nothing_changes_if_it_is_off(config, monkeypatch):
     def fail(*_):
         raise AssertionError
 
-    monkeypatch.setattr(pyslowfast_rand_augment.Images, "__init__", fail)
+    monkeypatch.setattr(pyslowfast_rand_augment.LazyImages, "__init__", fail)
     keys = ("AUG.AA_TYPE", "rand-m7-n4-mstd0.5-inc1")
     inputs, *_ = item_of(config(*keys), 0, 0)
     assert type(inputs[0]) is torch.Tensor
     assert config().STTS.FAST_AUGMENT is False
 
 
-def test_it_does_without_selection_and_pixels_wait_for_the_crop(config, monkeypatch):
+def test_it_works_without_selection_and_only_on_the_crop(config, monkeypatch):
     made, part = [], pyslowfast_rand_augment.augment
 
     def counted(frames, operations, box):
@@ -130,7 +130,7 @@ def test_it_does_without_selection_and_pixels_wait_for_the_crop(config, monkeypa
     assert 0.05 < height * width / (40 * 53) < 0.4
 
 
-def test_validation_and_views_are_as_ever(config):
+def test_validation_and_views_are_unchanged(config):
     from slowfast.datasets import build_dataset
 
     for split in ("val", "test"):

@@ -101,7 +101,7 @@ def test_crops_have_slowfasts_places_and_sizes(get_cfg, split, relative, inverse
     clip = torch.stack([rows, columns, rows]).float()
 
     def place(crop):
-        """Middle row, middle column, scale down and across (negative where flipped)."""
+        """Middle row, middle column, scale down and across (negative if flipped)."""
         rows, columns = crop[0], crop[1]
         down = (rows[-4] - rows[4])[10] / (len(rows) - 8)
         across = (columns[:, -4] - columns[:, 4])[10] / (len(rows) - 8)

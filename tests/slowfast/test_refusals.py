@@ -36,7 +36,7 @@ def test_the_logged_grid_is_that_of_the_clips_to_come(get_cfg, build, caplog, jo
     opts += ["MODEL.MODEL_NAME", "VideoSwin", "STTS.SPACE.BLOCKS", []]
     cfg = get_cfg("STTS.ENABLE", True, "DATA.TEST_CROP_SIZE", 64, *opts)
     function = SimpleNamespace(__name__=job)
-    with caplog.at_level(logging.INFO), run_state.started(cfg, function):
+    with caplog.at_level(logging.INFO), run_state.enter_job(cfg, function):
         build(cfg)
     (line,) = [line for line in caplog.messages if line.startswith("STTS time_0")]
     assert step in line
@@ -92,15 +92,15 @@ def test_a_truncated_last_checkpoint_is_named_with_the_one_before(get_cfg, build
     cu.load_checkpoint(first, model, False, optimizer)
 
 
-def test_lists_of_which_no_video_is_there_are_refused(get_cfg, videos, tmp_path):
+def test_lists_of_which_no_video_exists_are_refused(get_cfg, videos, tmp_path):
     from slowfast.datasets import build_dataset
 
     rows = [f"{number}.mp4 0" for number in range(3)]
     (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
     opts = ("STTS.ENABLE", True, "DATA.PATH_TO_DATA_DIR", str(tmp_path))
     cfg = get_cfg(*opts, "DATA.PATH_PREFIX", "/nowhere")
-    told = rf"none of the 3 videos of {tmp_path}/train\.csv is there, such as /nowhere/0\.mp4"
-    with pytest.raises(FileNotFoundError, match=told):
+    message = rf"none of the 3 videos of {tmp_path}/train\.csv exists, such as /nowhere/0\.mp4"
+    with pytest.raises(FileNotFoundError, match=message):
         build_dataset("kinetics", cfg, "train")
     rows += [f"{videos / 'val_0.mp4'} 1"]
     (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
@@ -114,8 +114,8 @@ def test_a_range_is_not_trained_if_a_test_follows(get_cfg, dimension):
     from slowfast.config.defaults import assert_and_infer_cfg
 
     cfg = get_cfg("STTS.ENABLE", True, f"STTS.{dimension}.KEEP", [[0.25, 0.9]])
-    told = rf'STTS\.{dimension}\.KEEP is \[\[0\.25, 0\.9\]\], a range.*KEEP "\[0\.9\]"'
-    with pytest.raises(ValueError, match=told):
+    message = rf'STTS\.{dimension}\.KEEP is \[\[0\.25, 0\.9\]\], a range.*KEEP "\[0\.9\]"'
+    with pytest.raises(ValueError, match=message):
         assert_and_infer_cfg(cfg)
     cfg.TEST.ENABLE = False
     assert_and_infer_cfg(cfg)

@@ -74,11 +74,11 @@ def test_a_killed_run_resumes_and_is_tested(command, checkout, tmp_path):
     stats = json_stats(log)
     train = [line for line in stats if line.get("_type") == "train_iter_"]
     assert [line["epoch"] for line in train] == ["2/2"] * 3
-    # sigma goes on where training was: from the middle of two epochs down to 0.
+    # sigma continues where training was: from the middle of two epochs down to 0.
     assert [line["sigma"] for line in train] == pytest.approx(
         [0.05, 0.05 * 2 / 3, 0.05 / 3], abs=1e-6
     )
-    # It began from random weights, and the checkpoint that it goes on from does not change that.
+    # It began from random weights, and resuming from a checkpoint does not change that.
     assert all(line["backbone_lr"] == pytest.approx(line["lr"], abs=1e-5) for line in train)
     assert "resumed: everything learns" in log
     assert any(line.get("_type") == "val_epoch" for line in stats)
@@ -92,7 +92,7 @@ def test_two_epochs_with_the_torchvision_backend(command, checkout, tmp_path):
     (line,) = [line for line in log.splitlines() if line.startswith("stts_slowfast: ")]
     assert "patched SlowFast in memory: " in line and "decoder" in line
     imports_meta = "vision.fair" in (checkout / "tools" / "run_net.py").read_text()
-    assert ("vision_imports" in line) == imports_meta  # a patch only where it is needed
+    assert ("vision_imports" in line) == imports_meta  # patched only if needed
     stats = json_stats(log)
     train = [line for line in stats if line.get("_type") == "train_iter_"]
     assert [line["epoch"] for line in train] == ["1/2"] * 3 + ["2/2"] * 3
@@ -109,7 +109,7 @@ def test_two_epochs_with_the_torchvision_backend(command, checkout, tmp_path):
     }
 
 
-def test_fine_tuning_holds_the_backbone_back(command, checkout, tmp_path):
+def test_fine_tuning_freezes_and_caps_the_backbone(command, checkout, tmp_path):
     run(command(tmp_path / "first", "STTS.ENABLE", "False", "TEST.ENABLE", "False"), checkout)
     trained = tmp_path / "first" / "checkpoints" / "checkpoint_epoch_00002.pyth"
     opts = ("TRAIN.CHECKPOINT_FILE_PATH", str(trained), "TRAIN.CHECKPOINT_EPOCH_RESET", "True")
@@ -191,7 +191,7 @@ def test_doctor_finds_that_a_run_can_start(checkout):
     assert re.search(r"patch decoder *│ *(OK|patched)", done.stdout)
 
 
-def test_doctor_fails_where_there_is_no_checkout(checkout, tmp_path):
+def test_doctor_fails_without_a_checkout(checkout, tmp_path):
     done = stts("doctor", COLUMNS="200", SLOWFAST_ROOT=str(tmp_path))
     assert done.returncode == 1
     assert "A SlowFast run cannot start: SlowFast" in done.stdout

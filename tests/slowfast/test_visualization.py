@@ -52,14 +52,14 @@ def scalars(runs, tag: str) -> list[float]:
     return [point.value for run in runs for point in run.Scalars(tag)]
 
 
-def test_sigma_and_the_backbones_rate_stand_beside_the_rate(visualized):
+def test_sigma_and_the_backbone_lr_are_logged_beside_the_lr(visualized):
     selects, runs = visualized
     rates = scalars(runs, "Train/lr")
     assert len(rates) == 3 and min(rates) > 0  # three batches of four
     if not selects:
         assert not scalars(runs, "Train/sigma") + scalars(runs, "Train/backbone_lr")
         return
-    # From random weights nothing is held back; sigma falls linearly with the epoch.
+    # From random weights nothing is frozen or capped; sigma falls linearly with the epoch.
     assert scalars(runs, "Train/backbone_lr") == pytest.approx(rates)
     assert scalars(runs, "Train/sigma") == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
 

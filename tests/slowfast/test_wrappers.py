@@ -70,7 +70,7 @@ def test_a_wrapped_mvit_is_stock_with_selection_off(get_cfg, build, register):
     assert not modules_with_selectors(model)
 
 
-def test_a_part_that_was_built_on_its_own_keeps_its_selectors(get_cfg, build, register):
+def test_a_submodule_that_was_built_on_its_own_keeps_its_selectors(get_cfg, build, register):
     class Twice(nn.Module):
         def __init__(self, cfg):
             super().__init__()
@@ -147,12 +147,12 @@ class Idle(WithGrid):
         return self.head(x.mean(1))
 
 
-@pytest.mark.parametrize(("model", "told"), [(Alone, "called without thw"), (Idle, "time_0")])
+@pytest.mark.parametrize(("model", "message"), [(Alone, "called without thw"), (Idle, "time_0")])
 def test_own_models_that_cannot_be_selected_in_are_refused_when_built(
-    get_cfg, build, register, model, told
+    get_cfg, build, register, model, message
 ):
     register(model)
-    with pytest.raises(ValueError, match=rf"MODEL_NAME '{model.__name__}': .*{told}"):
+    with pytest.raises(ValueError, match=rf"MODEL_NAME '{model.__name__}': .*{message}"):
         build(get_cfg("STTS.ENABLE", True, "MODEL.MODEL_NAME", model.__name__))
 
 

@@ -21,8 +21,9 @@ from stts_slowfast.standalone import transforms
 from stts_slowfast.standalone.annotations import list_kinetics, list_ssv2
 from stts_slowfast.standalone.config import get_cfg
 from stts_slowfast.standalone.data import UNREADABLE, ClipDataset, build_loader, normalize_clips
-from stts_slowfast.video import Video, VideoError, clip_span, frame_index, frame_indices, reader
+from stts_slowfast.video import Video, VideoError, clip_span, frame_indices, reader
 from stts_slowfast.video.error_log import VideoErrorLog, VideoIssue, exceeds_limit
+from stts_slowfast.video.lru_cache import LRUCache
 
 
 def write_video(path, num_frames=32, size=(48, 64), color=None):
@@ -270,7 +271,7 @@ def test_broken_video_is_replaced_logged_and_written_once(cfg, workers, caplog):
         assert len(videos) == 6 and 2 not in videos and torch.equal(labels, videos % 3)
         assert loader.bad.count() == {"unreadable": 1, "damaged": 0}
     assert caplog.text.count("2.mp4 is unreadable") == 1
-    assert "another one takes its place" in caplog.text
+    assert "another one replaces it" in caplog.text
     (record,) = written(cfg)
     assert record["path"].endswith("2.mp4") and record["split"] == "train"
     assert record["kind"] == "unreadable" and "not a video" in record["reason"]
@@ -480,11 +481,11 @@ def test_an_item_is_the_same_whatever_was_read_before(cfg, monkeypatch):
     dataset = ClipDataset(cfg, "train")
 
     def fresh(epoch, index):
-        monkeypatch.setattr(reader, "_memory", frame_index.LRUCache())
+        monkeypatch.setattr(reader, "_cache", LRUCache())
         return dataset[epoch, index][0]
 
     alone = {(epoch, index): fresh(epoch, index) for epoch in range(3) for index in range(5)}
-    monkeypatch.setattr(reader, "_memory", frame_index.LRUCache())
+    monkeypatch.setattr(reader, "_cache", LRUCache())
     for (epoch, index), clips in alone.items():
         assert torch.equal(dataset[epoch, index][0], clips)
 

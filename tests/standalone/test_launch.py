@@ -1,7 +1,9 @@
 """Several processes are one run, however they are started; and their errors come back."""
 
+import multiprocessing
 import pickle
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from stts_slowfast.standalone import engine
+from stts_slowfast.standalone import engine, launch
+from stts_slowfast.standalone.signals import SignalState
 
 
 def free_port():
@@ -114,7 +117,8 @@ def test_two_processes_tell_of_the_same_unreadable_videos(plain_run):
 LOOK = """
 import os, sys, torch
 from stts_slowfast import selections
-from stts_slowfast.standalone import engine
+from stts_slowfast.standalone import engine, launch
+from stts_slowfast.standalone.signals import SignalState
 from stts_slowfast.standalone.config import load_config
 
 def watch(split, model, batch):
@@ -203,3 +207,29 @@ def test_whatever_ends_a_process_comes_back_at_once(run, error, said):
     command = [sys.executable, str(script), str(run.write()), error]
     output = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert said in output.stdout, output
+
+
+def _answer_to_sigusr1(ready, writer):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    ready.send(True)
+    signal.sigwait([signal.SIGUSR1])
+    writer.send_bytes(pickle.dumps("checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("save", "number", "results", "exitcode"),
+    [(True, 0, {0: "checkpoint"}, 0), (False, signal.SIGINT, {}, -signal.SIGTERM)],
+)
+def test_the_command_relays_signals_to_its_processes(save, number, results, exitcode):
+    context = multiprocessing.get_context("fork")
+    started, ready = context.Pipe(duplex=False)
+    reader, writer = context.Pipe(duplex=False)
+    child = context.Process(target=_answer_to_sigusr1, args=(ready, writer))
+    child.start()
+    writer.close()
+    assert started.recv()
+    signals = SignalState()
+    signals.save, signals.number = save, number
+    assert launch._wait([child], [reader], signals) == (results, "")
+    assert child.exitcode == exitcode and not signals.save

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from stts_slowfast.video import Video, decode_clip, exact_index, frame_index, reader
+from stts_slowfast.video.lru_cache import LRUCache
 
 FILES = Path(__file__).parents[1] / "fixtures" / "videos"
 NAMES = sorted(path.name for path in FILES.iterdir() if path.suffix not in (".jpg", ".png"))
@@ -25,7 +26,7 @@ def nothing_remembered(monkeypatch):
 
 
 def forget(monkeypatch):
-    monkeypatch.setattr(reader, "_memory", frame_index.LRUCache())
+    monkeypatch.setattr(reader, "_cache", LRUCache())
 
 
 def decode_all(path):
@@ -55,7 +56,7 @@ def check(path, monkeypatch, step=1, clips=8):
         indices = sorted(rng.sample(range(len(expected)), count))
         with Video(path, rotate=False) as video:
             if number % 2:
-                video._kept = []  # as if the file had been indexed by an earlier reading
+                video._decoded = []  # as if the file had been indexed by an earlier reading
             found = video.decode(indices)
             np.testing.assert_array_equal(found, np.stack([expected[i] for i in indices]))
 
@@ -200,7 +201,7 @@ def test_an_untrue_file_is_decoded_once_and_its_frames_are_kept():
 @pytest.fixture
 def long_files(monkeypatch):
     """All files are long: so that no frames are kept, and seeking is tried."""
-    monkeypatch.setattr(exact_index, "KEPT_BYTES", 0)
+    monkeypatch.setattr(exact_index, "MAX_FRAME_BYTES", 0)
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - BELIEVED))
@@ -210,7 +211,7 @@ def test_long_files_that_claim_what_they_are_not(name, monkeypatch, long_files):
 
 def test_a_long_file_is_read_from_a_keyframe_if_that_gives_its_pixels(long_files):
     with Video(FILES / "xvid.avi") as video:
-        assert not video._kept
+        assert not video._decoded
     with Video(FILES / "xvid.avi") as video:
         np.testing.assert_array_equal(video.decode([70])[0], decode_all(FILES / "xvid.avi")[70])
         assert 0 < video.num_decoded < 40 and video._index.seekable

@@ -68,10 +68,10 @@ def test_no_more_is_kept_than_was_said(tmp_path, opened):
         for path in paths[::-1]:
             read(path, list(range(12)))
         assert set(opened) == {paths[0]}
-    assert not frame_cache._memory.items
+    assert not frame_cache._cache.items
 
 
-def test_damage_is_told_again_and_what_cannot_be_read_is_tried_again(tmp_path, opened):
+def test_damage_is_reported_again_and_unreadable_files_are_tried_again(tmp_path, opened):
     path = write(tmp_path / "a.mp4")
     whole = (tmp_path / "a.mp4").read_bytes()
     start = whole.index(b"mdat") + 900

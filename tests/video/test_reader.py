@@ -24,6 +24,7 @@ from stts_slowfast.video import (
     reader,
     run_with_timeout,
 )
+from stts_slowfast.video.lru_cache import LRUCache
 
 SIZE = (32, 48)
 
@@ -34,7 +35,7 @@ needs_index = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch):
-    monkeypatch.setattr(reader, "_memory", frame_index.LRUCache())
+    monkeypatch.setattr(reader, "_cache", LRUCache())
 
 
 def write_video(
@@ -227,7 +228,7 @@ def test_what_was_found_out_is_remembered_as_long_as_the_file_stays(tmp_path, mo
 
 
 def test_what_is_remembered_is_bounded():
-    memory = frame_index.LRUCache(limit=100_000)
+    memory = LRUCache(limit=100_000)
     for number in range(50):
         empty = np.empty(0, np.int64)
         memory.put(number, frame_index.FrameIndex(np.arange(1000), empty, empty))
@@ -284,7 +285,7 @@ def test_threads_do_not_change_frames(tmp_path):
     assert torch.equal(decode_clip(path, [5, 30], threads=0), decode_clip(path, [5, 30]))
 
 
-def test_probe_tells_frames_rate_and_size(tmp_path):
+def test_probe_gives_frames_rate_and_size(tmp_path):
     info = probe(write_video(tmp_path / "a.mkv", num_frames=50))
     assert info == (50, 25.0, 2.0, *SIZE)
 
@@ -409,7 +410,7 @@ def test_files_that_end_early_are_called_damaged(tmp_path, name):
 
 @needs_index
 @pytest.mark.parametrize("name", ["a.mp4", "a.avi"])
-def test_a_last_frame_that_is_missing_is_told(tmp_path, name):
+def test_a_missing_last_frame_is_damage(tmp_path, name):
     path = write_video(tmp_path / name, codec="mpeg4", g="12", mux=CUT[name])
     with av.open(path) as container:
         last = container.streams.video[0].index_entries[59].pos
@@ -417,14 +418,14 @@ def test_a_last_frame_that_is_missing_is_told(tmp_path, name):
         assert video.num_frames == 59 and "ends early" in video.damage
 
 
-def test_fewer_frames_than_the_header_says_are_told(tmp_path):
+def test_fewer_frames_than_the_header_declares_are_damage(tmp_path):
     data = Path(write_video(tmp_path / "a.avi", codec="mpeg4", g="12")).read_bytes()
     count = data.index(b"strh") + 40
     with Video(data[:count] + (300).to_bytes(4, "little") + data[count + 4 :]) as video:
         assert video.damage == "it ends early: 60 of 300 frames are there"
 
 
-def test_a_transport_stream_cut_between_packets_is_told_as_far_as_it_can_be(tmp_path, monkeypatch):
+def test_a_transport_stream_cut_between_packets_is_damaged_if_it_shows(tmp_path, monkeypatch):
     """Where frames have lengths, on opening; else once its last frame is decoded. Between two
     frames nothing in the file says that others followed."""
     monkeypatch.setitem(globals(), "SIZE", (128, 192))
@@ -453,7 +454,7 @@ def flip_bytes(path, count, seed=0):
 
 
 @pytest.mark.parametrize("count", [5, 60, 300])
-def test_damage_that_the_decoder_conceals_is_told(tmp_path, count):
+def test_damage_that_the_decoder_conceals_is_recorded(tmp_path, count):
     write_video(tmp_path / "a.mp4", g="12", bf="2", mux={"movflags": "faststart"})
     with Video(flip_bytes(tmp_path / "a.mp4", count)) as video:
         video.decode(range(12))
@@ -462,15 +463,15 @@ def test_damage_that_the_decoder_conceals_is_told(tmp_path, count):
         assert "decode" in video.damage
 
 
-def test_damage_in_frames_that_were_not_asked_for_is_told(tmp_path):
+def test_damage_in_other_frames_of_the_pass_is_recorded(tmp_path):
     """It spoils those that were: two wrong bytes show in nearly all of these files."""
     write_video(tmp_path / "a.mp4", g="12", bf="2", mux={"movflags": "faststart"})
-    told = 0
+    damaged = 0
     for seed in range(30):
         with Video(flip_bytes(tmp_path / "a.mp4", 2, seed)) as video:
             video.decode(range(3, video.num_frames, 8))
-            told += bool(video.damage)
-    assert told >= 15
+            damaged += bool(video.damage)
+    assert damaged >= 15
 
 
 def test_damaged_packets_never_crash(tmp_path):

@@ -1,4 +1,4 @@
-"""What SlowFast imports and does not find: packages of Meta's, of the checkout, of the past."""
+"""Imports of SlowFast that fail: packages of Meta, of the checkout, and of older setuptools."""
 
 import importlib.machinery
 import importlib.util
@@ -7,6 +7,7 @@ import sys
 import traceback
 import types
 
+from stts_slowfast.pyslowfast.autoload import is_partly_imported
 from stts_slowfast.pyslowfast.compat import GUIDE, REMEDIES, patch
 
 
@@ -16,11 +17,11 @@ def checkout_root(slowfast: types.ModuleType) -> str:
 
 
 class CheckoutFinder:
-    """Finds packages that only a checkout of SlowFast has, if nothing else does: it stands last in
-    ``sys.meta_path``.
+    """Finds packages that only a checkout of SlowFast has; last in ``sys.meta_path``, so that any
+    other finder comes first.
 
     Args:
-        folders: where the modules of each package are.
+        folders: package name to the folders of its modules.
     """
 
     def __init__(self, folders: dict[str, list[str]]):
@@ -36,28 +37,27 @@ class CheckoutFinder:
 
 @patch("vision_imports")
 def patch_vision_imports(slowfast) -> bool:
-    """``from vision.fair.slowfast.tools.train_net import train`` (``tools/run_net.py``), which
-    exists inside Meta alone."""
+    """``tools/run_net.py`` imports ``vision.fair.slowfast``, which exists only inside Meta."""
     root = checkout_root(slowfast)
     if not _mentions(os.path.join(root, "tools", "run_net.py"), "vision.fair.slowfast"):
         return False
-    return _find({"vision": [], "vision.fair": [], "vision.fair.slowfast": [root]})
+    return _add_finder({"vision": [], "vision.fair": [], "vision.fair.slowfast": [root]})
 
 
 @patch("ava_evaluation")
 def patch_ava_evaluation(slowfast) -> bool:
-    """``from ava_evaluation import ...``, which only a checkout's root on the path satisfies."""
+    """Older commits import ``ava_evaluation``, which is in the checkout's root."""
     root = checkout_root(slowfast)
     helper = os.path.join(root, "slowfast", "utils", "ava_eval_helper.py")
-    if not _mentions(helper, "from ava_evaluation") or _is_there("ava_evaluation"):
+    if not _mentions(helper, "from ava_evaluation") or _exists("ava_evaluation"):
         return False
     folder = os.path.join(root, "ava_evaluation")
-    return os.path.isdir(folder) and _find({"ava_evaluation": [folder]})
+    return os.path.isdir(folder) and _add_finder({"ava_evaluation": [folder]})
 
 
-def _find(folders: dict[str, list[str]]) -> bool:
+def _add_finder(folders: dict[str, list[str]]) -> bool:
     """Adds a finder, once; returns whether it did."""
-    finders = [one for one in sys.meta_path if isinstance(one, CheckoutFinder)]
+    finders = [f for f in sys.meta_path if isinstance(f, CheckoutFinder)]
     if any(finder.folders.keys() == folders.keys() for finder in finders):
         return False
     sys.meta_path.append(CheckoutFinder(folders))
@@ -65,10 +65,10 @@ def _find(folders: dict[str, list[str]]) -> bool:
 
 
 class PkgResourcesFinder:
-    """Finds ``pkg_resources`` for detectron2's model zoo, while that is imported."""
+    """Finds ``pkg_resources`` while detectron2's model zoo is imported."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "pkg_resources" or not _is_half_imported("detectron2.model_zoo"):
+        if name != "pkg_resources" or not is_partly_imported("detectron2.model_zoo"):
             return None
         return importlib.machinery.ModuleSpec(name, self)
 
@@ -78,13 +78,13 @@ class PkgResourcesFinder:
         return module
 
     def exec_module(self, module) -> None:
-        """It is whole."""
+        """Does nothing: `create_module` has filled it."""
 
 
 @patch("pkg_resources")
 def patch_pkg_resources(detectron2) -> bool:
-    """``import pkg_resources`` in ``detectron2.model_zoo``, gone from setuptools 81 on."""
-    if "slowfast" not in sys.modules or _is_there("pkg_resources"):
+    """``detectron2.model_zoo`` imports ``pkg_resources``, which setuptools 81 removed."""
+    if "slowfast" not in sys.modules or _exists("pkg_resources"):
         return False
     sys.meta_path.append(PkgResourcesFinder())
     return True
@@ -92,11 +92,13 @@ def patch_pkg_resources(detectron2) -> bool:
 
 @patch("pkg_resources")
 def patch_pkg_resources_ends(model_zoo) -> bool:
-    """Nobody else is to find it."""
+    """Removes it again, so that no other package finds it."""
     found = sys.modules.get("pkg_resources")
     if isinstance(getattr(found, "__loader__", None), PkgResourcesFinder):
         del sys.modules["pkg_resources"]
-    sys.meta_path[:] = [one for one in sys.meta_path if not isinstance(one, PkgResourcesFinder)]
+    sys.meta_path[:] = [
+        finder for finder in sys.meta_path if not isinstance(finder, PkgResourcesFinder)
+    ]
     return False
 
 
@@ -107,7 +109,7 @@ def _resource_filename(package: str, resource: str) -> str:
 
 @patch("missing_packages")
 def patch_missing_packages(slowfast) -> bool:
-    """Adds the remedy to the traceback of an import error that no patch can prevent."""
+    """Tracebacks of import errors that no patch can prevent end with the remedy."""
     previous, folder = sys.excepthook, os.path.dirname(os.path.abspath(slowfast.__file__))
     if getattr(previous, "explains_missing_packages", False):
         return False
@@ -120,7 +122,7 @@ def patch_missing_packages(slowfast) -> bool:
 
     explain.explains_missing_packages = True
     sys.excepthook = explain
-    return False  # nothing is patched before it happens
+    return False  # it has no effect unless an import fails
 
 
 def _inside(folder: str):
@@ -128,7 +130,7 @@ def _inside(folder: str):
 
 
 def missing_package_remedy(error: BaseException) -> str | None:
-    """What to do about an import error of SlowFast's; None if we do not know."""
+    """How to fix an import error of SlowFast's; None if unknown."""
     if not isinstance(error, ImportError):
         return None
     package = (error.name or "").split(".")[0]
@@ -145,12 +147,7 @@ def _mentions(path: str, text: str) -> bool:
         return False
 
 
-def _is_there(package: str) -> bool:
+def _exists(package: str) -> bool:
     if package in sys.modules:
         return True
     return importlib.util.find_spec(package) is not None
-
-
-def _is_half_imported(module: str) -> bool:
-    spec = getattr(sys.modules.get(module), "__spec__", None)
-    return bool(getattr(spec, "_initializing", False))

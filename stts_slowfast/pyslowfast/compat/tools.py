@@ -1,4 +1,4 @@
-"""What SlowFast's tools, and parts of it that few runs reach, trip over."""
+"""Defects of SlowFast's tools, config, optimizer and visualization, and their patches."""
 
 import functools
 import os
@@ -7,12 +7,22 @@ import types
 
 from stts_slowfast.pyslowfast import run_state
 from stts_slowfast.pyslowfast.compat import patch
-from stts_slowfast.pyslowfast.patching import is_wrapped, wrap
+from stts_slowfast.pyslowfast.patching import wrap
+
+
+@patch("prefetch_key")
+def patch_prefetch_key(defaults) -> bool:
+    """Ignores the key ``PREFETCH`` of ``configs/SSv2/MVITv2_*.yaml``, which is gone from ``_C``."""
+    config = defaults._C
+    if "PREFETCH" in config or config.key_is_deprecated("PREFETCH"):
+        return False
+    config.register_deprecated_key("PREFETCH")
+    return True
 
 
 @patch("mt_adamw")
 def patch_mt_adamw(optimizer) -> bool:
-    """``torch.optim._multi_tensor.AdamW``, which is ``AdamW(foreach=True)`` by now."""
+    """``torch.optim._multi_tensor.AdamW`` is gone; it is ``AdamW(foreach=True)`` today."""
     import torch
 
     if hasattr(torch.optim, "_multi_tensor"):
@@ -36,20 +46,20 @@ def _with_multi_tensor(construct_optimizer, model, cfg, *args, **kwargs):
 
 @patch("visualization")
 def patch_visualization(loader) -> bool:
-    """``tools/visualization.py`` unpacks four of the five things that a batch has."""
-    wrap(loader, "construct_loader", _loader_for_visualization)
+    """``tools/visualization.py`` unpacks four of a batch's five items."""
+    wrap(loader, "construct_loader", _construct_loader)
     return True
 
 
-def _loader_for_visualization(construct_loader, *args, **kwargs):
-    loader, job = construct_loader(*args, **kwargs), run_state.running()
-    if job is None or job.job != "visualize" or not is_slowfasts(job.function, "visualization"):
+def _construct_loader(construct_loader, *args, **kwargs):
+    loader, job = construct_loader(*args, **kwargs), run_state.current_job()
+    if job is None or job.job != "visualize" or not is_tool_function(job.function, "visualization"):
         return loader
     return WithoutTime(loader)
 
 
 class WithoutTime:
-    """A loader whose batches are inputs, labels, indices and meta, without the times of clips."""
+    """A loader whose batches lack the times of clips: inputs, labels, indices, meta."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -64,50 +74,48 @@ class WithoutTime:
 
 @patch("activations")
 def patch_activations(utils) -> bool:
-    """Activations are taken for tensors, but a transformer's block gives its tokens and their grid.
-
-    Of several things that a layer gives, the first is shown: the tokens, (batch, tokens, width).
-    """
-    wrap(utils.GetWeightAndActivation, "_register_single_hook", _keep_tokens)
+    """Activations must be tensors, but a transformer's block returns its tokens and their grid: the
+    first output is shown, the tokens (batch, tokens, width)."""
+    wrap(utils.GetWeightAndActivation, "_register_single_hook", _register_token_hook)
     return True
 
 
-def _keep_tokens(register_single_hook, activations, layer_name):
+def _register_token_hook(register_single_hook, activations, layer_name):
     from slowfast.visualization.utils import get_layer
 
     register_single_hook(activations, layer_name)
     hooks = get_layer(activations.model, layer_name)._forward_hooks
     last = next(reversed(hooks))
-    keep = hooks[last]
+    store = hooks[last]
 
-    def keep_first(layer, inputs, output):
+    def store_first(layer, inputs, output):
         first = output[0] if isinstance(output, (tuple, list)) else output
-        # What is drawn is viewed in other shapes, which a transposed result would not allow.
-        keep(layer, inputs, first.contiguous())
+        # The plots call view(), which needs contiguous memory.
+        store(layer, inputs, first.contiguous())
 
-    hooks[last] = keep_first
+    hooks[last] = store_first
 
 
 @patch("layer_weights")
 def patch_layer_weights(tensorboard_vis) -> bool:
-    """Weights of several layers are drawn with the indices of the first layer's rows."""
-    wrap(tensorboard_vis.TensorboardWriter, "plot_weights_and_activations", _layer_by_layer)
+    """Weights of several layers are plotted with the row indices of the first layer."""
+    wrap(tensorboard_vis.TensorboardWriter, "plot_weights_and_activations", _plot_each_layer)
     return True
 
 
-def _layer_by_layer(plot_weights_and_activations, writer, layers, *args, **kwargs):
+def _plot_each_layer(plot_weights_and_activations, writer, layers, *args, **kwargs):
     for name, values in layers.items():
         plot_weights_and_activations(writer, {name: values}, *args, **kwargs)
 
 
 @patch("load_config")
 def patch_load_config(parser) -> bool:
-    """``tools/benchmark.py`` asks for no config file, so ``--cfg`` would be passed over."""
-    wrap(parser, "load_config", _load_named_config)
+    """``tools/benchmark.py`` calls ``load_config`` without a path, so it ignores ``--cfg``."""
+    wrap(parser, "load_config", _load_config)
     return True
 
 
-def is_a_tool(path: str | None, name: str) -> bool:
+def is_tool_file(path: str | None, name: str) -> bool:
     """Whether a file is ``tools/NAME.py`` of a checkout of SlowFast."""
     if not path or os.path.basename(path) != f"{name}.py":
         return False
@@ -116,30 +124,30 @@ def is_a_tool(path: str | None, name: str) -> bool:
     return os.path.isfile(os.path.join(tools, "run_net.py")) and os.path.isfile(beside)
 
 
-def is_slowfasts(function, name: str) -> bool:
+def is_tool_function(function, name: str) -> bool:
     """Whether a function is one of ``tools/NAME.py`` of a checkout of SlowFast."""
     module = sys.modules.get(getattr(function, "__module__", None))
-    return is_a_tool(getattr(module, "__file__", None), name)
+    return is_tool_file(getattr(module, "__file__", None), name)
 
 
-def _load_named_config(load_config, args, path_to_config=None):
+def _load_config(load_config, args, path_to_config=None):
     main = sys.modules.get("__main__")
-    if path_to_config is None and is_a_tool(getattr(main, "__file__", None), "benchmark"):
+    if path_to_config is None and is_tool_file(getattr(main, "__file__", None), "benchmark"):
         path_to_config = next(iter(getattr(args, "cfg_files", None) or ()), None)
     return load_config(args, path_to_config)
 
 
 @patch("demo")
 def patch_demo(utils) -> bool:
-    """The demo scales a video's shorter side alone, but an MViT's positions are of a square."""
-    wrap(utils, "process_cv2_inputs", _middle_squares)
+    """The demo scales a video's shorter side only, but an MViT needs square frames."""
+    wrap(utils, "process_cv2_inputs", _crop_to_square)
     return True
 
 
-def _middle_squares(process_cv2_inputs, frames, cfg):
+def _crop_to_square(process_cv2_inputs, frames, cfg):
     height, width = frames[0].shape[:2]
-    if cfg.MODEL.ARCH == "mvit" and height != width:  # what is convolutional takes any
-        if cfg.DETECTION.ENABLE:  # boxes are places in the whole frame
+    if cfg.MODEL.ARCH == "mvit" and height != width:
+        if cfg.DETECTION.ENABLE:  # boxes refer to the whole frame
             raise ValueError(
                 f"DETECTION.ENABLE is True and frames are {width}x{height}, but the positions of "
                 f"{cfg.MODEL.MODEL_NAME} are those of a square: crop the video to one first"
@@ -152,19 +160,14 @@ def _middle_squares(process_cv2_inputs, frames, cfg):
 
 @patch("ptv_mvit")
 def patch_ptv_mvit(ptv_model_builder) -> bool:
-    """PTVMViT hands on an empty ``MVIT.POOL_KV_STRIDE`` where pytorchvideo wants None."""
+    """PTVMViT passes an empty ``MVIT.POOL_KV_STRIDE`` on, but pytorchvideo expects None."""
     name = "create_multiscale_vision_transformers"
-    stock = getattr(ptv_model_builder, name)
-    if is_wrapped(stock):
-        return False
-
-    @functools.wraps(stock)
-    def create(*args, **kwargs):
-        strides = kwargs.get("pool_kv_stride_size")
-        if strides is not None and not len(strides):
-            kwargs["pool_kv_stride_size"] = None
-        return stock(*args, **kwargs)
-
-    create.stock = create.wrapper = stock
-    setattr(ptv_model_builder, name, create)  # there alone: pytorchvideo's own stays
+    wrap(ptv_model_builder, name, _create_ptv_mvit, everywhere=False)
     return True
+
+
+def _create_ptv_mvit(create, *args, **kwargs):
+    strides = kwargs.get("pool_kv_stride_size")
+    if strides is not None and not len(strides):
+        kwargs["pool_kv_stride_size"] = None
+    return create(*args, **kwargs)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from stts_slowfast.checkpoints.names import checkpoint_name
 from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.data import ClipDataset
@@ -127,7 +128,7 @@ def _config_path(out: str, name: str) -> str:
 
 
 def _checkpoint(out: str, name: str, epochs: int) -> str:
-    return os.path.join(out, "runs", name, "checkpoints", f"checkpoint_epoch_{epochs:05d}.pyth")
+    return os.path.join(out, "runs", name, "checkpoints", checkpoint_name(epochs))
 
 
 # ---- runs -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from stts_slowfast.checkpoints.io import read_checkpoint
+from stts_slowfast.checkpoints.names import latest_first
 from stts_slowfast.configfiles.values import flatten
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.model import build_model
@@ -92,11 +93,9 @@ def read_output(folder: str) -> RunOutput:
 def last_checkpoint(folder: str) -> str | None:
     """The checkpoint of the latest epoch in an OUTPUT_DIR."""
     folder = os.path.join(folder, "checkpoints")
-    found = {}
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        if epoch := re.fullmatch(r".*checkpoint_epoch_(\d+)\.pyth", name):
-            found[int(epoch[1])] = os.path.join(folder, name)
-    return found[max(found)] if found else None
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    names = latest_first(names, task=None, mid_epoch=False)
+    return os.path.join(folder, names[0]) if names else None
 
 
 def config_diff(outputs: list[RunOutput]) -> dict[str, list]:
