@@ -44,7 +44,7 @@ MUTATIONS = {
         "tests/tools/study/test_command.py -k another_recipe",
     ),
     "a-study-cuts-a-larger-model": Mutation(
-        "tools/study/command.py",
+        "tools/study/rows.py",
         'validate_checkpoint(model, checkpoint, cfg, "finetune", path)',
         "pass",
         "tests/tools/study/test_command.py -k mistakes",

@@ -52,8 +52,13 @@ def test_configs_travel_in_wheel_and_sdist(built):
     assert {f"stts_slowfast/{name}" for name in ours} <= sdist
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").rglob("*.py")}
     modules.add("stts_slowfast_autoload.py")
-    assert {"stts_slowfast_autoload.pth", "stts_slowfast/py.typed"} <= wheel
-    assert modules <= wheel and modules | {"build_backend.py", "stts_slowfast/py.typed"} <= sdist
+    data = {"stts_slowfast/py.typed"}
+    for pattern in ("standalone/*.yaml", "tools/*/*.csv", "tools/*/*.jinja"):
+        files = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").glob(pattern)}
+        assert files
+        data |= files
+    assert modules | data | {"stts_slowfast_autoload.pth"} <= wheel
+    assert modules | data | {"build_backend.py"} <= sdist
 
 
 def test_the_version_is_the_packages(built):

@@ -1,9 +1,9 @@
-"""Measures every file in configs/ and writes README.md's model zoo, published numbers beside.
+"""Measures every file in configs/ and writes README.md's model zoo, beside published numbers.
 
     python projects/stts/model_zoo.py [CONFIG ...]
 
-Without arguments it measures all of them (some minutes on a CPU, the 96-frame TimeSformer most) and
-writes the page; with arguments it only prints their rows.
+Without arguments it measures all of them (some minutes on a CPU) and writes the page; with
+arguments it only prints their rows.
 """
 
 import sys
@@ -18,7 +18,7 @@ from stts_slowfast.tools.bench.published import TABLE, Published
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path(__file__).with_name("README.md")
-# The zoo stands between these two lines of the page.
+# The zoo is between these two lines of the page.
 START, END = "<!-- model zoo -->\n", "<!-- end of model zoo -->\n"
 
 # The configurations with selection, and the notes that explain their rows.
@@ -108,8 +108,8 @@ def measure(name: str, enable: bool) -> tuple[float, float]:
     return gflops, sum(p.numel() for p in model.parameters()) / 1e6
 
 
-def show(value: float | None, digits: int | None = None) -> str:
-    """A table cell."""
+def cell(value: float | None, digits: int | None = None) -> str:
+    """A table cell, with as many digits after the point if given."""
     if value is None:
         return "–"
     return f"{value:g}" if digits is None else f"{value:.{digits}f}"
@@ -119,20 +119,30 @@ def selection_row(name: str) -> str:
     """The row of a configuration with selection."""
     (result,) = TABLE.get(name, {}).get("kinetics", (Published(None, ""),))
     gflops, params = measure(name, True)
-    cells = [f"[{name}](../../configs/{name}.yaml)", show(result.top1, 1), show(result.gflops)]
-    return " | ".join(["", *cells, show(gflops, 2), show(params, 2), SELECTION[name], ""]).strip()
+    cells = [
+        f"[{name}](../../configs/{name}.yaml)",
+        cell(result.top1, 1),
+        cell(result.gflops),
+    ]
+    return " | ".join(["", *cells, cell(gflops, 2), cell(params, 2), SELECTION[name], ""]).strip()
 
 
 def backbone_row(row: tuple) -> str:
     """The row of a backbone without selection."""
     name, config, top1, published, millions, notes = row
     gflops, params = measure(config, False)
-    cells = [name, show(top1, 1), show(published), show(gflops, 2), show(millions)]
-    return " | ".join(["", *cells, show(params, 2), notes, ""]).strip()
+    cells = [
+        name,
+        cell(top1, 1),
+        cell(published),
+        cell(gflops, 2),
+        cell(millions),
+    ]
+    return " | ".join(["", *cells, cell(params, 2), notes, ""]).strip()
 
 
 def page() -> str:
-    """The page with its model zoo measured anew."""
+    """The page with its model zoo measured again."""
     lines = ["### Backbones without selection\n"]
     lines.append(
         "| backbone | top-1, published | GFLOPs, published | GFLOPs, measured "
@@ -140,7 +150,7 @@ def page() -> str:
     )
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in BACKBONES:
-        lines.append(tell(backbone_row(row)))
+        lines.append(log_row(backbone_row(row)))
     lines.append("\n### With selection\n")
     lines.append(
         "| configuration | top-1, published | GFLOPs, published | GFLOPs, measured "
@@ -148,14 +158,14 @@ def page() -> str:
     )
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name in SELECTION:
-        lines.append(tell(selection_row(name)))
+        lines.append(log_row(selection_row(name)))
     before, _, rest = PAGE.read_text().partition(START)
     after = rest.partition(END)[2]
     return before + START + HEAD + "\n".join(lines) + "\n" + NOTES + END + after
 
 
-def tell(row: str) -> str:
-    """Shows a row on the way."""
+def log_row(row: str) -> str:
+    """Prints a row to stderr, as progress."""
     print(row, file=sys.stderr, flush=True)
     return row
 

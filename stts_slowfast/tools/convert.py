@@ -1,4 +1,4 @@
-"""``stts convert``: a checkpoint of any known format into another, the authors' YAML into ours."""
+"""``stts convert``: checkpoints from any known format to another; the authors' YAML to ours."""
 
 import argparse
 
@@ -16,11 +16,12 @@ from stts_slowfast.checkpoints.formats import targets
 from stts_slowfast.checkpoints.io import check_output_path, safetensors_bytes, save, save_bytes
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
+from stts_slowfast.tools.cli import add_force
 
-# Where the paper selects; the authors' files number their score predictors, but name no blocks.
-_PAPER = {"TIME": [0], "SPACE": [4]}
+# Blocks before which the paper selects: the authors' checkpoints do not name them.
+_PAPER_BLOCKS = {"TIME": [0], "SPACE": [4]}
 
-# The authors' MVIT keys: what they are here, and what their defaults say where a file does not.
+# The authors' MVIT keys: our key, and their default.
 _RENAMED = {
     "SIGMA": ("SIGMA", 0.05),
     "TIME_PRUNING_LOC": ("TIME.BLOCKS", None),
@@ -37,23 +38,19 @@ _THEIR_BACKBONE_LR = 0.01
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("source", metavar="IN", help="a checkpoint; with --config, a YAML file")
-    parser.add_argument(
-        "target", metavar="OUT", help="the file to write; .safetensors for that kind of file"
-    )
-    parser.add_argument("--force", action="store_true", help="write over a file that is there")
-    parser.add_argument(
-        "--config", action="store_true", help="turn the STTS authors' YAML file into ours"
-    )
+    parser.add_argument("target", metavar="OUT", help="file to write; .safetensors for that format")
+    add_force(parser)
+    parser.add_argument("--config", action="store_true", help="convert the STTS authors' YAML file")
     parser.add_argument(
         "--to",
         choices=targets(),
         default="slowfast",
-        help="the format to write (default: slowfast, which the runner and SlowFast read)",
+        help="format to write (default: slowfast, which both engines read)",
     )
     parser.add_argument(
         "--cfg",
         metavar="YAML",
-        help="a config of the model: says where selectors sit, and what is missing is listed",
+        help="config of the model: names the blocks with selectors, and lists missing parameters",
     )
 
 
@@ -69,12 +66,12 @@ def main(args: argparse.Namespace) -> int:
 def convert_checkpoint_file(
     source: str, target: str, to: str, cfg_path: str | None, overwrite: bool = False
 ) -> None:
-    """Converts a checkpoint, and prints what it was, what is missing and what is left over.
+    """Converts a checkpoint; prints its format, and missing and unused parameters.
 
     Raises:
-        FileNotFoundError: where a file does not exist.
-        FileExistsError: where OUT is there already.
-        ValueError: where the file is of no known format, or has no such target.
+        FileNotFoundError: if a file does not exist.
+        FileExistsError: if OUT exists already.
+        ValueError: if the format is unknown, or cannot be converted to ``to``.
     """
     check_output_path(target, overwrite, [source])
     checkpoint = read_checkpoint(source)
@@ -90,16 +87,20 @@ def convert_checkpoint_file(
         for kind in ("missing", "unexpected", "mismatched"):
             for key in getattr(loaded, kind):
                 print(f"  {kind}: {key}")
-    left_behind = [key for key in _OF_A_RUN if key in checkpoint and key not in converted]
-    if left_behind:
-        print(f"  left behind: {', '.join(left_behind)}: no run resumes from {target}")
+    dropped = [key for key in _RUN_STATE if key in checkpoint and key not in converted]
+    if dropped:
+        print(f"  left behind: {', '.join(dropped)}: no run resumes from {target}")
     atomic_write(target, lambda path: _write(converted, path, target), overwrite, [source])
-    hint = "" if cfg is not None else "; --cfg YAML lists what a model misses and what it leaves"
+    hint = (
+        ""
+        if cfg is not None
+        else "; --cfg YAML lists parameters that a model lacks or does not use"
+    )
     print(f"{target}: written in {to} form{hint}")
 
 
-# What a checkpoint has for a run to go on with, or for people to look at.
-_OF_A_RUN = ("epoch", "optimizer_state", "scaler_state", "cfg", "stts")
+# Entries of a checkpoint from which a run resumes, or which document it.
+_RUN_STATE = ("epoch", "optimizer_state", "scaler_state", "cfg", "stts")
 
 
 def _write(converted: dict, path: str, target: str) -> None:
@@ -107,21 +108,23 @@ def _write(converted: dict, path: str, target: str) -> None:
         save(converted, path)
         return
     state = state_dict_of(converted)
-    notes = {k: v for k, v in converted.items() if isinstance(v, (str, int, float))}
-    save_bytes(safetensors_bytes(state, notes), path)
+    metadata = {k: v for k, v in converted.items() if isinstance(v, (str, int, float))}
+    save_bytes(safetensors_bytes(state, metadata), path)
 
 
 def _selected_blocks(checkpoint: dict, cfg) -> dict[str, list[int]]:
-    """Before which blocks selectors sit: by the config given, the file's own, or the paper."""
+    """Blocks with selectors before them, by the given config, the stored one, or the paper."""
     if cfg is not None:
         return {"TIME": list(cfg.STTS.TIME.BLOCKS), "SPACE": list(cfg.STTS.SPACE.BLOCKS)}
     mvit = _stored_config(checkpoint).get("MVIT")
     mvit = mvit if isinstance(mvit, dict) else {}
-    return {key: list(mvit.get(f"{key}_PRUNING_LOC") or _PAPER[key]) for key in _PAPER}
+    return {
+        key: list(mvit.get(f"{key}_PRUNING_LOC") or _PAPER_BLOCKS[key]) for key in _PAPER_BLOCKS
+    }
 
 
 def _stored_config(checkpoint: dict) -> dict:
-    """The config that a checkpoint carries as text; empty where it is none that can be read."""
+    """The config that a checkpoint stores as text; empty if it has none or is not YAML."""
     text = checkpoint.get("cfg")
     try:
         tree = yaml.safe_load(text) if isinstance(text, str) else None
@@ -131,12 +134,12 @@ def _stored_config(checkpoint: dict) -> dict:
 
 
 def convert_config_file(source: str, target: str, overwrite: bool = False) -> None:
-    """Converts a YAML file of the authors' MViT fork, and prints what else changed.
+    """Converts a YAML file of the authors' MViT fork; prints changes other than renamed keys.
 
     Raises:
-        FileNotFoundError: where a file does not exist.
-        FileExistsError: where OUT is there already.
-        ValueError: where the file is not YAML or selects nothing the way the fork does.
+        FileNotFoundError: if a file does not exist.
+        FileExistsError: if OUT exists already.
+        ValueError: if the file is not YAML, or lacks the fork's selection keys.
     """
     if not g_pathmgr.isfile(source):
         raise FileNotFoundError(f"config file {source} does not exist")
@@ -161,10 +164,10 @@ def convert_config(tree: dict) -> tuple[dict, list[str]]:
         tree: their YAML file as nested dicts.
 
     Returns:
-        Our tree, and a sentence about everything that is not a renamed key.
+        Our tree, and a sentence for each change that is not a renamed key.
 
     Raises:
-        ValueError: where there is no ``MVIT.TIME_PRUNING_LOC`` or ``MVIT.SPACE_PRUNING_LOC``.
+        ValueError: if there is no ``MVIT.TIME_PRUNING_LOC`` or ``MVIT.SPACE_PRUNING_LOC``.
     """
     tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
     for node in ("MVIT", "SOLVER", "TRAIN"):
@@ -193,7 +196,7 @@ def convert_config(tree: dict) -> tuple[dict, list[str]]:
 
 
 def _convert_schedule(tree: dict, notes: list[str]) -> None:
-    """Their warm-up epochs freeze the backbone, and nothing warms up."""
+    """Converts warm-up epochs to frozen epochs: in their code the backbone is frozen in them."""
     solver, train = tree.setdefault("SOLVER", {}), tree.setdefault("TRAIN", {})
     stts = tree["STTS"]
     stts["BACKBONE_LR"] = solver.pop("BACKBONE_LR", _THEIR_BACKBONE_LR)
@@ -226,7 +229,7 @@ def _drop_placeholders(tree: dict, notes: list[str]) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """A key a line, but lists in one line."""
+    """One line per key, also for lists."""
 
 
 _Dumper.add_representer(

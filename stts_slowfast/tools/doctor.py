@@ -1,13 +1,15 @@
-"""``stts doctor``: what is there for a run inside SlowFast, what was patched, what is missing."""
+"""``stts doctor``: what a run inside SlowFast needs: found, patched or missing."""
 
 import argparse
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
-import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -19,20 +21,20 @@ from stts_slowfast.pyslowfast import compat, launch
 OK, PATCHED, OFF, MISSING = "OK", "patched", "off", "missing"
 COLOURS = {OK: "green", PATCHED: "cyan", OFF: "yellow", MISSING: "red"}
 
-# What SlowFast imports of the two packages that PyPI does not have as it needs them.
-NEEDED_NAMES = {
+# Names that SlowFast imports from two packages whose releases on PyPI lack them.
+REQUIRED_NAMES = {
     "detectron2": ("detectron2.layers", "ROIAlign"),
     "pytorchvideo": ("pytorchvideo.layers.distributed", "cat_all_gather"),
 }
 
 
 class Check(NamedTuple):
-    """A row of the table: what was looked at, how it stands, what was found, what to do."""
+    """A row of the table: the requirement, its status, what was found, and the fix."""
 
     name: str
     status: str
     found: str
-    todo: str = ""
+    fix: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,13 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the table; returns 1 where a run inside SlowFast cannot start, else 0."""
+    """Prints the table; returns 1 if a run inside SlowFast cannot start, else 0."""
     checks = examine()
     table = Table("", "status", "found", "what to do", title="stts doctor")
     for check in checks:
         colour = COLOURS[check.status]
         status = f"[{colour}]{check.status}[/]"
-        table.add_row(check.name, status, escape(check.found), escape(check.todo))
+        table.add_row(check.name, status, escape(check.found), escape(check.fix))
     console = Console()
     console.print(table)
     missing = [check.name for check in checks if check.status == MISSING]
@@ -58,27 +60,27 @@ def main(args: argparse.Namespace) -> int:
 
 
 def examine() -> list[Check]:
-    """Looks at everything, in the order of the table."""
+    """All checks, in the order of the table."""
     checks = [
         Check("Python", OK, platform.python_version()),
         *(version(package) for package in ("torch", "torchvision", "av")),
         cuda(),
         autoload(),
-        *(needed_name(package) for package in NEEDED_NAMES),
+        *(required_name(package) for package in REQUIRED_NAMES),
     ]
     try:
         launcher = launch.find_launcher()
     except FileNotFoundError as error:
         return [*checks, Check("SlowFast", MISSING, "no launcher", str(error))]
     if launcher is None:
-        todo = "clone https://github.com/facebookresearch/SlowFast and set SLOWFAST_ROOT to it"
-        return [*checks, Check("SlowFast", MISSING, "no tools/run_net.py", todo)]
+        fix = "clone https://github.com/facebookresearch/SlowFast and set SLOWFAST_ROOT to it"
+        return [*checks, Check("SlowFast", MISSING, "no tools/run_net.py", fix)]
     root = os.path.dirname(os.path.dirname(launcher))
     return [*checks, Check("SlowFast", OK, f"{root} at {commit(root)}"), *start(launcher)]
 
 
 def version(package: str) -> Check:
-    """Whether a package is installed, and which version."""
+    """Whether a package is installed, and its version."""
     try:
         return Check(package, OK, importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
@@ -86,7 +88,7 @@ def version(package: str) -> Check:
 
 
 def cuda() -> Check:
-    """The devices; without any SlowFast runs with NUM_GPUS 0."""
+    """The CUDA devices; without any, SlowFast runs with NUM_GPUS 0."""
     import torch
 
     if not torch.cuda.is_available():
@@ -99,7 +101,7 @@ def autoload() -> Check:
     """Whether ``import torch`` loads the plugin."""
     import torch
 
-    what, instead = "plugin at `import torch`", "start runs with `stts run`"
+    instead = "start runs with `stts run`"
     for key in ("STTS_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"):
         if os.environ.get(key) == "0":
             return Check("autoload", OFF, f"{key}=0", f"unset it, or {instead}")
@@ -107,17 +109,17 @@ def autoload() -> Check:
         return Check("autoload", OFF, f"torch {torch.__version__} has none", instead)
     names = {point.name for point in importlib.metadata.entry_points(group="torch.backends")}
     if "stts_slowfast" not in names:
-        todo = f"pip install stts-slowfast (PYTHONPATH does not do), or {instead}"
-        return Check("autoload", OFF, "entry point not installed", todo)
-    return Check("autoload", OK, what)
+        fix = f"pip install stts-slowfast (PYTHONPATH is not enough), or {instead}"
+        return Check("autoload", OFF, "entry point not installed", fix)
+    return Check("autoload", OK, "plugin at `import torch`")
 
 
-def needed_name(package: str) -> Check:
-    """Whether a package has what SlowFast imports of it."""
-    module, name = NEEDED_NAMES[package]
+def required_name(package: str) -> Check:
+    """Whether a package has the name that SlowFast imports from it."""
+    module, name = REQUIRED_NAMES[package]
     try:
         getattr(importlib.import_module(module), name)
-    except Exception as error:  # a build for another PyTorch fails in ways of its own
+    except Exception as error:  # a build for another PyTorch raises errors of any kind
         return Check(package, MISSING, f"{type(error).__name__}: {error}", compat.REMEDIES[package])
     return version(package)
 
@@ -133,29 +135,48 @@ def commit(root: str) -> str:
 
 
 def start(launcher: str) -> list[Check]:
-    """Starts the launcher as far as its ``--help``: every import it needs, every patch it got."""
-    command = [sys.executable, "-m", launch.__name__, launcher, "--help"]
-    env = launch.environment(launcher)
-    # Also if patches are off, to know which are needed.
-    env = {**env, "STTS_COMPAT": "", "STTS_COMPAT_VERBOSE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    patches = [patch(name, done.stderr) for name in compat.PATCHES]
-    if done.returncode == 0:
+    """Imports the launcher in a process of its own: the patches it needs, and failed imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "launch.json")
+        command = [sys.executable, "-m", "stts_slowfast.tools.doctor", launcher, path]
+        # Patches that are switched off are on here, to know which are needed.
+        env = {**launch.environment(launcher), "STTS_COMPAT": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        record = {"applied": [], "error": f"it ended with status {done.returncode}"}
+        if os.path.exists(path):
+            with open(path) as file:
+                record = json.load(file)
+    patches = [patch(name, record["applied"]) for name in compat.PATCHES]
+    error = record["error"]
+    if error is None:
         return [*patches, Check("tools/run_net.py", OK, "all its imports work")]
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    remedies = [line for line in lines if line.startswith("stts_slowfast: SlowFast needs")]
-    error = next((line for line in reversed(lines) if "Error" in line), "it failed")
-    return [*patches, Check("tools/run_net.py", MISSING, error, " ".join(remedies))]
+    fixes = [fix for package, fix in compat.REMEDIES.items() if package in error]
+    return [*patches, Check("tools/run_net.py", MISSING, error, " ".join(fixes))]
 
 
-def patch(name: str, log: str) -> Check:
-    """Whether a patch is needed and made, by the log of a process that started SlowFast."""
+def record_launch(launcher: str, path: str) -> None:
+    """Runs the launcher with ``--help``; writes applied patches and its error as JSON."""
+    error = None
+    try:
+        launch.main(launcher, ["--help"])
+    except SystemExit:  # argparse ends --help so
+        pass
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    with open(path, "w") as file:
+        json.dump({"applied": compat.applied, "error": error}, file)
+
+
+def patch(name: str, applied: Sequence[str]) -> Check:
+    """Whether a patch is needed, and whether it is switched on."""
     about = f"{compat.PATCHES[name].obstacle}. Acts on: {compat.PATCHES[name].acts}"
-    told = re.search(r"patched SlowFast in memory: ([\w, ]+) \(", log)
-    needed = told is not None and name in told.group(1).split(", ")
     if name in compat.switched_off():
-        back = "unset STTS_COMPAT, or take the name out of it"
-        return Check(f"patch {name}", MISSING if needed else OFF, about, back)
-    if not needed:
-        return Check(f"patch {name}", OK, f"not needed here. {about}")
-    return Check(f"patch {name}", PATCHED, about)
+        fix = "unset STTS_COMPAT, or take the name out of it"
+        return Check(f"patch {name}", MISSING if name in applied else OFF, about, fix)
+    if name in applied:
+        return Check(f"patch {name}", PATCHED, about)
+    return Check(f"patch {name}", OK, f"not needed here. {about}")
+
+
+if __name__ == "__main__":
+    record_launch(*sys.argv[1:])

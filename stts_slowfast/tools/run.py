@@ -1,4 +1,4 @@
-"""``stts run``: trains and tests by SlowFast config files, in SlowFast or without it."""
+"""``stts run``: trains and tests by SlowFast config files, inside SlowFast or standalone."""
 
 import argparse
 
@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg", nargs="+", required=True, metavar="FILE", help="config files, or names of ours"
     )
     parser.add_argument(
-        "--engine", choices=ENGINES, help="slowfast where it is found, else standalone"
+        "--engine", choices=ENGINES, help="default: slowfast if it is found, else standalone"
     )
-    parser.add_argument("--num_shards", type=int, default=1, help="machines that share the job")
-    parser.add_argument("--shard_id", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--num_shards", type=int, default=1, help="number of machines")
+    parser.add_argument("--shard_id", type=int, default=0, help="rank of this machine, from 0")
     parser.add_argument(
         "--init_method", default="tcp://localhost:9999", help="tcp://host:port of shard 0"
     )
@@ -26,30 +26,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=int,
         metavar="N",
-        help="to start on this machine, NUM_GPUS by default (standalone; torchrun and srun say so)",
+        help="processes to start on this machine (default: NUM_GPUS); standalone engine alone",
     )
     parser.add_argument(
         "--strict-resume",
         action="store_true",
-        help="stop at a last checkpoint that is damaged, instead of using the one before",
+        help="stop if the last checkpoint is damaged, instead of resuming from the one before",
     )
     add_opts(parser)
 
 
-def main(args: argparse.Namespace) -> int | None:
-    """Runs each config file in turn, as ``TRAIN.ENABLE`` and ``TEST.ENABLE`` ask."""
-    engine, why = choose_engine(args.engine)
-    print(f"engine: {engine} ({why})", flush=True)
+def main(args: argparse.Namespace) -> int:
+    """Trains and tests by each config file in turn, if its TRAIN.ENABLE and TEST.ENABLE ask."""
+    engine, reason = choose_engine(args.engine)
+    print(f"engine: {engine} ({reason})", flush=True)
     if engine == "slowfast":
         for name in ("processes", "strict_resume"):
             if getattr(args, name):
-                word = name.replace("_", "-")
-                raise ValueError(f"--{word} is for the standalone runner: add --engine standalone")
-        return launch.run(_slowfast_arguments(args))
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"--{option} is for the standalone runner: add --engine standalone"
+                )
+        launch.run(_slowfast_arguments(args))
+        return 0
 
     from stts_slowfast.standalone.config import load_config
 
-    # All files are read before the first one runs, so that a typo in the last shows at once.
+    # All files are read before the first one runs, so that a typo in the last fails at once.
     configs = [load_config(path, args.opts) for path in args.cfg]
     from stts_slowfast.config import check_testing
     from stts_slowfast.standalone import engine as runner
@@ -59,7 +62,7 @@ def main(args: argparse.Namespace) -> int | None:
         if cfg.TEST.ENABLE and cfg.STTS.ENABLE:
             check_testing(cfg.STTS)
         if cfg.TRAIN.ENABLE and cfg.TEST.ENABLE:
-            ClipDataset(cfg, "test")  # a list that is missing shows now, not after the training
+            ClipDataset(cfg, "test")  # a missing list fails now, not after the training
     for cfg in configs:
         cfg.NUM_SHARDS, cfg.SHARD_ID = args.num_shards, args.shard_id
         for enabled, job in ((cfg.TRAIN.ENABLE, runner.train), (cfg.TEST.ENABLE, runner.test)):
@@ -68,14 +71,14 @@ def main(args: argparse.Namespace) -> int | None:
     return 0
 
 
-def choose_engine(asked: str | None) -> tuple[str, str]:
-    """``(engine, why)``: the one asked for, else SlowFast where its launcher is, else our own.
+def choose_engine(requested: str | None) -> tuple[str, str]:
+    """``(engine, reason)``: the one requested, else SlowFast if it is found, else standalone.
 
     Raises:
-        FileNotFoundError: where ``SLOWFAST_ROOT`` names a folder without launcher.
+        FileNotFoundError: if ``SLOWFAST_ROOT`` names a folder without launcher.
     """
-    if asked:
-        return asked, "--engine asks for it"
+    if requested:
+        return requested, "--engine asks for it"
     launcher = launch.find_launcher()
     if launcher:
         return "slowfast", f"found {launcher}; --engine standalone does without"
@@ -92,4 +95,4 @@ def _for_slowfast(cfg: str) -> str:
     try:
         return find_config(cfg)
     except FileNotFoundError:
-        return cfg  # its own launcher says what is missing
+        return cfg  # its own launcher raises the error

@@ -60,7 +60,7 @@ def config(tiny_cfg, tmp_path):
 
 
 def error_line(capsys):
-    """What stands on stderr, which must be one line."""
+    """The only line on stderr."""
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
 

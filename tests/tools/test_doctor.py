@@ -1,4 +1,4 @@
-"""What the doctor says, and the status it leaves with."""
+"""The doctor's table and its exit status."""
 
 import argparse
 import re
@@ -9,16 +9,13 @@ import pytest
 from stts_slowfast.pyslowfast import autoload, compat
 from stts_slowfast.tools import doctor
 
-LOG = (
-    "stts_slowfast: patched SlowFast in memory: decoder, bad_videos (STTS_COMPAT=-NAME switches "
-    "one off)\nModuleNotFoundError: no detectron2\n"
-)
+APPLIED = ["decoder", "bad_videos"]
 
 
-def test_patches_are_read_from_the_log(monkeypatch):
+def test_a_patch_is_applied_or_not_needed(monkeypatch):
     monkeypatch.delenv("STTS_COMPAT", raising=False)
-    assert doctor.patch("decoder", LOG).status == doctor.PATCHED
-    check = doctor.patch("vision_imports", LOG)
+    assert doctor.patch("decoder", APPLIED).status == doctor.PATCHED
+    check = doctor.patch("vision_imports", APPLIED)
     assert check.status == doctor.OK
     assert compat.PATCHES["vision_imports"].acts in check.found
 
@@ -26,16 +23,16 @@ def test_patches_are_read_from_the_log(monkeypatch):
 @pytest.mark.parametrize("switch", ["0", "-decoder,-demo"])
 def test_a_needed_patch_that_is_switched_off_is_missing(monkeypatch, switch):
     monkeypatch.setenv("STTS_COMPAT", switch)
-    assert doctor.patch("decoder", LOG).status == doctor.MISSING
-    assert doctor.patch("demo", LOG).status == doctor.OFF
+    assert doctor.patch("decoder", APPLIED).status == doctor.MISSING
+    assert doctor.patch("demo", APPLIED).status == doctor.OFF
 
 
-def test_a_package_without_the_needed_name_is_missing(monkeypatch):
-    monkeypatch.setitem(doctor.NEEDED_NAMES, "pytorchvideo", ("math", "cat_all_gather"))
-    check = doctor.needed_name("pytorchvideo")
+def test_a_package_without_the_required_name_is_missing(monkeypatch):
+    monkeypatch.setitem(doctor.REQUIRED_NAMES, "pytorchvideo", ("math", "cat_all_gather"))
+    check = doctor.required_name("pytorchvideo")
     assert check.status == doctor.MISSING
     assert "cat_all_gather" in check.found
-    assert check.todo == compat.REMEDIES["pytorchvideo"]
+    assert check.fix == compat.REMEDIES["pytorchvideo"]
 
 
 def test_brackets_in_what_was_found_are_no_markup(monkeypatch, capsys):
@@ -45,21 +42,33 @@ def test_brackets_in_what_was_found_are_no_markup(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("key", ["STTS_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-def test_autoload_that_is_switched_off_is_told(monkeypatch, key):
+def test_autoload_that_is_switched_off_is_reported(monkeypatch, key):
     monkeypatch.setenv(key, "0")
     check = doctor.autoload()
     assert (check.status, check.found) == (doctor.OFF, f"{key}=0")
-    assert "stts run" in check.todo
+    assert "stts run" in check.fix
 
 
-def test_it_fails_where_a_run_cannot_start(monkeypatch, tmp_path, capsys):
+def test_an_error_of_the_launcher_is_a_row(tmp_path):
+    launcher = tmp_path / "tools" / "run_net.py"
+    launcher.parent.mkdir()
+    launcher.write_text("import detectron2_that_is_missing\n")
+    check = doctor.start(str(launcher))[-1]
+    assert (check.name, check.status) == ("tools/run_net.py", doctor.MISSING)
+    assert check.found.startswith("ModuleNotFoundError: No module named 'detectron2_that")
+    assert check.fix == compat.REMEDIES["detectron2"]
+    launcher.write_text("def main():\n    raise SystemExit(0)\n")
+    assert doctor.start(str(launcher))[-1].status == doctor.OK
+
+
+def test_it_fails_if_a_run_cannot_start(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SLOWFAST_ROOT", str(tmp_path))
     assert doctor.main(argparse.Namespace()) == 1
-    told = " ".join(capsys.readouterr().out.split())
-    assert "A SlowFast run cannot start:" in told and "SlowFast" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "A SlowFast run cannot start:" in printed and "SlowFast" in printed
 
 
-def test_it_passes_where_nothing_is_missing(monkeypatch, capsys):
+def test_it_passes_if_nothing_is_missing(monkeypatch, capsys):
     checks = [doctor.Check("torch", doctor.OK, "2"), doctor.Check("CUDA", doctor.OFF, "no device")]
     monkeypatch.setattr(doctor, "examine", lambda: checks)
     assert doctor.main(argparse.Namespace()) == 0

@@ -83,7 +83,7 @@ def test_unknown_kind_of_file(config, capsys):
     assert "write a .pt2 (torch.export) or an .onnx file" in capsys.readouterr().err
 
 
-def test_a_wrong_export_is_told(model, tmp_path, monkeypatch):
+def test_a_wrong_export_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="differ from the model's"):
         export.export(model, torch.randn(1, 3, 8, 32, 32), str(tmp_path / "model.pt2"))

@@ -1,4 +1,4 @@
-"""What is drawn of a clip is what was kept, in the right places."""
+"""Pictures of a clip mark what was kept, at the right positions."""
 
 import numpy as np
 import pytest

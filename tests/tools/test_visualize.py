@@ -1,4 +1,4 @@
-"""Film strips and films show what selectors kept, in the right places."""
+"""Film strips and videos show what selectors kept, at the right positions."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_pictures_have_the_colours_of_the_video(cfg, tmp_path, dataset, reverse)
 @pytest.mark.parametrize("backend", ["pyav", "torchvision"])
 @pytest.mark.parametrize("rotate", [True, False])
 def test_what_is_looked_at_is_what_testing_sees(cfg, tmp_path, rotate, backend):
-    """Scaled before or after decoding, and turned as DATA.ROTATE says."""
+    """Scaled before or after decoding, and rotated as DATA.ROTATE asks."""
     cfg.DATA.DECODING_BACKEND, cfg.DATA.ROTATE = backend, rotate
     cfg.TEST.NUM_ENSEMBLE_VIEWS = cfg.TEST.NUM_SPATIAL_CROPS = 1
     cfg.DATA.SAMPLING_RATE, cfg.DATA.TARGET_FPS, cfg.DATA.USE_OFFSET_SAMPLING = 2, 30, True

@@ -1,11 +1,11 @@
-"""Times what it costs that frame i is frame i: this reader beside the one that believed containers.
+"""Times the cost of exact frames: this reader beside the one that trusted the container's index.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python projects/stts/benchmarks/exact_frames.py
 
-Core-milliseconds for a training clip (16 frames, every fourth, from a drawn start) and for the
-frames of 10 views: of a file that the process has not met ("cold") and of one that it has
-("warm"). The reader as it was at the commit BASELINE and today's live in a process each and take
-turns; a row is the least of its rounds, for others keep the cores busy.
+Core-milliseconds for a training clip (16 frames, every fourth, from a random start) and for the
+frames of 10 views: of a file that the process reads for the first time ("cold"), and again
+("warm"). The reader at the commit BASELINE and today's take turns, each in a process; a row is
+the minimum of its rounds, since other jobs may share the cores.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import loader
 
 BASELINE = "a56a37f"
 # UCF-101 and HMDB-51 are MPEG-4 part 2 in AVI, some 320x240 at 25 or 30 frames a second.
-FILMS = {
-    "H.264 in mp4, 10 s of 456x256": ("film.mp4", 300, 256, 456, "libx264", {"g": "250"}),
+VIDEOS = {
+    "H.264 in mp4, 10 s of 456x256": ("video.mp4", 300, 256, 456, "libx264", {"g": "250"}),
     "the same of 32x16 pixels": (
         "tiny.mp4",
         300,
@@ -31,7 +31,7 @@ FILMS = {
         "libx264",
         {"g": "250"},
     ),
-    "H.264 in Matroska, 10 s of 456x256": ("film.mkv", 300, 256, 456, "libx264", {"g": "250"}),
+    "H.264 in Matroska, 10 s of 456x256": ("video.mkv", 300, 256, 456, "libx264", {"g": "250"}),
     "MPEG-4 in AVI, 7 s of 320x240": ("plain.avi", 210, 240, 320, "mpeg4", {"g": "60"}),
     "the same with B-frames": ("b.avi", 210, 240, 320, "mpeg4", {"g": "60", "bf": "2"}),
 }
@@ -39,7 +39,7 @@ WAYS = "a clip, cold", "a clip, warm", "10 views, cold", "10 views, warm"
 
 
 def serve(folder: str) -> None:
-    """Reads a line ``name way number`` after the other; prints how long it took."""
+    """Reads lines ``name way number`` from stdin; prints the milliseconds of each."""
     from stts_slowfast.video import Video, reader
 
     for line in sys.stdin:
@@ -73,20 +73,20 @@ def main() -> None:
         return serve(arguments.serve)
     with tempfile.TemporaryDirectory() as folder:
         before = loader.baseline(Path(folder), BASELINE)
-        for name, frames, height, width, codec, options in FILMS.values():
+        for name, frames, height, width, codec, options in VIDEOS.values():
             path = Path(folder) / name
-            loader.write_film(path, frames, height, width, 2.0, codec, **options)
+            loader.write_video(path, frames, height, width, 2.0, codec, **options)
         readers = [start(package, folder) for package in (before, Path(__file__).parents[3])]
         print("| | | before, ms | today, ms | ratio |\n| --- | --- | ---: | ---: | ---: |")
-        for film, (name, *_) in FILMS.items():
-            for way, title in enumerate(WAYS):
+        for title, (name, *_) in VIDEOS.items():
+            for way, way_title in enumerate(WAYS):
                 times = [[], []]
                 for number in range(arguments.rounds + 2):
                     for reader, values in zip(readers, times):
                         print(name, way, number, file=reader.stdin, flush=True)
                         values.append(float(reader.stdout.readline()))
                 old, new = map(min, times)
-                row = f"| {film} | {title} | {old:.1f} | {new:.1f} | {new / old:.2f} |"
+                row = f"| {title} | {way_title} | {old:.1f} | {new:.1f} | {new / old:.2f} |"
                 print(row, flush=True)
         for reader in readers:
             reader.stdin.close()

@@ -1,13 +1,13 @@
-"""Times what a DataLoader's worker does for a video, in core-milliseconds, ways side by side.
+"""Times what a DataLoader's worker does for a video, in core-milliseconds, several ways in turn.
 
     SLOWFAST_ROOT=/path/to/SlowFast PYTHONPATH=. OMP_NUM_THREADS=1 \\
         python projects/stts/benchmarks/loader.py [--tables ...] [--profile]
 
-Stock SlowFast (its datasets, mended as this package mended it at the commit BASELINE), SlowFast as
-it is mended today and the standalone runner each live in a process of their own and take turns in
-every round. A row is the median of its rounds (of training items, whose augmentation is drawn, the
-mean) in processor time of the process: what else the machine does matters little. ``--profile``
-tells where the time of today's rows goes. Decoders that are installed read the same frames.
+Three processes take turns in every round: SlowFast's datasets as this package patched them at the
+commit BASELINE, SlowFast as it is patched today, and the standalone runner. A row is the median of
+its rounds (the mean for training items, whose augmentation is random) in processor time of the
+process, so that other load on the machine matters little. ``--profile`` profiles today's rows.
+Installed decoders read the same frames.
 """
 
 import argparse
@@ -39,10 +39,10 @@ TITLES = {
 }
 
 
-# ---- films ----------------------------------------------------------------------------------
+# ---- videos ---------------------------------------------------------------------------------
 
 
-def write_film(
+def write_video(
     path: Path,
     frames: int,
     height: int,
@@ -51,8 +51,8 @@ def write_film(
     codec: str = "libx264",
     **options,
 ) -> None:
-    """Objects that turn and drift over a background that a hand-held camera pans: textures with
-    the spectrum of natural images, and grain; encoded as x264 does by default (B-frames)."""
+    """Objects that rotate and drift over a panned background: textures with the spectrum of natural
+    images, and grain; encoded by x264's defaults (with B-frames)."""
     rng = np.random.default_rng(0)
     back, front = _texture(rng, 512), _texture(rng, 256)
     y, x = torch.meshgrid(
@@ -89,7 +89,7 @@ def write_film(
 
 
 def _texture(rng, size: int) -> torch.Tensor:
-    """(1, 3, size, size) around 110, the amplitudes falling with the frequency."""
+    """(1, 3, size, size) around 110; amplitudes decrease with frequency."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)) + 1 / size
     waves = np.fft.rfft2(rng.standard_normal((3, size, size))) / frequency**1.1
     waves[:, 0, 0] = 0
@@ -113,14 +113,14 @@ def settings(cfg, folder: Path, crops: int):
     cfg.AUG.ENABLE, cfg.AUG.NUM_SAMPLE = True, 2
     cfg.AUG.AA_TYPE, cfg.AUG.RE_PROB = "rand-m7-n4-mstd0.5-inc1", 0.25
     cfg.MODEL.NUM_CLASSES = 400
-    if "READ_TIMEOUT" in cfg.DATA:  # a thread of its own, into which the profiler does not see
+    if "READ_TIMEOUT" in cfg.DATA:  # it reads in a thread, which the profiler does not see
         cfg.DATA.READ_TIMEOUT = 0.0
     cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_SPATIAL_CROPS = VIEWS, crops
     return cfg
 
 
 def slowfast_ways(folder: Path) -> dict:
-    """SlowFast's Kinetics dataset, with whatever decoder the package that is imported mends."""
+    """SlowFast's Kinetics dataset, with the decoder as the imported package patches it."""
     sys.path.insert(0, SLOWFAST)
     from stts_slowfast.pyslowfast.autoload import register_hooks
 
@@ -173,7 +173,7 @@ def opening_ways(folder: Path) -> dict:
 
 
 class Ways(torch.utils.data.Dataset):
-    """An item is ``way number profile``; reading it, in a worker, tells its time."""
+    """An item is ``way number profile``; reading it in a worker prints its time."""
 
     def __init__(self, engine: str, folder: Path):
         self.ways = opening_ways(folder)
@@ -195,7 +195,7 @@ class Ways(torch.utils.data.Dataset):
 
 
 def serve(engine: str, folder: Path) -> None:
-    """Has a DataLoader's worker do what the parent process asks for."""
+    """Has a DataLoader's worker read the items that the parent process asks for."""
     loader = torch.utils.data.DataLoader(
         Ways(engine, folder), None, sampler=iter(sys.stdin.readline, ""), num_workers=1
     )
@@ -204,7 +204,7 @@ def serve(engine: str, folder: Path) -> None:
 
 
 class Worker:
-    """A process that holds one engine, imported from the folder ``package``."""
+    """A process with one engine, imported from the folder ``package``."""
 
     def __init__(self, engine: str, package: Path, folder: Path, profile: bool):
         self.process = subprocess.Popen(
@@ -225,8 +225,8 @@ class Worker:
 
 
 def compare(title: str, ways: dict, rounds: int, average=statistics.median) -> None:
-    """Prints the average of each way, and how many times the first takes as long. A way is a
-    function of the round's number to milliseconds."""
+    """Prints the average of each way and the ratio of the first to it. A way is a function from
+    the round's number to milliseconds."""
     times = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -240,7 +240,7 @@ def compare(title: str, ways: dict, rounds: int, average=statistics.median) -> N
 
 
 def baseline(folder: Path, commit: str = BASELINE) -> Path:
-    """The package as it was at a commit."""
+    """A copy of the package at a commit."""
     archive, root = folder / "baseline.tar", Path(__file__).resolve().parents[3]
     command = ["git", "archive", "-o", archive, commit, "stts_slowfast"]
     subprocess.run(command, cwd=root, check=True)
@@ -288,7 +288,7 @@ def decoder_ways(path: str, threads: int) -> dict:
         try:
             read = make(importlib.import_module(name), path, wanted, threads)
             read()
-        except Exception as error:  # missing, or installed without the libraries that it needs
+        except Exception as error:  # missing, or without the libraries that it needs
             print(f"left out: {name} ({' '.join(str(error).split())[:50]})")
             continue
         package = importlib.import_module(name.split(".")[0])
@@ -337,16 +337,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     tables = [*TITLES, "decoders"]
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
-    parser.add_argument("--profile", action="store_true", help="say where today's time goes")
+    parser.add_argument("--profile", action="store_true", help="profile today's rows")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         return serve(arguments.serve[0], Path(arguments.serve[1]))
     with tempfile.TemporaryDirectory() as name:
         folder, here = Path(name), Path(__file__).resolve().parents[3]
-        write_film(folder / "clip.mp4", FRAMES, 256, 456, 2.0, g="250")
+        write_video(folder / "clip.mp4", FRAMES, 256, 456, 2.0, g="250")
         if "open" in arguments.tables:
-            write_film(folder / "long.mp4", 36000, 32, 48, 0.0, preset="ultrafast")
+            write_video(folder / "long.mp4", 36000, 32, 48, 0.0, preset="ultrafast")
         for split in ("train", "val", "test"):
             (folder / f"{split}.csv").write_text(f"{folder / 'clip.mp4'} 0\n")
         rows = {"standalone": ("standalone", here)}

@@ -4,12 +4,11 @@
     TOME_ROOT=ToMe python projects/stts/benchmarks/tome.py DIR [--seeds 3] [--epochs 4]
 
 DIR is a folder of ``stts make-data``; the ViT of ``DIR/vit.yaml``, with Xavier's weights, is
-trained on all tokens where that is not done yet. From its checkpoint are fine-tuned, all alike:
-learned selection of half of the frames and half of their tokens, and ToMe (arXiv 2210.09461, with
-its own functions for matching and merging), which is tested in the checkpoint as it is, too. How
-many tokens ToMe merges is what makes it as fast as the selection: clips of both are timed in turn,
-and of the numbers per block that are no slower the smallest is taken; where even the largest is
-slower, that one.
+trained on all tokens unless its checkpoint exists. Fine-tuned from that checkpoint, by the same
+recipe, are learned selection of half of the frames and half of their tokens, and ToMe (arXiv
+2210.09461, with its own functions for matching and merging), which is also tested without
+fine-tuning. The number of tokens that ToMe merges per block is the smallest with which it is as
+fast as the selection, by clips timed in turn; the largest if all are slower.
 """
 
 import argparse
@@ -27,8 +26,8 @@ from stts_slowfast import build_model, load_config
 from stts_slowfast.backbones import FAMILIES, vit
 from stts_slowfast.standalone import engine
 from stts_slowfast.standalone.checkpointing import checkpoint_path
-from stts_slowfast.tools.study.command import load
 from stts_slowfast.tools.study.evaluate import TestClips, evaluate
+from stts_slowfast.tools.study.rows import load_row_model
 
 XAVIER = ["MODEL.MODEL_NAME", "Xavier"]
 SELECTED = [*XAVIER, "STTS.ENABLE", True, "STTS.TIME.KEEP", [0.5], "STTS.SPACE.KEEP", [0.5]]
@@ -51,8 +50,8 @@ TOME = read_tome()
 class MergingBlock(vit.Block):
     """A block that merges ``self.r`` tokens, by the similarity of their keys, before its MLP.
 
-    ``x`` (B, N, C) arrives with how many tokens each of its tokens stands for, (B, N, 1), as
-    ``sizes``, which weighs them in attention.
+    ``sizes`` (B, N, 1) is the number of tokens merged into each token of ``x`` (B, N, C); it
+    weights them in attention.
     """
 
     def forward(self, x, sizes):
@@ -103,7 +102,7 @@ FAMILIES.register(replace(MVIT, name="ToMe", build=MergingViT))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", metavar="DIR", help="of stts make-data")
+    parser.add_argument("folder", metavar="DIR", help="written by stts make-data")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning")
     parser.add_argument("--all-epochs", type=int, default=7, help="of the training before")
@@ -112,7 +111,7 @@ def main() -> None:
     trained = checkpoint(load_config(file, [*XAVIER, "SOLVER.MAX_EPOCH", args.all_epochs]))
     clips = TestClips(load_config(file))
     r, times = equally_fast(file)
-    print(f"ToMe merges {r} tokens a block; ms a clip, medians of clips in turn: {times}")
+    print(f"ToMe merges {r} tokens per block; ms per clip, medians of clips timed in turn: {times}")
     ways = {
         "all tokens": XAVIER,
         "learned": SELECTED,
@@ -121,33 +120,34 @@ def main() -> None:
     for name in ("all tokens", "ToMe"):
         print(f"{name}, not fine-tuned: {test(load_config(file, ways[name]), trained, clips)}")
     for name in ("learned", "ToMe"):
-        found = []
+        accuracies = []
         for seed in range(args.seeds):
             folder = os.path.join(args.folder, "tome", f"{name}{seed}")
             opts = ["OUTPUT_DIR", folder, "TRAIN.CHECKPOINT_FILE_PATH", trained, *RECIPE]
             opts += ["SOLVER.MAX_EPOCH", args.epochs, "RNG_SEED", seed, *ways[name]]
             opts += ["TRAIN.CHECKPOINT_EPOCH_RESET", True]
             cfg = load_config(file, opts)
-            found.append(test(cfg, checkpoint(cfg), clips))
-        mean, spread = statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0
-        print(f"{name}, fine-tuned: {mean:.1f} ± {spread:.1f} {found}")
+            accuracies.append(test(cfg, checkpoint(cfg), clips))
+        spread = statistics.stdev(accuracies) if args.seeds > 1 else 0.0
+        mean = statistics.mean(accuracies)
+        print(f"{name}, fine-tuned: {mean:.1f} ± {spread:.1f} {accuracies}")
 
 
 def checkpoint(cfg) -> str:
-    """The last checkpoint of a run, which is trained where it is not done."""
+    """The last checkpoint of a run, which is trained if it does not exist."""
     path = checkpoint_path(cfg, cfg.SOLVER.MAX_EPOCH)
     return path if os.path.exists(path) else engine.train(cfg)["checkpoint"]
 
 
 def test(cfg, path: str, clips) -> float:
     """Top-1 in percent."""
-    model, _ = load(cfg, path)
+    model, _ = load_row_model(cfg, path)
     return evaluate(cfg, model, clips, lambda: None)["top1"]
 
 
 @torch.no_grad()
 def equally_fast(file: str, rounds: int = 21, batch: int = 16) -> tuple[int, dict[str, float]]:
-    """How many tokens a block must merge to be as fast as the selection; milliseconds of a clip."""
+    """Tokens that a block must merge to be as fast as the selection; milliseconds per clip."""
     cfg = load_config(file, SELECTED)
     models = {"learned": build_model(cfg), "all tokens": build_model(load_config(file, XAVIER))}
     steps = [share * 32 for share in range(2, 9)]  # 256 of 512 tokens is the most

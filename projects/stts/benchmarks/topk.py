@@ -2,9 +2,8 @@
 
     python projects/stts/benchmarks/topk.py --shapes 8,8,4,500 64,16,1,500 8,196,98,500
 
-A shape is B,d,k,n: rows of scores, scores a row, how many are kept, perturbations a row. Time is
-that of a forward and a backward pass, the median of interleaved runs; memory is what the pass
-allocates at most, by PyTorch's own account of every allocation.
+A shape is B,d,k,n: rows of scores, scores per row, number kept, perturbations per row. Time is
+the median of interleaved forward and backward passes; memory is their peak, as PyTorch counts it.
 """
 
 import argparse

@@ -1,14 +1,13 @@
-"""Times whole tests of a small MViT, from the command to its accuracy, ways side by side.
+"""Times whole tests of a small MViT, from the command to its accuracy, several ways in turn.
 
     SLOWFAST_ROOT=/path/to/SlowFast python projects/stts/benchmarks/whole_test.py
 
-Six H.264 films of 10 s, 340x256, 30 frames a second, are tested with 10x3 views by a 4-block MViT
-(widths 48 and 96, 16 frames of 112x112), which is trained on those very films first. Every way is a
-command of its own, run in turn: SlowFast's unmodified ``tools/run_net.py`` without selection, with
-this package as it was when such a test first ran (--before: it mends SlowFast, and no more); the
-same with this package as it is; and ``stts run``. "Selected" keeps half of the frames before block
-0 and a window of 0.9 before block 2. Wall clock is the median of the rounds, core-seconds those of
-the command with all its children.
+Six H.264 videos of 10 s, 340x256, 30 frames per second, are tested with 10x3 views by a 4-block
+MViT (widths 48 and 96, 16 frames of 112x112), which is trained on the same videos first. Each way
+is a command: SlowFast's unmodified ``tools/run_net.py`` without selection, with the first version
+of this package that patched SlowFast enough for a test (--before); the same with the current
+package; and ``stts run``. "Selected" keeps half of the frames before block 0 and a window of 0.9
+before block 2. Seconds are medians of the rounds; core-seconds include all child processes.
 """
 
 import argparse
@@ -29,10 +28,10 @@ import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
-FILMS = 6
+NUM_VIDEOS = 6
 
 CONFIG = {
-    "TRAIN": {"DATASET": "kinetics", "BATCH_SIZE": FILMS, "EVAL_PERIOD": 100},
+    "TRAIN": {"DATASET": "kinetics", "BATCH_SIZE": NUM_VIDEOS, "EVAL_PERIOD": 100},
     "DATA": {
         "NUM_FRAMES": 16,
         "SAMPLING_RATE": 4,
@@ -42,7 +41,7 @@ CONFIG = {
         "INPUT_CHANNEL_NUM": [3],
         "DECODING_BACKEND": "torchvision",
     },
-    "MODEL": {"MODEL_NAME": "MViT", "ARCH": "mvit", "NUM_CLASSES": FILMS, "DROPOUT_RATE": 0.0},
+    "MODEL": {"MODEL_NAME": "MViT", "ARCH": "mvit", "NUM_CLASSES": NUM_VIDEOS, "DROPOUT_RATE": 0.0},
     "MVIT": {
         "DEPTH": 4,
         "EMBED_DIM": 48,
@@ -68,8 +67,8 @@ CONFIG = {
 SELECTED = "STTS.ENABLE True STTS.TIME.KEEP [0.5] STTS.SPACE.BLOCKS [2] STTS.SPACE.KEEP [0.9]"
 
 
-def write_film(path: Path, number: int) -> None:
-    """A texture that drifts, with grain; every film has a tint of its own."""
+def write_video(path: Path, number: int) -> None:
+    """A drifting texture with grain; the tint depends on the video's number."""
     rng = np.random.default_rng(number)
     texture = np.kron(rng.integers(0, 160, (60, 80, 1)), np.ones((8, 8, 1), int))
     tint = np.array([60 * (number & 1), 60 * (number >> 1 & 1), 60 * (number >> 2)])
@@ -84,13 +83,13 @@ def write_film(path: Path, number: int) -> None:
 
 
 def prepare(folder: Path) -> dict[str, Path]:
-    """Films, lists, a config, and the checkpoints of both models."""
+    """Writes videos, lists and a config; returns the checkpoints of both models."""
     lines = []
-    for number in range(FILMS):
-        write_film(folder / f"{number}.mp4", number)
+    for number in range(NUM_VIDEOS):
+        write_video(folder / f"{number}.mp4", number)
         lines.append(f"{folder / f'{number}.mp4'} {number}\n")
     (folder / "test.csv").write_text("".join(lines))
-    for split in ("train", "val"):  # a film many times is an epoch of some iterations
+    for split in ("train", "val"):  # repeated videos make an epoch of several iterations
         (folder / f"{split}.csv").write_text("".join(lines * (4 if split == "train" else 1)))
     CONFIG["DATA"]["PATH_TO_DATA_DIR"] = str(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -111,13 +110,13 @@ def standalone(folder: Path) -> list[str]:
 
 
 def environment(package: Path) -> dict[str, str]:
-    """Of a command in which ``package`` is the checkout that stts_slowfast comes from."""
+    """Environment of a command that imports stts_slowfast from the checkout ``package``."""
     paths = [str(package), *filter(None, [os.environ.get("SLOWFAST_ROOT")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def run(words: list[str], env: dict[str, str], cwd: str | None = None) -> tuple[float, float, str]:
-    """Wall-clock seconds, core-seconds, and what the command said."""
+    """Wall-clock seconds, core-seconds and output of a command."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     done = subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True)
@@ -130,7 +129,7 @@ def run(words: list[str], env: dict[str, str], cwd: str | None = None) -> tuple[
 
 
 def ways(folder: Path, trained: dict[str, Path], before: Path | None) -> dict:
-    """By name: words, environment and folder of a command."""
+    """Name -> arguments, environment and working directory of a command."""
     test = f"TRAIN.ENABLE False TEST.BATCH_SIZE 10 OUTPUT_DIR {folder / 'test'} "
     off = [*(test + "STTS.ENABLE False TEST.CHECKPOINT_FILE_PATH ").split(), str(trained["all"])]
     on = [*(test + SELECTED).split(), "TEST.CHECKPOINT_FILE_PATH", str(trained["selected"])]
@@ -154,7 +153,7 @@ def top1(log: str) -> float:
 
 @contextlib.contextmanager
 def checkout(commit: str, folder: Path):
-    """This repository as it was."""
+    """A worktree of this repository at a commit."""
     git = ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*git, "add", "--detach", str(folder), commit], check=True, capture_output=True)
     try:
@@ -172,7 +171,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         before = stack.enter_context(checkout(arguments.before, folder / "before"))
         commands = ways(folder, prepare(folder), before)
-        print("films and checkpoints are made", file=sys.stderr)
+        print("videos and checkpoints are ready", file=sys.stderr)
         measured: dict[str, list] = {name: [] for name in commands}
         for number in range(arguments.rounds):
             for name, command in commands.items():

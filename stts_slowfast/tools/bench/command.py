@@ -17,10 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from stts_slowfast.annealing import update_schedule
 from stts_slowfast.standalone.flops import count_gflops
+from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.bench import loader
 from stts_slowfast.tools.bench.published import Published
 from stts_slowfast.tools.bench.spec import ENGINES, BenchSpec, build_all, parse_row
-from stts_slowfast.tools.output import markdown_table, write_json
+from stts_slowfast.tools.markdown import markdown_table
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eval", "train")
@@ -33,18 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rows",
         nargs="+",
         metavar="[NAME=]FILE[,KEY=VALUE...]",
-        help="a config, with keys to change; the first row is what the others are compared with. "
-        "STTS.ENABLE=False leaves selection out, STTS.FUSED_ATTENTION=False the fused attention",
+        help="a config, with keys to change; the first row is the baseline of the ratios. "
+        "STTS.ENABLE=False switches selection off, STTS.FUSED_ATTENTION=False fused attention",
     )
     parser.add_argument(
         "--engine",
         default="standalone",
         choices=ENGINES,
-        help="who builds the models; slowfast has SlowFast, X3D, C2D, I3D and the like, too",
+        help="builds the models; slowfast also has its own, such as SlowFast, X3D, C2D, I3D",
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--data", action="store_true", help="measure the loader alone, not models")
-    what.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--data", action="store_true", help="measure the loader alone, not models")
+    kind.add_argument(
         "--end-to-end", action="store_true", help="measure a whole test, from files to scores"
     )
     parser.add_argument(
@@ -62,12 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--core-seconds",
         action="store_true",
-        help="time steps by the cores' work instead of the clock: where others use them too",
+        help="time steps by core time instead of the clock, for a machine that others use too",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
     parser.add_argument("--cuda-graph", action="store_true", help="replay a CUDA graph in eval")
-    parser.add_argument("--no-memory", action="store_true", help="leave memory out")
-    parser.add_argument("--json", metavar="FILE", help="write every number here")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--json", metavar="FILE", help="file to write every number to")
     parser.add_argument("--plot", metavar="PNG", help="draw time against GFLOPs, or frames")
 
 
@@ -75,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     """Measures all rows and prints the table.
 
     Raises:
-        ValueError: for a row that cannot be read or built, or options that exclude each other.
+        ValueError: for a row that cannot be read or built, or for options that exclude each other.
     """
     if args.cuda_graph and args.device != "cuda":
         raise ValueError("--cuda-graph needs --device cuda")
@@ -96,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
         ]
     try:
         measure(rows, args)
-    finally:  # what was measured counts, whatever ended the run
+    finally:  # an interrupted run prints what it has measured
         if any(rows[-1].seconds.values()):
             print(table(rows, args.batch_size), flush=True)
     if args.plot:
@@ -105,8 +106,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def measure(rows: list[BenchSpec], args: argparse.Namespace) -> None:
-    """Fills in the rows: one step of each in turn, so that all meet the same machine. --json has at
-    any time what is measured so far."""
+    """Measures all rows, one step of each in turn, so that the machine's load is the same for all.
+    --json is written after each turn."""
     models = build_all(rows, args.device)
     for row, (model, shapes) in zip(rows, models):
         row.gflops = count_gflops(model, torch.zeros(1, *shapes["eval"], device=args.device))
@@ -128,7 +129,7 @@ def measure(rows: list[BenchSpec], args: argparse.Namespace) -> None:
         for mode in args.modes:
             step = make_step(model, shapes[mode], mode, args)
             step()
-            if args.cuda_graph and mode == "eval":  # a replay allocates nothing: its graph has
+            if args.cuda_graph and mode == "eval":  # a replay allocates nothing, its capture does
                 step = functools.partial(capture, step)
             weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
             row.memory[mode] = weights + peak_memory(step, args.device)
@@ -136,7 +137,7 @@ def measure(rows: list[BenchSpec], args: argparse.Namespace) -> None:
 
 
 def save(rows: list[BenchSpec], args: argparse.Namespace) -> None:
-    """Writes --json: the machine, the options, and the rows."""
+    """Writes --json: machine, options and rows."""
     if args.json:
         machine = {"device": device_name(args.device), "threads": torch.get_num_threads()}
         settings = {key: value for key, value in vars(args).items() if _is_plain(value)}
@@ -145,9 +146,9 @@ def save(rows: list[BenchSpec], args: argparse.Namespace) -> None:
 
 
 def make_step(model: nn.Module, shape: torch.Size, mode: str, args: argparse.Namespace):
-    """A function of no arguments that runs one batch: forward, in training also backward."""
+    """A function without arguments that runs one batch: forward, in training also backward."""
     model.train(mode == "train")
-    update_schedule(model, 1.0)  # of training, the cost of an iteration once budgets have shrunk
+    update_schedule(model, 1.0)  # the cost of training at the end of budget annealing
     clips = torch.randn(args.batch_size, *shape, device=args.device)
     labels = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
     forward = torch.compile(model, fullgraph=True) if args.compile else model
@@ -174,7 +175,7 @@ def make_step(model: nn.Module, shape: torch.Size, mode: str, args: argparse.Nam
 
 
 def capture(step):
-    """Captures a step as a CUDA graph; what comes back replays it."""
+    """Captures a step as a CUDA graph; returns the function that replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -188,7 +189,7 @@ def capture(step):
 
 
 def timed(step, device: str, core_seconds: bool = False) -> float:
-    """Wall-clock seconds of one step, with the device waited for, or those of all cores."""
+    """Wall-clock seconds of one step, including the device's work, or seconds of all cores."""
     synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     clock = time.process_time if core_seconds else time.perf_counter
     synchronize()
@@ -199,9 +200,9 @@ def timed(step, device: str, core_seconds: bool = False) -> float:
 
 
 def peak_memory(step, device: str) -> int:
-    """The most bytes that a step allocates for tensors at a time, by PyTorch's own account.
+    """Peak bytes that a step allocates for tensors, as PyTorch counts them.
 
-    On a CPU, what its libraries take besides, and what the C allocator keeps, is not in it.
+    On a CPU, workspaces of its libraries and caches of the C allocator are not included.
     """
     gc.collect()
     if device == "cuda":
@@ -220,20 +221,19 @@ def peak_memory(step, device: str) -> int:
 
 
 def table(rows: list[BenchSpec], batch_size: int) -> str:
-    """The rows as a Markdown table; speed as median, +- half the spread of the middle half.
+    """The rows as a Markdown table; speed as median ± half the interquartile range.
 
-    Ratios are to the first row of the same clip length: how many times as fast, and what share
-    of its memory.
+    Ratios of speed and memory are to the first row of the same clip length.
     """
     modes = list(rows[-1].seconds)
-    remembered = all(len(row.memory) == len(modes) for row in rows)
-    known = any(row.published for row in rows)
+    has_memory = all(len(row.memory) == len(modes) for row in rows)
+    has_published = any(row.published for row in rows)
     head = ["model", "frames", "params (M)", "GFLOPs", "views", "GFLOPs / video", "published top-1"]
-    left_out = {"frames": not rows[0].frames, "published top-1": not known}
+    left_out = {"frames": not rows[0].frames, "published top-1": not has_published}
     head = [title for title in head if not left_out.get(title)]
     for mode in modes:
         head += [f"{mode} clips/s", "ratio"]
-        head += [f"{mode} GiB", "ratio"] if remembered else []
+        head += [f"{mode} GiB", "ratio"] if has_memory else []
     lines = []
     for row in rows:
         base = next(other for other in rows if other.frames == row.frames)
@@ -241,13 +241,13 @@ def table(rows: list[BenchSpec], batch_size: int) -> str:
         clips, crops = row.views
         cells += [f"{row.parameters / 1e6:.2f}", f"{row.gflops:.2f}", f"{clips} x {crops}"]
         cells += [f"{clips * crops * row.gflops:.2f}"]
-        if known:
+        if has_published:
             cells += [_published(row.published) if row.published else ""]
         for mode in modes:
             speed, spread = clips_per_second(row.seconds[mode], batch_size)
             ratio = speed / clips_per_second(base.seconds[mode], batch_size)[0]
             cells += [f"{speed:.3f} ± {spread:.3f}", f"{ratio:.2f}"]
-            if remembered:
+            if has_memory:
                 cells += [f"{row.memory[mode] / GIB:.2f}"]
                 cells += [f"{row.memory[mode] / base.memory[mode]:.2f}"]
         lines.append(cells)
@@ -261,7 +261,7 @@ def _published(result: Published) -> str:
 
 
 def clips_per_second(seconds: list[float], batch_size: int) -> tuple[float, float]:
-    """Median, and half the distance between the quartiles."""
+    """Median, and half the interquartile range."""
     speeds = [batch_size / second for second in seconds]
     if len(speeds) < 2:
         return speeds[0], 0.0
@@ -270,7 +270,7 @@ def clips_per_second(seconds: list[float], batch_size: int) -> tuple[float, floa
 
 
 def plot(rows: list[BenchSpec], batch_size: int, path: str) -> None:
-    """Draws time of a clip against GFLOPs with the line of perfect saving, or against frames."""
+    """Draws seconds per clip against GFLOPs, with the line of perfect saving, or frames."""
     from matplotlib.figure import Figure
 
     modes = list(rows[0].seconds)
@@ -300,7 +300,7 @@ def plot(rows: list[BenchSpec], batch_size: int, path: str) -> None:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or how many CPU threads there are."""
+    """The GPU's name, or the number of CPU threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads"

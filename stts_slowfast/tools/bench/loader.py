@@ -1,4 +1,4 @@
-"""``stts bench --data`` and ``--end-to-end``: the loader alone, and tests from files to scores."""
+"""``stts bench --data`` and ``--end-to-end``: loaders alone, and tests from files to scores."""
 
 import argparse
 import sys
@@ -8,27 +8,30 @@ from itertools import islice
 
 import torch
 
+from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.bench.spec import BenchSpec, build_all, map_rows, read_config
-from stts_slowfast.tools.output import format_cell, markdown_table, write_json
+from stts_slowfast.tools.markdown import format_cell, markdown_table
 
 SPLITS = ("train", "test")
-DATA = ("row", "split", "workers", "clips", "videos / s", "clips / s", "core-ms / clip")
-TEST = ("row", "workers", "videos", "seconds", "videos / s", "waiting s", "computing s")
+DATA_COLUMNS = ("row", "split", "workers", "clips", "videos / s", "clips / s", "core-ms / clip")
+TEST_COLUMNS = ("row", "workers", "videos", "seconds", "videos / s", "waiting s", "computing s")
 
 
 def run(rows: Sequence[BenchSpec], args: argparse.Namespace) -> int:
-    """Measures the rows' loaders or tests; prints a table and writes --json, both line by line as
-    they are measured, and --plot.
+    """Measures loaders or tests; prints the table and writes --json after each measurement, and
+    draws --plot.
 
     Raises:
         ValueError: naming every row whose data or model cannot be read or built.
     """
-    columns, measure = (DATA, measure_loaders) if args.data else (TEST, measure_tests)
+    columns, measure = TEST_COLUMNS, measure_tests
+    if args.data:
+        columns, measure = DATA_COLUMNS, measure_loaders
     measured = []
-    for one in measure(rows, args):
-        measured.append(one)
-        row = [format_cell(one[column]) for column in columns]
-        lines = markdown_table(columns, [row]).splitlines()
+    for result in measure(rows, args):
+        measured.append(result)
+        cells = [format_cell(result[column]) for column in columns]
+        lines = markdown_table(columns, [cells]).splitlines()
         print(*lines[0 if len(measured) == 1 else 2 :], sep="\n", flush=True)
         if args.json:
             write_json(args.json, measured)
@@ -43,8 +46,7 @@ def run(rows: Sequence[BenchSpec], args: argparse.Namespace) -> int:
 def measure_loaders(rows: Sequence[BenchSpec], args: argparse.Namespace) -> Iterator[dict]:
     """The first batches of training and testing, by number of workers.
 
-    The time of a core is measured where there are no workers; workers of their own are not ours to
-    measure.
+    Core time is measured without workers alone: it does not include other processes.
     """
     for row, loaders in zip(rows, _all_loaders(rows, args.workers, SPLITS)):
         for split, workers, loader in loaders:
@@ -52,16 +54,17 @@ def measure_loaders(rows: Sequence[BenchSpec], args: argparse.Namespace) -> Iter
             start, busy = time.perf_counter(), time.process_time()
             clips = sum(len(batch) for batch in islice(batches(row, loader), args.batches))
             seconds, busy = time.perf_counter() - start, time.process_time() - busy
-            one = {"row": row.name, "split": split, "workers": workers, "clips": clips}
-            one["videos / s"] = clips / views / seconds
-            one["clips / s"] = clips / seconds
-            one["core-ms / clip"] = None if workers else 1000 * busy / clips
-            yield one
+            yield {
+                **{"row": row.name, "split": split, "workers": workers, "clips": clips},
+                "videos / s": clips / views / seconds,
+                "clips / s": clips / seconds,
+                "core-ms / clip": None if workers else 1000 * busy / clips,
+            }
             print(f"{row.name} {split}, {workers} workers: {seconds:.1f} s", file=sys.stderr)
 
 
 def batches(row: BenchSpec, loader) -> Iterator[torch.Tensor]:
-    """The clips (B, 3, T, H, W) of a loader of either engine; of SlowFast's the fast pathway."""
+    """The clips (B, 3, T, H, W) of either engine's loader; SlowFast's fast pathway."""
     for batch in loader:
         yield batch[0][-1] if isinstance(batch[0], (list, tuple)) else batch[0]
 
@@ -75,13 +78,13 @@ def _all_loaders(
 
 
 def _loaders(row: BenchSpec, workers: Sequence[int], splits: Iterable[str]):
-    found = []
+    loaders = []
     for split in splits:
         for number in workers:
             cfg = read_config(row)
             cfg.DATA_LOADER.NUM_WORKERS = number
-            found.append((split, number, _loader(row, cfg, split)))
-    return found
+            loaders.append((split, number, _loader(row, cfg, split)))
+    return loaders
 
 
 def _loader(row: BenchSpec, cfg, split: str):
@@ -95,7 +98,7 @@ def _loader(row: BenchSpec, cfg, split: str):
 
 
 def _size(row: BenchSpec, loader, split: str) -> tuple[int, int]:
-    """Videos of a split, and the clips that one of them gives."""
+    """Number of videos of a split, and of clips of a video."""
     cfg = read_config(row)
     if split == "train":
         return len(loader.dataset), cfg.AUG.NUM_SAMPLE
@@ -108,8 +111,8 @@ def _size(row: BenchSpec, loader, split: str) -> tuple[int, int]:
 
 
 def measure_tests(rows: Sequence[BenchSpec], args: argparse.Namespace) -> Iterator[dict]:
-    """All views of each row's test list through its model: time spent waiting for data, and
-    computing (moving and normalising clips included)."""
+    """Runs each row's model over its whole test list: seconds spent waiting for data, and
+    computing (transfer and normalisation of clips included)."""
     loaders = _all_loaders(rows, args.workers, ["test"])
     models = build_all(list(rows), args.device)
     for row, tests, (model, _) in zip(rows, loaders, models):
@@ -118,9 +121,10 @@ def measure_tests(rows: Sequence[BenchSpec], args: argparse.Namespace) -> Iterat
             videos, _ = _size(row, loader, "test")
             waiting, computing = run_test(row, loader, model, args.device)
             seconds = waiting + computing
-            one = {"row": row.name, "workers": workers, "videos": videos, "seconds": seconds}
-            one |= {"videos / s": videos / seconds, "waiting s": waiting, "computing s": computing}
-            yield one
+            yield {
+                **{"row": row.name, "workers": workers, "videos": videos, "seconds": seconds},
+                **{"videos / s": videos / seconds, "waiting s": waiting, "computing s": computing},
+            }
             print(f"{row.name}, {workers} workers: {seconds:.1f} s", file=sys.stderr)
 
 
@@ -132,19 +136,19 @@ def run_test(
     device: str,
     now: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
-    """Seconds of waiting and of computing over a whole loader, its start included."""
-    prepare = _preparation(row)
+    """Seconds of waiting and of computing over a whole loader, including its start."""
+    normalize = _normalization(row)
     waiting = computing = 0.0
     last = now()
     for clips in batches(row, loader):
         got = now()
-        model(prepare(clips.to(device))).float().cpu()  # .cpu() waits for the device
+        model(normalize(clips.to(device))).float().cpu()  # .cpu() waits for the device
         done = now()
         waiting, computing, last = waiting + got - last, computing + done - got, done
     return waiting + now() - last, computing
 
 
-def _preparation(row: BenchSpec) -> Callable:
+def _normalization(row: BenchSpec) -> Callable:
     if row.engine == "slowfast":
         return lambda clips: clips
     from stts_slowfast.standalone.data import normalize_clips
@@ -153,31 +157,31 @@ def _preparation(row: BenchSpec) -> Callable:
     return lambda clips: normalize_clips(clips, cfg)
 
 
-# ---- what is told ---------------------------------------------------------------------------
+# ---- plot -----------------------------------------------------------------------------------
 
 
 def plot(measured: Sequence[dict], path: str) -> None:
-    """Bars: seconds of a whole test, split into waiting and computing, or clips a second."""
+    """Bars: seconds of a whole test, split into waiting and computing, or clips per second."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 0.4 * len(measured)), layout="constrained")
     axes = figure.subplots()
-    places = range(len(measured))
+    positions = range(len(measured))
     labels = [
-        " ".join(str(one[key]) for key in ("row", "split") if key in one)
-        + (f", {one['workers']} workers")
-        for one in measured
+        f"{' '.join(result[key] for key in ('row', 'split') if key in result)}, "
+        f"{result['workers']} workers"
+        for result in measured
     ]
     if "seconds" in measured[0]:
-        waiting = [one["waiting s"] for one in measured]
-        axes.barh(places, waiting, label="waiting for data")
-        computing = [one["computing s"] for one in measured]
-        axes.barh(places, computing, left=waiting, label="computing")
+        waiting = [result["waiting s"] for result in measured]
+        axes.barh(positions, waiting, label="waiting for data")
+        computing = [result["computing s"] for result in measured]
+        axes.barh(positions, computing, left=waiting, label="computing")
         axes.set_xlabel("seconds of a whole test")
         axes.legend()
     else:
-        axes.barh(places, [one["clips / s"] for one in measured])
+        axes.barh(positions, [result["clips / s"] for result in measured])
         axes.set_xlabel("clips / s of the loader")
-    axes.set_yticks(places, labels)
+    axes.set_yticks(positions, labels)
     axes.invert_yaxis()
     figure.savefig(path, dpi=150)

@@ -1,9 +1,10 @@
-"""The rows of ``stts bench``: what stands in one, and the models behind them."""
+"""The rows of ``stts bench``: how they are specified, and their models."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,24 +12,25 @@ from torch import nn
 from stts_slowfast.tools.bench.published import Published, published
 
 ENGINES = ("standalone", "slowfast")
+Result = TypeVar("Result")
 
 
 @dataclass
 class BenchSpec:
-    """A model that is measured, and what came out.
+    """A model to measure, and its results.
 
     Attributes:
-        name: what the table calls it.
+        name: of its row in the table.
         config: a YAML file.
         opts: KEY VALUE pairs on top of it.
-        engine: who builds it, see ``ENGINES``.
+        engine: builds the model; one of ``ENGINES``.
         frames: frames of a clip; None for the config's.
-        parameters: how many.
+        parameters: number of parameters.
         gflops: multiply-adds of one clip in evaluation, in 1e9, as fvcore counts them.
         views: clips and crops of a video in testing, such as (10, 3).
-        published: what was published for the very config, unchanged.
+        published: result published for this config, if nothing in it was changed.
         seconds: by mode, the time of every measured step of one batch.
-        memory: by mode, the most bytes of the model's and one step's tensors at a time.
+        memory: by mode, peak bytes of the model's and one step's tensors.
     """
 
     name: str
@@ -48,7 +50,7 @@ def parse_row(text: str, engine: str = "standalone") -> BenchSpec:
     """Reads ``[NAME=]FILE[,KEY=VALUE...]``; commas inside brackets belong to a value.
 
     Raises:
-        ValueError: where a key has no value.
+        ValueError: if a key has no value.
     """
     first, *pairs = re.split(r",(?![^\[(]*[\])])", text)
     name, _, config = first.rpartition("=")
@@ -62,7 +64,7 @@ def parse_row(text: str, engine: str = "standalone") -> BenchSpec:
 
 
 def read_config(row: BenchSpec):
-    """The row's config, as its engine reads it."""
+    """The config of a row, as its engine reads it."""
     frames = [] if row.frames is None else ["DATA.NUM_FRAMES", row.frames]
     opts = [*row.opts, *frames]
     if row.engine == "slowfast":
@@ -75,8 +77,8 @@ def read_config(row: BenchSpec):
 
 
 def build(row: BenchSpec, device: str) -> tuple[nn.Module, dict[str, torch.Size]]:
-    """The row's model, with random weights, and by mode the shape of one clip; fills in what is
-    known of the row without measuring."""
+    """The model of a row, with random weights, and by mode the shape of one clip; sets ``views``,
+    ``published`` and ``parameters`` of the row."""
     cfg = read_config(row)
     torch.manual_seed(0)
     if row.engine == "slowfast":
@@ -107,19 +109,21 @@ def build_all(rows: list[BenchSpec], device: str) -> list[tuple[nn.Module, dict[
     return map_rows(rows, lambda row: build(row, device), "cannot be built")
 
 
-def map_rows(rows: Sequence[BenchSpec], what: Callable[[BenchSpec], object], failure: str) -> list:
-    """Does it for all rows, before anything is measured.
+def map_rows(
+    rows: Sequence[BenchSpec], function: Callable[[BenchSpec], Result], failure: str
+) -> list[Result]:
+    """Calls ``function`` on all rows, before anything is measured.
 
     Raises:
         ValueError: naming every row that failed, and why.
     """
-    done, failed = [], []
+    results, failed = [], []
     for row in rows:
         try:
-            done.append(what(row))
+            results.append(function(row))
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             failed.append(f"row {row.name} {failure} by {row.engine}: {reason}")
     if failed:
         raise ValueError("; ".join(failed))
-    return done
+    return results

@@ -1,6 +1,6 @@
-"""``stts make-data``: small H.264 videos whose class shows only where one looks, with the truth.
+"""``stts make-data``: small synthetic H.264 videos whose class shows in few tokens.
 
-A folder of videos, the lists that a run reads, ``truth.json`` with the frames and boxes that show
+Writes the videos, the lists that a run reads, ``truth.json`` with the frames and boxes that show
 the class, and configs of small models to train on them: ``stts run --cfg DIR/mvit.yaml``.
 """
 
@@ -30,7 +30,7 @@ FPS = 16
 
 @dataclass(frozen=True)
 class Truth:
-    """What shows the class: ``boxes[i]`` (top, left, height, width in pixels) in ``frames[i]``."""
+    """``boxes[i]`` (top, left, height, width in pixels) shows the class in ``frames[i]``."""
 
     label: int
     frames: list[int]
@@ -41,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``stts make-data``."""
     kinds = "; ".join(f"{name}: {kind.__doc__}" for name, kind in KINDS.items())
     parser.add_argument("--kind", required=True, choices=KINDS, help=kinds)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--train", type=int, default=2048, metavar="N", help="training videos")
     parser.add_argument("--test", type=int, default=256, metavar="N", help="test videos")
-    parser.add_argument("--side", type=int, default=SIDE, metavar="PIXELS", help="of a frame")
-    parser.add_argument("--frames", type=int, default=NUM_FRAMES, metavar="N", help="of a video")
+    parser.add_argument("--side", type=int, default=SIDE, metavar="PIXELS", help="side of a frame")
+    parser.add_argument("--frames", type=int, default=NUM_FRAMES, metavar="N", help="in a video")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -53,9 +53,9 @@ def main(args: argparse.Namespace) -> int:
     """Writes the videos of a kind.
 
     Raises:
-        ValueError: for sizes that the models cannot see in whole tokens, or see no classes in.
+        ValueError: for sizes that are not whole tokens, or too small to tell the classes apart.
     """
-    # In tokens of 2 x 2 pixels, needle's two diagonals would be one.
+    # In tokens of 2 x 2 pixels, needle's two diagonals would look alike.
     for name, least in (("side", 32), ("frames", 16)):
         size = getattr(args, name)
         if size < least or size % 16:
@@ -87,8 +87,13 @@ def write_dataset(
     num_frames: int = NUM_FRAMES,
 ) -> dict[str, Truth]:
     """Writes ``videos/*.mp4``, the lists ``train.csv``, ``val.csv`` and ``test.csv`` (the last two
-    alike), and ``truth.json``. Returns the truth by file name; classes come equally often, and a
-    video depends on seed, split and number alone."""
+    are equal), and ``truth.json``.
+
+    Classes are equally frequent; a video depends on seed, split and number alone.
+
+    Returns:
+        The truth by file name.
+    """
     os.makedirs(os.path.join(folder, "videos"), exist_ok=True)
     truth = {}
     for split, count in (("train", num_train), ("test", num_test)):
@@ -108,7 +113,7 @@ def write_dataset(
 
 
 def read_truth(folder: str) -> dict[str, Truth]:
-    """What `write_dataset` remembered, by file name."""
+    """The truth that `write_dataset` wrote, by file name."""
     with open(os.path.join(folder, "truth.json")) as file:
         return {name: Truth(**value) for name, value in json.load(file).items()}
 
@@ -120,7 +125,7 @@ def draw_video(
     side: int = SIDE,
     num_frames: int = NUM_FRAMES,
 ) -> tuple[np.ndarray, Truth]:
-    """Frames (T, H, W, 3) uint8 of a video of class ``label``, and the truth about it."""
+    """Frames (T, H, W, 3) uint8 of a video of class ``label``, and its truth."""
     grey, boxes = KINDS[kind](label, rng, num_frames, side)
     truth = Truth(label, sorted(boxes), [[int(n) for n in boxes[frame]] for frame in sorted(boxes)])
     frames = grey.clip(0, 255).astype(np.uint8)
@@ -134,7 +139,7 @@ def write_video(path: str, frames: np.ndarray) -> None:
 
 def write_frames(path: str, frames: Iterable[np.ndarray], fps: float) -> None:
     """Writes frames (H, W, 3) uint8, of even sides, as H.264 in MP4."""
-    # x264's mbtree reads memory that nobody wrote: with it, files differ from time to time.
+    # x264's mbtree reads uninitialized memory: with it, files are not reproducible.
     options = {"crf": "20", "g": "16", "x264-params": "mbtree=0"}
     with av.open(path, "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1001)
@@ -148,14 +153,14 @@ def write_frames(path: str, frames: Iterable[np.ndarray], fps: float) -> None:
         container.mux(stream.encode())
 
 
-# ---- configs that learn them -----------------------------------------------------------------
+# ---- configs of small models -----------------------------------------------------------------
 
 
 class SmallModel(NamedTuple):
-    """A model that learns the videos on a CPU, and what it asks for besides its node."""
+    """A model that learns the videos on a CPU, and what its config needs besides its node."""
 
     name: str  # MODEL.MODEL_NAME
-    node: Callable[[int], dict]  # pixels of a token's side -> its node of the config
+    node: Callable[[int], dict]  # pixels of a token's side -> the model's node of the config
     tubelet: int = 2  # frames of a token
     space_stride: int = 1  # STTS.SPACE.STRIDE
     base_lr: float = 2e-3
@@ -169,7 +174,7 @@ def config(
     num_frames: int = NUM_FRAMES,
     model: str = "mvit",
 ) -> dict:
-    """SlowFast's keys of a small model, one of ``MODELS``, for the videos in ``folder``.
+    """A config in SlowFast's keys: a small model, one of ``MODELS``, and the videos in ``folder``.
 
     STTS is off; its blocks are those before which ``stts study`` selects.
     """
@@ -223,7 +228,7 @@ def _mvit(stride: int) -> dict:
     node = {
         "DEPTH": 3,
         "EMBED_DIM": 32,
-        # No others than the two frames of pixels: what a frame of tokens shows is clear.
+        # A frame of tokens sees its own two frames alone: which of them show the class is clear.
         "PATCH_KERNEL": [2, 2 * stride - 1, 2 * stride - 1],
         "PATCH_STRIDE": [2, stride, stride],
         "PATCH_PADDING": [0, stride - 1, stride - 1],
@@ -257,12 +262,12 @@ def _video_swin(stride: int) -> dict:
     return {"VIDEO_SWIN": {**sizes, **windows}}
 
 
-MODELS = {  # by the file name of the config
+MODELS = {  # by the name of the config file
     "mvit": SmallModel("MViT", _mvit),
-    # At 2e-3 it may stay on clutter's plateau. Of motion it learns last which way along an axis.
+    # At 2e-3 it may stay on a plateau of clutter; of motion it learns the direction last.
     "timesformer": SmallModel("TimeSformer", _timesformer, tubelet=1, base_lr=1e-3, epochs=7),
     "vit": SmallModel("MViT", _vit),
-    # Windows at even places: patch merging pairs their tokens as it does those of a whole frame.
+    # Windows at even positions: patch merging pairs their tokens as those of a whole frame.
     "video_swin": SmallModel("VideoSwin", _video_swin, space_stride=2),
 }
 

@@ -12,7 +12,7 @@ from stts_slowfast.checkpoints.io import atomic_write, check_output_path
 from stts_slowfast.plugins import require
 from stts_slowfast.tools.cli import add_force
 from stts_slowfast.tools.inspection import draw_test_videos, load_trained_model, stored_config
-from stts_slowfast.tools.output import format_cell
+from stts_slowfast.tools.markdown import format_cell
 from stts_slowfast.tools.report.run_log import RunOutput, config_diff, read_output
 from stts_slowfast.tools.study.results import plot, summarize
 

@@ -127,11 +127,10 @@ def _count_cost(checkpoint: str) -> tuple[float | None, float | None]:
     """GFLOPs of one clip and millions of parameters; None for models of SlowFast alone."""
     try:
         cfg = stored_config(checkpoint)
-        model = build_model(cfg)
-    except ValueError:
+        model, size = build_model(cfg), cfg.DATA.TEST_CROP_SIZE
+        gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
+    except (ValueError, OSError, RuntimeError):  # the page is about more than its cost
         return None, None
-    size = cfg.DATA.TEST_CROP_SIZE
-    gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
     return gflops, sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 

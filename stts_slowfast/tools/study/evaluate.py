@@ -71,7 +71,7 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
         ValueError: for unreadable videos (`TestClips`), or outputs that are not finite.
     """
     model.eval()
-    coverage, evaluator = CoverageStats(cfg, clips.videos), Evaluator(cfg, model, clips.dataset)
+    evaluator, coverage = Evaluator(cfg, model, clips.dataset), CoverageStats(cfg, clips.videos)
     predicted, of_video = [], []
     for batch in clips:
         readable = batch[1] != UNREADABLE

@@ -6,7 +6,8 @@ from typing import IO, TYPE_CHECKING
 
 from stts_slowfast.checkpoints.io import atomic_write
 from stts_slowfast.plugins import require
-from stts_slowfast.tools.output import format_cell, markdown_table, write_json
+from stts_slowfast.standalone.run_logger import write_json
+from stts_slowfast.tools.markdown import format_cell, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

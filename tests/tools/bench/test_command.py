@@ -1,4 +1,4 @@
-"""``stts bench``: rows are read right, measured in turn, and told truthfully."""
+"""``stts bench``: rows are parsed, measured in turn, and reported."""
 
 import json
 from pathlib import Path
@@ -164,7 +164,7 @@ def test_memory_of_a_cuda_graph_is_that_of_its_capture(config, monkeypatch):
 # ---- rows that are compared -----------------------------------------------------------------
 
 
-def test_rows_that_cannot_be_built_are_all_told_before_anything_is_measured(config, capsys):
+def test_all_rows_that_cannot_be_built_are_named_before_anything_is_measured(config, capsys):
     rows = [str(config), f"odd={config},MVIT.DEPTH=-1", f"none={config},MODEL.MODEL_NAME=Nothing"]
     assert cli.main(["bench", *rows]) == 2
     out, err = capsys.readouterr()
@@ -324,7 +324,7 @@ def test_waiting_is_what_the_loader_takes(videos):
     assert times == (16, 6)
 
 
-def test_data_that_cannot_be_read_is_told_first(videos, capsys):
+def test_data_that_cannot_be_read_is_named_first(videos, capsys):
     rows = [str(videos), f"gone={videos},DATA.PATH_TO_DATA_DIR=/nowhere"]
     assert cli.main(["bench", *rows, "--data"]) == 2
     assert "row gone has data that cannot be read by standalone: " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The videos of each kind show what their truth says, there and nowhere else."""
+"""The videos of each kind show their class at the frames and boxes of their truth alone."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_needle_is_the_glyph_for_an_eighth_and_its_pixels_shuffled_else(kind, da
         shown = frames[true.frames[0], top : top + size, left : left + size]
         fits = [(shown * (glyph - glyph.mean())).sum() for glyph in glyphs]
         assert np.argmax(fits) == true.label and max(fits) > 2 * sorted(fits)[-2]
-        # At no other time does a glyph stand there, of this class or another.
+        # At no other time is there a glyph, of this class or another.
         best = [max(best_match(frame, glyph) for glyph in glyphs) for frame in frames[::4]]
         moment = true.frames[0] // 4
         assert best[moment] > 1.3 * max(best[:moment] + best[moment + 1 :])
@@ -88,7 +88,7 @@ def test_every_token_of_a_glyph_shows_its_class_and_is_half_filled(kind):
 
 
 def best_match(frame, glyph):
-    """The highest correlation of a frame's places with a glyph."""
+    """The highest correlation of a glyph with any position of a frame."""
     pattern = glyph - glyph.mean()
     views = np.lib.stride_tricks.sliding_window_view(frame, pattern.shape)
     return (views * pattern).sum((2, 3)).max()
@@ -114,7 +114,7 @@ def displacement(first, second):
     """Rows and columns by which a picture whose borders meet has moved."""
     product = np.fft.fft2(second) * np.fft.fft2(first).conj()
     peak = np.unravel_index(np.fft.ifft2(product).real.argmax(), first.shape)
-    return [(place + size // 2) % size - size // 2 for place, size in zip(peak, first.shape)]
+    return [(shift + size // 2) % size - size // 2 for shift, size in zip(peak, first.shape)]
 
 
 def test_clutter_has_one_ring_that_is_open_at_the_side_of_the_class_alone(kind, data):
@@ -148,7 +148,7 @@ def test_command_writes_videos_and_configs_of_three_families(kind, tmp_path, cap
             clips, labels = ClipDataset(cfg, split)[3][:2]
             assert clips.shape[2] * cfg.DATA.SAMPLING_RATE == 16 and clips.shape[-1] == 48
             assert labels.tolist() == [3]
-        # Selected before its first block, each sees frames and places as the truth counts them.
+        # Selected before its first block, each sees the frames and positions that the truth counts.
         assert block_grids(cfg)[0] == (8, 8, 8)
         cfg.STTS.ENABLE = True
         network = build_model(cfg).eval()

@@ -1,4 +1,4 @@
-"""The report is one page that needs nothing else, says what the runs left, and fits a phone."""
+"""The report is one page without other files; it has the runs' numbers, and fits a phone."""
 
 import html.parser
 import json
@@ -14,6 +14,7 @@ from PIL import Image
 
 from stts_slowfast import build_model, load_config
 from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.checkpoints.io import save
 from stts_slowfast.standalone import engine
 from stts_slowfast.tools import cli
 from stts_slowfast.tools.demo import make_data
@@ -53,7 +54,7 @@ def path(folders, tmp_path_factory):
 
 
 class Page(html.parser.HTMLParser):
-    """Text, headings, table rows and images; fails where tags do not close as they opened."""
+    """Text, headings, table rows and images; fails if tags are not closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -160,6 +161,16 @@ def test_a_folder_without_run_json_has_its_cost_counted(folders, tmp_path):
     assert run.gflops == pytest.approx(before.gflops) and run.params == before.params > 0
     assert run.final("top1_acc") == pytest.approx(before.final("top1_acc"), abs=0.01)
     assert {key: value for key, value in run.config.items() if before.config[key] != value} == {}
+
+
+def test_a_model_of_slowfast_alone_has_a_config_and_no_cost(tmp_path):
+    path = tmp_path / "checkpoints" / "checkpoint_epoch_00001.pyth"
+    path.parent.mkdir()
+    cfg = "MODEL:\n  MODEL_NAME: X3D\n  ARCH: x3d\n"
+    save({"model_state": {}, "epoch": 0, "cfg": cfg}, str(path))
+    run = run_log.read_output(str(tmp_path))
+    assert run.config == {"MODEL.MODEL_NAME": "X3D", "MODEL.ARCH": "x3d"}
+    assert (run.gflops, run.params) == (None, None)
 
 
 def test_lines_of_slowfast_are_read(tmp_path):

@@ -1,4 +1,4 @@
-"""A study measures what it says, once, and goes on where it stopped."""
+"""A study measures each row once, as ``stts run`` does, and resumes after a stop."""
 
 import argparse
 import csv
@@ -17,6 +17,7 @@ from stts_slowfast.standalone import engine
 from stts_slowfast.tools import cli, run
 from stts_slowfast.tools.demo import make_data
 from stts_slowfast.tools.study import command as study_command
+from stts_slowfast.tools.study import rows as study_rows
 from stts_slowfast.video import Video
 
 
@@ -69,8 +70,9 @@ def test_rows_are_budgets_by_scorers_and_seeds(folder, tmp_path, capsys):
     with open(tmp_path / "study.csv") as file:
         assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in results]
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
-    told = capsys.readouterr().out
-    assert "| time0.5-learned |" in told and "±" in told and str(tmp_path / "study.csv") in told
+    printed = capsys.readouterr().out
+    assert "| time0.5-learned |" in printed and "±" in printed
+    assert str(tmp_path / "study.csv") in printed
 
 
 def test_a_checkpoint_of_ranges_is_tested_at_each_budget(folder, tmp_path):
@@ -127,8 +129,10 @@ def test_learned_rows_need_weights(folder, tmp_path, capsys):
     assert cli.main(words(folder, tmp_path, *more, checkpoint="plain.pyth")) == 0
     results = json.loads((tmp_path / "study.json").read_text())
     assert [row["scorer"] for row in results] == ["all", "uniform"]
-    told = capsys.readouterr().err
-    assert "left out: time0.5-learned-seed0" in told and "has no weights of stts.time_0" in told
+    printed = capsys.readouterr().err
+    assert (
+        "left out: time0.5-learned-seed0" in printed and "has no weights of stts.time_0" in printed
+    )
 
 
 def test_train_fine_tunes_every_row_by_the_recipe(folder, tmp_path, capsys):
@@ -162,7 +166,7 @@ def test_rows_read_each_video_once(folder, tmp_path, monkeypatch):
     assert cli.main(words(folder, tmp_path, *more, *recipe, checkpoint="plain.pyth")) == 0
     names = {f"train_{number:04d}.mp4" for number in range(32)}
     names |= {f"test_{number:04d}.mp4" for number in range(16)}
-    # For what it says of itself, and for its frames.
+    # Once for its frame index, and once for its frames.
     assert set(opened) == names and set(map(opened.count, names)) == {2}
 
 
@@ -176,7 +180,7 @@ def test_another_recipe_trains_again(folder, tmp_path):
     assert not one.equal(other)
 
 
-def test_a_row_follows_what_its_lists_say_not_where_they_lie(folder, tmp_path):
+def test_a_row_depends_on_the_content_of_its_lists_not_on_their_path(folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     more = ("--time", "--space", "--both")
@@ -203,8 +207,8 @@ def spoilt(folder, tmp_path):
         shutil.copytree(folder, data)
         lines = (data / "test.csv").read_text().splitlines()
         (data / "test.csv").write_text("\n".join(edit(lines)) + "\n")
-        places = ["DATA.PATH_TO_DATA_DIR", str(data), "DATA.PATH_PREFIX", str(data / "videos")]
-        return ["--opts", *places]
+        opts = ["DATA.PATH_TO_DATA_DIR", str(data), "DATA.PATH_PREFIX", str(data / "videos")]
+        return ["--opts", *opts]
 
     return make
 
@@ -215,8 +219,8 @@ def test_unreadable_videos_are_refused_or_counted(folder, tmp_path, spoilt, caps
     more = ["--time", "0.5", "--space", "--both", "--scorers", "uniform"]
     opts = spoilt(lambda lines: ["gone.mp4 0", *lines[1:]])
     assert cli.main(words(folder, out, *more, *opts)) == 2
-    told = capsys.readouterr().err
-    assert "1 of the test videos cannot be read" in told and "gone.mp4" in told
+    printed = capsys.readouterr().err
+    assert "1 of the test videos cannot be read" in printed and "gone.mp4" in printed
     assert not (out / "study.json").exists()
     opts += ["TEST.ALLOW_MISSING", "True"]
     assert cli.main(words(folder, out, *more, *opts)) == 0
@@ -256,15 +260,15 @@ def test_a_study_refuses_outputs_that_are_not_finite(folder, tmp_path, capsys):
     save_checkpoint(str(folder / "inf.pyth"), model, cfg, 1)
     more = ("--time", "--space", "--both")
     assert cli.main(words(folder, tmp_path / "out", *more, checkpoint="inf.pyth")) == 2
-    told = capsys.readouterr().err
-    assert "test_0000.mp4 are not finite: the weights norm.weight have" in told
+    printed = capsys.readouterr().err
+    assert "test_0000.mp4 are not finite: the weights norm.weight have" in printed
     assert not (tmp_path / "out" / "study.json").exists()
 
 
 def test_shares_of_several_blocks_leave_the_budget(folder):
     opts = ["STTS.TIME.BLOCKS", [0, 1], "STTS.TIME.KEEP", [1.0, 1.0]]
     cfg = load_config(str(folder / "config.yaml"), opts)
-    node = study_command.row_config(cfg, study_command.StudyRow(0.25, None, "uniform")).STTS
+    node = study_rows.row_config(cfg, study_rows.StudyRow(0.25, None, "uniform")).STTS
     assert node.TIME.KEEP == [0.5, 0.5] and node.SPACE.BLOCKS == []
     assert cfg.STTS.TIME.KEEP == [1.0, 1.0]
 
@@ -324,10 +328,10 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path, model, ep
     args = parsed["study"]
     assert args.checkpoint.endswith("checkpoint_epoch_00002.pyth") and args.train
     cfg = load_config(args.cfg, [*args.opts, *args.recipe])
-    moves = model == "timesformer"  # attends over time at one place
-    assert moves == cfg.STTS.SPACE.SHARED
-    assert (0.0 if moves else 0.5) == cfg.STTS.FREEZE_BACKBONE_EPOCHS
-    rows = study_command.plan_rows(cfg, args)
+    is_divided = model == "timesformer"  # attends over time at one position
+    assert is_divided == cfg.STTS.SPACE.SHARED
+    assert (0.0 if is_divided else 0.5) == cfg.STTS.FREEZE_BACKBONE_EPOCHS
+    rows = study_rows.plan_rows(cfg, args)
     assert len(rows) == 1 + 2 + 3 * (2 + 2 + 3 * 2)
 
     done = subprocess.run(

@@ -1,10 +1,6 @@
-"""What commands print and write: table cells, Markdown tables, JSON files."""
+"""Tables as commands print them."""
 
 from collections.abc import Sequence
-
-from stts_slowfast.standalone.run_logger import write_json
-
-__all__ = ["format_cell", "markdown_table", "write_json"]
 
 
 def format_cell(value: object) -> str:
