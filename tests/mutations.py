@@ -1,7 +1,8 @@
 """Mutation tests: ``python tests/mutations.py [NAME ...]``.
 
-Each row breaks one promise in a copy of the repository and runs the tests that must fail. ``--list``
-prints the rows. The exit status is 1 if a change passes the tests or its line is not found.
+Each row breaks one promise in a copy of the repository and runs the tests that must fail.
+``--list`` prints the rows. The exit status is 1 if a change passes the tests or its line is not
+found.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Intact files are damaged at random: bytes are flipped, and ranges are removed, duplicated, moved or
 overwritten with tokens of the format. A reader may read such a file or refuse it with a promised
-error. Anything else is a fault: another error, the end of the process, or no answer within 20 s. The
-input of a fault is written to the folder --out. Not part of the test suite.
+error. Anything else is a fault: another error, the end of the process, or no answer within 20 s.
+The input of a fault is written to the folder --out. Not part of the test suite.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python tests/soak/host_tests.py torchvision CHECKOUT/test/test_models.py -- -k "mvit or swin3d"
     python tests/soak/host_tests.py pytorchvideo CHECKOUT/tests/test_models_vision_transformers.py
 
-The libraries' wheels have no tests: give a path in a checkout of the installed version. The tests run
-twice, without selectors and with selectors that keep all tokens, which may not change a bit in
-evaluation. A test that passes without and fails with selectors is a fault; the exit status is then 1.
-Not part of the test suite.
+The libraries' wheels have no tests: give a path in a checkout of the installed version. The tests
+run twice, without selectors and with selectors that keep all tokens, which may not change a bit in
+evaluation. A test that passes without and fails with selectors is a fault; the exit status is then
+1. Not part of the test suite.
 """
 
 import argparse

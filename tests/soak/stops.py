@@ -7,8 +7,8 @@ command, to a rank, to a worker or to all of them, and started again until it is
 stop every process must be gone within 10 s, and nothing left in /dev/shm; the last weights must be
 those of an undisturbed run, bit for bit. Then the next run begins. Not part of the test suite.
 
-The command is forked from a process that has imported everything, because imports would take most of
-the time. With several processes, the ranks import for themselves.
+The command is forked from a process that has imported everything, because imports would take most
+of the time. With several processes, the ranks import for themselves.
 """
 
 import argparse
