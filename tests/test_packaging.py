@@ -50,15 +50,12 @@ def test_wheel_and_sdist_have_every_file(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         sdist = {member.name.partition("/")[2] for member in archive if member.isfile()}
     assert {f"stts_slowfast/{name}" for name in ours} <= sdist
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").rglob("*.py")}
-    modules.add("stts_slowfast_autoload.py")
-    data = {"stts_slowfast/py.typed"}
-    for pattern in ("standalone/*.yaml", "tools/*/*.csv", "tools/*/*.jinja"):
-        files = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").glob(pattern)}
-        assert files
-        data |= files
-    assert modules | data | {"stts_slowfast_autoload.pth"} <= wheel
-    assert modules | data | {"build_backend.py"} <= sdist
+    package = [path for path in (ROOT / "stts_slowfast").rglob("*") if path.is_file()]
+    files = {str(path.relative_to(ROOT)) for path in package if path.suffix != ".pyc"}
+    assert {"stts_slowfast/py.typed", "stts_slowfast/standalone/slowfast_defaults.yaml"} <= files
+    files.add("stts_slowfast_autoload.py")
+    assert files | {"stts_slowfast_autoload.pth"} <= wheel
+    assert files | {"build_backend.py"} <= sdist
 
 
 def test_the_version_is_the_packages(built):
