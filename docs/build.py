@@ -194,6 +194,12 @@ def python_keys(path: Path) -> list[tuple[str, str, str]]:
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Assign):
             continue
+        if ast.unparse(node.targets[0]) == "EXTRA_KEYS":
+            for group, keys in zip(node.value.keys, node.value.values):
+                comment = comment_above(lines, group.lineno - 1)
+                for name, value in ast.literal_eval(keys).items():
+                    found.append((group.lineno, f"{group.value}.{name}", repr(value), comment))
+            continue
         key = re.fullmatch(r"cfg\.([A-Z_0-9.]+)", ast.unparse(node.targets[0]))
         if not key:
             continue
@@ -227,7 +233,7 @@ def yaml_rows(node: yaml.MappingNode, values: dict, lines: list[str], prefix: st
 def comment_above(lines: list[str], number: int) -> str:
     """The comment above a line as one text; consecutive keys share the comment above the first."""
     start = number - 1
-    while start >= 0 and re.match(r"\s*[\w.]+( =|:) ", lines[start]):
+    while start >= 0 and re.match(r"""\s*["\w.]+( =|:) """, lines[start]):
         start -= 1
     block = []
     while start >= 0 and lines[start].strip().startswith("#"):

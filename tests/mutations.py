@@ -1,7 +1,8 @@
-"""Changes that must turn the tests red: ``python tests/mutations.py [name ...]``.
+"""Mutation tests: ``python tests/mutations.py [NAME ...]``.
 
-Each row breaks one promise in a copy of the tree and runs the tests that must notice. ``--list``
-names the rows. Exit status 1 where a change stays green, or no longer finds its line.
+Each row breaks one promise in a copy of the repository and runs the tests that must fail.
+``--list`` prints the rows. The exit status is 1 if a change passes the tests or its line is not
+found.
 """
 
 import argparse
@@ -21,7 +22,7 @@ TIME_LIMIT = 600.0  # seconds for the tests of a row
 
 @dataclass(frozen=True)
 class Mutation:
-    """``line`` of ``file``, which must occur once, is replaced; ``tests`` must go red."""
+    """Replaces ``line``, which occurs once in ``file``; then ``tests`` must fail."""
 
     file: str
     line: str
@@ -37,25 +38,25 @@ CHECK, CLIPS = "tests/checkpoints/test_validate.py", "tests/pyslowfast/test_lazy
 GUARD, BAD = "tests/pyslowfast/test_preflight.py", "tests/slowfast/test_error_log.py"
 
 MUTATIONS = {
-    "a-study-goes-on-with-another-recipe": Mutation(
+    "a-study-resumes-with-another-recipe": Mutation(
         "tools/study/command.py",
         'f"{row.name}-{key}"',
         "row.name",
         "tests/tools/study/test_command.py -k another_recipe",
     ),
-    "a-study-cuts-a-larger-model": Mutation(
+    "a-study-truncates-a-larger-model": Mutation(
         "tools/study/rows.py",
         'validate_checkpoint(model, checkpoint, cfg, "finetune", path)',
         "pass",
         "tests/tools/study/test_command.py -k mistakes",
     ),
-    "a-file-that-changed-is-remembered": Mutation(
+    "a-changed-file-comes-from-the-cache": Mutation(
         "video/frame_cache.py",
         "stat_key(path) if _cache.limit",
         "(path,) if _cache.limit",
         "tests/video/test_frame_cache.py -k changed",
     ),
-    "more-is-remembered-than-was-said": Mutation(
+    "a-cache-exceeds-its-limit": Mutation(
         "video/lru_cache.py",
         "while self.size > self.limit and",
         "while not self.limit and",
@@ -67,19 +68,19 @@ MUTATIONS = {
         "clips.roll(1, 0).mul_(1.0 - share)",
         "tests/standalone/test_mixup.py -k slowfasts",
     ),
-    "outputs-that-are-no-numbers": Mutation(
+    "non-finite-outputs-pass": Mutation(
         "standalone/predictions.py",
         "if bool(logits.isfinite().all()):",
         "if True:",
         "tests/standalone/test_evaluator.py -k not_finite",
     ),
-    "unreadable-videos-in-a-study": Mutation(
+    "a-study-ignores-unreadable-videos": Mutation(
         "tools/study/evaluate.py",
         "self.loader.bad.require_all(self.allow_missing)",
         "pass",
         "tests/tools/study/test_command.py -k unreadable",
     ),
-    "a-range-not-checked": Mutation(
+    "value-ranges-are-not-checked": Mutation(
         "standalone/config.py",
         "check_ranges(cfg, _RANGES)",
         "pass",
@@ -91,43 +92,43 @@ MUTATIONS = {
         "with progress, quiet_logs():",
         "tests/tools/study/test_command.py -k once",
     ),
-    "budgets-never-shrink": Mutation(
+    "no-budget-annealing": Mutation(
         "annealing.py",
         "(sample, budget_widening(fraction, selector.shrink, seed, intermediate))",
         "(sample)",
         "tests/test_schedule.py -k shrink",
     ),
-    "budgets-shrink-one-after-the-other": Mutation(
+    "annealed-budgets-are-not-sampled": Mutation(
         "annealing.py",
         ".randint(0, upper)",
         ".randint(upper, upper)",
         "tests/test_schedule.py -k shrink",
     ),
-    "lessons-of-a-clip-that-is-not-normalised": Mutation(
+    "saliency-is-not-normalised": Mutation(
         "saliency.py",
         "shares / total",
         "shares",
         "tests/test_saliency.py -k cross_entropy",
     ),
-    "lessons-not-scaled-as-the-loss": Mutation(
+    "saliency-loss-is-not-scaled": Mutation(
         "saliency.py",
         "grad * saliency.sum(dim=(1, 2, 3)).mean()",
         "grad",
         "tests/test_saliency.py -k scaled",
     ),
-    "lessons-reach-the-backbone": Mutation(
+    "saliency-loss-reaches-the-backbone": Mutation(
         "selectors.py",
         "return grid.detach() if self.training and not self.soft else grid",
         "return grid",
         "tests/test_saliency.py -k backbone_learns",
     ),
-    "saliency-teaches-of-what-it-cannot-see": Mutation(
+    "saliency-uses-dropped-tokens": Mutation(
         "selectors.py",
         'self.teacher != "mixture" and self.widening == KEEP_SCALE',
         'self.teacher != "mixture"',
         "tests/test_saliency.py -k taught_when",
     ),
-    "nothing-is-taught-while-frozen": Mutation(
+    "no-saliency-loss-while-frozen": Mutation(
         "schedule.py",
         "if self._is_frozen():",
         "if False:",
@@ -145,20 +146,20 @@ MUTATIONS = {
         "nn.init.trunc_normal_(module.weight, std=0.02)",
         "tests/backbones/test_timesformer.py -k any_width",
     ),
-    "the-loops-rate-is-lost": Mutation(
+    "the-loops-learning-rate-is-lost": Mutation(
         "schedule.py",
         'for group, lr, _rate in self._rates:\n            group["lr"] = lr',
         "for group, lr, _rate in self._rates:\n            pass",
         "tests/test_schedule.py -k scheduler_of_pytorchs",
     ),
-    "of-equal-scores-the-higher-index": Mutation(
+    "ties-take-the-higher-index": Mutation(
         "topk.py",
         "order = scores.sort(dim=1, descending=True, stable=True).indices",
         "order = -1 - scores.flip(1).sort(dim=1, descending=True, stable=True).indices\n"
         "    order = order % scores.shape[1]",
         f"{TOPK} -k lower_index",
     ),
-    "a-new-head-is-the-backbones": Mutation(
+    "a-new-head-is-frozen": Mutation(
         "optimizer_groups.py",
         "yield from inside.keys() - loaded",
         "yield from ()",
@@ -170,7 +171,7 @@ MUTATIONS = {
         "if not strict and not all(",
         "tests/checkpoints/test_hf_folder.py -k in_part",
     ),
-    "windows-shrink-by-tokens": Mutation(
+    "annealed-windows-ignore-the-stride": Mutation(
         "selectors.py",
         "self.size_multiple = max(stride, 1)",
         "self.size_multiple = 1",
@@ -200,19 +201,19 @@ MUTATIONS = {
         "if False:",
         f"{PROCESSES} -k draw_apart",
     ),
-    "no-processes-started": Mutation(
+    "no-processes-are-started": Mutation(
         "standalone/launch.py",
         "            child.start()",
         "            pass",
         f"{PROCESSES} -k by_spawn",
     ),
-    "bad-videos-of-one-process-alone": Mutation(
+    "unreadable-videos-of-one-process-only": Mutation(
         "video/error_log.py",
         "if not torch.distributed.is_initialized():",
         "if True:",
         f"{PROCESSES} -k same_unreadable",
     ),
-    "test-prefers-the-starting-point": Mutation(
+    "a-test-prefers-the-initial-weights": Mutation(
         "standalone/checkpointing.py",
         "path, checkpoint = cfg.TEST.CHECKPOINT_FILE_PATH, None",
         "path = cfg.TEST.CHECKPOINT_FILE_PATH or cfg.TRAIN.CHECKPOINT_FILE_PATH; checkpoint = None",
@@ -224,73 +225,73 @@ MUTATIONS = {
         "None)",
         f"{ENGINE} -k shuffles",
     ),
-    "validation-on-other-clips": Mutation(
+    "validation-clips-change": Mutation(
         "standalone/training_loop.py",
         "self.val_loader.set_epoch(epoch)",
         "self.val_loader.set_epoch(int(time.time()))",
         f"{ENGINE} -k same_clips",
     ),
-    "resumed-inside-an-epoch-from-its-start": Mutation(
+    "a-resumed-epoch-starts-over": Mutation(
         "standalone/training_loop.py",
         "self.train_loader.skip(first)",
         "pass",
         f"{STOPS} -k loses_no_iteration",
     ),
-    "readers-outlive-their-run": Mutation(
+    "workers-outlive-their-run": Mutation(
         "standalone/signals.py",
         "ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)",
         "pass",
         f"{STOPS} -k still_imports",
     ),
-    "readers-obey-the-groups-signal": Mutation(
+    "workers-end-by-the-groups-signal": Mutation(
         "standalone/data.py",
         "worker_init_fn=worker_init,",
         "",
         f"{STOPS}::test_a_signal_to_the_whole_group_loses_no_iteration[1-15]",
     ),
-    "nobody-reads-late-signals": Mutation(
+    "late-signals-are-lost": Mutation(
         "standalone/signals.py",
         "threading.Thread(target=self._end, args=(number[0],), daemon=True).start()",
         "return",
         f"{STOPS} -k print_nothing",
     ),
-    "a-deaf-process-stays": Mutation(
+    "a-process-that-ignores-signals-stays": Mutation(
         "standalone/signals.py",
         "        if not over:",
         "        if False:",
         f"{STOPS} -k reads_no_signal",
     ),
-    "nothing-to-save-is-waited-for": Mutation(
+    "a-rank-waits-with-nothing-to-save": Mutation(
         "standalone/signals.py",
         "if not over and self.deferred:",
         "if not over:",
         f"{STOPS} -k reads_no_signal",
     ),
-    "a-hung-read-keeps-a-run": Mutation(
+    "a-hung-read-blocks-a-signal": Mutation(
         "standalone/signals.py",
         "        if not over:",
         "        if False:",
         f"{STOPS} -k read_that_hangs",
     ),
-    "imports-before-all-else": Mutation(
+    "imports-before-signal-handling": Mutation(
         "standalone/signals.py",
         "    die_with_parent(parent)\n    signal.signal(signal.SIGINT, signal.SIG_DFL)\n",
         "    threading.Timer(60, die_with_parent, (parent,)).start()\n",
         f"{STOPS} -k still_imports",
     ),
-    "a-port-that-others-may-take": Mutation(
+    "the-rendezvous-port-is-released": Mutation(
         "standalone/cluster.py",
         "        process.port = store.port\n    return store",
         "        process.port = store.port\n    return None",
         "tests/standalone/test_cluster.py -k gpus_have",
     ),
-    "readers-lost-by-tools-alone": Mutation(
+    "a-killed-worker-is-a-bug-report": Mutation(
         "tools/cli.py",
         "missing_dependency_error(error) or worker_death_error(error) or error",
         "missing_dependency_error(error) or error",
         "tests/tools/test_cli.py -k killed_reader",
     ),
-    "readers-lost-amid-something": Mutation(
+    "a-killed-worker-is-hidden-by-another-error": Mutation(
         "standalone/signals.py",
         "return error.__context__ and worker_death_error(error.__context__)",
         "return None",
@@ -302,13 +303,13 @@ MUTATIONS = {
         "if lost and not terminated:",
         f"{STOPS} -k reaches_them",
     ),
-    "orphans-go-on": Mutation(
+    "orphans-continue": Mutation(
         "standalone/signals.py",
         "if parent is not None and os.getppid() != parent:",
         "if False:",
         f"{STOPS} -k gone_already",
     ),
-    "signals-interrupt-the-end": Mutation(
+    "signals-interrupt-the-cleanup": Mutation(
         "standalone/launch.py",
         "stop.deferred = True  # no signal",
         "pass  # no signal",
@@ -320,7 +321,7 @@ MUTATIONS = {
         "            pass\n",
         f"{STOPS} -k second_run",
     ),
-    "smallest-sigma": Mutation(
+    "the-smallest-sigma-is-large": Mutation(
         "topk.py",
         "SMALLEST_SIGMA = 1e-4",
         "SMALLEST_SIGMA = 0.04",
@@ -333,25 +334,25 @@ MUTATIONS = {
         "(marked * noise.gather(2, columns)).flatten(1))",
         f"{TOPK} -k order_of_threads",
     ),
-    "nan-check-inverted": Mutation(
+    "the-nan-check-is-inverted": Mutation(
         "selector_state.py",
         "found = scores.detach().isnan().any()",
         "found = ~scores.detach().isnan().any()",
         "tests/test_selectors.py -k on_a_device",
     ),
-    "device-taken-for-the-host": Mutation(
+    "a-device-is-taken-for-the-cpu": Mutation(
         "topk.py",
         'return tensor.device.type == "cpu"',
         'return tensor.device.type != "cpu"',
         "tests/test_selectors.py -k nan_scores",
     ),
-    "provenance-dropped": Mutation(
+    "the-grid-is-not-passed-on": Mutation(
         "block_hooks.py",
         "return None if self.last else marked",
         "return None",
         "tests/test_hooks.py -k travels",
     ),
-    "blocks-that-run-again-take-the-last-grid": Mutation(
+    "recomputed-blocks-take-the-last-grid": Mutation(
         "call_context.py",
         "return number, storage._cdata, x.storage_offset(), tuple(x.shape)",
         "return number, tuple(x.shape)",
@@ -369,31 +370,31 @@ MUTATIONS = {
         "(indices * 0 + indices[:1])[:, self.prefix :] - self.prefix",
         "tests/hosts/test_timm_eva.py -k positions",
     ),
-    "frames-of-a-pack-that-see-one-another": Mutation(
+    "packed-frames-attend-to-one-another": Mutation(
         "hosts/qwen_vision.py",
         "ends = torch.tensor([0, *lengths], device=device).cumsum(0)",
         "ends = torch.tensor([0, sum(lengths)], device=device).cumsum(0)",
         "tests/hosts/test_qwen_vision.py -k is_computed_as_alone",
     ),
-    "times-of-the-first-frames": Mutation(
+    "time-embeddings-of-the-first-frames": Mutation(
         "hosts/videoprism.py",
         "frames = self.model.stts.calls.open_call().grid.frames",
         "frames = self.model.stts.calls.open_call().grid.frames.argsort(1)",
         "tests/hosts/test_videoprism.py",
     ),
-    "guard-that-lets-pass": Mutation(
+    "failed-patches-pass": Mutation(
         "pyslowfast/preflight.py",
         "if failed := autoload.failed_hooks():",
         "if failed := []:",
         f"{GUARD} -k does_not_run",
     ),
-    "selectors-not-missed": Mutation(
+    "missing-selectors-pass": Mutation(
         "pyslowfast/preflight.py",
         "if sorted(found) == sorted(wanted) and len(holders) <= 1:",
         "if True:",
         f"{GUARD} -k past_the_registry",
     ),
-    "weights-that-were-read-are-not-checked": Mutation(
+    "loaded-weights-are-not-checked": Mutation(
         "pyslowfast/checkpoint_loading.py",
         "load.check_read(checkpoint_sd)",
         "load.was_read = True",
@@ -411,7 +412,7 @@ MUTATIONS = {
         "if False:",
         "tests/slowfast/test_wrappers.py -k own_models",
     ),
-    "processes-of-torchrun-run-alone": Mutation(
+    "processes-of-torchrun-run-separately": Mutation(
         "pyslowfast/distributed.py",
         "if uses_stts and process:",
         "if False:",
@@ -423,7 +424,7 @@ MUTATIONS = {
         "results = next(iter(TABLE.get(_name(config), {}).values()), [])",
         "tests/tools/bench/test_command.py -k very_config_and_dataset",
     ),
-    "a-node-that-slowfast-lacks": Mutation(
+    "missing-config-nodes-pass": Mutation(
         "pyslowfast/config.py",
         "if missing := [name for name in read if name not in self]:",
         "if missing := []:",
@@ -441,13 +442,13 @@ MUTATIONS = {
         "return item",
         f"{BAD} -k is_marked",
     ),
-    "unreadable-by-the-last-view": Mutation(
+    "only-the-last-view-is-unreadable": Mutation(
         "pyslowfast/error_log.py",
         "meter.video_labels[videos[missing]] = UNREADABLE",
         "missing = missing & (labels == UNREAD_LABEL)",
         f"{BAD} -k unreadable_in_a_view",
     ),
-    "own-configs-in-slowfast": Mutation(
+    "configs-of-slowfast-alone-fail": Mutation(
         "pyslowfast/config_access.py",
         'return bool(get_value(cfg, "STTS.ENABLE", False))',
         'return "STTS" in cfg and cfg.STTS.ENABLE',
@@ -465,61 +466,61 @@ MUTATIONS = {
         "call()",
         f"{BAD} -k hung_file",
     ),
-    "damage-is-not-written-down": Mutation(
+    "damage-is-not-logged": Mutation(
         "pyslowfast/decoder.py",
         "    if video.damage and context:",
         "    if False:",
         f"{BAD} -k damage_is_written",
     ),
-    "clips-of-frames-in-another-order": Mutation(
+    "normalised-clips-with-channels-first": Mutation(
         "pyslowfast/lazy_clip.py",
         "return operand.shape == (3,) and self.order[-1] == 3",
         "return operand.shape == (3,)",
         f"{CLIPS} -k channels_come_last",
     ),
-    "clips-that-forget-a-step": Mutation(
+    "lazy-clips-drop-an-operation": Mutation(
         "pyslowfast/lazy_clip.py",
         "(*steps, (_IN_PLACE[function], rest[0]))",
         "((_IN_PLACE[function], rest[0]),)",
         f"{CLIPS} -k a_crop",
     ),
-    "one-of-many-is-pickled-as-one": Mutation(
+    "a-process-count-is-pickled-as-an-int": Mutation(
         "pyslowfast/distributed.py",
         "return ForcedMultiProcessCount, (self.given, int(self))",
         "return int, (self.given,)",
         "tests/pyslowfast/test_distributed.py -k forced_process_count",
     ),
-    "parts-are-cut-before-what-looks-beyond": Mutation(
+    "crops-before-non-local-operations": Mutation(
         "video/image_ops.py",
         "if box and last_nonlocal < 0:",
         "if box:",
         "tests/standalone/test_transforms.py -k part_of_an_augmented",
     ),
-    "names-that-are-numbers": Mutation(
+    "numeric-parameter-names-fail": Mutation(
         "standalone/checkpointing.py",
         "if isinstance(n, str) else n: state[n]",
         "if True else n: state[n]",
         f"{STOPS} -k names_that_are_numbers",
     ),
-    "scorers-that-a-file-lacks": Mutation(
+    "missing-scorers-pass": Mutation(
         "checkpoints/validate.py",
         "missing = sorted(set(learned) - set(trained), reverse=True)",
         "missing = sorted(set(), reverse=True)",
         f"{CHECK} -k lacks_stop",
     ),
-    "a-larger-models-file": Mutation(
+    "a-larger-models-checkpoint-passes": Mutation(
         "checkpoints/validate.py",
         "beyond = [key for key in found if _BLOCK.match(key) and key not in own]",
         "beyond = []",
         f"{CHECK} -k larger",
     ),
-    "nobody-checks-the-weights": Mutation(
+    "weights-are-not-validated": Mutation(
         "standalone/checkpointing.py",
         "    validate_checkpoint(model, checkpoint, cfg, purpose, path)\n",
         "",
         f"{CHECK} -k runner_looks",
     ),
-    "keyframes-are-believed": Mutation(
+    "claimed-keyframes-are-trusted": Mutation(
         "video/frame_index.py",
         "if (packet.is_keyframe and not picture.entry) or",
         "if",
@@ -531,13 +532,13 @@ MUTATIONS = {
         "if kind == 2:",
         "tests/video/test_exact_frames.py -k nvop",
     ),
-    "the-order-of-showing-is-believed": Mutation(
+    "claimed-times-are-trusted": Mutation(
         "video/frame_index.py",
         "(np.diff(orders[order]) > 0).all() and",
         "",
         "tests/video/test_exact_frames.py -k times_of_decoding",
     ),
-    "a-seek-is-believed": Mutation(
+    "seeks-are-not-verified": Mutation(
         "video/exact_index.py",
         "or checksum(frame) != index.checksums[number])",
         ")",
@@ -549,37 +550,37 @@ MUTATIONS = {
         "if not num_video_frames:",
         "tests/video/test_sampling.py",
     ),
-    "transport-streams-end-anywhere": Mutation(
+    "cut-transport-streams-pass": Mutation(
         "video/truncation.py",
         'return b"GGG" not in ends',
         "return False",
         "tests/video/test_reader.py -k end_early",
     ),
-    "checksum-not-verified": Mutation(
+    "checksums-are-not-verified": Mutation(
         "checkpoints/io.py",
         "return archive.testzip()",
         "return None",
         f"{FILES} -k flipped_byte",
     ),
-    "links-not-followed": Mutation(
+    "links-are-replaced": Mutation(
         "checkpoints/io.py",
         "    path = os.path.realpath(path)\n    folder =",
         "    folder =",
         f"{FILES} -k links_are_followed",
     ),
-    "any-share-of-bad-videos": Mutation(
+    "any-share-of-unreadable-videos": Mutation(
         "standalone/data.py",
         "limit = self.cfg.DATA.MAX_BAD_SHARE",
         "limit = 1.0",
         "tests/standalone/test_data.py -k continues_up_to_the_share",
     ),
-    "keys-given-twice": Mutation(
+    "duplicate-keys-pass": Mutation(
         "configfiles/files.py",
         "if groups or name.startswith(OURS):",
         "if False:",
         "tests/test_properties.py -k given_twice",
     ),
-    "damage-is-not-passed-over": Mutation(
+    "a-corrupt-checkpoint-stops-the-run": Mutation(
         "standalone/checkpointing.py",
         "            if strict:",
         "            if True:",
@@ -590,8 +591,8 @@ MUTATIONS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="rows; all of them by default")
-    parser.add_argument("--list", action="store_true", help="name the rows")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="rows (default: all of them)")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows")
     args = parser.parse_args()
     if unknown := set(args.names) - set(MUTATIONS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; --list names them")
@@ -609,7 +610,7 @@ def main() -> int:
 
 
 def judge(mutation: Mutation) -> str:
-    """``red`` and why, where the tests notice the change; else what happened instead."""
+    """``red`` and the reason if the tests fail; otherwise what happened instead."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in ("pyproject.toml", "setup.cfg", "README.md"):
@@ -638,7 +639,7 @@ def judge(mutation: Mutation) -> str:
         reasons = [line for line in tests.stdout.splitlines() if line.startswith("E  ")]
         return f"red, {' '.join(reasons[0].split())[:200]}" if reasons else "red"
     if tests.returncode == 0 and " passed" not in tests.stdout:
-        return "skipped, for these tests need SlowFast"
+        return "skipped, because these tests need SlowFast"
     return "GREEN" if tests.returncode == 0 else f"no tests ran: {tests.stdout[-300:]}"
 
 

@@ -1,4 +1,4 @@
-"""The documentation names what is there, and everything public is in it; mkdocs is not needed."""
+"""Pages, links and references of the documentation are complete. mkdocs is not needed."""
 
 import importlib
 import importlib.util
@@ -22,7 +22,7 @@ spec.loader.exec_module(build)
 
 
 class Loader(yaml.SafeLoader):
-    """Of mkdocs.yml, whose ``!ENV`` names an environment variable."""
+    """Loads mkdocs.yml, in which ``!ENV`` reads an environment variable."""
 
 
 Loader.add_constructor("!ENV", lambda loader, node: "")
@@ -48,9 +48,9 @@ def test_the_navigation_has_every_page_once():
 
 
 @EVERY_PAGE
-def test_a_page_has_one_title_and_whole_links(path):
+def test_a_page_has_one_title_and_no_broken_link(path):
     text = expanded(path)
-    assert "<!-- " not in text.replace("<!-- model zoo -->", ""), "a line that nothing filled in"
+    assert "<!-- " not in text.replace("<!-- model zoo -->", ""), "a line was not expanded"
     titles = [title for _, level, title in build.headings(text) if level == 1]
     assert len(titles) == 1 and text.lstrip().startswith(f"# {titles[0]}")
     pictures = {build.picture_uri(picture) for picture in build.pictures()}
@@ -92,7 +92,7 @@ def test_what_the_api_page_names_has_a_docstring():
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_readme_is_short_and_its_links_are_whole():
+def test_the_readme_is_short_and_has_no_broken_link():
     assert len(README.splitlines()) <= 150
     for _, _, target in build.LINK.findall(re.sub(r"```.*?```", "", README, flags=re.DOTALL)):
         path, _, anchor = target.partition("#")
@@ -110,7 +110,7 @@ def test_the_readme_is_short_and_its_links_are_whole():
 
 @pytest.fixture
 def small_mvit(monkeypatch):
-    """Makes torchvision's MViT-B a small one of the same grids up to block 4."""
+    """Replaces torchvision's MViT-B by a small one with the same grids up to block 4."""
     video = pytest.importorskip("torchvision", reason="torchvision is not installed").models.video
     block = video.mvit.MSBlockConfig(1, 8, 8, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 8, 8])
     small = {"spatial_size": (224, 224), "temporal_size": 16, "block_setting": [block] * 5}
@@ -154,7 +154,7 @@ def test_the_config_reference_has_every_key_with_its_default(tmp_path):
         r"^\| `([\w.]+)` \| `(.*?)` \| (.*) \|$", expanded(ROOT / "docs/config.md"), re.M
     )
     table = {key: default for key, default, _ in rows}
-    nodes = {key.partition(".")[0] for key in table}  # the others are passed over by the runner
+    nodes = {key.partition(".")[0] for key in table}  # the runner ignores the others
     for key, value in values.flatten(stts.load_config(str(path))):
         if key.partition(".")[0] not in nodes:
             continue
@@ -176,7 +176,7 @@ def test_every_command_and_option_is_on_its_page(capsys):
 
 
 def test_messages_of_the_troubleshooting_page_are_in_the_sources():
-    """Each heading in code, cut at its dots, is said by one file of the package."""
+    """Each heading in code, split at its dots, is in one file of the package."""
     source = [
         re.sub(r"""["']\s*\n\s*f?["']""", "", path.read_text()).replace("{{", "{")
         for path in (ROOT / "stts_slowfast").rglob("*.py")

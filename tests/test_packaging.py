@@ -1,4 +1,4 @@
-"""Wheel and sdist as they are built, what is in them; an editable install whose checkout moves."""
+"""The contents of wheel and sdist, and an editable install whose checkout is moved."""
 
 import os
 import re
@@ -22,7 +22,7 @@ FILES += ("build_backend.py", "stts_slowfast_autoload.py")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder of a wheel and an sdist, built from a copy of the sources."""
+    """The folder with a wheel and an sdist, built from a copy of the sources."""
     sources = tmp_path_factory.mktemp("sources") / "stts"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("stts_slowfast", "configs"):
@@ -42,7 +42,7 @@ def built(tmp_path_factory):
     return out
 
 
-def test_configs_travel_in_wheel_and_sdist(built):
+def test_wheel_and_sdist_have_every_file(built):
     ours = {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/*/*.yaml")}
     assert len(ours) > 20
     wheel = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
@@ -50,15 +50,12 @@ def test_configs_travel_in_wheel_and_sdist(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         sdist = {member.name.partition("/")[2] for member in archive if member.isfile()}
     assert {f"stts_slowfast/{name}" for name in ours} <= sdist
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").rglob("*.py")}
-    modules.add("stts_slowfast_autoload.py")
-    data = {"stts_slowfast/py.typed"}
-    for pattern in ("standalone/*.yaml", "tools/*/*.csv", "tools/*/*.jinja"):
-        files = {str(p.relative_to(ROOT)) for p in (ROOT / "stts_slowfast").glob(pattern)}
-        assert files
-        data |= files
-    assert modules | data | {"stts_slowfast_autoload.pth"} <= wheel
-    assert modules | data | {"build_backend.py"} <= sdist
+    package = [path for path in (ROOT / "stts_slowfast").rglob("*") if path.is_file()]
+    files = {str(path.relative_to(ROOT)) for path in package if path.suffix != ".pyc"}
+    assert {"stts_slowfast/py.typed", "stts_slowfast/standalone/slowfast_defaults.yaml"} <= files
+    files.add("stts_slowfast_autoload.py")
+    assert files | {"stts_slowfast_autoload.pth"} <= wheel
+    assert files | {"build_backend.py"} <= sdist
 
 
 def test_the_version_is_the_packages(built):
@@ -93,13 +90,13 @@ IMPORT = "import torch; print('torch', torch.__version__)"
 
 @pytest.fixture
 def editable(tmp_path_factory):
-    """A virtual environment that sees this one's packages, into which a copy of the sources is
-    installed with ``pip install -e``; the copy; and how to run Python in it."""
+    """A copy of the sources, installed with ``pip install -e`` into a virtual environment that sees
+    this one's packages, and a function that runs its Python."""
     folder = tmp_path_factory.mktemp("editable")
     sources, python = folder / "checkout", folder / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    # After the environment's own packages, and without the links of an editable install there.
+    # Listed after the environment's own packages, without the links of its editable installs.
     (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "stts_slowfast", sources / "stts_slowfast", ignore=ignored)
@@ -135,7 +132,7 @@ def test_a_config_may_be_read_before_torch_is_imported(editable):
     assert done.stdout.strip() == "True", done.stderr
     done = run("-c", f"import torch; {read}")
     assert done.stdout.strip() == "True", done.stderr
-    # Whoever does not import SlowFast has nothing of ours but that one module.
+    # Without SlowFast only that one module is imported.
     names = run("-c", "import sys; print([name for name in sys.modules if 'stts' in name])").stdout
     assert "stts_slowfast_autoload" in names and "'stts_slowfast'" not in names
     done = run("-c", "import os; os.environ['STTS_AUTOLOAD'] = '0'; " + read)

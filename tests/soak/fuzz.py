@@ -1,11 +1,11 @@
-"""Feeds damaged input to whatever reads files, and looks for what is not told in words.
+"""Feeds damaged files to every reader and reports each failure that is not a promised error.
 
     python tests/soak/fuzz.py [lists|configs|checkpoints|videos ...] [--minutes 2.5] [--seed 0]
 
-Whole files are damaged at random: bytes flipped, stretches removed, doubled, exchanged or written
-over with what such files are made of. A reader may read them, or refuse them by the errors that it
-promises. Anything else is a fault: another error, the end of the process, or no answer within
-20 s. What caused one is written to --out, a folder. Not part of the test suite.
+Intact files are damaged at random: bytes are flipped, and ranges are removed, duplicated, moved or
+overwritten with tokens of the format. A reader may read such a file or refuse it with a promised
+error. Anything else is a fault: another error, the end of the process, or no answer within 20 s.
+The input of a fault is written to the folder --out. Not part of the test suite.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from stts_slowfast.video import Video, VideoError
 PATIENCE = 20.0  # seconds for one input
 
 
-# --- what is read -------------------------------------------------------------------------------
+# --- readers -------------------------------------------------------------------------------
 
 
 class Lists:
-    """Kinetics' and Something-Something v2's, each file damaged in turn."""
+    """Annotation lists of Kinetics and Something-Something v2; one file is damaged at a time."""
 
     words = b' |,|\n|\r\n|\x00|\xff|\xc3\xa9|-1|9999999999999999999999|1.5|null|[|]|{|}|"|id'.split(
         b"|"
@@ -78,7 +78,7 @@ class Lists:
 
 
 class Configs:
-    """Our own, with their bases."""
+    """The configs of this repository, with their bases."""
 
     words = (
         b"\n|\n  |: |- |[|]|{|}|&a |*a|<<: *a|_BASE_: |STTS:|ENABLE|True|.nan|!!int |\t|\xff".split(
@@ -111,7 +111,7 @@ class Configs:
 
 
 class Checkpoints:
-    """Files as they are damaged, and files that are whole but of other names and shapes."""
+    """Damaged checkpoints, and intact ones with other names and shapes."""
 
     words = (b"module.", b"blocks.", b"\x00" * 8, b"\xff" * 8, b"cposix\nsystem\n", b"weight")
 
@@ -160,14 +160,14 @@ class Checkpoints:
 
 
 class Videos:
-    """Small files of four containers and codecs."""
+    """Small videos of four containers and codecs."""
 
     words = (b"moov", b"mdat", b"stco", b"stsz", b"\x00\x00\x00\x01", b"\xff" * 8, b"\x00" * 8)
 
     def __init__(self, folder: Path):
         self.whole = []
         for name, codec in VIDEOS:
-            with contextlib.suppress(Exception):  # what this build of FFmpeg cannot write
+            with contextlib.suppress(Exception):  # if this build of FFmpeg cannot write it
                 path = folder / name
                 write_video(path, codec)
                 self.whole.append(path.read_bytes())
@@ -212,11 +212,11 @@ def small_cfg():
     return cfg
 
 
-# --- how it is damaged --------------------------------------------------------------------------
+# --- damage --------------------------------------------------------------------------
 
 
 def damaged(data: bytes, chance: random.Random, words: tuple[bytes, ...]) -> bytes:
-    """A copy with one to eight damages."""
+    """A copy with one to eight random changes."""
     data = bytearray(data)
     for _ in range(chance.choice([1, 1, 1, 2, 3, 8])):
         start = chance.randrange(len(data) + 1)
@@ -250,10 +250,10 @@ KINDS = {"lists": Lists, "configs": Configs, "checkpoints": Checkpoints, "videos
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="all by default")
-    parser.add_argument("--minutes", type=float, default=2.5, help="for each kind")
+    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="default: all")
+    parser.add_argument("--minutes", type=float, default=2.5, help="minutes for each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="", help="a folder for what caused faults")
+    parser.add_argument("--out", default="", help="folder for the inputs of faults")
     args = parser.parse_args()
     faults = 0
     for kind in args.kinds or KINDS:
@@ -264,7 +264,7 @@ def main() -> int:
 
 
 def soak(kind: str, args) -> Counter:
-    """Reads case after case in a process of its own, which may die or hang."""
+    """Reads cases in a separate process, which may die or hang."""
     counts, number, left = Counter(), 0, 60.0 * args.minutes
     while left > 0:
         ours, theirs = multiprocessing.Pipe()
@@ -273,7 +273,7 @@ def soak(kind: str, args) -> Counter:
         )
         process.start()
         theirs.close()
-        ours.recv()  # it has made its files
+        ours.recv()  # its files are written
         until = time.monotonic() + left
         try:
             while time.monotonic() < until:

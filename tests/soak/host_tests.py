@@ -1,13 +1,13 @@
-"""Runs a model library's own tests with keep-all selectors attached to every model they make.
+"""Runs the tests of a model library with selectors that keep everything, attached to every model.
 
     python tests/soak/host_tests.py timm CHECKOUT/tests/test_models.py [-- -k vit -x]
     python tests/soak/host_tests.py torchvision CHECKOUT/test/test_models.py -- -k "mvit or swin3d"
     python tests/soak/host_tests.py pytorchvideo CHECKOUT/tests/test_models_vision_transformers.py
 
-Tests are not in the libraries' wheels: give a path in a checkout of the version that is installed.
-They run twice, as they are and with selectors that keep all, which in evaluation may change no
-bit. A test that passes as it is and not with selectors is a fault. Exits with 1 if there is one.
-Not part of the test suite.
+The libraries' wheels have no tests: give a path in a checkout of the installed version. The tests
+run twice, without selectors and with selectors that keep all tokens, which may not change a bit in
+evaluation. A test that passes without and fails with selectors is a fault; the exit status is then
+1. Not part of the test suite.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-# The classes, by library, whose instances get selectors.
+# By library, the classes whose instances get selectors.
 MODELS = {
     "timm": [("timm.models.vision_transformer", "VisionTransformer")],
     "torchvision": [
@@ -30,12 +30,12 @@ MODELS = {
     ],
     "pytorchvideo": [("pytorchvideo.models.vision_transformers", "MultiscaleVisionTransformers")],
 }
-# Scripting is refused in words: what fails by it is no fault.
+# Scripting is refused with a reason, so these failures are not faults.
 REFUSED = "cannot be compiled by torch.jit.script"
 
 
 class Selecting:
-    """A pytest plugin: attaches selectors, and writes down how each test ends."""
+    """A pytest plugin that attaches selectors and records the outcome of each test."""
 
     def __init__(self, library: str | None, out: str):
         self.out, self.ended, self.attached = out, {}, 0

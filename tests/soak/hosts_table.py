@@ -1,10 +1,10 @@
-"""Runs every host in every way in which people run models, and prints the table of docs/hosts.md.
+"""Tests every host under every execution mode and prints the table of docs/hosts.md.
 
     PYTHONPATH=. python tests/soak/hosts_table.py [--COLUMN ...] [HOST ...]
 
-A cell is `yes` if the model with selectors computes what it has to, `stock fails` if the stock
-model fails likewise, `-` if there is no such thing, `not run` if a library is missing, and else
-the error. Not part of the test suite; tests/hosts/test_table.py compares hosts and columns.
+A cell is `yes` if the results with selectors are correct, `stock fails` if the stock model fails
+too, `-` if not applicable, `not run` if a library is missing, and otherwise the error. Not part of
+the test suite; tests/hosts/test_table.py compares hosts and columns.
 """
 
 import os

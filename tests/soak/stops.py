@@ -7,8 +7,8 @@ command, to a rank, to a worker or to all of them, and started again until it is
 stop every process must be gone within 10 s, and nothing left in /dev/shm; the last weights must be
 those of an undisturbed run, bit for bit. Then the next run begins. Not part of the test suite.
 
-The command is forked from a process that has imported everything, as imports would take most of the
-time; the ranks of several processes import by themselves.
+The command is forked from a process that has imported everything, because imports would take most
+of the time. With several processes, the ranks import for themselves.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from stts_slowfast.tools import cli
 from stts_slowfast.tools.demo import make_data
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-SOON = 10.0  # seconds in which all must be gone
+SOON = 10.0  # seconds in which all processes must end
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["__main__", "stts_slowfast.tools.run", "stts_slowfast.standalone.engine"]
@@ -42,8 +42,8 @@ FORKS.set_forkserver_preload(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stops", type=int, default=100)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new stop after so long")
-    parser.add_argument("--processes", type=int, default=1, help="of the run")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time limit for new stops")
+    parser.add_argument("--processes", type=int, default=1, help="processes of the run")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def start(folder: Path, name: str, args, epochs: int = 0):
-    """The command ``stts run`` in a process and a session of its own."""
+    """Starts ``stts run`` in its own process and session."""
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(settings(folder, name, epochs or args.epochs)))
     words = ["run", "--engine", "standalone", "--cfg", str(config)]
@@ -181,7 +181,7 @@ def stop(process, rng: random.Random, processes: int) -> tuple[str, str | None]:
     process.join()
     if left:
         return what, f"{len(left)} of {len(members)} processes were there after {SOON:g} s"
-    # A file in /dev/shm has the number of its process in its name.
+    # The name of a file in /dev/shm contains the id of its process.
     new = set(os.listdir("/dev/shm")) - before
     if of_these := [name for name in new if any(str(pid) in name for pid in members)]:
         return what, f"/dev/shm has {', '.join(sorted(of_these))}"
