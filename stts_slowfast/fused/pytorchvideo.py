@@ -98,7 +98,9 @@ class PyTorchVideoBlock(BlockReplacement):
         return layers + [part for part in mlp.children() if isinstance(part, nn.Dropout)]
 
     def projection(self) -> tuple[nn.Module | None, bool]:
-        return self.proj if self.dim != self.dim_out else None, self.dim_mul_in_att
+        # Release 0.1.5 widens tokens in the MLP alone and lacks the attribute.
+        widens_in_attention = getattr(self, "dim_mul_in_att", False)
+        return self.proj if self.dim != self.dim_out else None, widens_in_attention
 
     def skip_pool(self) -> nn.Module | None:
         return self.pool_skip

@@ -34,4 +34,5 @@ def test_fused_attention_gives_the_same():
     attach(model, time={1: 0.5}, space={2: 0.6}, fused_attention=False)
     model.load_state_dict(fused.state_dict())
     assert type(fused.blocks[0].attn) is not type(model.blocks[0].attn)
+    assert type(fused.blocks[0]) is not type(model.blocks[0])
     torch.testing.assert_close(logits(fused, clips), logits(model, clips), atol=1e-5, rtol=0)
