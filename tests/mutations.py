@@ -38,6 +38,36 @@ CHECK, CLIPS = "tests/checkpoints/test_validate.py", "tests/pyslowfast/test_lazy
 GUARD, BAD = "tests/pyslowfast/test_preflight.py", "tests/slowfast/test_error_log.py"
 
 MUTATIONS = {
+    "a-device-waits-for-the-host-in-each-step": Mutation(
+        "standalone/training_loop.py",
+        "0 if logs or not stats.is_cuda else 1",
+        "0",
+        "tests/gpu/test_pretended.py -k standalone",
+    ),
+    "means-of-channels-are-copied-in-each-step": Mutation(
+        "standalone/transforms.py",
+        "@sized_constant\ndef _of_channels(*values, dtype, device):",
+        "def _of_channels(like, *values):\n    device = like.device",
+        "tests/gpu/test_pretended.py -k standalone",
+    ),
+    "windows-are-summed-one-by-one-on-a-device": Mutation(
+        "windows.py",
+        "if is_cpu(grid):",
+        "if True:",
+        "tests/gpu/test_launches.py -k windows",
+    ),
+    "a-graph-reads-a-flag-that-is-freed": Mutation(
+        "selector_state.py",
+        "self._nan_flag.logical_or_(found)",
+        "self._nan_flag = self._nan_flag | found",
+        "tests/test_selector_state.py -k stays_where",
+    ),
+    "a-cuda-graph-takes-no-memory": Mutation(
+        "tools/bench/command.py",
+        "step = functools.partial(capture, step)",
+        "step = capture(step)",
+        "tests/tools/bench/test_command.py -k capture",
+    ),
     "a-study-resumes-with-another-recipe": Mutation(
         "tools/study/command.py",
         'f"{row.name}-{key}"',

@@ -31,7 +31,7 @@ shift
 mkdir -p "$out"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if ls "$wheels"/*.whl > /dev/null 2>&1; then
-    # Behind what the machine has: its own versions win.
+    # In front of what the machine has: none of them is PyTorch or NumPy.
     "$python" -m pip --quiet install --no-index --no-deps --upgrade --target "$out/site" "$wheels"/*.whl
     export PYTHONPATH=$PYTHONPATH:$(realpath "$out/site")
 fi

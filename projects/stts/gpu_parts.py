@@ -306,7 +306,6 @@ def write_report(args) -> None:
 
 def _tables(args, found: dict) -> list[str]:
     from stts_slowfast.tools.bench import command, spec
-    from stts_slowfast.tools.output import markdown_table
 
     lines = []
     for file in found.get("files", ()):
@@ -324,7 +323,7 @@ def _tables(args, found: dict) -> list[str]:
     if rows := found.get("rows"):
         head = [key for key in rows[0] if key != "longest"]
         cells = [[_cell(row.get(key)) for key in head] for row in rows]
-        lines += [markdown_table(head, cells), ""]
+        lines += [_markdown(head, *cells), ""]
         for row in rows:
             if row.get("longest"):
                 lines += [f"Longest in {row['model']}, {row['precision']}, {row['mode']} (us):", ""]
@@ -333,6 +332,10 @@ def _tables(args, found: dict) -> list[str]:
         counts = [f"{found.get(word, 0)} {word}" for word in ("passed", "failed", "skipped")]
         lines += [", ".join(counts), *(f"- {failure}" for failure in found["failures"])]
     return lines
+
+
+def _markdown(head: list[str], *rows: list[str]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _cell(value) -> str:

@@ -156,3 +156,11 @@ def _log_environment(cfg, fabric: Fabric, job: str) -> None:
         device = f"CPU ({torch.get_num_threads()} threads)"
     others = f", {fabric.world_size} processes" if fabric.world_size > 1 else ""
     logger.info("%s with Lightning Fabric %s on %s%s", job, fabric_version, device, others)
+    half = cfg.TRAIN.MIXED_PRECISION and job == "Training"
+    if cfg.NUM_GPUS and not half and torch.get_float32_matmul_precision() == "highest":
+        faster = " or TRAIN.MIXED_PRECISION True" if job == "Training" else ""
+        logger.info(
+            "float32 without TF32 is slow on a GPU, but exact; faster: "
+            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment%s",
+            faster,
+        )

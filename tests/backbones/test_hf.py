@@ -95,7 +95,7 @@ def test_the_folder_completes_the_config(tmp_path):
 )
 def test_contradictions_are_refused(tmp_path, key, value):
     save(tmp_path)
-    with pytest.raises(ValueError, match=rf"{key} is .*, but {tmp_path} says .*: leave it out"):
+    with pytest.raises(ValueError, match=rf"{key} is .*, but {tmp_path} has .*: leave it out"):
         config(tmp_path, opts=[key, value])
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -385,6 +386,24 @@ def test_mixed_precision_and_clipping_train(run, cfg):
     engine.train(cfg, watch=look)
     assert len(largest) == 3 and all(0 < value <= 1e-4 * 1.0001 for value in largest)
     assert all(s["grad_norm"] > 1e-3 for s in run.json_stats("train_iter_"))  # before clipping
+
+
+@pytest.mark.parametrize(
+    ("job", "mixed", "precision", "said"),
+    [
+        ("Training", False, "highest", "CUBLAS_OVERRIDE=1 in the environment or TRAIN.MIXED"),
+        ("Training", True, "highest", ""),
+        ("Testing", True, "highest", "CUBLAS_OVERRIDE=1 in the environment"),
+        ("Testing", False, "high", ""),
+    ],
+)
+def test_slow_float32_on_a_gpu_is_logged(cfg, monkeypatch, caplog, job, mixed, precision, said):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    cfg.NUM_GPUS, cfg.TRAIN.MIXED_PRECISION = 1, mixed
+    with caplog.at_level("INFO", "stts_slowfast"):
+        engine._log_environment(cfg, Mock(device="cuda", world_size=1), job)
+    assert len(caplog.messages) == 1 + bool(said) and said in caplog.messages[-1]
 
 
 def test_nan_scores_on_a_device_stop_training_by_the_selectors_name(cfg, monkeypatch):
