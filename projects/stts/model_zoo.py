@@ -81,14 +81,14 @@ Where the numbers differ, and other remarks:
 - **a** The released code of STTS, with the keep ratios of its released configs, gives our counts:
   38.46, 26.95 and 18.46 GFLOPs with fvcore. The paper does not state how 38.1, 23.3 and 12.1 were
   counted.
-- **b** The released code of STTS, with the keep ratios of its released configs, gives our counts to
-  every digit shown (261.51, 241.09, 220.68, 210.47, 102.47 with fvcore). Attention windows span 8
-  token frames: 14, 12, 10 and 9 kept frames are padded to 16 inside attention, which then costs as
-  much as with 16; 6 frames make one window of 6. The paper does not state how its numbers were
+- **b** The released code of STTS, with the keep ratios of its released configs, gives our counts
+  to every digit shown (261.51, 241.09, 220.68, 210.47, 102.47 with fvcore). Attention windows span
+  8 token frames: 14, 12, 10 and 9 kept frames are padded to 16 inside attention, which then costs
+  as much as with 16; 6 frames make one window of 6. The paper does not state how its numbers were
   counted.
 - **c** The paper of STTS has no such row. The file lists the choices of this project.
-- **d** The paper reports Something-Something v2, but its configs were not released. Keep ratios are
-  those of the Kinetics headline point, and no published number is shown.
+- **d** The paper reports Something-Something v2, but its configs were not released. Keep ratios
+  are those of the Kinetics headline point, and no published number is shown.
 - **e** Top-1 is that of SlowFast's MVIT_B_32x3_CONV, whose 24 blocks this config builds. SlowFast
   states no GFLOPs for it. The MViT paper's Kinetics-400 row of that name (80.2, 170 GFLOPs) has 16
   blocks.
