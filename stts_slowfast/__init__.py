@@ -1,6 +1,6 @@
 """Spatial-temporal token selection (STTS, arXiv 2111.11591) for video transformers.
 
-The names below are all of the public surface; each is documented where it is defined. They are
+The names below are the whole public surface; each is documented where it is defined. They are
 imported when first used, so that ``import stts_slowfast`` costs nothing: PyTorch loads this package
 at ``import torch`` (see ``pyslowfast/autoload.py``).
 """

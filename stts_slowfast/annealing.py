@@ -31,7 +31,7 @@ def sigma(initial: float, decay: str, fraction: float) -> float:
 def budget_widening(fraction: float, shrink: float, seed: int, intermediate: bool = True) -> float:
     """How far a budget is widened, 0 (``KEEP``) to 1 (all tokens), after a fraction of training.
 
-    It is sampled, all steps as likely, below an upper bound that decays from 1 to 0. Narrow budgets
+    It is sampled uniformly below an upper bound that decays from 1 to 0. Narrow budgets
     teach the scorers what to keep; wide ones keep a backbone from unlearning the rest.
 
     Args:
@@ -53,8 +53,8 @@ def budget_widening(fraction: float, shrink: float, seed: int, intermediate: boo
 def update_schedule(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
     """Sets sigma and budget of every selector for a point of training.
 
-    Both depend on the arguments alone, so that all processes have the same, and a resumed run the
-    same as before. Of a range, each selector samples its own budget, all sizes as likely; during
+    Both depend only on the arguments, so that all processes have the same, and a resumed run the
+    same as before. For a range, each selector samples its own budget uniformly; during
     budget annealing all selectors widen theirs by the same :func:`budget_widening`; if that keeps
     all tokens, saliency teaches (``STTS.TEACHER``).
 
@@ -99,7 +99,7 @@ def reset(model: nn.Module) -> None:
 def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | None:
     """Sets sigma and budgets for a point of training, in loops without a :class:`Schedule`.
 
-    Of a range, each selector samples its own budget, all sizes as likely; during budget annealing
+    For a range, each selector samples its own budget uniformly; during budget annealing
     (``STTS.SHRINK``) all widen theirs alike. The backbone's learning rate is left to the loop.
 
     Args:

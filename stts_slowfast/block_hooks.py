@@ -45,7 +45,7 @@ class Hook:
         self.host, self.model = host, model
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> "Hook":
-        # The model is copied with its hooks, but not if a block or the selectors alone are copied.
+        # The model is copied with its hooks, but not if only a block or the selectors are copied.
         # A wrapper may copy blocks before the model, so their hooks wait for the model's.
         hook = copy.copy(self)
         waiting = memo.setdefault((Hook, id(self.model)), [])

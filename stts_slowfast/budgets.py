@@ -8,13 +8,23 @@ Share = float | Sequence[float]
 
 
 def kept_frames(frames: int, keep: float) -> int:
-    """How many of ``frames`` are kept at the share ``keep``: ``int(frames * keep)``."""
+    """How many of ``frames`` are kept at the share ``keep``: ``int(frames * keep)``.
+
+    Args:
+        frames: frames of tokens that arrive.
+        keep: share of them, 0 to 1.
+    """
     # The small term only undoes rounding: 0.29 * 100 is 28.999999999999996.
     return int(frames * keep + 1e-6)
 
 
 def kept_window(height: int, width: int, keep: float) -> tuple[int, int]:
-    """Height and width, in tokens, of the window that is kept at the share ``keep``."""
+    """Height and width, in tokens, of the window that is kept at the share ``keep``.
+
+    Args:
+        height, width: of the frame, in tokens.
+        keep: share of its tokens, 0 to 1.
+    """
     if height == width:
         side = int(int(height * width * keep + 1e-6) ** 0.5)
         return side, side
@@ -28,7 +38,10 @@ def keep_range(keep: Share) -> tuple[float, float]:
 
 
 def interpolate_sizes(low: Sequence[int], high: Sequence[int], sample: float) -> tuple[int, ...]:
-    """The sizes at ``sample``, in 0..1, of all from ``low`` to ``high``, each as likely."""
+    """Sizes between ``low`` and ``high``.
+
+    A uniform ``sample`` in 0..1 gives each of them with equal probability.
+    """
     steps = max(b - a for a, b in zip(low, high))
     step = min(int(sample * (steps + 1)), steps)
     return tuple(a + round(step * (b - a) / max(steps, 1)) for a, b in zip(low, high))

@@ -148,7 +148,7 @@ class Settings:
 
         Raises:
             TypeError: for an unknown name, with the nearest known one.
-            ValueError: if ``time`` or ``space`` is no mapping.
+            ValueError: if ``time`` or ``space`` is not a mapping.
         """
         known = [leaf.name for leaf in fields(cls)]
         for name in arguments:
@@ -248,7 +248,7 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
     all_pass = settings.shrink or (held_back and settings.freeze_backbone_epochs)
     if settings.teacher != "mixture" and not all_pass:
         raise ValueError(
-            f"STTS.TEACHER is {settings.teacher}, but STTS.SHRINK is 0 and the backbone never "
+            f"STTS.TEACHER is {settings.teacher}, but STTS.SHRINK is 0 and the backbone is never "
             "frozen: saliency teaches in iterations that keep all tokens, and there would be none; "
             "set SHRINK above 0, or start from trained weights with STTS.FREEZE_BACKBONE_EPOCHS "
             "above 0"

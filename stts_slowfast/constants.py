@@ -1,4 +1,4 @@
-"""Tensors that depend on sizes alone, cached by size."""
+"""Tensors that depend only on sizes, cached by size."""
 
 import functools
 from collections.abc import Callable

@@ -14,7 +14,7 @@ class Grid(tuple[int, int, int]):
     (``call_context.Calls``). All attributes count in tokens of the whole grid, which would arrive
     without selection; in training they are what the scores without noise keep.
 
-    A set of tokens that makes no grid has the sizes ``(1, 1, n)``, or ``(T, 1, n)`` with ``n``
+    A set of tokens that is not a grid has the sizes ``(1, 1, n)``, or ``(T, 1, n)`` with ``n``
     tokens of each frame, and ``tokens`` instead of frames and windows.
 
     Attributes:
@@ -96,7 +96,7 @@ class Grid(tuple[int, int, int]):
 
         Args:
             kept: LongTensor ``(B, n)``, flat indices into this grid ``(T, H, W)``, row by row.
-            frames: number of frames with equally many tokens each; 1 for any tokens of a clip.
+            frames: number of frames with the same number of tokens; 1 for any tokens of a clip.
         """
         tokens = self.positions(len(kept), kept.device).gather(1, kept)
         sizes = (frames, 1, kept.shape[1] // frames)
@@ -148,7 +148,7 @@ class Grid(tuple[int, int, int]):
         if sizes == self:
             return self
         self._check_no_set()
-        # Rounded up, so that as many frames are taken as there are: 5 pooled by 4 are 2.
+        # Rounded up, so that no frame is lost: 5 pooled by 4 gives 2.
         time, rows, columns = [-(-a // b) for a, b in zip(self, sizes)]
         if 1 in self[1:]:  # a side of one token stays one: the other side has the ratio
             rows = columns = max(rows, columns)
@@ -167,8 +167,8 @@ class Grid(tuple[int, int, int]):
         return Grid(sizes, frames, windows, whole=whole)
 
     def pooled_by_unknown(self) -> "Grid":
-        """This grid before a pooling in space whose ratio is read from sizes: of windows of one
-        token, from which it cannot be, without :attr:`whole`."""
+        """``self``, or without :attr:`whole` if windows have one token, since their size does not
+        show the pooling ratio."""
         if self.windows is None or tuple(self[1:]) != (1, 1) or self.whole is None:
             return self
         return self if self.whole[1:] == (1, 1) else Grid(self, self.frames, self.windows)

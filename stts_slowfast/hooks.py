@@ -239,7 +239,7 @@ def refuse_replicas(model: nn.Module) -> None:
     """Raises ``ValueError`` for ``nn.DataParallel``, whose replicas do not return selections."""
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise ValueError(
-            "replicas of nn.DataParallel do not return what they kept: run model.module alone"
+            "replicas of nn.DataParallel do not return what they kept: run model.module instead"
         )
 
 
@@ -253,7 +253,8 @@ def settings_of(model: nn.Module) -> Settings:
 
 
 def nan_flag(model: nn.Module) -> Tensor | None:
-    """Whether :func:`raise_on_nan` would raise: a 0-dim bool on the device, which it waits not for.
+    """Whether :func:`raise_on_nan` would raise, as a 0-dim bool on the device; does not wait for
+    the device.
 
     Args:
         model: with selectors, wrapped (DDP) or not; None for a model without.
@@ -271,12 +272,13 @@ def raise_on_nan(model: nn.Module, wait: bool = True) -> None:
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without has none to check.
-        wait: for a device. If not, a call raises for what the device had done by the call before.
+        wait: for a device. If False, raises only for what had finished by the previous call.
 
     Raises:
         ValueError: naming the selector.
     """
-    if wait and not nan_flag(model):  # one number to wait for, however many selectors
+    # One number to wait for, however many selectors there are.
+    if wait and not nan_flag(model):
         return
     for selector in all_selectors(model):
         selector.raise_on_nan(wait)

@@ -167,7 +167,11 @@ def check_scorers(model: nn.Module) -> None:
 
 
 def new_parameters(model: nn.Module, more: Iterable[str] = ()) -> dict[int, str]:
-    """Names of new parameters, see :func:`param_groups`, by their ``id``."""
+    """Names of new parameters, see :func:`param_groups`, by their ``id``.
+
+    Raises:
+        ValueError: for names in ``more`` that the model does not have.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     found = {id(parameter): plain(name) for name, parameter in scorer_parameters(model)}
     for path, module in model.named_modules():

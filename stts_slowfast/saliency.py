@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stts_slowfast.windows import Window
+from stts_slowfast.windows import WindowSize
 
 
 def teach(
     tokens: Tensor,
     scores: Tensor,
-    candidates: tuple[Window, Window] | None,
+    candidates: tuple[WindowSize, WindowSize] | None,
     temperature: float = 1.0,
 ) -> Tensor:
     """Returns ``tokens``; in the backward pass their gradient teaches ``scores``.
@@ -25,8 +25,8 @@ def teach(
     The gradient of the tokens passes unchanged. The gradient of the scores is that of each clip's
     cross entropy between ``softmax(scores / temperature)`` and the candidates' shares of the clip's
     saliency, times the mean saliency of a clip in the batch. So it scales with the loss (a
-    ``GradScaler``, a mean over accumulated batches or processes), while every clip of a batch
-    teaches as much, however small its loss. A clip whose saliency is 0, or was rounded to 0,
+    ``GradScaler``, a mean over accumulated batches or processes), while every clip has
+    equal weight, however small its loss. A clip whose saliency is 0, or was rounded to 0,
     teaches nothing.
 
     Args:
@@ -48,7 +48,7 @@ class _Teach(torch.autograd.Function):
         ctx: Any,
         tokens: Tensor,
         scores: Tensor,
-        candidates: tuple[Window, Window] | None,
+        candidates: tuple[WindowSize, WindowSize] | None,
         temperature: float,
     ) -> Tensor:
         ctx.save_for_backward(scores, *([] if candidates is None else [tokens]))

@@ -51,7 +51,7 @@ class Schedule:
             in place; so make the schedule before a learning rate scheduler.
         max_epochs: length of training.
         pretrained: whether the backbone's weights are trained.
-        base_lr: peak learning rate, of which ``backbone_lr`` is a share; by default the
+        base_lr: peak learning rate; ``backbone_lr`` is a fraction of it. By default the
             optimizer's ``lr``.
         seed: of the budgets; the same in all processes.
 
@@ -143,7 +143,7 @@ class Schedule:
             raise ValueError(
                 "not all groups of the optimizer are marked as backbone or scorers: one was added "
                 "after the schedule was made (add it before), or its state was saved without "
-                "stts_slowfast.param_groups (load weights alone)"
+                "stts_slowfast.param_groups (load only weights)"
             )
         rates = [self._rate(g) / g.get("layer_decay", 1.0) for g in groups if g["backbone"]]
         return {"sigma": noise or 0.0, "backbone_lr": max(rates, default=0.0)}
@@ -162,8 +162,8 @@ class Schedule:
             raise ValueError(
                 "the optimizer's groups mix scorers and backbone, and a learning rate scheduler "
                 "has them already: make the optimizer with "
-                "stts_slowfast.param_groups(model.parameters(), model), or the Schedule before "
-                "that scheduler"
+                "stts_slowfast.param_groups(model.parameters(), model), or create the Schedule "
+                "before that scheduler"
             )
         groups[:] = param_groups(groups, self.model)
 
@@ -177,7 +177,7 @@ class Schedule:
             )
 
     def _check_unchanged(self) -> None:
-        """Raises if the optimizer has another schedule, or the model other selectors, by now."""
+        """Raises if the optimizer has a new schedule, or the model new selectors."""
         if getattr(_with_hooks(self.optimizer), "stts_schedule", None) is not self:
             raise ValueError(
                 "this Schedule is not the optimizer's: another was made for it since, or it is a "
@@ -185,7 +185,7 @@ class Schedule:
             )
         if self.learns and settings_of(self.model) is not self._settings:
             raise ValueError(
-                "the model's selectors were attached anew since this Schedule was made: make "
+                "the model's selectors were attached again after this Schedule was made: make "
                 "optimizer and Schedule after attach"
             )
 
@@ -196,7 +196,7 @@ class Schedule:
             logger.info(
                 "STTS: budget annealing in the first %g of training: each iteration samples a "
                 "budget between KEEP and an upper bound that decays from all tokens to KEEP "
-                "(STTS.SHRINK; 0 for KEEP alone)",
+                "(STTS.SHRINK; 0 for KEEP only)",
                 shrink,
             )
         if not self.learns:

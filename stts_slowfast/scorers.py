@@ -29,7 +29,9 @@ class ScoreNetwork(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         if width % 4:
-            raise ValueError(f"a score network halves its width twice: {width} is no multiple of 4")
+            raise ValueError(
+                f"a score network halves its width twice: {width} must be a multiple of 4"
+            )
         self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
         self.score = nn.Sequential(
             nn.Linear(width, width // 2),
@@ -64,6 +66,7 @@ class LearnedFrameScorer(nn.Module):
         self.network = ScoreNetwork(2 * channels)
 
     def forward(self, grid: Tensor, keep: int) -> Tensor:
+        """Scores ``(B, T)`` of the frames of ``(B, T, H, W, C)``."""
         tokens = grid.flatten(2, 3)  # (B, T, H*W, C)
         descriptors = torch.cat([tokens.mean(dim=2), tokens.amax(dim=2)], dim=2)  # (B, T, 2C)
         return self.network(descriptors)
@@ -76,6 +79,7 @@ class UniformFrameScorer(nn.Module):
         super().__init__()
 
     def forward(self, grid: Tensor, keep: int) -> Tensor:
+        """Scores ``(B, T)`` of the frames of ``(B, T, H, W, C)``."""
         batch, frames = grid.shape[:2]
         marked = torch.arange(keep, device=grid.device) * 2 + 1
         marked = (marked * frames).div(2 * keep, rounding_mode="floor")
@@ -90,6 +94,7 @@ class RandomFrameScorer(nn.Module):
         super().__init__()
 
     def forward(self, grid: Tensor, keep: int) -> Tensor:
+        """Scores ``(B, T)`` of the frames of ``(B, T, H, W, C)``."""
         return torch.rand(grid.shape[:2], device=grid.device)
 
 
@@ -105,6 +110,7 @@ class LearnedWindowScorer(nn.Module):
         self.network = ScoreNetwork(channels)
 
     def forward(self, grid: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        """Scores ``(B*T, rows * columns)`` of the windows of ``(B, T, H, W, C)``."""
         batch, frames, height, width, channels = grid.shape
         tokens = grid.reshape(batch * frames, height * width, channels)
         scores = self.network(tokens).view(-1, 1, height, width)
@@ -118,6 +124,7 @@ class UniformWindowScorer(nn.Module):
         super().__init__()
 
     def forward(self, grid: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        """Scores ``(B*T, rows * columns)`` of the windows of ``(B, T, H, W, C)``."""
         distances = []
         for size, side, step in zip(grid.shape[2:4], window, stride):
             first = torch.arange(0, size - side + 1, step, device=grid.device)
@@ -137,6 +144,7 @@ class RandomWindowScorer(nn.Module):
         super().__init__()
 
     def forward(self, grid: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        """Scores ``(B*T, rows * columns)`` of the windows of ``(B, T, H, W, C)``."""
         batch, frames, height, width = grid.shape[:4]
         rows, columns = (
             (size - side) // step + 1 for size, side, step in zip((height, width), window, stride)
@@ -157,6 +165,7 @@ class FrameDifferenceScorer(nn.Module):
         super().__init__()
 
     def forward(self, grid: Tensor, keep: int) -> Tensor:
+        """Scores ``(B, T)`` of the frames of ``(B, T, H, W, C)``."""
         if grid.shape[1] == 1:
             return torch.zeros(grid.shape[:2], device=grid.device)
         scores = frame_difference(grid).mean(dim=(2, 3))  # (B, T-1)
@@ -173,6 +182,7 @@ class WindowDifferenceScorer(nn.Module):
         super().__init__()
 
     def forward(self, grid: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+        """Scores ``(B*T, rows * columns)`` of the windows of ``(B, T, H, W, C)``."""
         scores = torch.zeros(grid.shape[:4], device=grid.device)
         if grid.shape[1] > 1:
             scores = frame_difference(grid)
@@ -182,21 +192,25 @@ class WindowDifferenceScorer(nn.Module):
 
 @SCORERS.register()
 def learned(dimension: str, channels: int) -> nn.Module:
+    """Score networks, trained with the model."""
     return (LearnedFrameScorer if dimension == "TIME" else LearnedWindowScorer)(channels)
 
 
 @SCORERS.register()
 def uniform(dimension: str, channels: int) -> nn.Module:
+    """Evenly spaced frames, or the window nearest to the middle."""
     return (UniformFrameScorer if dimension == "TIME" else UniformWindowScorer)(channels)
 
 
 @SCORERS.register()
 def random(dimension: str, channels: int) -> nn.Module:
+    """Random scores."""
     return (RandomFrameScorer if dimension == "TIME" else RandomWindowScorer)(channels)
 
 
 @SCORERS.register()
 def change(dimension: str, channels: int) -> nn.Module:
+    """Differences from the frame before."""
     return (FrameDifferenceScorer if dimension == "TIME" else WindowDifferenceScorer)(channels)
 
 

@@ -24,12 +24,12 @@ UNSCHEDULED = (
 class SelectorState(nn.Module):
     """The state of a selector, in static 0-dim tensors that are changed in place.
 
-    Compiled and captured graphs read and write them wherever they are replayed. They are no
+    Compiled and captured graphs read and write them wherever they are replayed. They are not
     buffers: DDP would send those in every forward pass, ``to_empty`` would leave them
     uninitialised.
 
     Args:
-        block: the block in front of which the selector is.
+        block: the block that the selector precedes.
         keep: share of what arrives that is kept, or a range of shares.
         sigma: the noise level before the first step of a schedule.
         sigma_decay, shrink, teacher: as in the node (``STTS.SIGMA_DECAY`` and so on).
@@ -139,7 +139,7 @@ class SelectorState(nn.Module):
 
     def _state_to(self, device: torch.device) -> None:
         # Scores may be on another device than the module was moved to: FSDP2, accelerate and
-        # DataParallel move parameters alone. A graph under construction makes no state.
+        # DataParallel move only parameters. A graph under construction makes no state.
         if self._sigma_tensor.device != device and not torch.compiler.is_compiling():
             self._make_state(device)
 
@@ -172,16 +172,16 @@ class SelectorState(nn.Module):
 
     @property
     def nan_flag(self) -> Tensor:
-        """Whether scores since the last :meth:`raise_on_nan` were not finite: 0-dim, on their
-        device."""
+        """Whether any score was non-finite since the last :meth:`raise_on_nan`: 0-dim, on the
+        scores' device."""
         return self._nan_flag
 
     def raise_on_nan(self, wait: bool = True) -> None:
-        """Raises if scores since the last call were not finite.
+        """Raises if any score was non-finite since the last call.
 
         Args:
-            wait: for a device. If not, a call raises for what the device had done by the call
-                before.
+            wait: for a device. If False, raises only for what had finished by the previous
+                call.
 
         Raises:
             ValueError: naming the selector.
@@ -203,7 +203,7 @@ class SelectorState(nn.Module):
         forward pass that finds it there raises; :meth:`raise_on_nan` reads it from the device.
 
         Args:
-            scores: normalised, which makes a NaN of an infinite one.
+            scores: normalised, which turns infinity into NaN.
         """
         if scores.is_meta or torch.jit.is_tracing() or is_exporting():
             return

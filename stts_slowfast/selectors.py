@@ -20,7 +20,7 @@ from stts_slowfast.config import Settings
 from stts_slowfast.scorers import SCORERS, minmax_normalize
 from stts_slowfast.selector_state import KEEP_SCALE, SelectorState
 from stts_slowfast.topk import OPERATORS, autocast_disabled, hard_topk
-from stts_slowfast.windows import Window, crop_windows, mix_windows
+from stts_slowfast.windows import WindowSize, crop_windows, mix_windows
 
 
 class Selection(NamedTuple):
@@ -77,7 +77,7 @@ class Selector(SelectorState):
         """Scores a grid ``(B, T, H, W, C)`` and selects."""
         raise NotImplementedError
 
-    def candidate_windows(self, grid: Tensor) -> tuple[Window, Window]:
+    def candidate_windows(self, grid: Tensor) -> tuple[WindowSize, WindowSize]:
         """A candidate's height and width at the budget without widening, and its stride."""
         raise NotImplementedError
 
@@ -91,6 +91,9 @@ class Selector(SelectorState):
         Args:
             grid: what arrives.
             widened: with the widening of budget annealing; False for the size at its end.
+
+        Raises:
+            ValueError: if the budget is a range of which nothing was sampled, or keeps nothing.
         """
         if self.sample is None:
             raise ValueError(
@@ -135,7 +138,7 @@ class Selector(SelectorState):
         return saliency.teach(grid, selection.scores, candidates)
 
     def scorer_input(self, grid: Tensor) -> Tensor:
-        """What the scorer scores; saliency trains the scorer alone, not the backbone before it."""
+        """What the scorer scores; saliency trains only the scorer, not the backbone before it."""
         return grid.detach() if self.training and not self.soft else grid
 
     def _record(self, kept: Tensor) -> Tensor:
@@ -158,7 +161,7 @@ class TemporalSelector(Selector):
 
     Args:
         channels: channels of a token.
-        block: the block in front of which the selector is.
+        block: the block that the selector precedes.
         keep: share of the arriving frames that is kept, or a range of shares.
         scorer: what scores a frame, a name in ``scorers.SCORERS``.
         **settings: ``sigma``, ``sigma_decay``, ``shrink``, ``num_samples``, ``gradient``,
@@ -190,7 +193,7 @@ class TemporalSelector(Selector):
             kept = self._record(hard_topk(scores.detach(), k))
             return Selection(kept, self.soft_topk(scores, k) if self.soft else None, raw[..., None])
 
-    def candidate_windows(self, grid: Tensor) -> tuple[Window, Window]:
+    def candidate_windows(self, grid: Tensor) -> tuple[WindowSize, WindowSize]:
         """Whole frames."""
         frame = grid.shape[2], grid.shape[3]
         return frame, frame
@@ -210,7 +213,7 @@ class SpatialSelector(Selector):
 
     Args:
         channels: channels of a token.
-        block: the block in front of which the selector is.
+        block: the block that the selector precedes.
         keep: share of a frame's tokens that is kept, or a range of shares; sides of the window
             are those of ``budgets.kept_window``.
         scorer: what scores a window, a name in ``scorers.SCORERS``.
@@ -237,7 +240,8 @@ class SpatialSelector(Selector):
     ):
         super().__init__(SCORERS.get(scorer)("SPACE", channels), block, keep, **settings)
         self.stride = stride
-        self.size_multiple = max(stride, 1)  # so that windows are where they will be in the end
+        # So that window positions match those of the final budget.
+        self.size_multiple = max(stride, 1)
         self.shared = shared
 
     def sizes(self, thw: Sequence[int], share: float) -> tuple[int, ...]:
@@ -249,18 +253,18 @@ class SpatialSelector(Selector):
         self.check_schedule()
         frames, height, width = grid.shape[1:4]
         window = self._window(grid, widened=not self.taught)
-        steps = self._steps(grid, window)
+        stride = self._stride(grid, window)
         with autocast_disabled(grid):
-            raw = self.scorer(self.scorer_input(grid), window, steps)  # (B*T, rows * columns)
+            raw = self.scorer(self.scorer_input(grid), window, stride)  # (B*T, rows * columns)
             raw = raw.unflatten(0, grid.shape[:2])
             if self.shared:
                 raw = raw.mean(dim=1, keepdim=True)
             scores = minmax_normalize(raw.flatten(0, 1))
             self.check_finite(scores)
             best = self._per_frame(hard_topk(scores.detach(), 1).squeeze(1), frames)  # (B*T,)
-            columns = (width - window[1]) // steps[1] + 1
-            top = best.div(columns, rounding_mode="floor") * steps[0]
-            left = best.remainder(columns) * steps[1]
+            columns = (width - window[1]) // stride[1] + 1
+            top = best.div(columns, rounding_mode="floor") * stride[0]
+            left = best.remainder(columns) * stride[1]
             if self.taught:  # all tokens are kept
                 window, top, left = (height, width), torch.zeros_like(top), torch.zeros_like(left)
             sides = [torch.full_like(top, side) for side in window]
@@ -270,23 +274,23 @@ class SpatialSelector(Selector):
                 weights = self._per_frame(self.soft_topk(scores, 1).squeeze(1), frames)
             return Selection(kept, weights, raw)
 
-    def candidate_windows(self, grid: Tensor) -> tuple[Window, Window]:
+    def candidate_windows(self, grid: Tensor) -> tuple[WindowSize, WindowSize]:
         window = self._window(grid, widened=False)
-        return window, self._steps(grid, window)
+        return window, self._stride(grid, window)
 
     def apply_selection(self, grid: Tensor, selection: Selection) -> Tensor:
         """The kept window of each frame, or the mixture of its windows: ``(B, T, h, w, C)``."""
         window = self._window(grid)
         if selection.weights is not None:
             weights = selection.weights.to(grid.dtype).unflatten(0, grid.shape[:2])
-            return mix_windows(grid, weights, window, self._steps(grid, window))
+            return mix_windows(grid, weights, window, self._stride(grid, window))
         return crop_windows(grid, selection.kept[:, :2], window)
 
-    def _window(self, grid: Tensor, widened: bool = True) -> Window:
+    def _window(self, grid: Tensor, widened: bool = True) -> WindowSize:
         height, width = self.output_size(grid, widened)
         return height, width
 
-    def _steps(self, grid: Tensor, window: Window) -> Window:
+    def _stride(self, grid: Tensor, window: WindowSize) -> WindowSize:
         """Tokens between neighbouring windows along both axes."""
         rows, columns = (
             window_stride(size, side, self.stride) for size, side in zip(grid.shape[2:4], window)
@@ -300,11 +304,11 @@ class SpatialSelector(Selector):
 class Selectors(nn.Module):
     """A model's selectors by their keys, in the order in which they run: ``model.stts``.
 
-    It is read as a dict is. It is no ``nn.ModuleDict`` because peft refuses to save one beside an
-    adapter (``modules_to_save=["stts"]``).
+    It behaves like a dict. It is not an ``nn.ModuleDict`` because peft refuses to save one beside
+    an adapter (``modules_to_save=["stts"]``).
 
     Attributes:
-        settings: what was asked for.
+        settings: the requested ones.
         calls: of the model; None if grids travel in the blocks' calls.
         hooks: those on the model's blocks, by number, for graphs that torch.fx traces.
         reached: sizes, frames, windows, tokens and whole sizes of the grid behind the last pass's

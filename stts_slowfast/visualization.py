@@ -14,8 +14,8 @@ from stts_slowfast.scorers import minmax_normalize
 from stts_slowfast.selectors import TemporalSelector
 
 # Top, left, height and width as shares of the frame.
-Window = tuple[float, float, float, float]
-FULL_FRAME: Window = (0.0, 0.0, 1.0, 1.0)
+Box = tuple[float, float, float, float]
+FULL_FRAME: Box = (0.0, 0.0, 1.0, 1.0)
 Classify = Callable[[Tensor], Tensor]
 TOP_CLASSES = 3  # in a title
 
@@ -34,7 +34,7 @@ class FilmStripRow:
 
     title: str
     frames: Tensor
-    kept: dict[int, Window]
+    kept: dict[int, Box]
     marked: Sequence[int] = field(default_factory=tuple)
     scores: Sequence[float] | None = None
 
@@ -45,7 +45,7 @@ class Inspection:
     frames' scores in 0..1 if it scores them."""
 
     probs: Tensor
-    kept: dict[int, Window]
+    kept: dict[int, Box]
     scores: list[float] | None
 
 
@@ -99,7 +99,7 @@ def make_film_strip_row(
     return FilmStripRow(title, to_pictures(cfg, clip[:, middles]), what.kept, marked, what.scores)
 
 
-def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> dict[int, Window]:
+def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> dict[int, Box]:
     """The frames of a clip that all selectors keep, with the kept window of each.
 
     Args:
@@ -121,7 +121,7 @@ def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> dict[int, Windo
     return regions
 
 
-def _inside(region: Window, window: Sequence[int], height: int, width: int) -> Window:
+def _inside(region: Box, window: Sequence[int], height: int, width: int) -> Box:
     """The part of ``region`` in a window, given in tokens of a height x width grid of it."""
     top, left, full_height, full_width = region
     return (

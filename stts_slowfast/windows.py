@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 from stts_slowfast.topk import autocast_disabled, is_cpu
 
 # Height and width in tokens.
-Window = tuple[int, int]
+WindowSize = tuple[int, int]
 
 
-def crop_windows(grid: Tensor, corners: Tensor, window: Window) -> Tensor:
+def crop_windows(grid: Tensor, corners: Tensor, window: WindowSize) -> Tensor:
     """One window of each frame.
 
     Args:
@@ -36,7 +36,7 @@ def crop_windows(grid: Tensor, corners: Tensor, window: Window) -> Tensor:
     return grid[clips, times, rows[..., None], columns[..., None, :]]
 
 
-def mix_windows(grid: Tensor, weights: Tensor, window: Window, steps: Window) -> Tensor:
+def mix_windows(grid: Tensor, weights: Tensor, window: WindowSize, steps: WindowSize) -> Tensor:
     """``sum_i weights[..., i] * window_i(grid)`` of each frame.
 
     Args:
@@ -48,12 +48,13 @@ def mix_windows(grid: Tensor, weights: Tensor, window: Window, steps: Window) ->
     Returns:
         (B, T, *window, C).
     """
-    if is_cpu(grid):  # where the convolution takes two to four times as long, and a launch nothing
+    # On a CPU the convolution takes two to four times as long, and kernel launches are free.
+    if is_cpu(grid):
         return _MixWindows.apply(grid, weights, window, steps)
     return _convolve(grid, weights, window, steps)
 
 
-def _convolve(grid: Tensor, weights: Tensor, window: Window, steps: Window) -> Tensor:
+def _convolve(grid: Tensor, weights: Tensor, window: WindowSize, steps: WindowSize) -> Tensor:
     """The same as a depthwise convolution: frames are its channels, channels its batch, a frame's
     weights its kernel, and steps the dilation. One launch for each direction, however many windows.
     """
@@ -74,7 +75,9 @@ class _MixWindows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, grid: Tensor, weights: Tensor, window: Window, steps: Window) -> Tensor:
+    def forward(
+        ctx: Any, grid: Tensor, weights: Tensor, window: WindowSize, steps: WindowSize
+    ) -> Tensor:
         # grid (B, T, H, W, C), weights (B, T, rows * columns)
         ctx.save_for_backward(grid, weights)
         ctx.window, ctx.steps = window, steps
@@ -98,7 +101,7 @@ class _MixWindows(torch.autograd.Function):
         return grad_grid, torch.stack(grad_weights, dim=2).to(weights.dtype), None, None
 
 
-def _windows(grid: Tensor, window: Window, steps: Window) -> Iterator[tuple[slice, slice]]:
+def _windows(grid: Tensor, window: WindowSize, steps: WindowSize) -> Iterator[tuple[slice, slice]]:
     """The slices of rows and columns of every window, row by row."""
     (height, width), (side_h, side_w) = grid.shape[2:4], window
     for top in range(0, height - side_h + 1, steps[0]):

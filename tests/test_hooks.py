@@ -77,7 +77,7 @@ def test_any_model_with_blocks_gets_a_smaller_grid(cls_tokens, mode):
     assert kept["time_0"].shape == (2, 2) and kept["space_1"].shape == (4, 4)
 
 
-def test_the_cls_token_passes_by_untouched():
+def test_the_cls_token_passes_unchanged():
     cfg = CfgNode()
     add_stts_config(cfg)
     cfg.STTS.SPACE.BLOCKS = []
@@ -494,7 +494,7 @@ def test_a_width_no_scorer_can_have_leaves_the_model_as_it_was(tiny_cfg):
     """Found when the second selector is made: the first must not remain."""
     model = AnyBlocks(0)
     model.blocks[2].norm = nn.LayerNorm(6)
-    with pytest.raises(ValueError, match="6 is no multiple of 4"):
+    with pytest.raises(ValueError, match="6 must be a multiple of 4"):
         attach(model, tiny_cfg.STTS)
     assert not hasattr(model, "stts") and not any(b._forward_pre_hooks for b in model.blocks)
 

@@ -410,7 +410,7 @@ def test_a_schedule_that_is_not_its_optimizers_is_refused(model):
     with pytest.raises(ValueError, match="or it is a copy"):
         copied.step(5.0)
     attach(detach(model), time={0: 0.5})
-    with pytest.raises(ValueError, match="attached anew since"):
+    with pytest.raises(ValueError, match="attached again after"):
         second.step(5.0)
 
 

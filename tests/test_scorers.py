@@ -29,7 +29,7 @@ def test_score_network_to_the_letter():
 
 
 def test_a_width_that_cannot_be_halved_twice_is_named():
-    with pytest.raises(ValueError, match="6 is no multiple of 4"):
+    with pytest.raises(ValueError, match="6 must be a multiple of 4"):
         ScoreNetwork(6)
 
 

@@ -85,7 +85,7 @@ def test_mixed_windows_equal_the_unfolded_sum(height, width, stride):
     grid = torch.randn(2, 3, height, width, 4, dtype=torch.float64, requires_grad=True)
     (side_h, side_w), (step_h, step_w) = (
         selector.eval()(grid.float()).shape[2:4],
-        selector._steps(grid, selector.output_size(grid)),
+        selector._stride(grid, selector.output_size(grid)),
     )
     windows = grid.unfold(2, side_h, step_h).unfold(3, side_w, step_w)  # (B, T, r, c, C, h, w)
     weights = torch.rand(6, windows.shape[2] * windows.shape[3], dtype=torch.float64)

@@ -10,7 +10,7 @@ from stts_slowfast.hosts import find_blocks
 class _CheckpointedForward:
     """A block's ``forward`` whose activations are computed again in the backward pass.
 
-    It wraps ``forward`` alone: hooks, and so selectors, run once. An object instead of a closure,
+    It wraps only ``forward``: hooks, and so selectors, run once. An object instead of a closure,
     so that a copied or pickled model has its own.
     """
 
@@ -52,7 +52,7 @@ def refuse_detached_scorers(cfg) -> None:
     ]
     if learned:
         raise ValueError(
-            "MODEL.DETACH_FINAL_FC is True: the head alone would learn, and no gradient reaches "
+            "MODEL.DETACH_FINAL_FC is True: only the head would learn, and no gradient reaches "
             f"the scorers of {' and '.join(learned)}; set MODEL.DETACH_FINAL_FC False, with "
             "STTS.BACKBONE_LR 0.0 to keep the backbone as it is, or scorers that need no training, "
             "or set STTS.ENABLE False"

@@ -175,8 +175,8 @@ def _check(cfg) -> None:
     if mvit.USE_ABS_POS == mvit.REL_POS_SPATIAL or mvit.REL_POS_SPATIAL != mvit.REL_POS_TEMPORAL:
         raise ValueError(
             f"MVIT.USE_ABS_POS is {mvit.USE_ABS_POS}, REL_POS_SPATIAL {mvit.REL_POS_SPATIAL} and "
-            f"REL_POS_TEMPORAL {mvit.REL_POS_TEMPORAL}, but torchvision's MViT has absolute "
-            "positions alone, or relative ones in space and time alone: run inside SlowFast"
+            f"REL_POS_TEMPORAL {mvit.REL_POS_TEMPORAL}, but torchvision's MViT has only "
+            "absolute positions, or only relative ones in space and time: run inside SlowFast"
         )
     if mvit.USE_ABS_POS and not mvit.SEP_POS_EMBED:
         raise ValueError(

@@ -26,7 +26,7 @@ from stts_slowfast.hosts import modules_with_selectors
 
 logger = logging.getLogger(__name__)
 
-# Constants and counters, which are no weights.
+# Constants and counters, not weights.
 CONSTANT = re.compile(r"(relative_position_index|num_batches_tracked)$")
 
 _OWN = Format("the model's own names", lambda state: True, lambda state, selectors: state)
@@ -83,19 +83,19 @@ def load_weights(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no checkpoint, if none of its parameters fits the model, or, if
-            ``strict``, not all fit; then the model is unchanged.
+        ValueError: if the file is not a checkpoint, if none of its parameters fits the model, or,
+            if ``strict``, not all fit; then the model is unchanged.
     """
     checkpoint = path_or_state_dict
     if isinstance(checkpoint, (str, os.PathLike)) and os.path.isdir(checkpoint):
         if load_selectors(model, checkpoint):
-            return Loaded("a folder of save_pretrained, of which the selectors were loaded")
+            return Loaded("a save_pretrained folder; only its selectors were loaded")
         if not modules_with_selectors(model):
             raise ValueError(
-                f"{checkpoint} has no selectors, nor has this {type(model).__name__}: nothing was "
-                "loaded (from_pretrained loads the backbone)"
+                f"{checkpoint} contains no selectors, and this {type(model).__name__} has none: "
+                "nothing was loaded (from_pretrained loads the backbone)"
             )
-        return Loaded("a folder of save_pretrained; neither has selectors with weights")
+        return Loaded("a save_pretrained folder; neither has selectors with weights")
     source = "the state dict"
     if isinstance(checkpoint, (str, os.PathLike)):
         source = os.fspath(checkpoint)
@@ -223,8 +223,8 @@ def convert(checkpoint: dict, to: str, selectors: Sequence[str]) -> tuple[dict, 
     Args:
         checkpoint: as read from a file.
         to: ``slowfast`` (as :func:`save_checkpoint`), or another of :func:`targets`.
-        selectors: the model's selectors, such as ``["time_0", "space_4"]``; needed for the STTS
-            authors' files alone.
+        selectors: the model's selectors, such as ``["time_0", "space_4"]``; needed only for the
+            STTS authors' files.
 
     Returns:
         The new checkpoint, the format that was recognised, and the names of score predictors for
@@ -318,8 +318,8 @@ def _copy_into(model: nn.Module, state: State, renamed: State, name: str, strict
     differ = loaded.missing + loaded.unexpected + loaded.mismatched
     if strict and not all(CONSTANT.search(key) for key in differ):
         raise ValueError(
-            f"{strict} is not of {_name(model)}: {loaded}. load_weights(model, ..., strict=False) "
-            "loads what fits, to fine-tune from it; a folder of save_pretrained is for "
+            f"{strict} does not fit {_name(model)}: {loaded}. load_weights(model, ..., "
+            "strict=False) loads what fits, to fine-tune from it; a save_pretrained folder is for "
             "from_pretrained, and its selectors for load_weights(model, folder)"
         )
     model.load_state_dict(fitting, strict=False)

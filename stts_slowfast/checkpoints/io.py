@@ -13,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import torch
 from iopath.common.file_io import g_pathmgr
@@ -45,13 +45,16 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError):  # PyTorch's advice is about its own arguments
-            reason = "it is no file of PyTorch's, or holds more than tensors, numbers and texts"
+            reason = (
+                "it is not a PyTorch file, or it contains objects other than tensors, numbers and "
+                "strings"
+            )
         else:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             reason = text if isinstance(error, _DamagedError) else f"{text} (is it truncated?)"
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of parameters")
+        raise ValueError(f"{path} contains a {type(checkpoint).__name__}, not a dict of parameters")
     return checkpoint
 
 
@@ -61,11 +64,11 @@ class _DamagedError(Exception):
 
 def _read_pytorch(f: IO[bytes]) -> object:
     if f.read(1) == b"":
-        raise _DamagedError("it is empty: its writing was interrupted, or the disk was full")
+        raise _DamagedError("the file is empty: writing was interrupted, or the disk was full")
     f.seek(0)
-    # Files of PyTorch before 1.6 are no archives.
+    # Files of PyTorch before 1.6 are not zip archives.
     if zipfile.is_zipfile(f) and (damaged := _damaged_record(f)):
-        raise _DamagedError(f"its checksum does not hold at {damaged}, the file is damaged")
+        raise _DamagedError(f"the checksum of {damaged} does not match: the file is corrupt")
     f.seek(0)
     checkpoint = torch.load(f, map_location="cpu", weights_only=True)
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("checksum"), str):
@@ -94,8 +97,8 @@ def _read_safetensors(f: IO[bytes]) -> dict:
     notes = metadata.get("stts_slowfast", "{}")
     if "sha256" in metadata and _sha256(notes, state) != metadata["sha256"]:
         raise _DamagedError(
-            "its checksum does not hold, the file is damaged, or was edited with the sha256 of its "
-            "metadata left as it was"
+            "the checksum does not match: the file is corrupt, or it was edited without updating "
+            "`sha256` in its metadata"
         )
     return {**json.loads(notes), "model_state": state}
 
@@ -234,14 +237,18 @@ def check_output_path(
         raise ValueError(f"{path} is a device or another special file: name a regular file")
     for source in sources:
         if os.path.exists(source) and os.path.samefile(source, path):
-            raise ValueError(f"{path} would replace the file that is read: name another")
+            raise ValueError(f"{path} would overwrite an input file: choose another path")
     if not overwrite:
-        raise FileExistsError(f"{path} is there already: name another, or add --force")
+        _refuse_existing(path)
+
+
+def _refuse_existing(path: str) -> NoReturn:
+    raise FileExistsError(f"{path} already exists: choose another path, or add --force")
 
 
 def _write_remote(path: str, write: Callable[[str], None], overwrite: bool) -> None:
     if not overwrite and g_pathmgr.exists(path):
-        raise FileExistsError(f"{path} is there already: name another, or add --force")
+        _refuse_existing(path)
     with tempfile.TemporaryDirectory() as folder:
         partial = os.path.join(folder, "partial.tmp")
         write(partial)

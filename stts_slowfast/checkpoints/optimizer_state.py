@@ -12,8 +12,8 @@ def optimizer_mismatch(state: dict, optimizer: Optimizer, reshaped: bool = False
     Args:
         state: an optimizer's ``state_dict()``.
         optimizer: the run's optimizer.
-        reshaped: whether tensors may have another shape with as many elements, as parameters of
-            SlowFast have in other backbones.
+        reshaped: whether tensors may have another shape with the same number of elements, as
+            parameters of SlowFast have in other backbones.
     """
     found = [len(group["params"]) for group in state.get("param_groups", ())]
     sizes = [len(group["params"]) for group in optimizer.param_groups]

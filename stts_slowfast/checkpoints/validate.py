@@ -139,11 +139,11 @@ def _check_backbone(
         advice = f"it is {known.name}: `stts convert {source} OUT` writes it under SlowFast's names"
     if wrong:
         raise ValueError(
-            f"{source} is not of this model: {len(wrong)} of its {len(own)} parameters are "
+            f"{source} does not fit this model: {len(wrong)} of its {len(own)} parameters are "
             f"missing or of another shape ({_differ(wrong, own, found)}); {advice}"
         )
     raise ValueError(
-        f"{source} is of a larger model: this one has no {', '.join(beyond[:3])}"
+        f"{source} belongs to a larger model: this one has no {', '.join(beyond[:3])}"
         f"{', ...' if len(beyond) > 3 else ''} ({len(beyond)} parameters); {advice}"
     )
 

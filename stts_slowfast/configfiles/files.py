@@ -38,11 +38,11 @@ def find_config(name: str | os.PathLike) -> str:
         if path.is_file():
             return str(path)
     if os.sep in stem and not stem.startswith(("Kinetics/", "SSv2/")):
-        raise FileNotFoundError(f"there is no config file {name}")
+        raise FileNotFoundError(f"config file {name} does not exist")
     known = [str(p.relative_to(CONFIGS).with_suffix("")) for p in sorted(CONFIGS.glob("*/*.yaml"))]
     near = difflib.get_close_matches(f"Kinetics/{stem}", known, 1, cutoff=0.7)
     raise FileNotFoundError(
-        f"there is no config file {name}, and none of that name comes with stts-slowfast"
+        f"config file {name} does not exist, and stts-slowfast has none of that name"
         + (f"; did you mean {near[0].removeprefix('Kinetics/')}?" if near else "")
     )
 
@@ -56,7 +56,7 @@ def read_yaml(path: str | os.PathLike, allow_unsafe: bool = False) -> dict:
 
     Raises:
         FileNotFoundError: if the file, or one of its bases, does not exist.
-        ValueError: if it is no YAML, or if :func:`check_file` refuses it.
+        ValueError: if it is not YAML, or if :func:`check_file` refuses it.
     """
     path = os.fspath(path)
     try:
@@ -64,7 +64,7 @@ def read_yaml(path: str | os.PathLike, allow_unsafe: bool = False) -> dict:
         return CfgNode.load_yaml_with_base(path, allow_unsafe)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no config file {error.filename or path}"
+            f"config file {error.filename or path} does not exist"
             + (f" (asked for by {path})" if error.filename not in (None, path) else "")
         ) from error
     except IsADirectoryError as error:
@@ -103,7 +103,7 @@ def check_file(path: str, above: tuple[str, ...] = ()) -> None:
     if root is None:
         raise ValueError(f"config file {path} is empty")
     if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"config file {path} is no mapping: write lines such as 'STTS:'")
+        raise ValueError(f"config file {path} is not a mapping: write lines such as 'STTS:'")
     _check_duplicates(root, path)
     for base in _bases(root):
         base = os.path.expanduser(base)

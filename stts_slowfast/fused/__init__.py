@@ -21,9 +21,10 @@ _POSITION_TABLES = ("rel_pos_t", "rel_pos_h", "rel_pos_w", "relative_position_bi
 
 
 def fuse_model(model: nn.Module, fuse: bool, true_distances: bool) -> int:
-    """Replaces a model's attention and blocks in place, as a node asks; a second call starts anew.
+    """Replaces a model's attention and blocks in place, as a config node specifies.
 
-    Parameters and buffers stay the same objects under the same names. A module that cannot be
+    A second call starts over. Parameters and buffers stay the same objects under the same names. A
+    module that cannot be
     rearranged exactly (pooling before the projection, unshared convolutions, norms other than
     LayerNorm), or whose replacement differs, is kept. ``fuse`` does not change the numbers.
 

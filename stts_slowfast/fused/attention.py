@@ -10,7 +10,7 @@ The fused implementation differs from the original in how it computes, never in 
 * If the pooling stride skips tokens, keys and values are projected only at positions it reads.
 
 The reference implementation calls every submodule as a module, as the original does, and differs
-from it in the distances alone.
+from it only in the distances.
 """
 
 import torch
@@ -31,7 +31,7 @@ Projection = tuple[Tensor, Tensor | None]
 
 
 class AttentionReplacement(Replacement):
-    """Replaces the pooling attention of a host, whose attribute names a subclass knows.
+    """Replaces the pooling attention of a host; subclasses know the attribute names.
 
     Args:
         original: the module to replace.
@@ -151,7 +151,7 @@ class AttentionReplacement(Replacement):
         Args:
             norm: what the tokens have yet to be normalised by, if anything (for
                 ``ops.use_chunks(x)``).
-            cls_only: compute the output of the cls token alone: ``(B, 1, C)``.
+            cls_only: compute only the output of the cls token: ``(B, 1, C)``.
         """
         q, k, v, q_thw, k_thw = self._project(x, tuple(thw), norm, cls_only)
         out = self.attend(q, k, v, thw, q_thw, k_thw)
@@ -164,7 +164,7 @@ class AttentionReplacement(Replacement):
         return self.output(out.flatten(2)), _output_grid(thw, q_thw)
 
     def attend(self, q, k, v, thw, q_thw: tuple, k_thw: tuple) -> Tensor:
-        """Attention with its position term, of ``(B, N, heads, D)``, likewise laid out."""
+        """Attention with its position term, of ``(B, N, heads, D)``; returns the same layout."""
         if not self.has_positions():
             return _attend(q, k, v, self.softmax_scale())
         k = k * self.softmax_scale()
@@ -232,8 +232,8 @@ class AttentionReplacement(Replacement):
     def _fold(self, q: Tensor, k: Tensor, v: Tensor, thw, q_thw: tuple, k_thw: tuple):
         """Adds the channels whose inner product is the relative position term.
 
-        ``q (B, N, heads, D)`` gains its products with the table rows of every key position along
-        each axis, ``k`` its one-hot position along each axis, ``v`` zeros.
+        What is added to ``q (B, N, heads, D)`` is its products with the table rows of every key
+        position along each axis; to ``k``, its one-hot position along each axis; to ``v``, zeros.
         """
         cls = int(self.has_cls())
         axes, terms = zip(*self._products(q, thw, q_thw, k_thw))
@@ -294,6 +294,6 @@ def _output_grid(thw, sizes) -> tuple | list:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``softmax(scale * q k^T) v`` of ``(B, N, heads, D)``, likewise laid out."""
+    """``softmax(scale * q k^T) v`` of ``(B, N, heads, D)``; returns the same layout."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)

@@ -10,11 +10,11 @@ from stts_slowfast.fx_tracing import tracer_of
 
 
 class BlockReplacement(Replacement):
-    """Replaces an MViT block around fused attention, whose attribute names a subclass knows.
+    """Replaces an MViT block around fused attention; subclasses know the attribute names.
 
     Args:
         original: the block to replace.
-        model: the model whose last block it is, if that keeps the cls token alone; then the block
+        model: the model whose last block it is, if that keeps only the cls token; then the block
             computes no other.
         final_norm: the child of ``model`` that reads the block's tokens.
 
@@ -32,7 +32,7 @@ class BlockReplacement(Replacement):
         if not (options.fuse and is_pristine(original, hooks=False) and cls.fits(original)):
             return None
         # The patches' queries can be left out if nothing reads what follows from them, unless some
-        # parameters serve them alone: every parameter must get a gradient.
+        # parameters serve only them: every parameter must get a gradient.
         can_omit = not original.attn.has_positions() and original.attn.pool_q is None
         return cls(original, *options.final_norms.get(original, ()) if can_omit else ())
 

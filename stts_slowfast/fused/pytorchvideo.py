@@ -98,7 +98,7 @@ class PyTorchVideoBlock(BlockReplacement):
         return layers + [part for part in mlp.children() if isinstance(part, nn.Dropout)]
 
     def projection(self) -> tuple[nn.Module | None, bool]:
-        # Release 0.1.5 widens tokens in the MLP alone and lacks the attribute.
+        # Release 0.1.5 widens tokens only in the MLP and lacks the attribute.
         widens_in_attention = getattr(self, "dim_mul_in_att", False)
         return self.proj if self.dim != self.dim_out else None, widens_in_attention
 
@@ -107,7 +107,7 @@ class PyTorchVideoBlock(BlockReplacement):
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm that reads the last block's tokens, if the head uses the cls token alone."""
+    """The norm that reads the last block's tokens, if the head uses only the cls token."""
     if not _is_a(model, MODEL):
         return None
     pool = getattr(model.head, "sequence_pool", None)

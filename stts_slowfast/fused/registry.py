@@ -1,6 +1,6 @@
 """All replacements: the one table of what is replaced in which library.
 
-SlowFast's entries are added by ``pyslowfast/fused.py``, which alone knows its modules.
+SlowFast's entries are added by ``pyslowfast/fused.py``, the only file that knows its modules.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SUBMODULES: list[type[Replacement]] = [
     pytorchvideo.PyTorchVideoAttention,
 ]
 BLOCKS: list[type[Replacement]] = [torchvision.TorchvisionBlock, pytorchvideo.PyTorchVideoBlock]
-# By model: the norm that reads the last block's tokens, if the model keeps the cls token alone.
+# By model: the norm that reads the last block's tokens, if the model keeps only the cls token.
 FINAL_NORMS: list[Callable[[nn.Module], nn.Module | None]] = [
     torchvision.final_norm,
     pytorchvideo.final_norm,

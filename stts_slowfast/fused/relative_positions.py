@@ -20,7 +20,7 @@ def table_rows(
 
     Args:
         table: ``(rows, D)``; stretched if it is not of the whole sizes' length.
-        formula: a host's distances ``(q_whole, k_whole)``, as a function of both sizes and the
+        formula: a host's distances ``(q_whole, k_whole)``, as a function of the two sizes and the
             device; a constant of the host's class.
         q_whole: queries along the axis without selection; ``k_whole`` keys.
         q_size: the queries that arrive; ``k_size`` the keys.

@@ -23,14 +23,14 @@ _PLAIN = (nn.Parameter, Tensor, type(None))
 
 @dataclass
 class FuseOptions:
-    """What is asked for, and what a replacement has to know of the model around a module.
+    """The requested options, and what a replacement must know about the model around a module.
 
     Attributes:
         fuse: whether to use the fused implementations.
         true_distances: whether relative positions stay true after a selection.
         cropped: the modules that run behind a selection of windows.
-        final_norms: by the last block of a model that keeps the cls token alone, that model and
-            its norm, which alone reads the block's tokens.
+        final_norms: by the last block of a model that keeps only the cls token, that model and
+            its norm, the only reader of the block's tokens.
     """
 
     fuse: bool

@@ -149,5 +149,5 @@ class SwinAttention(Replacement):
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm that reads the last block's tokens, of which ``MViT`` keeps the cls token alone."""
+    """The norm that reads the last block's tokens, of which ``MViT`` keeps only the cls token."""
     return model.norm if type(model) is MViT and "forward" not in vars(model) else None

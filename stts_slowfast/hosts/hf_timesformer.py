@@ -73,7 +73,8 @@ class HFTimeSformer(HFVideoHost):
             raise ValueError(
                 f"this clip has {grid[0]} frames, but layers of TimeSformer with divided attention "
                 f"assume config.num_frames ({self.sizes[0]}) frames in every clip, and would mix "
-                "frames with positions: give as many, or set config.num_frames before attach"
+                "frames with positions: pass that many frames, or set config.num_frames "
+                "before attach"
             )
         return grid
 

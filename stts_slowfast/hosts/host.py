@@ -12,7 +12,7 @@ Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]
 # A model or block of another library, whose attributes have no types here.
 ForeignModule: TypeAlias = Any
-# The grid of a call's tokens, a list for packed clips; hosts know which of both they have.
+# The grid of a call's tokens, a list for packed clips; a host knows which of the two it has.
 AnyGrid: TypeAlias = Any
 
 
@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
         cls: ``(B, n, C)``, cls tokens of the whole clip; None without.
         frame_cls: ``(B, T, n, C)``, cls tokens of each frame, selected with their frame; None
             without.
-        clip, frames: the names of ``cls`` and ``frame_cls`` before 0.2, for old hosts alone.
+        clip, frames: the names of ``cls`` and ``frame_cls`` before 0.2, only for old hosts.
     """
 
     grid: Tensor
@@ -44,7 +44,7 @@ class Host:
     the context of the model's call (``call_context.Calls``), so that nothing is lost if wrappers,
     FSDP or offloading make new tensors:
 
-    1. ``entry(model)`` is the module by whose call a clip enters, the embeddings or the model
+    1. ``entry(model)`` is the module that receives the clip, the embeddings or the model
        itself. Before its call, :meth:`call_grid` reads the true sizes from the arguments.
     2. Before each block's call, :meth:`incoming_grid` returns the grid of its tokens; if selectors
        are in front of it, :meth:`unpack` and :meth:`pack` replace the tokens by fewer; then
@@ -93,7 +93,7 @@ class Host:
         )
 
     def entry(self, model: nn.Module) -> nn.Module:
-        """The module by whose call a clip enters the model, once in each forward pass.
+        """The module that receives the clip, once in each forward pass.
 
         Embeddings are better than the model itself, which adapters and methods such as
         ``forward_features`` do not call.

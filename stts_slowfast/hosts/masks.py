@@ -13,7 +13,7 @@ def cut(mask: Any, entries: Tensor, tokens: Tensor, padding: bool = False) -> An
             more; or a ``BlockMask`` of ``flex_attention``.
         entries: LongTensor ``(b,)``, indices of the kept entries of the batch.
         tokens: LongTensor ``(b, n)``, indices of the kept tokens of each.
-        padding: whether a mask of 2 dimensions is ``(B, N)``, of keys alone.
+        padding: whether a mask of 2 dimensions is ``(B, N)``, of keys only.
 
     Returns:
         The mask ``(b, ..., n or 1, n)``; or a ``BlockMask``.

@@ -1,7 +1,7 @@
 """Video transformers of research code with ``x = block(x)``, such as VideoMAE, VideoMAE v2 and UMT.
 
 They are recognised by their structure: ``patch_embed.proj`` makes tubelets of clips
-``(B, 3, T, H, W)``, there is no cls token, blocks take ``x`` alone, and a block computes the same
+``(B, 3, T, H, W)``, there is no cls token, blocks take only ``x``, and a block computes the same
 for tokens in any order and number (checked when selectors are attached), so that it does not depend
 on positions.
 """
@@ -36,7 +36,7 @@ class PlainVideoViT(TokenSequenceHost):
         if not isinstance(blocks, nn.ModuleList) or not isinstance(projection, nn.Conv3d):
             return ()
         if any(len(signature(type(block).forward).parameters) != 2 for block in blocks):
-            return ()  # not self and x alone
+            return ()  # not only self and x
         if projection.kernel_size != projection.stride or any(projection.padding):
             return ()
         for name, value in {**vars(model), **model._parameters}.items():

@@ -77,7 +77,7 @@ class ThwBlockHost(Host):
 
     def set_block_grid(self, output: Any, thw: Grid) -> Any:
         if not isinstance(output, (tuple, list)) or len(output) < 2:
-            return output  # tokens alone, of a block that was called without thw
+            return output  # only tokens, of a block that was called without thw
         x, sizes, *rest = output
         return (x, thw.pooled(sizes), *rest)
 

@@ -60,8 +60,8 @@ class TimmViT(TokenSequenceHost):
         for name, why in REFUSED.items():
             if is_instance_of(model, "timm", name):
                 raise ValueError(
-                    f"tokens of timm's {type(model).__name__} cannot be selected: {why}; of timm, "
-                    "VisionTransformer and Eva can be served, and classes derived from them"
+                    f"tokens of timm's {type(model).__name__} cannot be selected: {why}; supported "
+                    "timm models are VisionTransformer, Eva and their subclasses"
                 )
         return ()
 

@@ -11,12 +11,12 @@ from stts_slowfast.hosts.host import Args, ForeignModule, Host, Kwargs, Tokens
 
 
 class TokenSequenceHost(Host):
-    """Blocks that take tokens as their first argument, and return them alone or first.
+    """Blocks that take tokens as their first argument, and return only them, or them first.
 
     Attributes:
         sizes: ``(T, H, W)`` of the grid of the clips that the model was made for.
         patch: ``(T, H, W)`` of a patch in frames and pixels, for :meth:`call_grid` of clips
-            ``(B, T, channels, H, W)``; None for models that take clips of ``sizes`` alone.
+            ``(B, T, channels, H, W)``; None for models that take only clips of ``sizes``.
         prefix: number of cls tokens ``n`` before the others.
         by_frame: False if tokens are those of a clip, ``(B, n + T*H*W, C)``; True if each frame is
             an entry of the batch, ``(B*T, n + H*W, C)``.

@@ -9,7 +9,7 @@ from stts_slowfast.hosts.host import Args, Host, Kwargs, Tokens
 
 
 class SwinHost(Host):
-    """The stages of ``model.features``, each called with a grid ``(B, T, H, W, C)`` alone.
+    """The stages of ``model.features``, each called with only a grid ``(B, T, H, W, C)``.
 
     Attention windows and patch merging take their sizes from the tensor.
     """

@@ -1,4 +1,4 @@
-"""VideoMAE of transformers: no cls token, the grid is the config's, each layer takes tokens alone.
+"""VideoMAE of transformers: no cls token, the grid is the config's, each layer takes only tokens.
 
 Its head reads the mean of the kept tokens, or (``use_mean_pooling`` False) the first one.
 """

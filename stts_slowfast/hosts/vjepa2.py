@@ -46,7 +46,7 @@ class VJEPA2(HFVideoHost):
         frames = first_tensor(args, kwargs).shape[1]
         if grid is None or self.patch is None or frames >= self.patch[0]:
             return grid
-        # Of fewer frames than make a tubelet each is repeated to one.
+        # If a clip has fewer frames than a tubelet, each frame is repeated to fill one.
         return Grid((frames, *grid[1:]))
 
     def adapt_call(

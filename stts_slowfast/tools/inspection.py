@@ -22,7 +22,7 @@ from stts_slowfast.standalone.transforms import (
 )
 from stts_slowfast.tools.study.coverage import find_truth, true_boxes
 from stts_slowfast.video import Video, clip_frames, segment_indices
-from stts_slowfast.visualization import Window, draw, inspect_clip, make_film_strip_row, predicted
+from stts_slowfast.visualization import Box, draw, inspect_clip, make_film_strip_row, predicted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ class View:
 
     clip: Tensor
     indices: list[int]
-    crop: Window
+    crop: Box
 
 
 def read_clip(cfg, path: str) -> Tensor:
@@ -90,7 +90,7 @@ def read_views(cfg, path: str, number: int) -> list[View]:
     return [View(clip, indices, window) for clip, indices in zip(views, clips)]
 
 
-def crop_window(height: int, width: int, scale: int, size: int) -> Window:
+def crop_window(height: int, width: int, scale: int, size: int) -> Box:
     """The square of ``size`` in the middle of a frame whose short side is scaled to ``scale``."""
     short = min(height, width)
     scaled_height, scaled_width = (math.floor(side * scale / short) for side in (height, width))

@@ -8,7 +8,7 @@ import numpy as np
 from stts_slowfast.tools.demo.make_data import write_frames
 from stts_slowfast.tools.inspection import View
 from stts_slowfast.video import Video
-from stts_slowfast.visualization import Window
+from stts_slowfast.visualization import Box
 
 DIM = 0.25  # brightness of what was dropped
 _CHUNK = 64  # frames of a video in memory at a time
@@ -26,9 +26,9 @@ class ViewOverlay:
 
     view: View
     num_frames: int
-    kept: dict[int, Window]
+    kept: dict[int, Box]
 
-    def window_at(self, frame: int) -> Window | None:
+    def window_at(self, frame: int) -> Box | None:
         """The window kept in the video's frame ``frame``, in shares of it; None if dropped.
 
         A frame between two of the clip belongs to the one before it.
@@ -62,7 +62,7 @@ def _dimmed(video: Video, overlays: Sequence[ViewOverlay]) -> Iterator[np.ndarra
             yield dim(frame, [overlay.window_at(number) for overlay in overlays])
 
 
-def dim(frame: np.ndarray, windows: Iterable[Window | None]) -> np.ndarray:
+def dim(frame: np.ndarray, windows: Iterable[Box | None]) -> np.ndarray:
     """A frame (H, W, 3) uint8, cut to even sides, dimmed outside all windows."""
     height, width = (side - side % 2 for side in frame.shape[:2])
     frame = frame[:height, :width]

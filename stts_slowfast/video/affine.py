@@ -1,6 +1,6 @@
 """Warps all frames of a clip by one affine map, with the same pixels as PIL.
 
-If a map moves pixels along one axis alone (shears, shifts), every line is a sum of a few shifted
+If a map moves pixels along one axis only (shears, shifts), every line is a sum of a few shifted
 copies of itself; else each output pixel is a weighted sum of 4 or 16 input pixels. Weights are
 computed once for all frames. Neither PIL's bicubic kernel (a = -1) nor its border is that of
 ``torch.nn.functional.grid_sample``.

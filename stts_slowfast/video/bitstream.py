@@ -37,7 +37,7 @@ def reorder_depth(reader: PacketReader) -> int | None:
 
 
 class _Intra:
-    """Codecs with intra frames alone."""
+    """Codecs with intra frames only."""
 
     def __init__(self, extradata: bytes):
         self.count = 0
@@ -92,7 +92,7 @@ def _time_bits(data: bytes) -> int:
         if bits.u(1):
             bits.u(79)
     if bits.u(2):
-        raise ValueError("a shape that is no rectangle")
+        raise ValueError("a shape that is not a rectangle")
     bits.u(1)
     return max(1, (bits.u(16) - 1).bit_length())
 

@@ -18,8 +18,8 @@ UNREADABLE = -1
 CONSEQUENCES = {
     ("unreadable", False): "another one replaces it",
     ("unreadable", True): "it counts as wrong",
-    ("damaged", False): "it is used nevertheless",
-    ("damaged", True): "it is used nevertheless",
+    ("damaged", False): "it is still used",
+    ("damaged", True): "it is still used",
 }
 
 
@@ -35,7 +35,8 @@ class VideoIssue(NamedTuple):
 
 class VideoErrorLog:
     """The issues of one loader. ``OUTPUT_DIR/bad_videos.jsonl`` has one line for each video and
-    kind, over all processes and restarts; each process logs a warning once."""
+    kind, over all processes and restarts; each process logs one warning per video and
+    kind."""
 
     def __init__(self, cfg, split: str):
         self.split, self.folder = split, cfg.OUTPUT_DIR
@@ -47,6 +48,7 @@ class VideoErrorLog:
         self.epoch.clear()
 
     def add(self, issues: list[VideoIssue], epoch: int | None = 0) -> None:
+        """Counts issues of an epoch (from 0; None: of no epoch), and logs those that are new."""
         for issue in issues:
             self.epoch.setdefault((issue.index, issue.kind), issue)
             key = issue.path, issue.kind
@@ -102,7 +104,8 @@ def _records(file) -> dict[tuple[str, str], str]:
     file.seek(0)
     found = {}
     for line in file:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed process's half line
+        # A line may be cut off by a killed process.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
             found[record["path"], record["kind"]] = record["reason"]
     return found
@@ -114,9 +117,9 @@ def raise_if_unreadable(missing: dict[str, str], folder: str) -> None:
         lines = [f"\n  {path}: {reason}" for path, reason in sorted(missing.items())[:20]]
         more = f"\n  and {len(missing) - 20} more" if len(missing) > 20 else ""
         raise ValueError(
-            f"{len(missing)} of the test videos cannot be read, so the accuracy is not that "
-            f"of the list. Repair them, or set TEST.ALLOW_MISSING True to count them as wrong "
-            f"(all are in {os.path.join(folder, FILE_NAME)}):{''.join(lines)}{more}"
+            f"{len(missing)} of the test videos cannot be read, so the accuracy would not "
+            f"cover the whole list. Repair them, or set TEST.ALLOW_MISSING True to count them as "
+            f"wrong (all are in {os.path.join(folder, FILE_NAME)}):{''.join(lines)}{more}"
         )
 
 
@@ -129,7 +132,7 @@ def _locked(file):
 
 
 def exceeds_limit(bad: int, seen: int, total: int, limit: float) -> bool:
-    """Whether more than the share ``limit`` of a list's ``total`` videos is bad: by counting, or by
-    the ``seen`` ones beyond doubt (four standard deviations of a share), so that no run ends
-    because it happened to read its bad videos first."""
+    """Whether more than the share ``limit`` of a list's ``total`` videos is bad: counted over
+    the list, or significant (four standard deviations) among the ``seen`` videos read so far, so
+    that no run ends because it happened to read its bad videos first."""
     return bad > limit * total or bad / seen - 2 / seen**0.5 > limit

@@ -82,7 +82,7 @@ class FrameIndex:
 
     def seek_candidates(self, group: int) -> list[int]:
         """Time stamps to seek, the most likely first: a container finds the last keyframe that is
-        not shown later, even if its index has decoding times alone."""
+        not shown later, even if its index has only decoding times."""
         if self.keys[group] != UNKNOWN:
             return [int(self.keys[group])]
         shift = int(self.keys[0] - self.decoded[0]) if self.keys[0] != UNKNOWN else 0

@@ -87,7 +87,7 @@ class H264:
     def _skip_chroma(bits: Bits) -> None:
         chroma = bits.ue()
         if chroma == 3 and bits.u(1):
-            raise ValueError("colours apart")
+            raise ValueError("separate colour planes")
         bits.skip_ue(2)
         bits.u(1)
         for each in range((8 if chroma != 3 else 12) if bits.u(1) else 0):

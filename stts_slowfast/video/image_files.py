@@ -17,5 +17,5 @@ def read_image(path: str) -> np.ndarray:
             return np.repeat(grey[..., None], 3, 2)
         return np.array(image.convert("RGB"))[..., ::-1]
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken images
-        reason = getattr(error, "strerror", None) or "it is no image, or a broken one"
+        reason = getattr(error, "strerror", None) or "it is not an image, or it is damaged"
         raise VideoError(path, reason) from error

@@ -13,7 +13,7 @@ import torch
 
 from stts_slowfast.video.affine import Box, warp
 
-# Operations whose output pixel depends on the same input pixel alone.
+# Operations whose output pixel depends only on the same input pixel.
 POINTWISE = {"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"}
 # Operations that move pixels, by bilinear or bicubic interpolation.
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -53,6 +53,7 @@ def augment(frames: np.ndarray, operations: Sequence[Operation], box: Box | None
 
 
 def crop(frames: np.ndarray, box: Box) -> np.ndarray:
+    """The part of frames (T, H, W, 3) in ``box``."""
     top, left, height, width = box
     return frames[:, top : top + height, left : left + width]
 

@@ -28,6 +28,7 @@ class VideoError(RuntimeError):
 
 
 def source_name(source: Source) -> str:
+    """The path of a source, or the name of an open file or of the type, for messages."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     return str(getattr(source, "name", f"<{type(source).__name__}>"))
@@ -51,7 +52,7 @@ def require_regular(path: str) -> None:
     """Raises VideoError for a pipe or a device, since opening one may wait forever. Missing files,
     and paths that only iopath knows, pass."""
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-        raise VideoError(path, "it is no regular file")
+        raise VideoError(path, "it is not a regular file")
 
 
 def stat_key(source: Source) -> tuple | None:
@@ -83,7 +84,7 @@ def run_with_timeout(seconds: float, name: str, read: Callable):
     thread.start()
     thread.join(seconds)
     if not outcome:
-        raise VideoError(name, f"reading it takes more than DATA.READ_TIMEOUT {seconds:g} s")
+        raise VideoError(name, f"reading it took longer than DATA.READ_TIMEOUT, {seconds:g} s")
     result, error = outcome[0]
     if error is not None:
         raise error

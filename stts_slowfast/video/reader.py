@@ -107,7 +107,8 @@ class Video:
 
         Groups of pictures without any of them are skipped, and so are other frames that no frame
         depends on. With ``short_side``, frames with a longer short side are scaled down to it.
-        Returns (len(indices), H, W, 3) uint8, RGB.
+        Returns (len(indices), H, W, 3) uint8, RGB. Raises IndexError for a frame that the video
+        does not have, ValueError without indices, VideoError if a frame cannot be decoded.
         """
         indices = [int(index) for index in indices]
         for index in indices:
@@ -127,7 +128,8 @@ class Video:
 
     def iter_frames(self, wanted: list[int], short_side: int = 0) -> Iterator[np.ndarray]:
         """As `decode`, one image (H, W, 3) at a time, of frames ``wanted`` in ascending order
-        without repeats. All have the size of the first."""
+        without repeats. All have the size of the first. Raises VideoError if one cannot be
+        decoded."""
         convert = Converter(short_side, self.rotate, self._reformatter)
         frames = self._iter_wanted(wanted)
         try:

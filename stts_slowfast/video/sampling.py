@@ -86,12 +86,12 @@ def clip_frames(
     ticks: float | None = None,
     rng=random,
 ) -> list[int]:
-    """The frames of a clip (``decoder.decode``); arguments as of `clip_size`, `clip_span` and
+    """The frames of a clip (``decoder.decode``); arguments as in `clip_size`, `clip_span` and
     `frames_between`.
 
-    If the video has more than ``num_frames * sampling_rate`` frames, SlowFast decodes the clip's
-    frames alone and samples evenly from the first of them. Of a shorter video it decodes all
-    frames, and samples evenly from the start itself, which may be between two.
+    If the video has more than ``num_frames * sampling_rate`` frames, SlowFast decodes only the
+    clip's frames and samples evenly from the first of them. For a shorter video it decodes all
+    frames, and samples evenly from the fractional start.
     """
     size = clip_size(num_frames, sampling_rate, fps, target_fps)
 

@@ -12,7 +12,7 @@ from stts_slowfast.video.io import VideoError
 # Codecs whose decoders can skip packets that no other needs, without changing any other frame.
 # (VP9's do not skip; AV1's lose frames; HEVC's skip pictures that a higher temporal layer needs.)
 _CAN_SKIP = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
-# FFmpeg's messages of damage, after which it makes pixels up. It logs other errors for intact files
+# FFmpeg's messages of damage, after which it invents pixels. It logs other errors for intact files
 # too, such as missing references of frames before a keyframe.
 _DAMAGE = re.compile("error while decoding|damaged|Error splitting|overread|no frame", re.I)
 

@@ -26,20 +26,21 @@ def ends_early(stream: Stream, count: int, last: int, edited: bool, errors_befor
     elif "mp4" in name and (entries or edited):  # of all frames, its index has those that play
         declared = len(entries)
     if declared and found < 0.98 * declared - 1:
-        return f"it ends early: {count} of {declared} frames are there"
+        return f"it ends early: only {count} of {declared} frames are present"
     number, message = errors()
     if number != errors_before and "ended prematurely" in message:  # Matroska's elements have sizes
-        return "it ends early: in the middle of what its header promises"
+        return "it ends early: before the size that its header declares"
     size = file_size(file)
     before = file.tell()
     torn = _is_torn(name, file, size)
     file.seek(before)  # the container reads on from there
     if torn or any(entry.pos + entry.size > size for entry in entries):
-        return f"it ends early: its last part continues after its {size} bytes"
+        return f"it ends early: its last chunk is longer than the file, {size} bytes"
     return ""
 
 
 def file_size(file: BinaryIO) -> int:
+    """Bytes of an open file, whose position stays."""
     before, size = file.tell(), file.seek(0, os.SEEK_END)
     file.seek(before)  # the container reads on from there
     return size

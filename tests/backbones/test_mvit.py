@@ -79,7 +79,7 @@ def test_grids_are_those_that_arrive(tiny_cfg):
         assert seen == backbones.block_grids(cfg)
 
 
-def test_kernels_follow_strides_where_none_is_given(tiny_cfg):
+def test_kernels_follow_strides_if_none_is_given(tiny_cfg):
     tiny_cfg.MVIT.POOL_KVQ_KERNEL = None
     setting = block_settings(tiny_cfg)[1]
     assert setting.stride_q == [1, 2, 2] and setting.kernel_q == [1, 3, 3]

@@ -125,7 +125,7 @@ def test_head_is_scaled():
     torch.testing.assert_close(scaled, full * 0.001)
 
 
-def test_positions_decay_where_the_config_says_so():
+def test_positions_decay_if_the_config_asks():
     model = build(config())
     assert model.no_weight_decay() == [
         "cls_token",

@@ -45,15 +45,19 @@ def test_broken_files_are_named(tiny_cfg, tmp_path):
     with pytest.raises(ValueError, match=r"cut.pyth cannot be read as a checkpoint"):
         load_weights(model, cut)
     cut.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"cut.pyth cannot be read as a checkpoint: it is empty"):
+    with pytest.raises(
+        ValueError, match=r"cut.pyth cannot be read as a checkpoint: the file is empty"
+    ):
         load_weights(model, cut)
     (tmp_path / "text.pyth").write_text("no checkpoint")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pyth")
     for name in ("text", "module"):  # what PyTorch says is advice that nobody here can follow
-        with pytest.raises(ValueError, match=rf"{name}.pyth cannot be .*PyTorch's, or holds more"):
+        with pytest.raises(
+            ValueError, match=rf"{name}.pyth cannot be .*PyTorch file, or it contains"
+        ):
             load_weights(model, tmp_path / f"{name}.pyth")
     torch.save([1, 2], tmp_path / "list.pyth")
-    with pytest.raises(ValueError, match=r"list.pyth holds a list"):
+    with pytest.raises(ValueError, match=r"list.pyth contains a list"):
         load_weights(model, tmp_path / "list.pyth")
 
 
@@ -69,7 +73,9 @@ def test_a_flipped_byte_in_the_weights_is_noticed(tmp_path, kind):
     place = data.index(weights["a"][50:54].numpy().tobytes())
     data[place + 1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"weights\.\w+ cannot be read .* checksum does not hold"):
+    with pytest.raises(
+        ValueError, match=r"weights\.\w+ cannot be read .* the checksum .*does not match"
+    ):
         read_checkpoint(path)
 
 
@@ -105,7 +111,7 @@ def test_an_edited_checkpoint_is_read(tmp_path):
     data = bytearray(path.read_bytes())  # damaged besides
     data[data.index(torch.arange(8.0).div(2).numpy().tobytes()) + 5] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="the file is damaged"):
+    with pytest.raises(ValueError, match="the file is corrupt"):
         read_checkpoint(path)
 
 
@@ -183,7 +189,7 @@ def test_missing_folders_are_made(tmp_path):
 def test_what_is_there_is_kept_unless_asked(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(FileExistsError, match=r"file is there already: .* --force"):
+    with pytest.raises(FileExistsError, match=r"file already exists: .* --force"):
         atomic_write(path, put("new"), overwrite=False)
     assert path.read_text() == "old"
     atomic_write(path, put("new"))
@@ -199,7 +205,7 @@ def test_a_source_is_never_replaced(tmp_path):
             lambda: atomic_write(target, put("new"), sources=[path]),  # noqa: B023
             lambda: check_output_path(target, True, [path]),  # noqa: B023
         ):
-            with pytest.raises(ValueError, match="would replace the file that is read"):
+            with pytest.raises(ValueError, match="would overwrite an input file"):
                 check()
     assert path.read_text() == "old" and names(tmp_path) == ["file", "link"]
 

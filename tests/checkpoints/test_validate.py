@@ -166,7 +166,7 @@ def test_names_that_slowfasts_loader_would_not_find_say_how_to_convert(tiny_cfg,
 def test_names_are_cleared_before_they_are_looked_at(tiny_cfg):
     cfg, model = build(tiny_cfg)
     state = {f"trunk.{k}": v for k, v in slowfast_state(model).items()}
-    refused(AsInSlowFast(model), state, cfg, "finetune", "is not of this model")
+    refused(AsInSlowFast(model), state, cfg, "finetune", "does not fit this model")
     cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = ("trunk.",)
     validate_checkpoint(AsInSlowFast(model), state, cfg, "finetune", PATH)
 

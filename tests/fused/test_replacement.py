@@ -171,7 +171,7 @@ class Same(MultiscaleAttention):
         return super().forward(x, thw)
 
 
-def test_a_subclass_is_fused_where_it_computes_the_same(mvit, clips, caplog):
+def test_a_subclass_is_fused_if_it_computes_the_same(mvit, clips, caplog):
     model = mvit(True)
     model.blocks[0].attn.__class__ = Same
     model.blocks[1].attn.__class__ = Doubled

@@ -113,7 +113,7 @@ def test_nodes_of_other_models_are_ignored(write):
         ("MODEL: {FROZEN_BN: True}", r"MODEL\.FROZEN_BN is True: frozen"),
         ("DATA: {DUMMY_LOAD: True}", r"DATA\.DUMMY_LOAD is True"),
         ("TRAIN: [", r"config\.yaml is not YAML"),
-        ("- 1", r"is no mapping"),
+        ("- 1", r"is not a mapping"),
         ("", r"config\.yaml is empty"),
     ],
 )
@@ -124,9 +124,11 @@ def test_mistakes_in_a_file_are_named(write, text, message):
 
 
 def test_missing_files_are_named(write, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config file .*nothing\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"config file .*nothing\.yaml does not exist"):
         load_config(str(tmp_path / "nothing.yaml"))
-    with pytest.raises(FileNotFoundError, match=r"no config file .*gone\.yaml .*config\.yaml"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config file .*gone\.yaml does not exist .*config\.yaml"
+    ):
         load_config(write("_BASE_: gone.yaml"))
 
 

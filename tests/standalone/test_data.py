@@ -391,7 +391,7 @@ def test_a_pipe_and_a_hung_file_do_not_stop_a_run(cfg, tmp_path, monkeypatch):
     assert not {2, 3} & set(torch.cat([videos for _, _, videos, _ in loader]).tolist())
     assert time.perf_counter() - start < 15
     reasons = " ".join(record["reason"] for record in written(cfg))
-    assert "no regular file" in reasons and "DATA.READ_TIMEOUT 0.5" in reasons
+    assert "not a regular file" in reasons and "DATA.READ_TIMEOUT, 0.5" in reasons
 
 
 def test_videos_are_rotated_unless_the_config_forbids_it(cfg, tmp_path):

@@ -180,7 +180,7 @@ def test_a_killed_reader_is_one_line(config, tiny_cfg, capfd, monkeypatch, tmp_p
 def test_a_missing_config_is_one_line(capsys, tmp_path):
     path = str(tmp_path / "gone.yaml")
     assert cli.main(["run", "--cfg", path]) == 2
-    assert error_line(capsys) == f"stts: error: there is no config file {path}"
+    assert error_line(capsys) == f"stts: error: config file {path} does not exist"
 
 
 def test_traceback_can_be_had(capsys, tmp_path, monkeypatch):

@@ -114,7 +114,7 @@ def test_nothing_is_written_over_unasked(config, tmp_path, capsys):
     out.write_text("mine")
     words = ["export", "--cfg", str(config), "--out", str(out)]
     assert cli.main(words) == 2
-    assert "is there already: name another, or add --force" in capsys.readouterr().err
+    assert "already exists: choose another path, or add --force" in capsys.readouterr().err
     assert out.read_text() == "mine"
     assert cli.main([*words, "--force"]) == 0
 

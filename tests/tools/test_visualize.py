@@ -150,11 +150,11 @@ def test_nothing_is_overwritten_unasked(words, tmp_path, capsys):
     out.write_text("mine")
     command = [*words, str(tmp_path / "b.mp4"), "--out", str(out)]
     assert cli.main(command) == 2
-    assert f"{out} is there already: name another, or add --force" in capsys.readouterr().err
+    assert f"{out} already exists: choose another path, or add --force" in capsys.readouterr().err
     assert out.read_text() == "mine"
     video = tmp_path / "b.mp4"
     assert cli.main([*command[:-1], str(video), "--force"]) == 2
-    assert "would replace the file that is read" in capsys.readouterr().err
+    assert "would overwrite an input file" in capsys.readouterr().err
     assert cli.main([*command, "--force"]) == 0
     assert Image.open(out).format == "PNG"
 

@@ -83,7 +83,7 @@ def test_what_is_no_whole_image_is_refused(tmp_path, kind):
     (tmp_path / "half").write_bytes(data[: len(data) // 2])
     (tmp_path / "none").write_bytes(b"no image")
     for name in ("half", "none"):
-        with pytest.raises(VideoError, match=f"{name}: it is no image, or a broken one"):
+        with pytest.raises(VideoError, match=f"{name}: it is not an image, or it is damaged"):
             read_image(str(tmp_path / name))
     with pytest.raises(VideoError, match="No such file"):
         read_image(str(tmp_path / "missing"))

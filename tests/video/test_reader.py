@@ -330,7 +330,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path, kind):
     path = {"pipe": tmp_path / "a.mp4", "device": "/dev/zero", "folder": tmp_path}[kind]
     if kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(VideoError, match="it is no regular file"):
+    with pytest.raises(VideoError, match="it is not a regular file"):
         Video(path)
 
 
@@ -340,7 +340,7 @@ def test_reading_is_waited_for_only_so_long():
             time.sleep(30)
 
     start = time.perf_counter()
-    with pytest.raises(VideoError, match=r"hung\.mp4: .*more than DATA\.READ_TIMEOUT 0\.2 s"):
+    with pytest.raises(VideoError, match=r"hung\.mp4: .*longer than DATA\.READ_TIMEOUT, 0\.2 s"):
         run_with_timeout(0.2, "hung.mp4", lambda: Video(Hung(bytes(100))))
     assert time.perf_counter() - start < 10
     assert (
@@ -422,7 +422,7 @@ def test_fewer_frames_than_the_header_declares_are_damage(tmp_path):
     data = Path(write_video(tmp_path / "a.avi", codec="mpeg4", g="12")).read_bytes()
     count = data.index(b"strh") + 40
     with Video(data[:count] + (300).to_bytes(4, "little") + data[count + 4 :]) as video:
-        assert video.damage == "it ends early: 60 of 300 frames are there"
+        assert video.damage == "it ends early: only 60 of 300 frames are present"
 
 
 def test_a_transport_stream_cut_between_packets_is_damaged_if_it_shows(tmp_path, monkeypatch):

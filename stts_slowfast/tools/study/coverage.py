@@ -10,7 +10,7 @@ from stts_slowfast import backbones, selections
 from stts_slowfast.standalone.annotations import VideoList
 from stts_slowfast.standalone.data import UNREADABLE
 from stts_slowfast.tools.demo import make_data
-from stts_slowfast.visualization import FULL_FRAME, Window, kept_regions
+from stts_slowfast.visualization import FULL_FRAME, Box, kept_regions
 
 
 class CoverageStats:
@@ -42,7 +42,7 @@ class CoverageStats:
                 regions = everything if kept is None else kept_regions(self.cfg, kept, item)
                 self.add(regions, os.path.basename(self.videos[number].path))
 
-    def add(self, regions: dict[int, Window], name: str) -> None:
+    def add(self, regions: dict[int, Box], name: str) -> None:
         """Counts a clip of the video ``name``; ``regions`` as `kept_regions` returns them."""
         self.clips += 1
         for frame, (top, left, height, width) in regions.items():
@@ -80,11 +80,11 @@ def find_truth(cfg) -> dict[str, make_data.Truth]:
     return make_data.read_truth(folder)
 
 
-def true_boxes(cfg, truth: make_data.Truth) -> dict[int, Window]:
+def true_boxes(cfg, truth: make_data.Truth) -> dict[int, Box]:
     """What shows the class in each frame of tokens: frame -> box, in shares of the frame."""
     num_frames = backbones.block_grids(cfg)[0][0]
     step = cfg.DATA.SAMPLING_RATE * cfg.DATA.NUM_FRAMES // num_frames
-    boxes: dict[int, Window] = {}
+    boxes: dict[int, Box] = {}
     for frame, box in zip(truth.frames, truth.boxes):
         top, left, height, width = (size / cfg.DATA.TEST_CROP_SIZE for size in box)
         boxes.setdefault(frame // step, (top, left, height, width))

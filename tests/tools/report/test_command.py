@@ -130,7 +130,7 @@ def test_strips_that_cannot_be_drawn_leave_the_page(folders, tmp_path, capsys):
     page = Page((folder / "report.html").read_text())
     assert any("not drawn: " in words and "/nowhere" in words for words in page.words)
     assert cli.main(["report", str(folder)]) == 2
-    assert "report.html is there already" in capsys.readouterr().err
+    assert "report.html already exists" in capsys.readouterr().err
     assert cli.main(["report", str(folder), "--force"]) == 0
 
 
