@@ -132,9 +132,9 @@ for function in (optimizer.construct_optimizer, optimizer.get_epoch_lr, optimize
                  log.log_json_stats, checkpoint.load_checkpoint, build_model,
                  checkpoint.load_test_checkpoint, defaults.assert_and_infer_cfg):
     wrappers = []
-    while hasattr(function, "stock"):
+    while hasattr(function, "original"):
         wrappers.append(function.wrapper)
-        function = function.stock
+        function = function.original
     assert len(wrappers) == len(set(wrappers)) > 0, wrappers
 """
     output(code, checkout)
