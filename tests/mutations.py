@@ -341,7 +341,7 @@ MUTATIONS = {
     ),
     "signals-interrupt-the-cleanup": Mutation(
         "standalone/launch.py",
-        "stop.deferred = True  # no signal",
+        "signals.deferred = True  # no signal",
         "pass  # no signal",
         f"{STOPS} -k very_end",
     ),

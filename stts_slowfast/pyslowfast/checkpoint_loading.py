@@ -94,7 +94,7 @@ class CheckpointLoad:
 
     @contextlib.contextmanager
     def hooked(self):
-        """In this context SlowFast's reading, the model and the optimizer call the checks."""
+        """Context manager: SlowFast's reading, the model and the optimizer call the checks."""
         token = _current.set(self)
         hooks = [self.model.register_load_state_dict_post_hook(self._on_loaded)]
         optimizer = getattr(self.optimizer, "optim", self.optimizer)  # inside SlowFast's LARS
@@ -207,7 +207,7 @@ def _check_optimizer(state: dict, optimizer, cfg, purpose: str, path: str) -> No
     remedy = (
         "choose another OUTPUT_DIR, or set TRAIN.AUTO_RESUME False"
         if purpose == "resume"
-        else "set TRAIN.CHECKPOINT_EPOCH_RESET True to start from its weights alone"
+        else "set TRAIN.CHECKPOINT_EPOCH_RESET True to start from its weights only"
     )
     changed = "; ".join(_changed_keys(_config_in(path), cfg))
     raise ValueError(

@@ -94,7 +94,7 @@ def install_config_class(defaults) -> None:
 
 
 def add_extra_keys(defaults) -> None:
-    """Adds `EXTRA_KEYS` to nodes of SlowFast's."""
+    """Adds `EXTRA_KEYS` to SlowFast's nodes."""
     for node, keys in EXTRA_KEYS.items():
         for name, default in keys.items():
             if node in defaults._C:

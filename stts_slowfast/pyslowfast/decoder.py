@@ -18,6 +18,7 @@ from stts_slowfast.pyslowfast.lazy_clip import LazyClip
 from stts_slowfast.pyslowfast.patching import is_wrapped, wrap
 from stts_slowfast.video import Video, frames_between
 from stts_slowfast.video.io import stat_key
+from stts_slowfast.video.sampling import clip_size
 
 
 @patch("decoder")
@@ -36,9 +37,9 @@ def patch_decoder(decoder) -> bool:
     if torchvision_works and pyav_works:
         return False
 
-    def torchvision_decode(stock, video_handle, *args, **kwargs):
+    def torchvision_decode(original, video_handle, *args, **kwargs):
         if torchvision_works and isinstance(video_handle, bytes):
-            return stock(video_handle, *args, **kwargs)
+            return original(video_handle, *args, **kwargs)
         return decode_clips(decoder, video_handle, *args, sparse=_sparse.get(), **kwargs)
 
     wrap(decoder, "torchvision_decode", torchvision_decode)
@@ -46,15 +47,15 @@ def patch_decoder(decoder) -> bool:
     return True
 
 
-def _decode(pyav_works: bool, stock_decode, *args, **kwargs):
-    call = inspect.signature(stock_decode).bind(*args, **kwargs)
+def _decode(pyav_works: bool, original_decode, *args, **kwargs):
+    call = inspect.signature(original_decode).bind(*args, **kwargs)
     augmented = any(call.arguments.get(f"{how}_prob", 0.0) > 0 for how in _AUGMENTATIONS)
     if call.arguments.get("backend", "pyav") == "pyav" and not pyav_works:
         # SlowFast's PyAV backend does not scale.
         call.arguments.update(backend="torchvision", max_spatial_scale=0)
     token = _sparse.set(len(call.arguments["num_frames"]) == 1 and not augmented)
     try:
-        frames, *others = stock_decode(*call.args, **call.kwargs)
+        frames, *others = original_decode(*call.args, **call.kwargs)
     finally:
         _sparse.reset(token)
     context = read_context.current()
@@ -111,7 +112,7 @@ def decode_clips(
         reader = _open_reader(last_file, source, (*map(repr, options), max_spatial_scale))
         video = reader.video
         sizes = [
-            max(1.0, rate * frames / target_fps * video.fps)
+            clip_size(frames, rate, video.fps, target_fps)
             for rate, frames in zip(sampling_rate, num_frames)
         ]
 

@@ -157,5 +157,6 @@ def join_process_group(cfg, init_method: str, local_rank: int = 0, processes: in
 
 
 def leave_process_group() -> None:
+    """Leaves the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()

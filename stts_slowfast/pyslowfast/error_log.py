@@ -51,7 +51,7 @@ class ReadErrors:
         log: writes ``bad_videos.jsonl``, logs each video once, and counts.
         kinds: (items,) uint8 in shared memory: a sum of `KINDS` for each item of the dataset.
         unreadable: path to reason, of the videos that this process could not read.
-        line: what the epoch's or the test's line of ``json_stats`` gains.
+        line: what is added to the epoch's or the test's line of ``json_stats``.
         missing: numbers of the test videos that could not be read.
     """
 
@@ -87,7 +87,10 @@ class ReadErrors:
         """
         if item is None:
             reason = self.unreadable.get(context.path, "SlowFast gives up")
-            raise VideoError(context.path, f"{reason}; nor could {len(self.unreadable) - 1} others")
+            others = len(self.unreadable) - 1
+            raise VideoError(
+                context.path, f"{reason}; {others} other videos could not be read either"
+            )
         if not context.is_black:
             return item
         frames, _, *rest = item
@@ -112,7 +115,7 @@ def patch_bad_videos(kinetics) -> bool:
 
 
 def epoch_stats(stats: dict) -> dict:
-    """What a line of ``json_stats`` gains, if it is an epoch's or a test's."""
+    """What is added to a line of ``json_stats``, if it is an epoch's or a test's."""
     errors = _errors.get()
     if errors is None:
         return {}
@@ -122,10 +125,10 @@ def epoch_stats(stats: dict) -> dict:
 
 @contextlib.contextmanager
 def track_errors(loader, meter, mode: str):
-    """In this context a loop of SlowFast's keeps track of videos that cannot be read.
+    """Context manager: a SlowFast loop keeps track of videos that cannot be read.
 
     Args:
-        loader: of any dataset; datasets other than ``Kinetics`` itself are left alone.
+        loader: of any dataset; datasets other than ``Kinetics`` itself are not changed.
         meter: of the loop; afterwards its methods are SlowFast's again.
         mode: ``train``, ``val`` or ``test``.
     """
@@ -151,8 +154,8 @@ def track_errors(loader, meter, mode: str):
         del dataset.stts_errors
 
 
-def _with_errors(errors, method, stock, meter, *args, **kwargs):
-    return method(stock, meter, errors, *args, **kwargs)
+def _with_errors(errors, method, original, meter, *args, **kwargs):
+    return method(original, meter, errors, *args, **kwargs)
 
 
 def _get_video_container(get_video_container, path, *args, **kwargs):

@@ -1,6 +1,6 @@
 """Wraps the functions of SlowFast's ``tools/train_net.py`` and ``test_net.py``.
 
-A file of the same name that does not belong to a checkout of SlowFast is left alone.
+A file of the same name that does not belong to a checkout of SlowFast is not changed.
 """
 
 import contextlib
@@ -68,18 +68,18 @@ def _arguments(function, args, kwargs) -> dict:
 
 @contextlib.contextmanager
 def skip_cuda_synchronize(cfg):
-    """In this context ``torch.cuda.synchronize()`` does nothing with NUM_GPUS 0 and no CUDA."""
+    """Context manager: ``torch.cuda.synchronize()`` does nothing with NUM_GPUS 0 and no CUDA."""
     import torch
 
     if cfg.NUM_GPUS or "cuda_synchronize" in switched_off() or torch.cuda.is_available():
         yield
         return
-    stock = torch.cuda.synchronize
+    original = torch.cuda.synchronize
     torch.cuda.synchronize = lambda device=None: None
     try:
         yield
     finally:
-        torch.cuda.synchronize = stock
+        torch.cuda.synchronize = original
 
 
 def _run_job(function, cfg):

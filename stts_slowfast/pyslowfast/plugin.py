@@ -158,7 +158,7 @@ def add_selectors(model: nn.Module, cfg) -> nn.Module:
     submodule already has the same selectors, because it was built on its own, is unchanged.
 
     Raises:
-        ValueError: if the model is no video transformer, or the node does not fit it.
+        ValueError: if the model is not a video transformer, or the node does not fit it.
     """
     name = cfg.MODEL.MODEL_NAME
     if holders := modules_with_selectors(model):
@@ -223,8 +223,8 @@ def _transformers(path: str, module: nn.Module):
 
 def _no_transformer(name: str) -> str:
     return (
-        f"STTS.ENABLE is True, but MODEL.MODEL_NAME {name!r} is no video transformer: there are no "
-        "tokens to select among. Use MViT, TimeSformer, VideoSwin, PTVMViT, or a model of yours "
+        f"STTS.ENABLE is True, but MODEL.MODEL_NAME {name!r} is not a video transformer: it has "
+        "no tokens to select. Use MViT, TimeSformer, VideoSwin, PTVMViT, or a model of yours "
         f"with blocks that are called as x, thw = block(x, thw); {TURN_OFF}"
     )
 

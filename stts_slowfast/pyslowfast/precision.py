@@ -13,7 +13,7 @@ KEY = "TRAIN.MIXED_PRECISION_DTYPE"
 
 @contextlib.contextmanager
 def autocast(cfg):
-    """In this context ``torch.cuda.amp`` autocasts to bfloat16, if the config sets it: on GPUs and
+    """Context manager: ``torch.cuda.amp`` autocasts to bfloat16, if the config sets it: on GPUs and
     CPUs, without scaling gradients, because bfloat16 has float32's range.
 
     Raises:
@@ -31,10 +31,10 @@ def autocast(cfg):
         yield
         return
     amp, device = torch.cuda.amp, "cuda" if cfg.NUM_GPUS else "cpu"
-    stock = amp.autocast, amp.GradScaler
+    original = amp.autocast, amp.GradScaler
     amp.autocast = lambda enabled=True: torch.autocast(device, torch.bfloat16, enabled)
     amp.GradScaler = lambda enabled=True: torch.amp.GradScaler(device, enabled=False)
     try:
         yield
     finally:
-        amp.autocast, amp.GradScaler = stock
+        amp.autocast, amp.GradScaler = original

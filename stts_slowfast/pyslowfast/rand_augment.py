@@ -54,8 +54,16 @@ def wrap_augment(kinetics) -> None:
     wrap(rand_augment.AugmentOp, "__call__", _operate)
     wrap(kinetics.Kinetics, "__getitem__", _get_item)
     wrap(kinetics.decoder, "decode", _decode)
-    wrap(kinetics.Kinetics, "_frame_to_list_img", lambda stock, self, x: _to_images(stock, x, self))
-    wrap(kinetics.Kinetics, "_list_img_to_frames", lambda stock, self, x: _to_clip(stock, x, self))
+    wrap(
+        kinetics.Kinetics,
+        "_frame_to_list_img",
+        lambda original, self, x: _to_images(original, x, self),
+    )
+    wrap(
+        kinetics.Kinetics,
+        "_list_img_to_frames",
+        lambda original, self, x: _to_clip(original, x, self),
+    )
     wrap(utils, "aug_frame", _augment_frames)
     wrap(utils, "_frame_to_list_img", _to_images)
     wrap(utils, "_list_img_to_frames", _to_clip)
@@ -132,10 +140,10 @@ def _is_plain(clip) -> bool:
     return type(clip) is Tensor and clip.dtype == torch.uint8 and clip.dim() == 4
 
 
-def _to_images(stock, frames: Tensor, dataset=None):
+def _to_images(original, frames: Tensor, dataset=None):
     """Frames (T, 3, H, W), bytes or floats in 0..1, as `LazyImages`."""
     if not _enabled.get():
-        return stock(frames) if dataset is None else stock(dataset, frames)
+        return original(frames) if dataset is None else original(dataset, frames)
     if isinstance(frames, LazyClip) and frames.steps == _TO_FLOATS:
         return LazyImages(np.stack(frames.images))
     pixels = frames.mul(255).byte() if frames.is_floating_point() else frames
@@ -173,9 +181,9 @@ def _recorder(name: str) -> Callable[..., LazyImages]:
     return record
 
 
-def _to_clip(stock, images, dataset=None) -> Tensor:
+def _to_clip(original, images, dataset=None) -> Tensor:
     """`LazyImages` as a `LazyClip` of floats (T, 3, H, W) in 0..1."""
     if not isinstance(images, LazyImages):
-        return stock(images) if dataset is None else stock(dataset, images)
+        return original(images) if dataset is None else original(dataset, images)
     frames = [LazyFrame(images, number) for number in range(len(images.frames))]
     return LazyClip.create(frames, _TO_FLOATS, (0, 3, 1, 2), floating=True)

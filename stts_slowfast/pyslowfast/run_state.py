@@ -1,6 +1,6 @@
-"""The state of a run inside SlowFast: one `RunState` a job, one `Training` an optimizer.
+"""The state of a run inside SlowFast: one `RunState` per job, one `Training` per optimizer.
 
-A job is what SlowFast's launcher runs: ``train``, ``test``, ... or a function of the user's. A
+A job is what SlowFast's launcher runs: ``train``, ``test``, ... or a user's function. A
 training in a user's own loop has no job. Nothing of a run is kept in a module: the state ends with
 the job, and a `Training` with its optimizer.
 """
@@ -40,7 +40,7 @@ class RunState:
 
 @contextlib.contextmanager
 def enter_job(cfg, function):
-    """In this context :func:`current_job` is the job. The launcher and the function that it calls
+    """Context manager: :func:`current_job` is the job. The launcher and the function that it calls
     may both enter the same one."""
     state, outer = RunState(cfg, function), _job.get()
     if outer is not None and (outer.cfg is cfg and outer.job == state.job):
@@ -94,7 +94,7 @@ class Training:
         clock: that of the config; ``get_epoch_lr`` sets it.
         schedule: ``schedule.Schedule`` from the first iteration on; None before.
         split: ``split(state=None)`` splits the optimizer's groups, as in a saved state if given.
-        rates: the values that training lines of the log gain.
+        rates: the values that are added to the log's lines of training.
     """
 
     def __init__(self, model: nn.Module, cfg):

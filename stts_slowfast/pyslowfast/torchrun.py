@@ -30,7 +30,7 @@ class Process(NamedTuple):
 
 
 def current_process() -> Process | None:
-    """This process, from torchrun's environment variables; None without torchrun, or if alone."""
+    """This process, from torchrun's environment variables; None without torchrun, or if single."""
     if any(name not in os.environ for name in VARIABLES):
         return None
     process = Process(*(int(os.environ[name]) for name in VARIABLES))

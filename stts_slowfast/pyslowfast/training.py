@@ -24,7 +24,7 @@ def wrap_optimizer(optimizer_module) -> None:
 
 
 def wrap_log(logging) -> None:
-    """``slowfast.utils.logging.log_json_stats``: training gains ``sigma`` and ``backbone_lr``."""
+    """``slowfast.utils.logging.log_json_stats``: also logs ``sigma`` and ``backbone_lr``."""
     wrap(logging, "log_json_stats", _log_json_stats)
 
 
@@ -34,8 +34,8 @@ def wrap_losses(misc) -> None:
 
 
 def wrap_tensorboard(tensorboard_vis) -> None:
-    """``TensorboardWriter``: training gains ``sigma`` and ``backbone_lr`` beside ``Train/lr``, and
-    each validation a picture of the tokens that are kept of its first clips."""
+    """``TensorboardWriter``: training also logs ``sigma`` and ``backbone_lr`` beside ``Train/lr``,
+    and each validation a picture of the tokens that are kept of its first clips."""
     wrap(tensorboard_vis.TensorboardWriter, "add_scalars", _add_scalars)
     wrap(tensorboard_vis.TensorboardWriter, "plot_eval", _plot_eval)
 

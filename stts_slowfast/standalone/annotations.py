@@ -82,7 +82,12 @@ class VideoList:
 
 
 def list_kinetics(cfg, split: str) -> VideoList:
-    """Reads ``{split}.csv``: a line ``path label`` for each video (``NO_LABEL`` if none, or -1)."""
+    """Reads ``{split}.csv``: a line ``path label`` for each video (``NO_LABEL`` if none, or -1).
+
+    Raises:
+        FileNotFoundError: if the list does not exist.
+        ValueError: if DATA.PATH_TO_DATA_DIR or the separator is empty, or a line is malformed.
+    """
     path = _data_file(cfg, f"{split}.csv", "a line 'path label' for each video")
     separator, labels = cfg.DATA.PATH_LABEL_SEPARATOR, array("q")
     if not separator:
@@ -99,7 +104,12 @@ def list_kinetics(cfg, split: str) -> VideoList:
 def list_ssv2(cfg, split: str) -> VideoList:
     """Reads the labels, ``something-something-v2-{train,validation}.json`` (a list of ``id`` and
     ``template``), and the frame list ``{train,val}.csv`` (a header, then
-    ``original_vido_id video_id frame_id path labels``). Testing is on the validation set."""
+    ``original_vido_id video_id frame_id path labels``). Testing is on the validation set.
+
+    Raises:
+        FileNotFoundError: if one of the files does not exist.
+        ValueError: if DATA.PATH_TO_DATA_DIR is empty, a file malformed, or a template unknown.
+    """
     name = "train" if split == "train" else "validation"
     known = _read_json(cfg, "something-something-v2-labels.json", dict, "label numbers by template")
     videos = _read_json(cfg, f"something-something-v2-{name}.json", list, "videos' id and template")

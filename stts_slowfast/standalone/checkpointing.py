@@ -28,7 +28,7 @@ class ResumeState:
     """Where training starts, and the state that it resumes with.
 
     Attributes:
-        path: the checkpoint it resumes from; None if there is none, or for weights alone.
+        path: the checkpoint it resumes from; None if there is none, or for weights only.
         epoch, iteration: the first ones to train, from 0.
         trained: whether its weights came from a file.
         length: iterations of the epoch that ``iteration`` is in; 0 if an epoch starts.
@@ -105,7 +105,7 @@ def load_initial_state(cfg, model: nn.Module, strict: bool = False) -> ResumeSta
     """Loads the weights that training starts from into the model.
 
     The last checkpoint in OUTPUT_DIR with TRAIN.AUTO_RESUME; else TRAIN.CHECKPOINT_FILE_PATH,
-    weights alone with TRAIN.CHECKPOINT_EPOCH_RESET; else nothing.
+    only its weights with TRAIN.CHECKPOINT_EPOCH_RESET; else nothing.
 
     Args:
         strict: raise an error if the last checkpoint is corrupt, else resume from the one before.
@@ -209,6 +209,6 @@ def _clear_names(checkpoint: dict, patterns: Sequence[str]) -> dict:
     if not patterns or not state:
         return checkpoint
     for pattern in patterns:
-        # A name that is no string is refused later.
+        # A name that is not a string is refused later.
         state = {n.replace(pattern, "", 1) if isinstance(n, str) else n: state[n] for n in state}
     return {**checkpoint, "model_state": state}

@@ -27,7 +27,7 @@ CONNECT_TIMEOUT = 60.0  # seconds in which the processes of a run must connect t
 
 @dataclass
 class ProcessInfo(ClusterEnvironment):
-    """One process of a run. To Fabric each is a machine of its own, with one device.
+    """One process of a run. Fabric sees each process as a separate machine with one device.
 
     Attributes:
         rank, world: global rank and number of processes.
@@ -162,8 +162,8 @@ def _from_torchrun(cfg) -> ProcessInfo | None:
 
 
 def _from_slurm(cfg, init_method: str) -> ProcessInfo | None:
-    """A task of srun. --num_shards on the command line comes first; a batch script, which is no
-    task, has no SLURM_STEP_ID.
+    """A task of srun. --num_shards on the command line comes first; a batch script is not a task
+    and has no SLURM_STEP_ID.
 
     Fabric's SLURMEnvironment refuses ``srun --ntasks`` without ``--ntasks-per-node``, and takes the
     job's nodes for the step's.
@@ -177,8 +177,8 @@ def _from_slurm(cfg, init_method: str) -> ProcessInfo | None:
     nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
     if world % nodes:
         raise ValueError(
-            f"Slurm started {world} tasks on {nodes} nodes: give every node as many "
-            "(--ntasks-per-node)"
+            f"Slurm started {world} tasks on {nodes} nodes: start the same number on every "
+            "node (--ntasks-per-node)"
         )
     if init_method != INIT_METHOD:
         host, _, port = init_method.removeprefix("tcp://").rpartition(":")
@@ -217,7 +217,7 @@ class PeerWatchdog:
     """A connection from every process to the first: if one is lost, the others end.
 
     The kernel closes a connection with its process, however that ends. torchrun's agent watches the
-    processes of its own machine alone, and a backend notices a lost peer at the next collective.
+    processes of its own machine only, and a backend notices a lost peer at the next collective.
     """
 
     def __init__(self, fabric, host: str):
@@ -258,7 +258,7 @@ class PeerWatchdog:
                     received = b""
                 rank = waiting.pop(peer)
                 if not received and not self._released:
-                    hard_exit(f"ends: process {rank} of {self.world} is gone", 1)
+                    hard_exit(f"ends because process {rank} of {self.world} has exited", 1)
 
     def release(self) -> None:
         """Tells the peers that this process ends as it should."""

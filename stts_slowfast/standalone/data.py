@@ -54,7 +54,7 @@ __all__ = ["UNREADABLE", "ClipDataset", "VideoErrorLog", "build_loader", "normal
 def read_kinetics(cfg, entry: VideoRecord, split: str, short_side: int, rng):
     """The clips of a video file, in one pass: a random one, or in testing NUM_ENSEMBLE_VIEWS.
 
-    ``rng`` is a `random.Random` of this item alone: a read that timed out may still draw.
+    ``rng`` is a `random.Random` of this item only: a read that timed out may still draw.
     Returns the images (H, W, 3) uint8 that the clips need, each once; for each clip the indices of
     its frames among them; and what is damaged ("" if nothing is).
     """
@@ -103,8 +103,8 @@ class ClipDataset(Dataset):
     An item is a video, opened and decoded once, as (clips (S, 3, T, H, W), labels (S,),
     video_index (S,), view_index (S,), list of `VideoIssue`): S = AUG.NUM_SAMPLE augmented clips in
     training, all views in testing, else 1. ``view_index // NUM_SPATIAL_CROPS`` is the
-    clip in time, the remainder the crop. ``dataset[epoch, index]`` draws from RNG_SEED, epoch and
-    index alone; ``dataset[index]`` is that of epoch 0.
+    clip in time, the remainder the crop. ``dataset[epoch, index]`` draws only from RNG_SEED, epoch
+    and index; ``dataset[index]`` is that of epoch 0.
     """
 
     def __init__(self, cfg, split: str):
@@ -218,7 +218,7 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
 class ClipLoader(DataLoader):
     """Batches ``(clips, labels, video_index, view_index)`` of this process' share of a split.
 
-    Order and random numbers depend on RNG_SEED, the epoch, the rank and the item alone: not on the
+    Order and random numbers depend only on RNG_SEED, the epoch, the rank and the item: not on the
     number of workers, nor on what was read before. ``bad`` counts unreadable videos.
     """
 
@@ -291,7 +291,12 @@ def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
     The processes of a machine share TRAIN.BATCH_SIZE videos a batch (in testing TEST.BATCH_SIZE
     views; videos are not split between processes).
 
-    Training shuffles and drops what does not fill a batch; all processes have as many batches.
+    Training shuffles and drops what does not fill a batch; all processes have the same number of
+    batches.
+
+    Raises:
+        ValueError: if a batch has fewer videos than processes, or the train list fills no batch.
+        FileNotFoundError: if a list does not exist.
     """
     dataset = ClipDataset(cfg, split)
     node, key = (cfg.TEST, "TEST") if split == "test" else (cfg.TRAIN, "TRAIN")

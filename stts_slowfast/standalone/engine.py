@@ -80,7 +80,7 @@ def test(
 
     Returns:
         ``top1_acc`` and ``top5_acc`` in percent, ``num_videos``, ``num_views``, ``clips_per_s``
-        through the model alone, ``gflops`` of one clip (None unless LOG_MODEL_INFO), ``params``.
+        through the model only, ``gflops`` of one clip (None unless LOG_MODEL_INFO), ``params``.
         If several numbers of clips are tested, of the last one.
 
     Raises:
@@ -90,7 +90,7 @@ def test(
 
 
 def _train(
-    cfg, fabric: Fabric, stop: SignalState, watch: BatchCallback | None, strict: bool
+    cfg, fabric: Fabric, signals: SignalState, watch: BatchCallback | None, strict: bool
 ) -> dict:
     check_solver(cfg)
     optim.scale_lr_by_shards(cfg)
@@ -103,22 +103,22 @@ def _train(
     start = checkpointing.load_initial_state(cfg, model, strict)
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TRAIN_CROP_SIZE)
     with RunLogger(cfg, fabric.is_global_zero, tensorboard=True) as run_log:
-        training = TrainingLoop(cfg, fabric, model, start, run_log, stop, watch)
+        training = TrainingLoop(cfg, fabric, model, start, run_log, signals, watch)
         with contextlib.closing(training):
-            stop.deferred = True
+            signals.deferred = True
             if start.epoch == cfg.SOLVER.MAX_EPOCH:
                 logger.info("All %d epochs are done: only validating", start.epoch)
                 training.validate(start.epoch - 1)
             for epoch in range(start.epoch, cfg.SOLVER.MAX_EPOCH):
                 training.train_epoch(epoch, start.iteration if epoch == start.epoch else 0)
-            stop.deferred = False
+            signals.deferred = False
     if fabric.is_global_zero:
         run_logger.record_run(cfg, facts, {"train": training.errors})
     return {"checkpoint": training.last_checkpoint, **training.errors, **facts}
 
 
 def _test(
-    cfg, fabric: Fabric, stop: SignalState, watch: BatchCallback | None, strict: bool
+    cfg, fabric: Fabric, signals: SignalState, watch: BatchCallback | None, strict: bool
 ) -> dict:
     seed_everything(cfg.RNG_SEED, verbose=False)
     _log_environment(cfg, fabric, "Testing")
@@ -127,7 +127,7 @@ def _test(
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TEST_CROP_SIZE)
     fabric.to_device(model).eval()
     with RunLogger(cfg, fabric.is_global_zero, tensorboard=False) as run_log:
-        result = run_test(cfg, fabric, model, run_log, stop, watch)
+        result = run_test(cfg, fabric, model, run_log, signals, watch)
     if fabric.is_global_zero:
         run_logger.record_run(cfg, facts, {"test": result})
     return {**result, **facts}

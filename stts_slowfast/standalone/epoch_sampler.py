@@ -22,7 +22,7 @@ class EpochSampler(Sampler):
         if self.shuffle_seed is not None:
             generator = torch.Generator().manual_seed(self.shuffle_seed + self.epoch)
             items = torch.randperm(self.size, generator=generator)
-            # Every process has as many: the first items come twice if they do not divide.
+            # All processes have the same number: the first items come twice if they do not divide.
             items = torch.cat([items, items[: -self.size % self.world]])
             order = items[self.rank :: self.world].tolist()
         return ((self.epoch, item) for item in order[start:])

@@ -52,7 +52,7 @@ class Evaluator:
         return scores
 
     def clips_per_s(self) -> float:
-        """Clips per second of the model alone, without the first batch, a warm-up."""
+        """Clips per second of the model only, without the first batch, a warm-up."""
         counts, seconds = zip(*(self._timings[1:] or self._timings))
         return sum(counts) / sum(seconds)
 
@@ -120,7 +120,7 @@ class ViewEnsemble:
 
 
 def run_test(
-    cfg, fabric: Fabric, model: nn.Module, run_log: RunLogger, stop: SignalState, watch
+    cfg, fabric: Fabric, model: nn.Module, run_log: RunLogger, signals: SignalState, watch
 ) -> dict:
     """Tests with each of TEST.NUM_TEMPORAL_CLIPS, else TEST.NUM_ENSEMBLE_VIEWS, clips of a video.
 
@@ -142,7 +142,7 @@ def run_test(
         evaluator, timer = Evaluator(cfg, model, dataset), Timer()
         batches = run_log.progress(loader, "testing", length)
         for iteration, batch in enumerate(timer.timed(batches)):
-            stop.check()
+            signals.check()
             batch = fabric.to_device(batch)
             evaluator.add(batch)
             timer.toc()

@@ -52,7 +52,7 @@ def launch(
     processes: int | None = None,
     **options,
 ) -> dict:
-    """Runs ``job(cfg, fabric, stop, **options)`` in this process, or in several that it starts.
+    """Runs ``job(cfg, fabric, signals, **options)`` in this process, or in several that it starts.
 
     Args:
         job: a function of a module, as new processes import it.
@@ -163,7 +163,7 @@ def _pickled(error: BaseException) -> bytes:
 def _run(info: ProcessInfo, job, cfg, options: dict) -> dict:
     main = info.rank == 0
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(handle_signals())
+        signals = stack.enter_context(handle_signals())
         start = time.perf_counter()
         fabric = open_fabric(cfg, info)
         watchdog = PeerWatchdog(fabric, info.host) if info.world > 1 else None
@@ -172,10 +172,10 @@ def _run(info: ProcessInfo, job, cfg, options: dict) -> dict:
             if main:
                 stack.enter_context(run_lock(cfg.OUTPUT_DIR))
             stack.enter_context(log_to(cfg.OUTPUT_DIR, main=main))
-            result = job(cfg, fabric, stop, **options)
-            stop.deferred = True  # no signal interrupts what follows
+            result = job(cfg, fabric, signals, **options)
+            signals.deferred = True  # no signal interrupts what follows
         except BaseException as error:
-            stop.deferred = True
+            signals.deferred = True
             if watchdog and isinstance(error, Interrupted) and error.agreed:
                 watchdog.release()
             elif watchdog:  # this process may still wait for the others
@@ -185,8 +185,8 @@ def _run(info: ProcessInfo, job, cfg, options: dict) -> dict:
             # The loaders go now, while signals are handled, not with the last traceback.
             traceback.clear_frames(error.__traceback__)
             gc.collect()
-            if lost and stop.number:  # the signal that killed the worker was to end the run
-                raise Interrupted(number=stop.number) from error
+            if lost and signals.number:  # the signal that killed the worker was to end the run
+                raise Interrupted(number=signals.number) from error
             if lost:
                 raise lost from error
             raise
@@ -194,7 +194,7 @@ def _run(info: ProcessInfo, job, cfg, options: dict) -> dict:
             watchdog.release()
         kill_children(before)
         gc.collect()  # its loaders go now, not in a worker of the next run of this process
-        stop.check()
+        signals.check()
         logger.info("done in %.1f s", time.perf_counter() - start)
         return result
 

@@ -32,8 +32,8 @@ def predict(model: nn.Module, clips: Tensor, videos: Sequence, numbers: Tensor) 
             )
     first = videos[int(numbers[0])].path
     raise ValueError(
-        f"the model's outputs for a batch with {first} are not finite, but for each of its clips "
-        "alone they are: check the device"
+        f"the model's outputs for a batch with {first} are not finite, but those for each of its "
+        "clips by itself are: check the device"
     )
 
 

@@ -184,8 +184,7 @@ class Meter:
 
 
 class HostCopy:
-    """Numbers of a step on their way to the host: a device is not waited for until they are read,
-    and then only for that step, not for what was launched since.
+    """Values of a step, copied to the host asynchronously: reading them waits for that step only.
 
     Args:
         values: (N,).

@@ -153,7 +153,7 @@ def die_with_parent(parent: int | None = None) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
-        hard_exit("ends: its parent process is gone", 1)
+        hard_exit("ends because its parent process has exited", 1)
 
 
 def child_main(parent: int, work: bytes, *more) -> None:
@@ -217,6 +217,6 @@ def worker_death_error(error: BaseException) -> ChildProcessError | None:
     if how is None:
         return error.__context__ and worker_death_error(error.__context__)
     return ChildProcessError(
-        f"a process that reads videos was lost ({how}): if nobody killed it, memory was short: "
+        f"a process that reads videos was lost ({how}). If nobody killed it, memory ran out: "
         "lower DATA_LOADER.NUM_WORKERS. The same command resumes from the last checkpoint"
     )

@@ -35,7 +35,7 @@ from stts_slowfast.video.accuracy import mixed_topk_errors, topk_errors
 logger = logging.getLogger(__name__)
 
 
-class UnreadStep(NamedTuple):
+class PendingStep(NamedTuple):
     """A step that was launched.
 
     Attributes:
@@ -78,8 +78,8 @@ class TrainingLoop:
         self.mixer = batch_mixer(cfg)
         if self.mixer and cfg.MIXUP.PROB and self.train_loader.batch_size * cfg.AUG.NUM_SAMPLE < 2:
             raise ValueError(
-                f"MIXUP.ENABLE is True but TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} gives a process "
-                "1 clip, which has no other to be mixed with: set it so that each has 2"
+                f"MIXUP.ENABLE is True but TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} gives each "
+                "process 1 clip, and mixup needs 2: raise it"
             )
         fabric.to_device(model)
         self.optimizer = optim.build_optimizer(model, cfg, start.optimizer_state)
@@ -100,7 +100,7 @@ class TrainingLoop:
             fabric.strategy.precision.load_state_dict(start.scaler_state)
         start.optimizer_state = start.scaler_state = None  # memory
         self.losses = LossMonitor(cfg)
-        self.unread: deque[tuple[UnreadStep, run_logger.HostCopy]] = deque()
+        self.pending: deque[tuple[PendingStep, run_logger.HostCopy]] = deque()
         self.validations = checkpointing.past_validations(cfg, start)
         self.last_checkpoint = start.path
         self.mid_epoch_checkpoints = [start.path] if start.iteration else []
@@ -165,9 +165,8 @@ class TrainingLoop:
             clips, labels = self.mixer(clips, labels)
         self.stepper.zero_grad()
         logits = self.network(clips)
-        loss = F.cross_entropy(
-            logits, labels
-        )  # labels: (B,) classes, or (B, classes) probabilities
+        # Labels: (B,) classes, or (B, classes) probabilities.
+        loss = F.cross_entropy(logits, labels)
         self.fabric.backward(loss)
         grad_norm = self.clip_gradients()
         self.stepper.step()
@@ -177,8 +176,8 @@ class TrainingLoop:
         nan = nan_flag(self.model)
         stats.append(torch.zeros_like(stats[0]) if nan is None else nan)
         stats = self.fabric.all_reduce(torch.stack([x.float() for x in stats]))
-        step = UnreadStep(epoch, iteration, exact, len(clips), {"lr": lr, **rates})
-        self.unread.append((step, run_logger.HostCopy(stats)))
+        step = PendingStep(epoch, iteration, exact, len(clips), {"lr": lr, **rates})
+        self.pending.append((step, run_logger.HostCopy(stats)))
         # A device is a step ahead of what is read of it, so that it never waits for the host.
         logs = (iteration + 1) % self.cfg.LOG_PERIOD == 0 or iteration + 1 == self.length
         requests = self._read_steps(meter, 0 if logs or not stats.is_cuda else 1)
@@ -190,8 +189,8 @@ class TrainingLoop:
         """Reads and logs the numbers of all but the last ``ahead`` steps; returns whether any
         process had a request in them for a checkpoint, and to end."""
         requests = [False, False]
-        while len(self.unread) > ahead:
-            step, stats = self.unread.popleft()
+        while len(self.pending) > ahead:
+            step, stats = self.pending.popleft()
             loss, grad_norm, top1, top5, *flags, nan = stats.read()
             self.timer.toc()
             if nan:
@@ -223,7 +222,11 @@ class TrainingLoop:
         self, requests: list[bool], epoch: int, iteration: int, meter: Meter
     ) -> None:
         """Writes a checkpoint inside an epoch and ends, if requested: all processes of a run after
-        the same step."""
+        the same step.
+
+        Raises:
+            Interrupted: if the run is to end.
+        """
         save, end = requests
         if save or end:
             self._read_steps(meter)  # their requests are handled now
@@ -312,7 +315,7 @@ class TrainingLoop:
         scalars = {f"Val/{key.capitalize()}": value for key, value in self.errors.items()}
         self.run_log.add_scalars(scalars, epoch)
 
-    def _log_step(self, step: UnreadStep, grad_norm: float, meter: Meter) -> None:
+    def _log_step(self, step: PendingStep, grad_norm: float, meter: Meter) -> None:
         epoch, iteration, rates = step.epoch, step.iteration, step.rates
         left = (self.cfg.SOLVER.MAX_EPOCH - epoch) * self.length - iteration - 1
         self.stats = {

@@ -128,8 +128,8 @@ def test_crops(cfg) -> list[UniformCrop]:
     """The NUM_SPATIAL_CROPS crops of testing; the centre if there is one, on SSv2 the start."""
     crops, size, scale = cfg.TEST.NUM_SPATIAL_CROPS, cfg.DATA.TEST_CROP_SIZE, view_scale(cfg)
     _check_crop("TRAIN_JITTER_SCALES", scale, "TEST_CROP_SIZE", size)
-    alone = [0 if cfg.TEST.DATASET.lower() == "ssv2" else 1]
-    positions = alone if crops == 1 else range(crops)
+    only = [0 if cfg.TEST.DATASET.lower() == "ssv2" else 1]
+    positions = only if crops == 1 else range(crops)
     return [UniformCrop(scale, size, position) for position in positions]
 
 

@@ -81,7 +81,7 @@ def convert_checkpoint_file(
     converted, known, left_over = convert(checkpoint, to, selectors)
     print(f"{source}: recognised as {known.name}, {len(state_dict_of(checkpoint))} parameters")
     for key in left_over:
-        print(f"  left over: {key}: name its block in STTS.*.BLOCKS of a file given with --cfg")
+        print(f"  not renamed: {key}: name its block in STTS.*.BLOCKS of a file given with --cfg")
     if cfg is not None:
         loaded = load_weights(build_model(cfg), converted, strict=False)
         for kind in ("missing", "unexpected", "mismatched"):
@@ -89,7 +89,7 @@ def convert_checkpoint_file(
                 print(f"  {kind}: {key}")
     dropped = [key for key in _RUN_STATE if key in checkpoint and key not in converted]
     if dropped:
-        print(f"  left behind: {', '.join(dropped)}: no run resumes from {target}")
+        print(f"  dropped: {', '.join(dropped)}: a run cannot resume from {target}")
     atomic_write(target, lambda path: _write(converted, path, target), overwrite, [source])
     hint = (
         ""
@@ -177,7 +177,7 @@ def convert_config(tree: dict) -> tuple[dict, list[str]]:
     if not {"TIME_PRUNING_LOC", "SPACE_PRUNING_LOC"} & set(mvit):
         raise ValueError(
             "there is neither MVIT.TIME_PRUNING_LOC nor MVIT.SPACE_PRUNING_LOC: "
-            "this is no configuration of the STTS authors' MViT"
+            "this is not a configuration of the STTS authors' MViT"
         )
     stts = {"ENABLE": True, "TIME": {}, "SPACE": {}}
     for key, (ours, default) in _RENAMED.items():

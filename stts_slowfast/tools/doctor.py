@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     console.print(table)
     missing = [check.name for check in checks if check.status == MISSING]
     if missing:
-        console.print(f"A SlowFast run cannot start: {', '.join(missing)}. See {compat.GUIDE}.")
+        console.print(f"SlowFast cannot start: missing {', '.join(missing)}. See {compat.GUIDE}.")
         return 1
     console.print("A SlowFast run can start.")
     return 0

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=int,
         metavar="N",
-        help="processes to start on this machine (default: NUM_GPUS); standalone engine alone",
+        help="processes to start on this machine (default: NUM_GPUS); standalone engine only",
     )
     parser.add_argument(
         "--strict-resume",
@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Trains and tests by each config file in turn, if its TRAIN.ENABLE and TEST.ENABLE ask."""
+    """Trains and tests by each config file in turn, if its TRAIN.ENABLE and TEST.ENABLE ask.
+
+    Raises:
+        ValueError, FileNotFoundError: for options, a config, data or a checkpoint that are wrong.
+    """
     engine, reason = choose_engine(args.engine)
     print(f"engine: {engine} ({reason})", flush=True)
     if engine == "slowfast":

@@ -107,9 +107,9 @@ def test_a_module_that_imports_torch_first_gets_its_hooks_when_it_is_complete(ch
     )
     code = """
 from slowfast.utils.logging import log_json_stats
-assert not hasattr(log_json_stats, "stock")
+assert not hasattr(log_json_stats, "original")
 import slowfast.utils.checkpoint
-print(hasattr(log_json_stats, "stock"))
+print(hasattr(log_json_stats, "original"))
 """
     done = python(code, checkout)
     assert done.stdout.strip() == "True" and "failed" not in done.stderr, done.stderr
@@ -132,9 +132,9 @@ for function in (optimizer.construct_optimizer, optimizer.get_epoch_lr, optimize
                  log.log_json_stats, checkpoint.load_checkpoint, build_model,
                  checkpoint.load_test_checkpoint, defaults.assert_and_infer_cfg):
     wrappers = []
-    while hasattr(function, "stock"):
+    while hasattr(function, "original"):
         wrappers.append(function.wrapper)
-        function = function.stock
+        function = function.original
     assert len(wrappers) == len(set(wrappers)) > 0, wrappers
 """
     output(code, checkout)
@@ -149,7 +149,7 @@ from slowfast.models import MODEL_REGISTRY, ResNet
 found = MODEL_REGISTRY.get("ResNet")
 assert found is ResNet and issubclass(found, ResNet) and copy.deepcopy(found) is ResNet
 assert pickle.loads(pickle.dumps(found)) is ResNet
-assert type(MODEL_REGISTRY) is Registry and not hasattr(MODEL_REGISTRY.get, "stock")
+assert type(MODEL_REGISTRY) is Registry and not hasattr(MODEL_REGISTRY.get, "original")
 assert pickle.loads(pickle.dumps(MODEL_REGISTRY)).get("ResNet") is ResNet
 MODEL_REGISTRY.register(type("TimeSformer", (), {}))  # of the user's own, whatever ours are called
 print(sorted(name for name, _ in MODEL_REGISTRY))

@@ -35,7 +35,7 @@ def test_other_operations_run_on_whole_frames(whole):
         assert type(found) is torch.Tensor and torch.equal(found, ask(whole))
 
 
-def test_three_numbers_are_those_of_channels_only_where_channels_come_last():
+def test_three_numbers_are_those_of_channels_only_if_channels_come_last():
     narrow = [image[:, :3] for image in IMAGES]
     both = LazyClip.create(narrow), torch.from_numpy(np.stack(narrow))
     found, expected = (clip.float().permute(3, 0, 1, 2) / STD for clip in both)

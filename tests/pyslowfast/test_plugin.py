@@ -67,7 +67,7 @@ def test_selectors_are_there_before_the_model_is_moved_or_wrapped(registry, cfg)
 
 def test_a_model_without_blocks_is_refused(registry, cfg):
     cfg.MODEL.MODEL_NAME = "ConvNet"
-    with pytest.raises(ValueError, match=r"MODEL.MODEL_NAME 'ConvNet' is no video transf"):
+    with pytest.raises(ValueError, match=r"MODEL.MODEL_NAME 'ConvNet' is not a video transf"):
         registry.get("ConvNet")(cfg)
 
 

@@ -194,4 +194,4 @@ def test_doctor_finds_that_a_run_can_start(checkout):
 def test_doctor_fails_without_a_checkout(checkout, tmp_path):
     done = stts("doctor", COLUMNS="200", SLOWFAST_ROOT=str(tmp_path))
     assert done.returncode == 1
-    assert "A SlowFast run cannot start: SlowFast" in done.stdout
+    assert "SlowFast cannot start: missing SlowFast" in done.stdout

@@ -148,7 +148,7 @@ def look(run):
             for rank, seed, halves, frames in looks]  # fmt: skip
 
 
-def test_processes_draw_apart_and_average_in_float16_where_asked(run):
+def test_processes_draw_apart_and_average_in_float16_if_asked(run):
     run.cfg.MODEL.FP16_ALLREDUCE, run.cfg.MIXUP.ENABLE = True, False
     run.cfg.STTS.TIME.KEEP = [[0.25, 1.0]]
     seen = look(run)
@@ -180,7 +180,7 @@ def job(cfg, fabric, stop, error):
             "odd": Odd(1, "cannot be pickled"),
             "key": KeyboardInterrupt(),
             "exit": SystemExit(3),
-            "value": ValueError("mend this"),
+            "value": ValueError("fix this"),
         }[error]
     import time; time.sleep(300)
 
@@ -195,7 +195,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        ("value", "GOT ValueError mend this"),
+        ("value", "GOT ValueError fix this"),
         ("odd", "GOT RuntimeError Odd: cannot be pickled"),
         ("key", "GOT KeyboardInterrupt"),
         ("exit", "GOT SystemExit 3"),

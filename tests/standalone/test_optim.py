@@ -83,7 +83,7 @@ def test_biases_and_norms_do_not_decay_but_the_class_token_does(tiny_cfg):
     assert {"norm.weight", "norm.bias", "blocks.0.attn.qkv.bias"} <= set(zero)
 
 
-def test_positions_do_not_decay_where_asked(tiny_cfg):
+def test_positions_do_not_decay_if_asked(tiny_cfg):
     tiny_cfg.MVIT.ZERO_DECAY_POS_CLS = True
     model = build_model(tiny_cfg)
     _, zero = _names(model, optim.groups(model, tiny_cfg))

@@ -478,7 +478,7 @@ def test_the_parent_of_a_process_may_be_gone_already():
         words = [sys.executable, "-c", code.format(parent)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stdout) == (status, "" if status else "1\n")
-    assert "its parent process is gone" in done.stderr
+    assert "its parent process has exited" in done.stderr
 
 
 def test_names_that_are_numbers_are_refused(run, cfg, tmp_path):

@@ -109,7 +109,7 @@ def test_a_missing_test_list_shows_before_the_training(config, capsys):
 @pytest.mark.parametrize(
     ("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )
-def test_ctrl_c_says_where_it_goes_on(config, capsys, stop, status):
+def test_ctrl_c_names_the_checkpoint_to_resume_from(config, capsys, stop, status):
     # A shell starts what goes to the background with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(config).parent / "out" / "checkpoints"

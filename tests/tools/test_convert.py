@@ -184,7 +184,7 @@ def test_what_is_missing_and_left_over_is_listed(golden, tmp_path, capsys):
     torch.save(dict(golden("official_stts_mvit").weights), tmp_path / "in.pyth")
     run(tmp_path / "in.pyth", tmp_path / "out.pyth", "--cfg", cfg)
     printed = capsys.readouterr().out
-    assert "left over: space_score_predictor.0.score_network" in printed
+    assert "not renamed: space_score_predictor.0.score_network" in printed
     assert "unexpected: blocks.3.norm1.weight" in printed
 
 
@@ -222,7 +222,7 @@ def test_what_a_run_needs_to_go_on_is_named_when_it_is_lost(golden, tiny_cfg, tm
     save_checkpoint(tmp_path / "in.pyth", model, tiny_cfg, 3, {"state": {}})
     run(tmp_path / "in.pyth", tmp_path / "out.pyth", "--to", "torchvision")
     assert (
-        "left behind: epoch, optimizer_state, cfg, stts: no run resumes" in capsys.readouterr().out
+        "dropped: epoch, optimizer_state, cfg, stts: a run cannot resume" in capsys.readouterr().out
     )
 
 

@@ -65,7 +65,7 @@ def test_it_fails_if_a_run_cannot_start(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SLOWFAST_ROOT", str(tmp_path))
     assert doctor.main(argparse.Namespace()) == 1
     printed = " ".join(capsys.readouterr().out.split())
-    assert "A SlowFast run cannot start:" in printed and "SlowFast" in printed
+    assert "SlowFast cannot start: missing" in printed and "SlowFast" in printed
 
 
 def test_it_passes_if_nothing_is_missing(monkeypatch, capsys):

@@ -86,7 +86,7 @@ def uses_stts(cfg) -> bool:
 
 
 def report(requested: bool = False) -> None:
-    """Writes one line with the applied patches, once a process, if ``requested`` or verbose."""
+    """Writes one line with the applied patches, once per process, if ``requested`` or verbose."""
     global _reported
     wanted = requested or os.environ.get("STTS_COMPAT_VERBOSE") == "1"
     # Not again from each process of a multi-GPU run and each worker of a DataLoader.

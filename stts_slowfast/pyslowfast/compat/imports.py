@@ -130,7 +130,7 @@ def _inside(folder: str):
 
 
 def missing_package_remedy(error: BaseException) -> str | None:
-    """How to fix an import error of SlowFast's; None if unknown."""
+    """How to fix an import error of SlowFast; None if unknown."""
     if not isinstance(error, ImportError):
         return None
     package = (error.name or "").split(".")[0]

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="builds the models; slowfast also has its own, such as SlowFast, X3D, C2D, I3D",
     )
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--data", action="store_true", help="measure the loader alone, not models")
+    kind.add_argument("--data", action="store_true", help="measure only the loader, not models")
     kind.add_argument(
         "--end-to-end", action="store_true", help="measure a whole test, from files to scores"
     )
@@ -294,7 +294,7 @@ def plot(rows: list[BenchSpec], batch_size: int, path: str) -> None:
             axes.set_xlim(left=0)
             axes.legend()
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("seconds a clip")
+        axes.set_ylabel("seconds per clip")
         axes.set_title("evaluation" if mode == "eval" else "training")
     figure.savefig(path, dpi=150)
 

@@ -1,4 +1,4 @@
-"""``stts bench --data`` and ``--end-to-end``: loaders alone, and tests from files to scores."""
+"""``stts bench --data`` and ``--end-to-end``: only the loaders, and tests from files to scores."""
 
 import argparse
 import sys
@@ -40,13 +40,13 @@ def run(rows: Sequence[BenchSpec], args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- the loader alone -----------------------------------------------------------------------
+# ---- only the loader ------------------------------------------------------------------------
 
 
 def measure_loaders(rows: Sequence[BenchSpec], args: argparse.Namespace) -> Iterator[dict]:
     """The first batches of training and testing, by number of workers.
 
-    Core time is measured without workers alone: it does not include other processes.
+    Core time is measured only without workers: it does not include other processes.
     """
     for row, loaders in zip(rows, _all_loaders(rows, args.workers, SPLITS)):
         for split, workers, loader in loaders:

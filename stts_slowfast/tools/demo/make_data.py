@@ -89,7 +89,7 @@ def write_dataset(
     """Writes ``videos/*.mp4``, the lists ``train.csv``, ``val.csv`` and ``test.csv`` (the last two
     are equal), and ``truth.json``.
 
-    Classes are equally frequent; a video depends on seed, split and number alone.
+    Classes are equally frequent; a video depends only on seed, split and number.
 
     Returns:
         The truth by file name.
@@ -228,7 +228,7 @@ def _mvit(stride: int) -> dict:
     node = {
         "DEPTH": 3,
         "EMBED_DIM": 32,
-        # A frame of tokens sees its own two frames alone: which of them show the class is clear.
+        # A frame of tokens sees only its own two frames: which of them show the class is clear.
         "PATCH_KERNEL": [2, 2 * stride - 1, 2 * stride - 1],
         "PATCH_STRIDE": [2, stride, stride],
         "PATCH_PADDING": [0, stride - 1, stride - 1],

@@ -110,7 +110,7 @@ def config_diff(outputs: list[RunOutput]) -> dict[str, list]:
 
 
 def _read_without_record(output: RunOutput) -> None:
-    # SlowFast writes the result of a test to stdout.log alone.
+    # SlowFast writes the result of a test only to stdout.log.
     lines = _read_stats(os.path.join(output.folder, "stdout.log"))
     output.stats = output.stats or lines
     tests = [line for line in output.stats + lines if line.get("split") == "test_final"]
@@ -124,7 +124,7 @@ def _read_without_record(output: RunOutput) -> None:
 
 
 def _count_cost(checkpoint: str) -> tuple[float | None, float | None]:
-    """GFLOPs of one clip and millions of parameters; None for models of SlowFast alone."""
+    """GFLOPs of one clip and millions of parameters; None for models that only SlowFast has."""
     try:
         cfg = stored_config(checkpoint)
         model, size = build_model(cfg), cfg.DATA.TEST_CROP_SIZE

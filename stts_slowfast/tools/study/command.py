@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY VALUE",
-        help="config keys and values for --train alone, such as SOLVER.MAX_EPOCH 10",
+        help="config keys and values for --train only, such as SOLVER.MAX_EPOCH 10",
     )
     add_opts(parser)
 

@@ -62,7 +62,7 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
     Returns:
         ``top1`` and ``top5`` in percent of videos, from the views' predictions combined by
         DATA.ENSEMBLE_METHOD; ``agreement``, the share of pairs of views of a video that predict
-        the same class (None for one view); ``clips_per_s`` of the model alone, without the first
+        the same class (None for one view); ``clips_per_s`` of the model only, without the first
         batch; the keys of `CoverageStats.summary`; ``unreadable`` and ``damaged`` videos. An
         unreadable video counts as wrong in top1 and top5, and nowhere else. If there are any,
         ``top1_readable`` and ``top5_readable`` leave them out.

@@ -37,7 +37,7 @@ def write_results(out: str, results: Sequence[dict]) -> None:
 
 
 def aggregate_seeds(results: Sequence[dict]) -> "DataFrame":
-    """Rows that differ in their seed alone as one: means of ``NUMBERS``, ``top1_std``, ``seeds``.
+    """Rows that differ only in their seed as one: means of ``NUMBERS``, ``top1_std``, ``seeds``.
 
     The index is the row's name without its seed.
     """

@@ -71,7 +71,7 @@ def plan_rows(cfg, args: argparse.Namespace) -> list[StudyRow]:
 
 
 def expand_seeds(row: StudyRow, seeds: int) -> Iterable[StudyRow]:
-    """A row for each seed if it is fine-tuned or has random scores, else the row alone."""
+    """A row for each seed if it is fine-tuned or has random scores, else only the row."""
     is_random = row.trained or row.scorer == "random"
     return [replace(row, seed=seed) for seed in range(seeds if is_random else 1)]
 
@@ -127,7 +127,7 @@ def has_scorer_weights(cfg, row: StudyRow, path: str) -> bool:
         return True
     missing = load_row_model(row_config(cfg, row), path)[1]
     if missing:
-        print(f"left out: {row.name}, {path} has no weights of {missing[0]}", file=sys.stderr)
+        print(f"skipped {row.name}: {path} has no weights for {missing[0]}", file=sys.stderr)
     return not missing
 
 
@@ -144,5 +144,5 @@ def load_row_model(cfg, path: str) -> tuple[nn.Module, list[str]]:
     loaded = load_weights(model, checkpoint, strict=False)
     lost = [name for name in loaded.missing if not name.startswith("stts.")]
     if lost or loaded.mismatched:
-        raise ValueError(f"{path} is not of this config's model: {loaded}")
+        raise ValueError(f"{path} does not fit this config's model: {loaded}")
     return model, list(loaded.missing)

@@ -131,7 +131,7 @@ def test_learned_rows_need_weights(folder, tmp_path, capsys):
     assert [row["scorer"] for row in results] == ["all", "uniform"]
     printed = capsys.readouterr().err
     assert (
-        "left out: time0.5-learned-seed0" in printed and "has no weights of stts.time_0" in printed
+        "skipped time0.5-learned-seed0:" in printed and "has no weights for stts.time_0" in printed
     )
 
 
@@ -283,7 +283,7 @@ def test_shares_of_several_blocks_leave_the_budget(folder):
         (["--opts", "STTS.TIME.BLOCKS", "[]"], "STTS.TIME.BLOCKS is empty: name a block"),
         (["--opts", "MVIT.EMBED_DIM", "16"], "does not fit this model"),
         (["--opts", "MVIT.DEPTH", "2"], "belongs to a larger model"),
-        (["--opts", "MODEL.NUM_CLASSES", "5"], "is not of this config's model"),
+        (["--opts", "MODEL.NUM_CLASSES", "5"], "does not fit this config's model"),
         (["--checkpoint", "nowhere.pyth"], "checkpoint nowhere.pyth does not exist"),
         (["--checkpoint", "."], "checkpoint . is a folder: name a file in it or, if"),
     ],
