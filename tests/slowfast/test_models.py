@@ -104,11 +104,7 @@ def test_fewer_tokens_cost_fewer_operations(get_cfg, build):
         ("configs/Kinetics/X3D_XS.yaml", [], "'X3D' is not a video transformer"),
         ("configs/Kinetics/pytorchvideo/X3D_XS.yaml", [], "'PTVX3D' is not a video transformer"),
         ("configs/Kinetics/pytorchvideo/C2D_8x8_R50.yaml", [], "'PTVResNet' is not a video"),
-        (
-            "configs/contrastive_ssl/linear_k400_Slow_8x8_R50_syn0.yaml",
-            [],
-            "'ResNet' is not a video",
-        ),
+        ("configs/contrastive_ssl/linear_k400_Slow_8x8_R50_syn0.yaml", [], "'ResNet' is not a"),
         ("configs/ImageNet/MVITv2_T.yaml", [], r"one token frame arrives.*TIME.BLOCKS \[\]"),
         ("configs/masked_ssl/k400_MVITv2_S_16x4_MaskFeat_PT.yaml", [], "MASK.ENABLE is True"),
         (None, ["MULTIGRID.SHORT_CYCLE", True], "MULTIGRID.SHORT_CYCLE is True"),
