@@ -106,7 +106,7 @@ def _wait(children: list, readers: list, signals: SignalState) -> tuple[dict[int
         if not running:
             return results, lost
         failed = [child.exitcode for child in children if child.exitcode]
-        if failed and not lost:
+        if failed and not terminated:  # a process that was terminated here is not lost
             lost = f"ended by {signal.Signals(-failed[0]).name}" if failed[0] < 0 else "it failed"
         if (lost or signals.number) and not terminated:
             terminated = True
