@@ -122,7 +122,7 @@ def test_replicas_of_data_parallel_have_no_positions(monkeypatch):
     made.logits(attach(made.model, **SELECTION), made.clips)
     parallel = torch.nn.DataParallel(made.model)
     monkeypatch.setattr(parallel, "device_ids", [0, 1])
-    with pytest.raises(ValueError, match=r"run model\.module alone"):
+    with pytest.raises(ValueError, match=r"run model\.module instead"):
         stts.positions(parallel)
 
 
