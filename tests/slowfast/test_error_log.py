@@ -121,7 +121,7 @@ def test_a_pipe_and_a_hung_file_do_not_stop_a_test(dataset, bad_lists, backend, 
     reasons = {name: record["reason"] for name, record in records(bad_lists).items()}
     assert "not a regular file" in reasons.pop("broken.mp4")
     (reason,) = reasons.values()
-    assert "DATA.READ_TIMEOUT 1 s" in reason
+    assert "DATA.READ_TIMEOUT, 1 s" in reason
 
 
 def test_damage_is_written_down(dataset, bad_lists, monkeypatch):
