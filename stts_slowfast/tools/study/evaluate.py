@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stts_slowfast.standalone.data import UNREADABLE, build_loader
 from stts_slowfast.standalone.evaluator import Evaluator
 from stts_slowfast.tools.study.coverage import CoverageStats
+from stts_slowfast.tools.study.oracle import Oracle
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # clips, labels, video_index, view_index
 CACHE_BYTES = 2**30
@@ -50,7 +51,13 @@ class TestClips:
 
 
 @torch.no_grad()
-def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None]) -> dict:
+def evaluate(
+    cfg,
+    model: nn.Module,
+    clips: TestClips,
+    advance: Callable[[], None],
+    oracle: Oracle | None = None,
+) -> dict:
     """Runs a model over all views of a test list.
 
     Args:
@@ -58,6 +65,7 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
         model: on its device; with or without selectors.
         clips: of that list.
         advance: called after each batch.
+        oracle: of the model, which then selects by the labels.
 
     Returns:
         ``top1`` and ``top5`` in percent of videos, from the views' predictions combined by
@@ -75,6 +83,8 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
     predicted, of_video = [], []
     for batch in clips:
         readable = batch[1] != UNREADABLE
+        if oracle is not None:
+            oracle.labels = batch[1]
         predicted.append(evaluator.add(batch)[readable].argmax(1))
         of_video.append(batch[2][readable])
         coverage("test", model, batch)
@@ -83,7 +93,7 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
     return {
         **{name.replace("_acc", ""): round(value, 3) for name, value in accuracy.items()},
         "agreement": agreement(torch.cat(predicted), torch.cat(of_video)),
-        "clips_per_s": round(evaluator.clips_per_s(), 2),
+        "clips_per_s": None if oracle else round(evaluator.clips_per_s(), 2),
         **coverage.summary(),
         **clips.count(),
     }

@@ -87,6 +87,27 @@ def test_a_checkpoint_of_ranges_is_tested_at_each_budget(folder, tmp_path):
     assert kept == pytest.approx([8, 2, 4, 2], abs=1e-2)
 
 
+def test_rows_of_frames_and_single_tokens_up_to_the_oracle(folder, tmp_path):
+    keys = make_data.config(str(folder), 0, model="vit")
+    keys["STTS"] = {"SPACE": {"BLOCKS": []}, "TOKENS": {"BLOCKS": [1]}}
+    keys["DATA_LOADER"]["NUM_WORKERS"] = 0
+    make_data.write_config(str(tmp_path / "vit.yaml"), keys)
+    cfg = load_config(str(tmp_path / "vit.yaml"), ["STTS.ENABLE", False])
+    save_checkpoint(str(tmp_path / "vit.pyth"), build_model(cfg), cfg, 1)
+    command = ["study", "--cfg", str(tmp_path / "vit.yaml"), "--out", str(tmp_path)]
+    command += ["--checkpoint", str(tmp_path / "vit.pyth"), "--time", "--scorers", "oracle"]
+    assert cli.main([*command, "--tokens", "0.25", "--both", "0.5x0.25"]) == 0
+    rows = json.loads((tmp_path / "study.json").read_text())
+    assert [(row["name"], row["dimension"]) for row in rows] == [
+        ("all-seed0", "none"),
+        ("tokens0.25-oracle-seed0", "tokens"),
+        ("time0.5-tokens0.25-oracle-seed0", "time+tokens"),
+    ]
+    everything, tokens, both = rows
+    assert everything["gflops"] > tokens["gflops"] > both["gflops"]
+    assert sum(map(sum, tokens["tokens_kept"])) < 32 and tokens["clips_per_s"] is None
+
+
 def test_a_row_is_what_stts_run_tests(folder, tmp_path):
     more = ("--time", "0.5", "--space", "--both", "--scorers", "learned")
     assert cli.main(words(folder, tmp_path, *more)) == 0
