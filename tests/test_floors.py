@@ -26,7 +26,7 @@ FLOORS = [
     {"backbones", "fused"},
     {"checkpoints", "selector_state", "selectors"},
     {"block_hooks", "hooks"},
-    {"annealing", "dense_features", "optimizer_groups", "schedule", "visualization"},
+    {"annealing", "dense_features", "fidelity", "optimizer_groups", "schedule", "visualization"},
     {"integrations", "pyslowfast", "standalone"},
     {"tools"},
 ]
@@ -116,8 +116,8 @@ def test_only_the_guest_names_what_is_slowfasts(path):
 
 @EVERY_FILE
 def test_only_hooks_puts_hooks_on_blocks(path):
-    # Visualization reads scores; predictions find the layer whose output has NaN.
-    if room(path) not in ("hooks", "visualization") and path.stem != "predictions":
+    # Visualization reads scores, fidelity the outputs; predictions find the layer whose output is NaN.
+    if room(path) not in ("fidelity", "hooks", "visualization") and path.stem != "predictions":
         assert "register_forward" not in path.read_text()
 
 
