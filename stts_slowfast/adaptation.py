@@ -63,7 +63,7 @@ class Adaptation:
 def adapt(
     model: nn.Module,
     clips: Iterable[Any],
-    test_clips: Iterable[Any] = (),
+    test_clips: Iterable[Any] | None = None,
     *,
     backbone: bool = False,
     steps: int = 300,
@@ -91,7 +91,8 @@ def adapt(
         clips: batches as the model takes them: tensors, tuples of arguments, or mappings of
             keywords; it is iterated as often as needed. Of image models each batch has the frames
             of whole clips, ``(B*T, 3, H, W)``, and ``model.num_frames`` is set.
-        test_clips: batches of other videos, for the comparisons before and after; iterated once.
+        test_clips: batches of other videos, for the comparisons before and after; iterated for
+            each of them.
         backbone: whether all parameters that require gradients learn. Else only scorers do.
         steps: batches to learn from.
         minutes: limit of the adaptation, without the comparisons.
@@ -113,18 +114,17 @@ def adapt(
     if steps < 1 or not minutes > 0:
         raise ValueError(f"steps is {steps} and minutes {minutes}: both must be above 0")
     found = Adaptation()
-    test_batches = list(test_clips)
-    if test_batches:
-        reference = adapter.reference(test_batches)
-        found.rows += adapter.compare("before", reference, test_batches)
+    if test_clips is not None:
+        reference = adapter.reference(test_clips)
+        found.rows += adapter.compare("before", reference, test_clips)
         for name in baselines:
             with replaced_scorers(model, name):
-                found.rows += adapter.compare(name, reference, test_batches)
+                found.rows += adapter.compare(name, reference, test_clips)
     begin = time.perf_counter()
     found.steps = adapter.learn(clips, steps, 60.0 * minutes)
     found.seconds = time.perf_counter() - begin
-    if test_batches:
-        found.rows += adapter.compare("after", reference, test_batches)
+    if test_clips is not None:
+        found.rows += adapter.compare("after", reference, test_clips)
     found.seconds_total = time.perf_counter() - start
     logger.info("STTS: adapted for %d steps, %.1f s", found.steps, found.seconds)
     return found

@@ -49,7 +49,7 @@ def join(parts: Sequence[Outputs]) -> Outputs:
         ValueError: if there are none.
     """
     if not parts:
-        raise ValueError("there are no clips: give one at least")
+        raise ValueError("there are no clips: give one at least, in a list or loader, no iterator")
     logits = [part.logits for part in parts if part.logits is not None]
     features = torch.cat([part.features for part in parts])
     return Outputs(features, torch.cat(logits) if logits else None)

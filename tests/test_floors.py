@@ -26,7 +26,15 @@ FLOORS = [
     {"backbones", "fused"},
     {"checkpoints", "selector_state", "selectors"},
     {"block_hooks", "hooks"},
-    {"annealing", "dense_features", "fidelity", "optimizer_groups", "schedule", "visualization"},
+    {
+        "adaptation",
+        "annealing",
+        "dense_features",
+        "fidelity",
+        "optimizer_groups",
+        "schedule",
+        "visualization",
+    },
     {"integrations", "pyslowfast", "standalone"},
     {"tools"},
 ]
