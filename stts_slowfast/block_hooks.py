@@ -13,12 +13,22 @@ from stts_slowfast.fx_tracing import tracer_of
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import Args, Host, Kwargs, Tokens, base_model
 from stts_slowfast.selectors import Selector, Selectors
+from stts_slowfast.token_selector import TokenSelector
 
 
-def select(selector: Selector, tokens: Tokens) -> Tokens:
-    """The tokens that a selector keeps, with their grid."""
-    selection = selector.select(tokens.grid)
+def select(selector: Selector, tokens: Tokens, block: nn.Module) -> Tokens:
+    """The tokens that a selector keeps before a block, with their grid."""
+    if isinstance(selector, TokenSelector):
+        cls = tokens.cls if tokens.frame_cls is None else tokens.frame_cls
+        selection = selector.select(tokens.grid, block, cls)
+    else:
+        selection = selector.select(tokens.grid)
     grid = selector.apply_selection(selector.teach(tokens.grid, selection), selection)
+    if selector.dimension == "TOKENS":
+        if grid.shape == tokens.grid.shape:  # all are kept: they are still a grid
+            return tokens._replace(grid=grid)
+        thw = tokens.thw.keep_tokens(selection.kept, grid.shape[1])
+        return tokens._replace(grid=grid, thw=thw)
     if selector.dimension == "SPACE":
         thw = tokens.thw.crop(selection.kept, (grid.shape[2], grid.shape[3]))
         return tokens._replace(grid=grid, thw=thw)
@@ -133,11 +143,11 @@ class SelectTokensHook(Hook):
         if selectors:
             tokens = self.host.unpack(args, kwargs, thw)
             if isinstance(tokens, list):
-                tokens = _select_packed(selectors, tokens)
+                tokens = _select_packed(selectors, tokens, block)
                 thw = [clip.thw for clip in tokens]
             else:
                 for selector in selectors:
-                    tokens = select(selector, tokens)
+                    tokens = select(selector, tokens, block)
                 thw = tokens.thw
             args, kwargs = self.host.pack(tokens, args, kwargs)
         if stts.calls is not None:
@@ -164,12 +174,14 @@ class SelectTokensHook(Hook):
         return thw
 
 
-def _select_packed(selectors: Sequence[Selector], clips: list[Tokens]) -> list[Tokens]:
+def _select_packed(
+    selectors: Sequence[Selector], clips: list[Tokens], block: nn.Module
+) -> list[Tokens]:
     """The tokens of several clips; ``selector.kept`` is then a list with an entry per clip."""
     for selector in selectors:
         kept: Any = []
         for i, clip in enumerate(clips):
-            clips[i] = select(selector, clip)
+            clips[i] = select(selector, clip, block)
             kept.append(selector.kept)
         selector.kept = kept
     return clips

@@ -42,7 +42,7 @@ class SelectorState(nn.Module):
         scheduled: whether progress was set (``annealing.set_progress``), or its lack warned about.
     """
 
-    dimension: str  # TIME or SPACE
+    dimension: str  # one of budgets.DIMENSIONS
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SelectorState(nn.Module):
 
     @property
     def key(self) -> str:
-        """Its name in ``model.stts``: ``time_0``, ``space_4``."""
+        """Its name in ``model.stts``: ``time_0``, ``space_4``, ``tokens_4``."""
         return f"{self.dimension.lower()}_{self.block}"
 
     @property
