@@ -18,6 +18,7 @@ from stts_slowfast.call_context import first_tensor
 from stts_slowfast.hooks import all_selectors
 from stts_slowfast.hosts import Host, base_model, resolve_host, unwrap
 from stts_slowfast.scorers import SCORERS
+from stts_slowfast.token_scorers import TOKEN_SCORERS
 
 # Where outputs of transformers have features, in order.
 _FEATURES = ("pooler_output", "image_embeds", "last_hidden_state")
@@ -180,16 +181,21 @@ def replaced_scorers(model: nn.Module, name: str) -> Iterator[None]:
 
     Args:
         model: with selectors.
-        name: of ``scorers.SCORERS``.
+        name: of ``scorers.SCORERS`` and, if it selects single tokens,
+            ``token_scorers.TOKEN_SCORERS``.
     """
     host, blocks = resolve_host(unwrap(model))
     before = [(selector, selector.scorer) for selector in all_selectors(model)]
     try:
         for selector, scorer in before:
-            channels = host.channels(blocks[selector.block])
-            device = next(model.parameters()).device
-            selector.scorer = SCORERS.get(name)(selector.dimension, channels).to(device)
-            selector.scorer.train(scorer.training)
+            block = blocks[selector.block]
+            if selector.dimension == "TOKENS":
+                other = TOKEN_SCORERS.get(name)(host.channels(block))
+            else:
+                other = SCORERS.get(name)(selector.dimension, host.channels(block))
+            if hasattr(other, "bind"):
+                other.bind(block)
+            selector.scorer = other.to(next(block.parameters()).device).train(scorer.training)
         yield
     finally:
         for selector, scorer in before:

@@ -127,7 +127,7 @@ def test_only_the_guest_names_what_is_slowfasts(path):
 
 @EVERY_FILE
 def test_only_hooks_puts_hooks_on_blocks(path):
-    # Visualization reads scores, fidelity the outputs; predictions find the layer whose output is NaN.
+    # Visualization reads scores, fidelity reads outputs; predictions find the layer with NaN.
     if room(path) not in ("fidelity", "hooks", "visualization") and path.stem != "predictions":
         assert "register_forward" not in path.read_text()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stts_slowfast import backbones
 from stts_slowfast.adaptation import Adaptation, adapt
+from stts_slowfast.budgets import DIMENSIONS
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.checkpoints.io import check_output_path
 from stts_slowfast.config import validate_stts
@@ -76,6 +77,11 @@ def main(args: argparse.Namespace) -> int:
     cfg.OUTPUT_DIR, cfg.STTS.ENABLE = args.out, True
     grids = backbones.block_grids(cfg)
     validate_stts(cfg.STTS, len(grids), grids)
+    if not any(cfg.STTS[name].BLOCKS for name in DIMENSIONS):
+        raise ValueError(
+            "nothing is selected: name a block in "
+            + " or ".join(f"STTS.{name}.BLOCKS" for name in DIMENSIONS)
+        )
     path = find_checkpoint(cfg, args.checkpoint)
     target = os.path.join(args.out, "adapted.pyth")
     check_output_path(target, args.force, [path])

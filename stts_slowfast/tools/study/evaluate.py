@@ -73,24 +73,27 @@ class Reference:
         cfg: of the study.
         path: the checkpoint.
         clips: of its test list.
+
+    Attributes:
+        found: the outputs, once they are known.
     """
 
     def __init__(self, cfg, path: str, clips: TestClips):
         self.cfg, self.path, self.clips = cfg, path, clips
-        self._outputs: Outputs | None = None
+        self.found: Outputs | None = None
 
     @torch.no_grad()
     def outputs(self, device: str) -> Outputs:
         """Features and logits of all clips that can be read."""
-        if self._outputs is None:
+        if self.found is None:
             model, _ = load_row_model(row_config(self.cfg, StudyRow(None, None, "all")), self.path)
             model.to(device).eval()
             with OutputRecorder(model, classes=True) as recorder:
                 for batch in self.clips:
                     clips = normalize_clips(batch[0].to(device), self.cfg)
                     predict(model, clips, self.clips.videos, batch[2])
-            self._outputs = self.clips.only_readable(recorder.outputs())
-        return self._outputs
+            self.found = self.clips.only_readable(recorder.outputs())
+        return self.found
 
 
 @torch.no_grad()
