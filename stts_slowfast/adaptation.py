@@ -158,8 +158,10 @@ class _Adapter:
         others = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
         self.backbone = others if backbone else []
         self.frozen = [] if backbone else others
-        groups = [{"params": self.scorers, "lr": lr, "peak": lr}]
-        groups += [{"params": self.backbone, "lr": backbone_lr, "peak": backbone_lr}]
+        groups = [{"params": self.scorers, "lr": lr, "peak": lr, "warmup": 0.05}]
+        # It adapts to what the scorers have learned to keep.
+        more = {"warmup": 0.3 if self.scorers else 0.05}
+        groups += [{"params": self.backbone, "lr": backbone_lr, "peak": backbone_lr, **more}]
         groups = [group for group in groups if group["params"]]
         if not groups:
             raise ValueError(
@@ -220,10 +222,11 @@ class _Adapter:
         return done
 
     def _set_rates(self, progress: float) -> None:
-        """Warms up in the first twentieth, then falls to 0 along a cosine."""
-        share = min(progress / 0.05 + 0.02, 1.0) * 0.5 * (1 + math.cos(math.pi * progress))
+        """Warms up linearly, the backbone more slowly; rates fall to 0 along a cosine."""
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
+            warmup = min((progress + 0.001) / group["warmup"], 1.0)
+            group["lr"] = group["peak"] * warmup * decay
 
     def _step(self, number: int, batch: Any) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)

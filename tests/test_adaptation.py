@@ -27,9 +27,9 @@ def model(tiny_cfg):
 
 def test_agreement_rises_at_every_budget(model):
     found = stts.adapt(
-        model, [CLIPS[:4], CLIPS[4:]], [CLIPS], backbone=True, steps=20, backbone_lr=1e-3
+        model, [CLIPS[:4], CLIPS[4:]], [CLIPS], backbone=True, steps=12, backbone_lr=2e-3
     )
-    assert found.steps == 20 and 0 < found.seconds <= found.seconds_total
+    assert found.steps == 12 and 0 < found.seconds <= found.seconds_total
     budgets = [f"time_0 {share}, space_2 0.6" for share in ("0.25", "0.433013", "0.75")]
     names = ("before", "uniform", "random", "after")
     assert [(row["when"], row["budget"]) for row in found.rows] == [
@@ -57,7 +57,7 @@ def first_lesson(model, monkeypatch, **more):
     lessons = []
 
     def teach(tokens, *rest):
-        if tokens.requires_grad or rest[0].requires_grad:
+        if not lessons:
             tokens = tokens.detach().requires_grad_()
             lessons.append(tokens)
         return tokens
@@ -120,6 +120,11 @@ def test_scorers_without_weights_adapt_the_backbone(model, tiny_cfg):
         stts.adapt(random, [CLIPS[:2]])
 
 
+def with_infinite_logits(model):
+    torch.nn.init.constant_(model.head[-1].bias, torch.inf)
+    return model
+
+
 def test_mistakes_are_refused(model):
     with pytest.raises(ValueError, match="there are no clips to adapt to"):
         stts.adapt(model, iter(()))
@@ -128,7 +133,7 @@ def test_mistakes_are_refused(model):
     with pytest.raises(ValueError, match="steps is 0 and minutes 20"):
         stts.adapt(model, [CLIPS], steps=0)
     with pytest.raises(ValueError, match=r"the loss \(saliency\) is not finite in step 1"):
-        stts.adapt(model, [torch.full_like(CLIPS[:1], 1e38)])
+        stts.adapt(with_infinite_logits(copy.deepcopy(model)), [CLIPS[:1]])
     with pytest.raises(ValueError, match="has no selectors: call attach"):
         stts.adapt(stts.detach(model), [CLIPS])
 
