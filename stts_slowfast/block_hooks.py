@@ -25,8 +25,8 @@ def select(selector: Selector, tokens: Tokens, block: nn.Module) -> Tokens:
         selection = selector.select(tokens.grid)
     grid = selector.apply_selection(selector.teach(tokens.grid, selection), selection)
     if selector.dimension == "TOKENS":
-        if grid.shape == tokens.grid.shape:  # all are kept: they are still a grid
-            return tokens._replace(grid=grid)
+        if grid.shape == tokens.grid.shape:
+            return tokens._replace(grid=grid, thw=tokens.thw.keep_all(selection.kept))
         thw = tokens.thw.keep_tokens(selection.kept, grid.shape[1])
         return tokens._replace(grid=grid, thw=thw)
     if selector.dimension == "SPACE":

@@ -25,8 +25,10 @@ from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.cli import add_opts
 from stts_slowfast.tools.study.coverage import find_truth
 from stts_slowfast.tools.study.evaluate import CACHE_BYTES, Reference, TestClips, evaluate
+from stts_slowfast.tools.study.oracle import Oracle
 from stts_slowfast.tools.study.results import ENDINGS, SCORERS, table, write_results
 from stts_slowfast.tools.study.rows import (
+    SHARES,
     StudyRow,
     find_checkpoint,
     has_scorer_weights,
@@ -36,8 +38,6 @@ from stts_slowfast.tools.study.rows import (
 )
 from stts_slowfast.video import cache_frames
 
-SHARES = (0.75, 0.5, 0.25)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``stts study``."""
@@ -46,23 +46,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="FILE", help="weights (default: TEST.CHECKPOINT_FILE_PATH)"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    for name, text in (("--time", "frames"), ("--space", "each frame's tokens")):
+    for name, text in (
+        ("--time", "frames"),
+        ("--space", "each frame's tokens, as a window"),
+        ("--tokens", "single tokens"),
+    ):
         parser.add_argument(
             name,
             type=float,
             nargs="*",
-            default=SHARES,
             metavar="SHARE",
-            help=f"budgets: shares of {text}",
+            help=f"budgets: shares of {text} (default: {', '.join(map(str, SHARES))}, if the "
+            "config names blocks for them)",
         )
     parser.add_argument(
         "--both",
         nargs="*",
-        default=[f"{share}x{share}" for share in SHARES],
         metavar="TIMExSPACE",
-        help="budgets: shares of both at once",
+        help="budgets: shares of both at once; of frames and single tokens, if the config names "
+        "blocks for these and none for windows",
     )
-    parser.add_argument("--scorers", nargs="+", default=SCORERS, metavar="NAME")
+    parser.add_argument(
+        "--scorers",
+        nargs="+",
+        default=SCORERS,
+        metavar="NAME",
+        help="names of STTS.*.SCORER, or oracle: what the loss's gradient ranks best, with the "
+        "labels known (default: %(default)s)",
+    )
     parser.add_argument(
         "--seeds", type=int, default=3, help="of rows with random scores or fine-tuning"
     )
@@ -98,6 +109,8 @@ def main(args: argparse.Namespace) -> int:
             "--fidelity compares the checkpoint with itself on all tokens, --train trains others: "
             "leave one out"
         )
+    if args.fidelity and "oracle" in args.scorers:
+        raise ValueError("--scorers oracle reads labels, --fidelity does without: leave one out")
     if args.films and not args.fidelity:
         raise ValueError("--films are videos without labels: add --fidelity")
     cfg = load_config(args.cfg, args.opts)
@@ -215,8 +228,9 @@ def measure(
     gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
     torch.manual_seed(cfg.RNG_SEED)
     model.to(device)
+    oracle = Oracle(model) if row.scorer == "oracle" else None
     with OutputRecorder(model, classes=True) if reference else contextlib.nullcontext() as recorder:
-        result = evaluate(cfg, model, clips, lambda: progress.advance(task))
+        result = evaluate(cfg, model, clips, lambda: progress.advance(task), oracle)
     if recorder:
         found = clips.only_readable(recorder.outputs())
         if row.scorer == "all":

@@ -12,6 +12,7 @@ from stts_slowfast.standalone.data import UNREADABLE, build_loader, normalize_cl
 from stts_slowfast.standalone.evaluator import Evaluator
 from stts_slowfast.standalone.predictions import predict
 from stts_slowfast.tools.study.coverage import CoverageStats
+from stts_slowfast.tools.study.oracle import Oracle
 from stts_slowfast.tools.study.rows import StudyRow, load_row_model, row_config
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # clips, labels, video_index, view_index
@@ -97,7 +98,13 @@ class Reference:
 
 
 @torch.no_grad()
-def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None]) -> dict:
+def evaluate(
+    cfg,
+    model: nn.Module,
+    clips: TestClips,
+    advance: Callable[[], None],
+    oracle: Oracle | None = None,
+) -> dict:
     """Runs a model over all views of a test list.
 
     Args:
@@ -105,6 +112,7 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
         model: on its device; with or without selectors.
         clips: of that list.
         advance: called after each batch.
+        oracle: of the model, which then selects by the labels.
 
     Returns:
         ``top1`` and ``top5`` in percent of videos, from the views' predictions combined by
@@ -122,6 +130,8 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
     predicted, of_video = [], []
     for batch in clips:
         readable = batch[1] != UNREADABLE
+        if oracle is not None:
+            oracle.labels = batch[1]
         predicted.append(evaluator.add(batch)[readable].argmax(1))
         of_video.append(batch[2][readable])
         coverage("test", model, batch)
@@ -133,7 +143,7 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
             for name, value in accuracy.items()
         },
         "agreement": agreement(torch.cat(predicted), torch.cat(of_video)),
-        "clips_per_s": round(evaluator.clips_per_s(), 2),
+        "clips_per_s": None if oracle else round(evaluator.clips_per_s(), 2),
         **coverage.summary(),
         **clips.count(),
     }

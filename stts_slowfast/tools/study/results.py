@@ -19,8 +19,9 @@ SCORERS = ("learned", "change", "uniform", "random")
 FIDELITY = ("top1_agreement", "kl", "logits_cosine", "features_cosine")
 COST = ("gflops", "clips_per_s")
 NUMBERS = ("top1", "top5", *FIDELITY, *COST, "agreement", "frame_recall", "box_recall")
+DIMENSIONS = ("time", "space", "both", "tokens", "time+tokens")  # of rows, as panels
 COLUMNS = (
-    *("name", "dimension", "time", "space", "scorer", "trained", "seed"),
+    *("name", "dimension", "time", "space", "tokens", "scorer", "trained", "seed"),
     *NUMBERS,
     *("unreadable", "damaged"),
 )
@@ -87,7 +88,7 @@ def plot(results: Sequence[dict], file: str | IO[bytes]) -> "Figure":
     colour for each scorer, hollow markers for rows without fine-tuning."""
     figure_module = require("matplotlib.figure")
     rows, metric = aggregate_seeds(results), metric_of(results)
-    dimensions = [d for d in ("time", "space", "both") if (rows["dimension"] == d).any()]
+    dimensions = [d for d in DIMENSIONS if (rows["dimension"] == d).any()]
     dimensions = dimensions or ["none"]
     colours = list(dict.fromkeys(["all", *SCORERS, *rows["scorer"]]))
     figure = figure_module.Figure(figsize=(4.4 * len(dimensions) + 1.6, 4), layout="constrained")

@@ -87,6 +87,27 @@ def test_a_checkpoint_of_ranges_is_tested_at_each_budget(folder, tmp_path):
     assert kept == pytest.approx([8, 2, 4, 2], abs=1e-2)
 
 
+def test_rows_of_frames_and_single_tokens_up_to_the_oracle(folder, tmp_path):
+    keys = make_data.config(str(folder), 0, model="vit")
+    keys["STTS"] = {"SPACE": {"BLOCKS": []}, "TOKENS": {"BLOCKS": [1]}}
+    keys["DATA_LOADER"]["NUM_WORKERS"] = 0
+    make_data.write_config(str(tmp_path / "vit.yaml"), keys)
+    cfg = load_config(str(tmp_path / "vit.yaml"), ["STTS.ENABLE", False])
+    save_checkpoint(str(tmp_path / "vit.pyth"), build_model(cfg), cfg, 1)
+    command = ["study", "--cfg", str(tmp_path / "vit.yaml"), "--out", str(tmp_path)]
+    command += ["--checkpoint", str(tmp_path / "vit.pyth"), "--time", "--scorers", "oracle"]
+    assert cli.main([*command, "--tokens", "0.25", "--both", "0.5x0.25"]) == 0
+    rows = json.loads((tmp_path / "study.json").read_text())
+    assert [(row["name"], row["dimension"]) for row in rows] == [
+        ("all-seed0", "none"),
+        ("tokens0.25-oracle-seed0", "tokens"),
+        ("time0.5-tokens0.25-oracle-seed0", "time+tokens"),
+    ]
+    everything, tokens, both = rows
+    assert everything["gflops"] > tokens["gflops"] > both["gflops"]
+    assert sum(map(sum, tokens["tokens_kept"])) < 32 and tokens["clips_per_s"] is None
+
+
 def test_a_row_is_what_stts_run_tests(folder, tmp_path):
     more = ("--time", "0.5", "--space", "--both", "--scorers", "learned")
     assert cli.main(words(folder, tmp_path, *more)) == 0
@@ -343,41 +364,3 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path, model, ep
     )
     assert done.stdout == f"skipped: {model} on motion, because all tokens reach 25%\n"
     assert (tmp_path / "calls").read_text().splitlines()[-1].startswith("run|")
-
-
-def test_fidelity_needs_no_labels(folder, tmp_path, capsys):
-    """The row of all tokens agrees with itself; a resumed study compares with the same."""
-    films = tmp_path / "films.txt"
-    lines = (folder / "test.csv").read_text().splitlines()
-    films.write_text("".join(f"{line.split()[0]}\n" for line in lines))
-    more = ["--time", "0.25", "--space", "--both", "--scorers", "uniform", "--fidelity"]
-    command = words(folder, tmp_path, *more, "--films", str(films))
-    assert cli.main(command) == 0
-    printed = capsys.readouterr().out
-    everything, uniform = json.loads((tmp_path / "study.json").read_text())
-    assert everything["top1"] is None and everything["top1_agreement"] == 100
-    assert everything["kl"] == 0 and everything["features_cosine"] == pytest.approx(1)
-    assert uniform["kl"] > 0 and uniform["logits_cosine"] < 1 and uniform["clips_per_s"] > 0
-    head, _, first, second = printed.splitlines()[:4]
-    assert head.startswith("| row | top1_agreement | kl |") and "top1 |" not in head
-    assert first.startswith("| all | 100 |") and second.startswith("| time0.25-uniform |")
-    with open(tmp_path / "study.csv") as file:
-        assert float(next(csv.DictReader(file))["top1_agreement"]) == 100
-    (tmp_path / "rows" / "time0.25-uniform-seed0.json").unlink()
-    assert cli.main(command) == 0
-    again = json.loads((tmp_path / "study.json").read_text())[1]
-    assert {**again, "clips_per_s": 0} == {**uniform, "clips_per_s": 0}
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--fidelity", "--train"], "compares the checkpoint with itself"),
-        (["--films", "films"], "--films are videos without labels: add --fidelity"),
-        (["--fidelity", "--films", "nowhere"], "nowhere does not exist"),
-    ],
-)
-def test_mistakes_with_films_show_at_once(folder, tmp_path, capsys, more, message):
-    assert cli.main(words(folder, tmp_path / "out", "--scorers", "uniform", *more)) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
