@@ -263,7 +263,7 @@ class _Adapter:
             if target.logits is not None and found.logits is not None:
                 loss = F.cross_entropy(found.logits, target.logits.argmax(dim=1))
             else:
-                direction = F.normalize(target.features - self.mean, dim=1)
+                direction = F.normalize(self._centred(target.features), dim=1)
                 loss = -(found.features * direction).sum(dim=1).mean()
             loss.backward()
         for selector in self.selectors:
@@ -275,7 +275,7 @@ class _Adapter:
         found = self._call(self.model, batch)
         if not self.scorers:
             self._add_to_mean(target.features)
-        spread = (target.features - self.mean).square().sum(dim=1).mean().clamp_min(1e-12)
+        spread = self._centred(target.features).square().sum(dim=1).mean().clamp_min(1e-12)
         loss = (found.features - target.features).square().sum(dim=1).mean() / spread
         if target.logits is not None and found.logits is not None:
             loss = loss + divergence(target.logits, found.logits)
@@ -288,6 +288,10 @@ class _Adapter:
             self.mean = features.mean(dim=0)
         else:
             self.mean = self.mean + (features - self.mean).sum(dim=0) / self.seen
+
+    def _centred(self, features: Tensor) -> Tensor:
+        assert self.mean is not None
+        return features - self.mean
 
     def _call(self, model: nn.Module, batch: Any) -> Outputs:
         with OutputRecorder(model, self.classes) as recorder:
