@@ -29,7 +29,15 @@ FLOORS = [
     {"backbones", "fused"},
     {"checkpoints", "selector_state", "selectors", "token_selector"},
     {"block_hooks", "hooks"},
-    {"annealing", "dense_features", "optimizer_groups", "schedule", "visualization"},
+    {
+        "adaptation",
+        "annealing",
+        "dense_features",
+        "fidelity",
+        "optimizer_groups",
+        "schedule",
+        "visualization",
+    },
     {"integrations", "pyslowfast", "standalone"},
     {"tools"},
 ]
@@ -119,8 +127,8 @@ def test_only_the_guest_names_what_is_slowfasts(path):
 
 @EVERY_FILE
 def test_only_hooks_puts_hooks_on_blocks(path):
-    # Visualization reads scores; predictions find the layer whose output has NaN.
-    if room(path) not in ("hooks", "visualization") and path.stem != "predictions":
+    # Visualization reads scores, fidelity reads outputs; predictions find the layer with NaN.
+    if room(path) not in ("fidelity", "hooks", "visualization") and path.stem != "predictions":
         assert "register_forward" not in path.read_text()
 
 
