@@ -92,7 +92,8 @@ class Grid(tuple[int, int, int]):
         if self.windows is not None:
             corners = windows[..., :2] + self.windows[..., :2]
             windows = cat([corners, windows[..., 2:]], dim=2)
-        return self._of_same_frames(Grid((self[0], *window), self.frames, windows, whole=self.whole))
+        cropped = Grid((self[0], *window), self.frames, windows, whole=self.whole)
+        return self._of_same_frames(cropped)
 
     def keep_tokens(self, kept: Tensor, frames: int = 1) -> "Grid":
         """The set of the tokens ``kept``.
