@@ -26,7 +26,7 @@ FLOORS = [
     {"backbones", "fused"},
     {"checkpoints", "selector_state", "selectors"},
     {"block_hooks", "hooks"},
-    {"annealing", "dense_features", "optimizer_groups", "schedule", "visualization"},
+    {"annealing", "dense_features", "evaluation", "optimizer_groups", "schedule", "visualization"},
     {"integrations", "pyslowfast", "standalone"},
     {"tools"},
 ]

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stts_slowfast.evaluation import evaluating
 from stts_slowfast.standalone.data import UNREADABLE, build_loader
 from stts_slowfast.standalone.evaluator import Evaluator
 from stts_slowfast.tools.study.coverage import CoverageStats
@@ -73,12 +74,13 @@ def evaluate(cfg, model: nn.Module, clips: TestClips, advance: Callable[[], None
     model.eval()
     evaluator, coverage = Evaluator(cfg, model, clips.dataset), CoverageStats(cfg, clips.videos)
     predicted, of_video = [], []
-    for batch in clips:
-        readable = batch[1] != UNREADABLE
-        predicted.append(evaluator.add(batch)[readable].argmax(1))
-        of_video.append(batch[2][readable])
-        coverage("test", model, batch)
-        advance()
+    with evaluating(model, cfg.TEST.PRECISION, cfg.TEST.COMPILE):
+        for batch in clips:
+            readable = batch[1] != UNREADABLE
+            predicted.append(evaluator.add(batch)[readable].argmax(1))
+            of_video.append(batch[2][readable])
+            coverage("test", model, batch)
+            advance()
     accuracy = evaluator.accuracies()
     return {
         **{name.replace("_acc", ""): round(value, 3) for name, value in accuracy.items()},
