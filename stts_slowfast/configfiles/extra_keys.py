@@ -16,8 +16,8 @@ EXTRA_KEYS = {
         # Validate and test in float32, bfloat16 or float16: under autocast, with weights cast once.
         # Scores are always float32.
         "PRECISION": "float32",
-        # Validate and test with torch.compile in this mode: default, reduce-overhead (on a GPU, CUDA
-        # graphs, for small batches) or max-autotune. Empty: not compiled. Compiling takes a minute.
+        # Validate and test with torch.compile in this mode: default, reduce-overhead (CUDA graphs,
+        # for small batches on a GPU) or max-autotune. Empty: not compiled. Compiling takes a minute.
         "COMPILE": "",
     },
     # Type of MIXED_PRECISION; empty: float16 on GPUs, bfloat16 on the CPU (standalone only).
