@@ -33,6 +33,7 @@ FLOORS = [
         "adaptation",
         "annealing",
         "dense_features",
+        "evaluation",
         "fidelity",
         "optimizer_groups",
         "schedule",

@@ -3,14 +3,14 @@
 import contextlib
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from stts_slowfast.evaluation import uncompiled
 from stts_slowfast.selectors import Selector
 
 
 def predict(model: nn.Module, clips: Tensor, videos: Sequence, numbers: Tensor) -> Tensor:
-    """Logits (B, classes) float32 of normalised clips (B, 3, T, H, W), outside autocast.
+    """Logits (B, classes) float32 of normalised clips (B, 3, T, H, W), inside ``evaluating``.
 
     Args:
         videos, numbers: the records of a list, and the index of each clip's video (B,).
@@ -19,7 +19,7 @@ def predict(model: nn.Module, clips: Tensor, videos: Sequence, numbers: Tensor) 
         ValueError: if they are not finite, naming the video and the layer.
     """
     try:
-        logits = float32_logits(model, clips)
+        logits = model(clips.float()).float()
         if bool(logits.isfinite().all()):
             return logits
     except ValueError:  # a selector whose scores are not finite
@@ -35,12 +35,6 @@ def predict(model: nn.Module, clips: Tensor, videos: Sequence, numbers: Tensor) 
         f"the model's outputs for a batch with {first} are not finite, but those for each of its "
         "clips by itself are: check the device"
     )
-
-
-def float32_logits(model: nn.Module, clips: Tensor) -> Tensor:
-    """Logits outside autocast, as in SlowFast."""
-    with torch.autocast(clips.device.type, enabled=False):
-        return model(clips.float()).float()
 
 
 def _explanation(model: nn.Module, clips: Tensor) -> str:
@@ -61,8 +55,8 @@ def _explanation(model: nn.Module, clips: Tensor) -> str:
     logits = None
     _clear_nan_flags(model)
     try:
-        with contextlib.suppress(ValueError):
-            logits = float32_logits(model, clips)
+        with contextlib.suppress(ValueError), uncompiled(model):
+            logits = model(clips.float()).float()
     finally:
         _clear_nan_flags(model)
         for handle in handles:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stts_slowfast.evaluation import evaluating
 from stts_slowfast.fidelity import OutputRecorder, Outputs
 from stts_slowfast.standalone.annotations import VideoList
 from stts_slowfast.standalone.data import UNREADABLE, build_loader, normalize_clips
@@ -128,14 +129,15 @@ def evaluate(
     model.eval()
     evaluator, coverage = Evaluator(cfg, model, clips.dataset), CoverageStats(cfg, clips.videos)
     predicted, of_video = [], []
-    for batch in clips:
-        readable = batch[1] != UNREADABLE
-        if oracle is not None:
-            oracle.labels = batch[1]
-        predicted.append(evaluator.add(batch)[readable].argmax(1))
-        of_video.append(batch[2][readable])
-        coverage("test", model, batch)
-        advance()
+    with evaluating(model, cfg.TEST.PRECISION, cfg.TEST.COMPILE):
+        for batch in clips:
+            readable = batch[1] != UNREADABLE
+            if oracle is not None:
+                oracle.labels = batch[1]
+            predicted.append(evaluator.add(batch)[readable].argmax(1))
+            of_video.append(batch[2][readable])
+            coverage("test", model, batch)
+            advance()
     accuracy = evaluator.accuracies()
     return {
         **{
