@@ -24,7 +24,7 @@ FLOORS = [
     },
     {"config", "hosts"},
     {"backbones", "fused"},
-    {"checkpoints", "selector_state", "selectors"},
+    {"checkpoints", "frozen_gradients", "selector_state", "selectors"},
     {"block_hooks", "hooks"},
     {"annealing", "dense_features", "optimizer_groups", "schedule", "visualization"},
     {"integrations", "pyslowfast", "standalone"},

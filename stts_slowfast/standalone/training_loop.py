@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.frozen_gradients import turn_on
 from stts_slowfast.hooks import nan_flag, raise_on_nan
 from stts_slowfast.schedule import Schedule
 from stts_slowfast.standalone import checkpointing, optim, run_logger
@@ -120,7 +121,8 @@ class TrainingLoop:
         return loader
 
     def close(self) -> None:
-        """Ends the loaders' workers."""
+        """Ends the loaders' workers; a frozen backbone has gradients again."""
+        turn_on(self.model)
         self.train_loader.close()
         self.val_loader.close()
 
