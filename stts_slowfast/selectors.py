@@ -315,6 +315,7 @@ class Selectors(nn.Module):
         hooks: those on the model's blocks, by number, for graphs that torch.fx traces.
         reached: sizes, frames, windows, tokens and whole sizes of the grid behind the last pass's
             selections, for ``dense_features.positions``; of packed clips, a list.
+        frozen: parameters of the model whose gradients ``frozen_gradients`` has turned off.
     """
 
     _modules: dict[str, Any]
@@ -325,6 +326,7 @@ class Selectors(nn.Module):
         self.calls: Calls | None = None
         self.hooks: dict[int | str, Any] = {}
         self.reached: tuple[Any, ...] | list[tuple[Any, ...]] | None = None
+        self.frozen: list[Tensor] = []
 
     def __setitem__(self, key: str, selector: Selector) -> None:
         self.add_module(key, selector)

@@ -27,7 +27,7 @@ FLOORS = [
     },
     {"config", "hosts"},
     {"backbones", "fused"},
-    {"checkpoints", "selector_state", "selectors", "token_selector"},
+    {"checkpoints", "frozen_gradients", "selector_state", "selectors", "token_selector"},
     {"block_hooks", "hooks"},
     {
         "adaptation",
