@@ -197,7 +197,10 @@ def test_a_block_without_known_projections_is_refused():
         ({"time": {2: 0.5}}, r"STTS.TIME.BLOCKS names block 2, behind .* block 1, .* up to 1"),
         ({"space": {2: 0.5}}, r"STTS.SPACE.BLOCKS names block 2, behind .* block 1"),
         ({"tokens": {1: 0.5, 2: 0.5}, "tokens_scorer": "change"}, r"SCORER is change, .*\[1, 2\]"),
-        ({"tokens_scorer": "best"}, r"STTS.TOKENS.SCORER is 'best': use one of .*attention.*norm"),
+        (
+            {"tokens_scorer": "best"},
+            r"STTS.TOKENS.SCORER is 'best': use one of learned, uniform.*attention",
+        ),
         ({"time_scorer": "norm"}, r"STTS.TIME.SCORER is 'norm'"),
         ({"tokens": {9: 0.5}}, r"STTS.TOKENS.BLOCKS names block 9"),
         ({"tokens": {1: 0}}, r"STTS.TOKENS.KEEP holds 0"),
