@@ -71,7 +71,8 @@ class TokenSelector(Selector):
             kept = hard_topk(scores.detach(), k).unflatten(0, (len(grid), -1))
             starts = torch.arange(kept.shape[1], device=grid.device) * scores.shape[1]
             kept = self._record((kept + starts[:, None]).flatten(1))
-            weights = self.soft_topk(scores, k) if self.soft else None
+            soft = self.soft and k < scores.shape[1]
+            weights = self.soft_topk(scores, k) if soft else None
             return Selection(kept, weights, raw.unflatten(1, (grid.shape[1], -1)))
 
     def candidate_windows(self, grid: Tensor) -> tuple[WindowSize, WindowSize]:
