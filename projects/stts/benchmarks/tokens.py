@@ -64,15 +64,17 @@ def step(model: nn.Module, clip: torch.Tensor, train: bool) -> None:
         model.zero_grad(set_to_none=True)
 
 
-def measure(name: str, model: nn.Module, clip: torch.Tensor, repeats: int) -> list[dict]:
-    """Rows for evaluation and training."""
+def measure(
+    name: str, model: nn.Module, clip: torch.Tensor, repeats: int, modes: list[str]
+) -> list[dict]:
+    """A row for each of ``modes``."""
     selected = stts.attach(copy.deepcopy(model), **SELECTION)
     stts.set_progress(selected, 1.0)
     both = Logits(model), Logits(selected)
     gflops = [count_gflops(each.eval(), clip) for each in both]
     rows = []
-    for train in (False, True):
-        seconds = [[], []]
+    for mode in modes:
+        train, seconds = mode == "training", [[], []]
         for repeat in range(repeats + 1):
             for each, found in zip(both, seconds):
                 taken = timed(functools.partial(step, each, clip, train), "cpu", True)
@@ -80,7 +82,7 @@ def measure(name: str, model: nn.Module, clip: torch.Tensor, repeats: int) -> li
                     found.append(taken)
         medians = [statistics.median(found) for found in seconds]
         rows.append(
-            {"model": name, "mode": "training" if train else "evaluation", "gflops": gflops}
+            {"model": name, "mode": mode, "gflops": gflops}
             | {"seconds": seconds, "ideal": gflops[0] / gflops[1]}
             | {"ratio": medians[0] / medians[1]}
         )
@@ -92,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=["evaluation", "training"])
     parser.add_argument("--models", nargs="*", help="parts of their names")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -100,7 +103,7 @@ def main() -> None:
     rows = []
     for name, model, clip in models(args.width):
         if not args.models or any(part in name for part in args.models):
-            rows += measure(name, model, clip, args.repeats)
+            rows += measure(name, model, clip, args.repeats, args.modes)
     if args.json:
         write_json(args.json, {"torch": torch.__version__, "rows": rows})
     head = ["model", "mode", "GFLOPs, all", "selected", "ratio", "measured", "share"]
