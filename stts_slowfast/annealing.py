@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from stts_slowfast.config import Settings
+from stts_slowfast.frozen_gradients import turn_on
 from stts_slowfast.hooks import all_selectors
 from stts_slowfast.hosts import modules_with_selectors
 
@@ -118,6 +119,7 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
             ``backbone_lr`` only a :class:`Schedule` can apply. If they are the defaults, it warns.
     """
     _check_no_schedule_needed(model)
+    turn_on(model)
     return update_schedule(model, fraction, seed)
 
 

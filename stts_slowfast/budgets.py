@@ -49,6 +49,13 @@ def keep_range(keep: Share) -> tuple[float, float]:
     return low, high
 
 
+def interpolate_share(keep: Share, position: float) -> float:
+    """A share in a range: its low end at ``position`` 0, its high end at 1, between them on a
+    geometric scale."""
+    low, high = keep_range(keep)
+    return high if low == high else low ** (1.0 - position) * high**position
+
+
 def interpolate_sizes(low: Sequence[int], high: Sequence[int], sample: float) -> tuple[int, ...]:
     """Sizes between ``low`` and ``high``.
 

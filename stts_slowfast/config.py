@@ -92,9 +92,9 @@ def add_stts_config(cfg: CfgNode) -> None:
     # How sigma changes over training: linear (to 0) or constant.
     cfg.STTS.SIGMA_DECAY = "linear"
     # Fraction of training with budget annealing, so that a trained backbone adapts: iterations keep
-    # all tokens, less and less often, or KEEP. With TEACHER mixture each iteration samples a budget,
-    # in four steps between KEEP and an upper bound that decays from all tokens to KEEP (0 in the
-    # paper: KEEP from the first iteration, and its speed and memory).
+    # all tokens, less and less often, or KEEP. With TEACHER mixture each iteration samples a
+    # budget, in four steps between KEEP and an upper bound that decays from all tokens to KEEP (0
+    # in the paper: KEEP from the first iteration, and its speed and memory).
     cfg.STTS.SHRINK = 0.5
     # Of perturbed: number of perturbations per row of scores.
     cfg.STTS.NUM_SAMPLES = 500

@@ -58,9 +58,7 @@ class SelectorState(nn.Module):
         self.block = block
         self.initial_sigma = self._sigma = float(sigma)
         self.sigma_decay, self.shrink, self.teacher = sigma_decay, shrink, teacher
-        self.share = keep_range(keep)
-        self.low, self.high = (round(share * KEEP_SCALE) for share in self.share)
-        self.sample = 0 if self.low == self.high else None
+        self.set_share(keep)
         self.widening = 0
         self.scheduled = False
         self._make_state(torch.device("cpu"))
@@ -81,6 +79,12 @@ class SelectorState(nn.Module):
         return " to ".join(f"{share:g}" for share in dict.fromkeys(self.share))
 
     # --- budget -----------------------------------------------------------------------------------
+
+    def set_share(self, keep: Share) -> None:
+        """Sets the share that is kept, or a range of which nothing was sampled yet."""
+        self.share = keep_range(keep)
+        self.low, self.high = (round(share * KEEP_SCALE) for share in self.share)
+        self.sample: int | None = 0 if self.low == self.high else None
 
     def set_budget(self, sample: float, widening: float = 0.0) -> None:
         """Sets what is kept in training until the next call; evaluation keeps the high end.

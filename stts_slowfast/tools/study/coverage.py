@@ -58,7 +58,9 @@ class CoverageStats:
                     for first, side, size in zip((top, left), (height, width), self.tokens.shape)
                 )
                 self.tokens[rows, columns] += 1
-        for frame, box in true_boxes(self.cfg, self.truth[name]).items() if self.truth else ():
+        if name not in self.truth:
+            return
+        for frame, box in true_boxes(self.cfg, self.truth[name]).items():
             self.num_true += 1
             if frame in regions:
                 self.num_hit += 1
