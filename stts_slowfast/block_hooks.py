@@ -1,11 +1,14 @@
 """The hooks that run a model's selectors; ``hooks.py`` registers them."""
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointFunction
 
 from stts_slowfast import fx_tracing
 from stts_slowfast.call_context import CallGrid, Calls, first_tensor, in_backward
@@ -136,6 +139,8 @@ class SelectTokensHook(Hook):
         if selectors is None:
             selectors = selectors_before(stts, self.number)
         if selectors:
+            if stts.frozen and not torch.is_grad_enabled():
+                _refuse_reentrant(self.number, block, first_tensor(args, kwargs))
             args, kwargs = _on_device_of(selectors, args, kwargs)
         if thw is not None:
             device = first_tensor(args, kwargs).device
@@ -172,6 +177,20 @@ class SelectTokensHook(Hook):
                 "the block before returned, and with checkpointing use_reentrant=False"
             )
         return thw
+
+
+def _refuse_reentrant(number: int, block: nn.Module, tokens: Tensor) -> None:
+    """Raises ``ValueError`` if scorers would learn nothing: reentrant checkpointing gives nothing
+    a gradient to whose inputs none require it, as before the first selector of a frozen backbone.
+    """
+    frame = None if tokens.requires_grad or in_backward() else sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    if frame is not None:
+        raise ValueError(
+            f"block {number} ({type(block).__name__}) is checkpointed with use_reentrant=True, and "
+            "the backbone is frozen: scorers would learn nothing; set use_reentrant=False"
+        )
 
 
 def _select_packed(

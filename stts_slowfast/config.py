@@ -76,12 +76,13 @@ def add_stts_config(cfg: CfgNode) -> None:
     # so in models that see each frame alone.
     cfg.STTS.TOKENS.PER_FRAME = False
 
-    # How learned scorers are trained: mixture (training mixes candidates by OPERATOR's weights,
-    # through which gradients pass); saliency (training selects as a test does; in iterations that
-    # keep all tokens, their gradient tells which candidates the loss depends on, and scorers learn
-    # that ranking); or both (saliency in those iterations, mixture in all others). All tokens are
-    # kept while the backbone is frozen and, less and less often, during SHRINK.
-    cfg.STTS.TEACHER = "mixture"
+    # How learned scorers are trained: mixture (the paper's: training mixes candidates by OPERATOR's
+    # weights, through which gradients pass); saliency (training selects as a test does; in
+    # iterations that keep all tokens, their gradient tells which candidates the loss depends on,
+    # and scorers learn that ranking); or both (saliency in those iterations, mixture in all
+    # others). All tokens are kept while the backbone is frozen and, less and less often, during
+    # SHRINK.
+    cfg.STTS.TEACHER = "both"
     # How gradients pass through a selection: subset (exact, without noise), perturbed (the paper's
     # perturbed maximum), or a name registered in topk.OPERATORS.
     cfg.STTS.OPERATOR = "subset"
@@ -90,9 +91,10 @@ def add_stts_config(cfg: CfgNode) -> None:
     cfg.STTS.SIGMA = 0.2
     # How sigma changes over training: linear (to 0) or constant.
     cfg.STTS.SIGMA_DECAY = "linear"
-    # Fraction of training with budget annealing: each iteration samples a budget, in four steps
-    # between KEEP and an upper bound that decays from all tokens to KEEP, so that a trained
-    # backbone adapts (0 in the paper: KEEP from the first iteration, and its speed and memory).
+    # Fraction of training with budget annealing, so that a trained backbone adapts: iterations keep
+    # all tokens, less and less often, or KEEP. With TEACHER mixture each iteration samples a
+    # budget, in four steps between KEEP and an upper bound that decays from all tokens to KEEP (0
+    # in the paper: KEEP from the first iteration, and its speed and memory).
     cfg.STTS.SHRINK = 0.5
     # Of perturbed: number of perturbations per row of scores.
     cfg.STTS.NUM_SAMPLES = 500
@@ -272,15 +274,14 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
     Raises:
         ValueError: naming the key by which their gradient would be exactly 0.
     """
-    all_pass = settings.shrink or (held_back and settings.freeze_backbone_epochs)
-    if settings.teacher != "mixture" and not all_pass:
-        raise ValueError(
-            f"STTS.TEACHER is {settings.teacher}, but STTS.SHRINK is 0 and the backbone is never "
-            "frozen: saliency teaches in iterations that keep all tokens, and there would be none; "
-            "set SHRINK above 0, or start from trained weights with STTS.FREEZE_BACKBONE_EPOCHS "
-            "above 0"
-        )
     if settings.teacher == "saliency":
+        if not (settings.shrink or (held_back and settings.freeze_backbone_epochs)):
+            raise ValueError(
+                "STTS.TEACHER is saliency, but STTS.SHRINK is 0 and the backbone is never frozen: "
+                "saliency teaches in iterations that keep all tokens, and there would be none; set "
+                "SHRINK above 0, or start from trained weights with STTS.FREEZE_BACKBONE_EPOCHS "
+                "above 0"
+            )
         return
     if settings.sigma <= SMALLEST_SIGMA:
         raise ValueError(

@@ -31,6 +31,8 @@ class Grid(tuple[int, int, int]):
     windows: Tensor | None
     tokens: Tensor | None
     whole: tuple[int, int, int] | None
+    # By a table's length, what `frame_rows` returned; shared by grids of the same frames.
+    _frame_rows: dict[int, Tensor]
 
     def __new__(
         cls,
@@ -44,6 +46,7 @@ class Grid(tuple[int, int, int]):
         time, height, width = [int(size) for size in sizes]
         grid = super().__new__(cls, (time, height, width))
         grid.frames, grid.windows, grid.tokens = frames, windows, tokens
+        grid._frame_rows = {}
         if whole is None and not grid.is_selected:
             whole = grid
         grid.whole = None
@@ -89,7 +92,8 @@ class Grid(tuple[int, int, int]):
         if self.windows is not None:
             corners = windows[..., :2] + self.windows[..., :2]
             windows = cat([corners, windows[..., 2:]], dim=2)
-        return Grid((self[0], *window), self.frames, windows, whole=self.whole)
+        cropped = Grid((self[0], *window), self.frames, windows, whole=self.whole)
+        return self._of_same_frames(cropped)
 
     def keep_tokens(self, kept: Tensor, frames: int = 1) -> "Grid":
         """The set of the tokens ``kept``.
@@ -170,14 +174,35 @@ class Grid(tuple[int, int, int]):
             corners = [top // rows, left // columns]
             sides = [full_like(top, side) for side in sizes[1:]]
             windows = stack([*corners, *sides], dim=2)
-        return Grid(sizes, frames, windows, whole=whole)
+        return self._of_same_frames(Grid(sizes, frames, windows, whole=whole))
 
     def pooled_by_unknown(self) -> "Grid":
         """``self``, or without :attr:`whole` if windows have one token, since their size does not
         show the pooling ratio."""
         if self.windows is None or tuple(self[1:]) != (1, 1) or self.whole is None:
             return self
-        return self if self.whole[1:] == (1, 1) else Grid(self, self.frames, self.windows)
+        if self.whole[1:] == (1, 1):
+            return self
+        return self._of_same_frames(Grid(self, self.frames, self.windows))
+
+    def frame_rows(self, length: int) -> Tensor:
+        """Rows ``(B, T, T)`` of a table of ``length`` relative positions in time.
+
+        Each is the distance of a query's frame from a key's, 0 in the middle of the table; beyond
+        its ends, the row at the end. Computed once in a forward pass, however many blocks ask.
+        """
+        assert self.frames is not None, "all frames arrive"
+        if torch.compiler.is_compiling():  # which finds the same expression in all blocks
+            return _frame_rows(self.frames, length)
+        if length not in self._frame_rows:
+            self._frame_rows[length] = _frame_rows(self.frames, length)
+        return self._frame_rows[length]
+
+    def _of_same_frames(self, grid: "Grid") -> "Grid":
+        """``grid``, which shares what this one computed of its frames if they are the same."""
+        if grid.frames is self.frames:
+            grid._frame_rows = self._frame_rows
+        return grid
 
     def _check_no_set(self) -> None:
         if self.tokens is not None:
@@ -185,3 +210,8 @@ class Grid(tuple[int, int, int]):
                 "frames and windows are selected from a grid, but a set of tokens arrives here: "
                 "select frames and windows before single tokens, not after"
             )
+
+
+def _frame_rows(frames: Tensor, length: int) -> Tensor:
+    distances = frames[:, :, None] - frames[:, None, :] + length // 2
+    return distances.clamp(0, length - 1)

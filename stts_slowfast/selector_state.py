@@ -68,6 +68,11 @@ class SelectorState(nn.Module):
         return f"{self.dimension.lower()}_{self.block}"
 
     @property
+    def learns_from_saliency(self) -> bool:
+        """Whether iterations that keep all tokens teach its scorer."""
+        return self.teacher != "mixture" and any(True for _ in self.parameters())
+
+    @property
     def share_text(self) -> str:
         """The share in words."""
         return " to ".join(f"{share:g}" for share in dict.fromkeys(self.share))
@@ -104,13 +109,13 @@ class SelectorState(nn.Module):
         """Warns once if a selector trains and its progress was never set.
 
         Raises:
-            ValueError: if saliency teaches, which happens only at budgets that a schedule sets.
+            ValueError: if only saliency teaches, which it does at budgets that a schedule sets.
         """
         if self.scheduled or not self.training or not torch.is_grad_enabled():
             return
-        if self.teacher != "mixture" and any(True for _ in self.parameters()):
+        if self.teacher == "saliency" and self.learns_from_saliency:
             raise ValueError(
-                f"STTS.TEACHER is {self.teacher}, but no budget was set, and saliency teaches in "
+                "STTS.TEACHER is saliency, but no budget was set, and saliency teaches in "
                 "iterations that keep all tokens: before each iteration call step(epoch) of "
                 "stts_slowfast.Schedule(model, optimizer, ...), or "
                 "stts_slowfast.set_progress(model, fraction)"

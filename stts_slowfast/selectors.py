@@ -41,10 +41,8 @@ class Selection(NamedTuple):
 class Selector(SelectorState):
     """What all selectors share: a scorer, the operator's settings, and the last selection.
 
-    A selector works in two steps, so that tokens beside the grid can be selected with it:
-    :meth:`select` scores the grid, :meth:`apply_selection` applies the selection. In training a
-    selection is soft, in evaluation hard; with saliency as the teacher it is always hard, and
-    :meth:`teach` comes between the steps.
+    A selector works in steps, so that tokens beside the grid can be selected with it:
+    :meth:`select` scores the grid, then :meth:`teach`; :meth:`apply_selection` applies the result.
 
     Attributes:
         kept: what the last forward pass kept, for ``hooks.selections``; no computation reads it.
@@ -90,7 +88,6 @@ class Selector(SelectorState):
         """How many frames or tokens, or the window's sides, are kept of ``(B, T, H, W, C)``.
 
         Args:
-            grid: what arrives.
             widened: with the widening of budget annealing; False for the size at its end.
 
         Raises:
@@ -110,8 +107,8 @@ class Selector(SelectorState):
             self.sample / KEEP_SCALE,
         )
         if min(sizes) < 1:
-            arrived = self.dimension, least, self.block, thw, self.per_frame
-            raise ValueError(empty_selection_error(*arrived))
+            about = self.dimension, least, self.block, thw, self.per_frame
+            raise ValueError(empty_selection_error(*about))
         if self.training and self.widening and widened:
             wider = interpolate_sizes(sizes, self.sizes(thw, 1.0), self.widening / KEEP_SCALE)
             unit = 1 if self.taught else self.size_multiple
@@ -315,6 +312,7 @@ class Selectors(nn.Module):
         hooks: those on the model's blocks, by number, for graphs that torch.fx traces.
         reached: sizes, frames, windows, tokens and whole sizes of the grid behind the last pass's
             selections, for ``dense_features.positions``; of packed clips, a list.
+        frozen: parameters of the model whose gradients ``frozen_gradients`` has turned off.
     """
 
     _modules: dict[str, Any]
@@ -325,6 +323,7 @@ class Selectors(nn.Module):
         self.calls: Calls | None = None
         self.hooks: dict[int | str, Any] = {}
         self.reached: tuple[Any, ...] | list[tuple[Any, ...]] | None = None
+        self.frozen: list[Tensor] = []
 
     def __setitem__(self, key: str, selector: Selector) -> None:
         self.add_module(key, selector)

@@ -66,6 +66,7 @@ def spread_order(height: int, width: int) -> Tensor:
     Bits of row and column are interleaved and read backwards, as in a van der Corput sequence: the
     first half is a checkerboard, the first quarter every second row and column.
     """
+    height, width = int(height), int(width)  # while a model is traced, sizes are tensors
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     bits = max(height, width).bit_length()
     key = torch.zeros(height, width, dtype=torch.long)

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import stts_slowfast as stts
+from stts_slowfast import saliency
 from stts_slowfast.annealing import set_progress
 from stts_slowfast.backbones.timesformer import TimeSformer
 from stts_slowfast.backbones.vit import Block
@@ -107,16 +108,22 @@ def test_saliency_teaches_scores_of_tokens():
     model, clips = vit(), torch.randn(2, 3, 4, 16, 16)
     stts.attach(model, tokens={1: 0.25}, teacher="saliency", shrink=0.5).train()
     set_progress(model, 0.0)  # all tokens pass
-    selector = model.stts["tokens_1"]
     given = FixedScores(torch.zeros(2, 64, requires_grad=True))
-    selector.scorer, arrived = given, []
-    model.blocks[1].register_forward_pre_hook(lambda _, args: arrived.append(args[0]))
-    loss = model(clips).square().sum()
-    (gradient,) = torch.autograd.grad(loss, arrived[0], retain_graph=True)
-    loss.backward()
-    salient = (gradient * arrived[0]).abs().sum(2)[:, 1:]
-    order = given.scores.grad.argsort(dim=1)
-    assert torch.equal(order, (-salient / salient.sum(1, keepdim=True)).argsort(dim=1))
+    model.stts["tokens_1"].scorer = given
+    model(clips).square().sum().backward()
+    stts.detach(model)
+    x, thw = model.embed(clips)
+    x, thw = model.blocks[0](x, thw)
+    # As frames of one token each: their share of saliency is the token's own.
+    scores = torch.zeros(2, 64, 1, requires_grad=True)
+    x = x.detach().requires_grad_()
+    taught = saliency.teach(x[:, 1:].reshape(2, 64, 1, 1, 16), scores, ((1, 1), (1, 1)))
+    x = torch.cat([x[:, :1], taught.flatten(1, 3)], dim=1)
+    for block in model.blocks[1:]:
+        x, thw = block(x, thw)
+    model.head(model.norm(x[:, 0])).square().sum().backward()
+    torch.testing.assert_close(given.scores.grad, scores.grad.flatten(1))
+    assert given.scores.grad.std() > 0
 
 
 def test_a_range_is_sampled_and_annealed():

@@ -19,6 +19,7 @@ from stts_slowfast.pyslowfast import (
     compat,
     distributed,
     models,
+    precision,
     run_state,
     torchrun,
 )
@@ -83,6 +84,7 @@ def _build_model(build_model, cfg, *args, **kwargs) -> nn.Module:
     check_compatible(cfg)
     model = distributed.build_model(_with_selectors(build_model), cfg, *args, **kwargs)
     check_selectors(model, cfg)
+    precision.log_strict_float32(cfg)
     return model
 
 

@@ -271,12 +271,12 @@ class ClipLoader(DataLoader):
             waiting.append(video)
             count += len(video[1])
             while count >= self.views:
-                whole = _join(self.dataset.cfg, waiting)
+                whole = _join(self.dataset.cfg, waiting, self.pin_memory)
                 yield tuple(part[: self.views] for part in whole)
                 waiting = [tuple(part[self.views :] for part in whole)]
                 count -= self.views
         if count:
-            yield _join(self.dataset.cfg, waiting)
+            yield _join(self.dataset.cfg, waiting, self.pin_memory)
 
 
 def _collate(cfg, whole_videos: bool, items):
@@ -287,9 +287,9 @@ def _collate(cfg, whole_videos: bool, items):
     return *_join(cfg, list(zip(*parts))), [each for found in issues for each in found]
 
 
-def _join(cfg, items: list[tuple]) -> tuple[torch.Tensor, ...]:
+def _join(cfg, items: list[tuple], pin: bool = False) -> tuple[torch.Tensor, ...]:
     clips, *numbers = zip(*items)
-    return _joined(cfg, clips), *(torch.cat(each) for each in numbers)
+    return _joined(cfg, clips, pin), *(torch.cat(each) for each in numbers)
 
 
 def build_loader(
@@ -334,14 +334,22 @@ def build_loader(
         # Not spawn, the default in a spawned process: forked workers end with their parent.
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=worker_init,
-        pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available() and not test,
+        pin_memory=cfg.DATA_LOADER.PIN_MEMORY and torch.cuda.is_available(),
         persistent_workers=not test and workers > 0,
         generator=torch.Generator().manual_seed(cfg.RNG_SEED + rank),
     )
 
 
-def _joined(cfg, clips: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Several clips as one (B, 3, T, H, W); float if some of them are."""
+def _joined(cfg, clips: Sequence[torch.Tensor], pin: bool = False) -> torch.Tensor:
+    """Several clips as one (B, 3, T, H, W); float if some of them are.
+
+    Args:
+        pin: whether in pinned memory, in which a single one is already.
+    """
+    if len(clips) == 1:
+        return clips[0]
     if len({clip.dtype for clip in clips}) > 1:
         clips = [normalize_clips(clip, cfg) for clip in clips]
-    return torch.cat(clips) if len(clips) > 1 else clips[0]
+    size = sum(map(len, clips)), *clips[0].shape[1:]
+    out = torch.empty(size, dtype=clips[0].dtype, pin_memory=True) if pin else None
+    return torch.cat(list(clips), out=out)

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stts_slowfast.evaluation import evaluating
 from stts_slowfast.fidelity import OutputRecorder, Outputs
 from stts_slowfast.standalone.annotations import VideoList
-from stts_slowfast.standalone.data import UNREADABLE, build_loader, normalize_clips
+from stts_slowfast.standalone.data import UNREADABLE, build_loader
 from stts_slowfast.standalone.evaluator import Evaluator
-from stts_slowfast.standalone.predictions import predict
 from stts_slowfast.tools.study.coverage import CoverageStats
 from stts_slowfast.tools.study.oracle import Oracle
 from stts_slowfast.tools.study.rows import StudyRow, load_row_model, row_config
@@ -89,10 +89,13 @@ class Reference:
         if self.found is None:
             model, _ = load_row_model(row_config(self.cfg, StudyRow(None, None, "all")), self.path)
             model.to(device).eval()
-            with OutputRecorder(model, classes=True) as recorder:
+            evaluator = Evaluator(self.cfg, model, self.clips.dataset)
+            with (
+                evaluating(model, self.cfg.TEST.PRECISION, ""),  # a hook records the outputs
+                OutputRecorder(model, classes=True) as recorder,
+            ):
                 for batch in self.clips:
-                    clips = normalize_clips(batch[0].to(device), self.cfg)
-                    predict(model, clips, self.clips.videos, batch[2])
+                    evaluator.add(batch)
             self.found = self.clips.only_readable(recorder.outputs())
         return self.found
 
@@ -128,14 +131,15 @@ def evaluate(
     model.eval()
     evaluator, coverage = Evaluator(cfg, model, clips.dataset), CoverageStats(cfg, clips.videos)
     predicted, of_video = [], []
-    for batch in clips:
-        readable = batch[1] != UNREADABLE
-        if oracle is not None:
-            oracle.labels = batch[1]
-        predicted.append(evaluator.add(batch)[readable].argmax(1))
-        of_video.append(batch[2][readable])
-        coverage("test", model, batch)
-        advance()
+    with evaluating(model, cfg.TEST.PRECISION, cfg.TEST.COMPILE):
+        for batch in clips:
+            readable = batch[1] != UNREADABLE
+            if oracle is not None:
+                oracle.labels = batch[1]
+            predicted.append(evaluator.add(batch)[readable].argmax(1))
+            of_video.append(batch[2][readable])
+            coverage("test", model, batch)
+            advance()
     accuracy = evaluator.accuracies()
     return {
         **{

@@ -301,7 +301,7 @@ def test_shares_of_several_blocks_leave_the_budget(folder):
         (["--both", "0.5"], "--both 0.5: give shares such as"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--scorers", "best"], "'best'"),
-        (["--opts", "STTS.TIME.BLOCKS", "[]"], "STTS.TIME.BLOCKS is empty: name a block"),
+        (["--time", "0.5", "--opts", "STTS.TIME.BLOCKS", "[]"], "STTS.TIME.BLOCKS is empty: name"),
         (["--opts", "MVIT.EMBED_DIM", "16"], "does not fit this model"),
         (["--opts", "MVIT.DEPTH", "2"], "belongs to a larger model"),
         (["--opts", "MODEL.NUM_CLASSES", "5"], "does not fit this config's model"),
@@ -351,7 +351,7 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path, model, ep
     cfg = load_config(args.cfg, [*args.opts, *args.recipe])
     is_divided = model == "timesformer"  # attends over time at one position
     assert is_divided == cfg.STTS.SPACE.SHARED
-    assert (0.0 if is_divided else 0.5) == cfg.STTS.FREEZE_BACKBONE_EPOCHS
+    assert cfg.STTS.FREEZE_BACKBONE_EPOCHS == 0.5 and cfg.STTS.TEACHER == "both"
     rows = study_rows.plan_rows(cfg, args)
     assert len(rows) == 1 + 2 + 3 * (2 + 2 + 3 * 2)
 

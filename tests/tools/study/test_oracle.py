@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 import stts_slowfast as stts
+from stts_slowfast import saliency
 from stts_slowfast.backbones.timesformer import TimeSformer
 from stts_slowfast.tools.study.oracle import Oracle
 
@@ -22,23 +23,24 @@ def test_kept_frames_and_tokens_have_the_largest_saliency():
     kept = stts.selections(model)
     stts.detach(model)
 
-    tokens, _ = model.embed(clips)
-    tokens = tokens.detach().requires_grad_()
-    found = saliency(model, tokens, 0, labels)  # (B, 4*16)
-    frames = found.view(2, 4, 16).sum(2).topk(2).indices.sort().values
+    tokens = model.embed(clips)[0].detach()
+    found = ranked(model, tokens, 0, labels, (4, 4, 4), torch.zeros(2, 4, 1), (4, 4))
+    frames = found.topk(2).indices.sort().values
     assert torch.equal(kept["time_0"], frames)
     index = (frames[:, :, None] * 16 + torch.arange(16)).flatten(1) + 1
     x = torch.cat([tokens[:, :1], tokens.gather(1, index[:, :, None].expand(-1, -1, 16))], dim=1)
-    x = model.blocks[0](x, (2, 4, 4))[0].detach().requires_grad_()
-    found = saliency(model, x, 1, labels)
+    x = model.blocks[0](x, (2, 4, 4))[0].detach()
+    found = ranked(model, x, 1, labels, (2, 4, 4), torch.zeros(2, 2, 16), (1, 1))
     assert torch.equal(kept["tokens_1"], found.topk(8).indices.sort().values)
 
 
-def saliency(model, x, first, labels):
-    """Of the patch tokens that arrive at block ``first``."""
-    out = x
+def ranked(model, x, first, labels, thw, scores, side):
+    """Minus the gradient of scores ``(B, T, d)`` of zero, for patch tokens before a block."""
+    scores.requires_grad_()
+    grid = x[:, 1:].unflatten(1, thw).requires_grad_()
+    taught = saliency.teach(grid, scores, (side, side))
+    out = torch.cat([x[:, :1], taught.flatten(1, 3)], dim=1)
     for block in model.blocks[first:]:
-        out, _ = block(out, (1, 1, out.shape[1] - 1))
-    loss = F.cross_entropy(model.head(model.norm(out[:, 0])), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, x)
-    return (gradient * x).abs().sum(2)[:, 1:].detach()
+        out, _ = block(out, thw)
+    F.cross_entropy(model.head(model.norm(out[:, 0])), labels, reduction="sum").backward()
+    return -scores.grad.flatten(1)
