@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from stts_slowfast.config import Settings
+from stts_slowfast.frozen_gradients import turn_on
 from stts_slowfast.hooks import all_selectors
 from stts_slowfast.hosts import modules_with_selectors
 
@@ -56,7 +57,8 @@ def update_schedule(model: nn.Module, fraction: float, seed: int = 0) -> float |
     Both depend only on the arguments, so that all processes have the same, and a resumed run the
     same as before. For a range, each selector samples its own budget uniformly; during
     budget annealing all selectors widen theirs by the same :func:`budget_widening`; if that keeps
-    all tokens, saliency teaches (``STTS.TEACHER``).
+    all tokens, saliency teaches (``STTS.TEACHER``). A budget between the two keeps only a part of
+    the tokens, which has no whole saliency, so it is then never sampled.
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
@@ -72,21 +74,23 @@ def update_schedule(model: nn.Module, fraction: float, seed: int = 0) -> float |
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction is {fraction!r}: give the share of training done, 0 to 1")
     noise = None
-    for selector in all_selectors(model):
+    selectors = all_selectors(model)
+    intermediate = not any(selector.learns_from_saliency for selector in selectors)
+    for selector in selectors:
         selector.sigma = noise = sigma(selector.initial_sigma, selector.sigma_decay, fraction)
         sample = random.Random(f"{seed} {fraction!r} {selector.key}").random()
-        intermediate = selector.teacher == "mixture"
         selector.set_budget(sample, budget_widening(fraction, selector.shrink, seed, intermediate))
         selector.scheduled = True
     return noise
 
 
 def keep_all_for_saliency(model: nn.Module) -> None:
-    """Widens the budget of selectors that saliency teaches to all tokens, until the next
+    """Widens the budgets of a model that saliency teaches to all tokens, until the next
     :func:`update_schedule`: while the backbone is frozen, only teaching is of use.
     """
-    for selector in all_selectors(model):
-        if selector.teacher != "mixture":
+    selectors = all_selectors(model)
+    if any(selector.learns_from_saliency for selector in selectors):
+        for selector in selectors:
             selector.keep_all()
 
 
@@ -115,6 +119,7 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
             ``backbone_lr`` only a :class:`Schedule` can apply. If they are the defaults, it warns.
     """
     _check_no_schedule_needed(model)
+    turn_on(model)
     return update_schedule(model, fraction, seed)
 
 

@@ -1,11 +1,14 @@
 """The hooks that run a model's selectors; ``hooks.py`` registers them."""
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointFunction
 
 from stts_slowfast import fx_tracing
 from stts_slowfast.call_context import CallGrid, Calls, first_tensor, in_backward
@@ -13,12 +16,22 @@ from stts_slowfast.fx_tracing import tracer_of
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import Args, Host, Kwargs, Tokens, base_model
 from stts_slowfast.selectors import Selector, Selectors
+from stts_slowfast.token_selector import TokenSelector
 
 
-def select(selector: Selector, tokens: Tokens) -> Tokens:
-    """The tokens that a selector keeps, with their grid."""
-    selection = selector.select(tokens.grid)
+def select(selector: Selector, tokens: Tokens, block: nn.Module) -> Tokens:
+    """The tokens that a selector keeps before a block, with their grid."""
+    if isinstance(selector, TokenSelector):
+        cls = tokens.cls if tokens.frame_cls is None else tokens.frame_cls
+        selection = selector.select(tokens.grid, block, cls)
+    else:
+        selection = selector.select(tokens.grid)
     grid = selector.apply_selection(selector.teach(tokens.grid, selection), selection)
+    if selector.dimension == "TOKENS":
+        if grid.shape == tokens.grid.shape:
+            return tokens._replace(grid=grid, thw=tokens.thw.keep_all(selection.kept))
+        thw = tokens.thw.keep_tokens(selection.kept, grid.shape[1])
+        return tokens._replace(grid=grid, thw=thw)
     if selector.dimension == "SPACE":
         thw = tokens.thw.crop(selection.kept, (grid.shape[2], grid.shape[3]))
         return tokens._replace(grid=grid, thw=thw)
@@ -126,6 +139,8 @@ class SelectTokensHook(Hook):
         if selectors is None:
             selectors = selectors_before(stts, self.number)
         if selectors:
+            if stts.frozen and not torch.is_grad_enabled():
+                _refuse_reentrant(self.number, block, first_tensor(args, kwargs))
             args, kwargs = _on_device_of(selectors, args, kwargs)
         if thw is not None:
             device = first_tensor(args, kwargs).device
@@ -133,11 +148,11 @@ class SelectTokensHook(Hook):
         if selectors:
             tokens = self.host.unpack(args, kwargs, thw)
             if isinstance(tokens, list):
-                tokens = _select_packed(selectors, tokens)
+                tokens = _select_packed(selectors, tokens, block)
                 thw = [clip.thw for clip in tokens]
             else:
                 for selector in selectors:
-                    tokens = select(selector, tokens)
+                    tokens = select(selector, tokens, block)
                 thw = tokens.thw
             args, kwargs = self.host.pack(tokens, args, kwargs)
         if stts.calls is not None:
@@ -164,12 +179,28 @@ class SelectTokensHook(Hook):
         return thw
 
 
-def _select_packed(selectors: Sequence[Selector], clips: list[Tokens]) -> list[Tokens]:
+def _refuse_reentrant(number: int, block: nn.Module, tokens: Tensor) -> None:
+    """Raises ``ValueError`` if scorers would learn nothing: reentrant checkpointing gives nothing
+    a gradient to whose inputs none require it, as before the first selector of a frozen backbone.
+    """
+    frame = None if tokens.requires_grad or in_backward() else sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    if frame is not None:
+        raise ValueError(
+            f"block {number} ({type(block).__name__}) is checkpointed with use_reentrant=True, and "
+            "the backbone is frozen: scorers would learn nothing; set use_reentrant=False"
+        )
+
+
+def _select_packed(
+    selectors: Sequence[Selector], clips: list[Tokens], block: nn.Module
+) -> list[Tokens]:
     """The tokens of several clips; ``selector.kept`` is then a list with an entry per clip."""
     for selector in selectors:
         kept: Any = []
         for i, clip in enumerate(clips):
-            clips[i] = select(selector, clip)
+            clips[i] = select(selector, clip, block)
             kept.append(selector.kept)
         selector.kept = kept
     return clips

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, cat, full_like, stack
+from torch import Tensor, arange, cat, full_like, stack
 
 
 class Grid(tuple[int, int, int]):
@@ -106,6 +106,12 @@ class Grid(tuple[int, int, int]):
         sizes = (frames, 1, kept.shape[1] // frames)
         return Grid(sizes, tokens=tokens, whole=self.whole)
 
+    def keep_all(self, kept: Tensor) -> "Grid":
+        """This grid as a selected one; ``kept`` ``(B, T*H*W)`` are all of its tokens."""
+        if self.is_selected:
+            return self
+        return self.keep_frames(arange(self[0], device=kept.device).expand(len(kept), -1))
+
     def positions(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """The position of each token: a flat index in the whole grid.
 
@@ -134,9 +140,9 @@ class Grid(tuple[int, int, int]):
                 batch, device = len(selected), selected.device
         times = self.frames
         if times is None:
-            times = torch.arange(frames, device=device).expand(batch, -1)
-        rows = torch.arange(height, device=device).expand(batch, frames, -1)
-        columns = torch.arange(width, device=device).expand(batch, frames, -1)
+            times = arange(frames, device=device).expand(batch, -1)
+        rows = arange(height, device=device).expand(batch, frames, -1)
+        columns = arange(width, device=device).expand(batch, frames, -1)
         if self.windows is not None:
             rows, columns = rows + self.windows[..., :1], columns + self.windows[..., 1:2]
         starts = (times[..., None] * all_rows + rows)[..., None] * all_columns

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stts_slowfast.config import check_training
+from stts_slowfast.frozen_gradients import turn_on
 from stts_slowfast.hooks import settings_of
 from stts_slowfast.hosts import is_instance_of
 from stts_slowfast.selectors import Selector
@@ -42,6 +43,7 @@ def param_groups(params: Any, model: nn.Module, new: Iterable[str] = ()) -> list
             parameters are frozen, or because none of them is among ``params``; for names in ``new``
             that the model does not have.
     """
+    turn_on(model)
     groups = as_groups(params)
     scorers = {id(parameter) for _, parameter in scorer_parameters(model)}
     if not scorers:

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from stts_slowfast.annealing import keep_all_for_saliency, update_schedule
 from stts_slowfast.config import check_training
+from stts_slowfast.frozen_gradients import FrozenGradients
 from stts_slowfast.hooks import all_selectors, raise_on_nan, settings_of
 from stts_slowfast.optimizer_groups import (
     Group,
@@ -20,6 +21,7 @@ from stts_slowfast.optimizer_groups import (
     missing_scorers,
     param_groups,
     scorer_parameters,
+    tensors,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,9 @@ class Schedule:
 
     The loop, or a learning rate scheduler of PyTorch, sets each group's ``lr``. During
     ``optimizer.step()`` the groups of a frozen or capped backbone have a lower one; before and
-    after it, groups show the loop's rates.
+    after it, groups show the loop's rates. From :meth:`step` to ``optimizer.step()`` a frozen
+    backbone's parameters have ``requires_grad`` False, so their gradients are neither computed nor
+    reduced by DDP.
 
     Freeze and cap are for fine-tuning: they apply to trained weights; from random weights
     everything learns at its group's rate. The first :meth:`step` decides it and stores it in the
@@ -79,6 +83,8 @@ class Schedule:
         self.epoch: float | None = None
         # During optimizer.step(): each group, the loop's rate, and the rate of the step.
         self._rates: list[tuple[dict[str, Any], float | Tensor, float]] = []
+        self._gradients = FrozenGradients(model)
+        self._gradients.turn_on()  # those that a loop before left, which ended with an error
         inner: Any = _with_hooks(optimizer)
         self.base_lr = 0.0 if base_lr is None else base_lr
         if self.learns:
@@ -96,9 +102,10 @@ class Schedule:
         ]
 
     def remove(self) -> None:
-        """Removes its hooks from the optimizer."""
+        """Removes its hooks from the optimizer; a frozen backbone has gradients again."""
         for hook in self._hooks:
             hook.remove()
+        self._gradients.turn_off([])
 
     def step(self, epoch: float) -> dict[str, float]:
         """Sets sigma, budgets and the backbone's learning rate for the iteration that begins.
@@ -145,6 +152,7 @@ class Schedule:
                 "after the schedule was made (add it before), or its state was saved without "
                 "stts_slowfast.param_groups (load only weights)"
             )
+        self._gradients.turn_off(p for g in groups if self._is_group_frozen(g) for p in tensors(g))
         rates = [self._rate(g) / g.get("layer_decay", 1.0) for g in groups if g["backbone"]]
         return {"sigma": noise or 0.0, "backbone_lr": max(rates, default=0.0)}
 
@@ -191,8 +199,15 @@ class Schedule:
 
     def _resolve_backbone_freeze(self) -> None:
         """Decides once per run whether to freeze and cap the backbone, and logs it."""
-        shrink = max((selector.shrink for selector in all_selectors(self.model)), default=0.0)
-        if shrink:
+        selectors = all_selectors(self.model)
+        shrink = max((selector.shrink for selector in selectors), default=0.0)
+        if shrink and any(selector.learns_from_saliency for selector in selectors):
+            logger.info(
+                "STTS: budget annealing in the first %g of training: iterations keep all tokens, "
+                "less and less often, or KEEP (STTS.SHRINK; 0 for KEEP only)",
+                shrink,
+            )
+        elif shrink:
             logger.info(
                 "STTS: budget annealing in the first %g of training: each iteration samples a "
                 "budget between KEEP and an upper bound that decays from all tokens to KEEP "
@@ -244,6 +259,14 @@ class Schedule:
         backbone = [g for g in self.optimizer.param_groups if g.get("backbone")]
         return any(g.get("held_back") for g in backbone) and not any(map(self._rate, backbone))
 
+    def _is_group_frozen(self, group: Group) -> bool:
+        """Whether a group does not learn, whatever the loop's rate is."""
+        if not (group["backbone"] and group["held_back"]):
+            return False
+        settings = settings_of(self.model)
+        frozen = (self.epoch or 0.0) < settings.freeze_backbone_epochs
+        return frozen or settings.backbone_lr == 0
+
     def _rate(self, group: Group) -> float:
         """A group's learning rate in ``optimizer.step()``."""
         lr = float(group["lr"])
@@ -272,6 +295,7 @@ class Schedule:
                 group["lr"] = lr.new_tensor(rate) if isinstance(lr, Tensor) else rate
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._gradients.turn_on()
         for group, lr, _rate in self._rates:
             group["lr"] = lr
         self._rates = []

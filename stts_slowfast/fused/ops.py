@@ -97,9 +97,10 @@ def _normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple:
 
 
 def _normalize_backward(
-    grad: Tensor, x: Tensor, norm: tuple, weight: Tensor, bias: Tensor
+    grad: Tensor, x: Tensor, norm: tuple, weight: Tensor, bias: Tensor, needed: tuple
 ) -> tuple:
-    """Gradients by ``x``, in its type, and by weight and bias; ``norm`` is ``_normalize``'s."""
+    """Gradients by ``x``, in its type, and by weight and bias, each if needed, else None; ``norm``
+    is ``_normalize``'s."""
     grad_x, *grads = torch.ops.aten.native_layer_norm_backward(
         grad.to(weight.dtype),
         x.to(weight.dtype),
@@ -107,9 +108,9 @@ def _normalize_backward(
         *norm[1:],
         weight,
         bias,
-        [True] * 3,
+        needed,
     )
-    return grad_x.to(x.dtype), *grads
+    return None if grad_x is None else grad_x.to(x.dtype), *grads
 
 
 class _NormedLinear(torch.autograd.Function):
@@ -140,11 +141,12 @@ class _NormedLinear(torch.autograd.Function):
             if not any(needed[:3]):
                 continue
             grad, by_weight, by_bias = _normalize_backward(
-                grad @ weight, tokens[part], norm, norm_weight, norm_bias
+                grad @ weight, tokens[part], norm, norm_weight, norm_bias, needed[:3]
             )
             grad_norm_weight = _accumulate(grad_norm_weight, by_weight)
             grad_norm_bias = _accumulate(grad_norm_bias, by_bias)
-            grad_x = _write_chunk(grad_x, part, grad, len(tokens))
+            if needed[0]:
+                grad_x = _write_chunk(grad_x, part, grad, len(tokens))
         if grad_x is not None:
             grad_x = grad_x.view(read.shape)
             if positions is not None:
@@ -208,14 +210,19 @@ class _ResidualMLP(torch.autograd.Function):
                 if needed[10]:
                     grads[10] = _accumulate(grads[10], by_out.sum(0))
                 grad = grad + by_out @ weight_p
+            if not any((needed[0], *needed[2:4])):
+                continue
             grad, by_weight, by_bias = _normalize_backward(
-                grad, tokens[part], norm, norm_weight, norm_bias
+                grad, tokens[part], norm, norm_weight, norm_bias, (needed[0], *needed[2:4])
             )
             grads[2], grads[3] = _accumulate(grads[2], by_weight), _accumulate(grads[3], by_bias)
+            if not needed[0]:
+                continue
             if weight_p is None:
                 grad += grad_output[part]
             grads[0] = _write_chunk(grads[0], part, grad, len(tokens))
-        grads[0] = grads[0].view(x.shape)
+        if needed[0]:
+            grads[0] = grads[0].view(x.shape)
         return tuple(grads)
 
 
@@ -238,8 +245,8 @@ def _write_chunk(out: Tensor | None, part: slice, chunk: Tensor, length: int) ->
     return out
 
 
-def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
+def _accumulate(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None or part is None else total.add_(part)
 
 
 class _Depthwise(torch.autograd.Function):

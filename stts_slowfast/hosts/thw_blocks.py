@@ -12,10 +12,12 @@ a cls token a frame   ``(B, T*(1+H*W), C)``  TimeSformer (space only)
 ====================  =====================  ============================================
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import cat, nn
 
 from stts_slowfast.grid import Grid
@@ -43,6 +45,13 @@ class ThwBlockHost(Host):
                     "model needs a host of its own (projects/stts/extending.md)"
                 )
         return list(blocks)
+
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        """Found by trial, with random weights: blocks may be of any library."""
+        found = {_sees_frames_alone(b, self.channels(b)) for b in _one_of_each(blocks)}
+        if len(found) > 1:
+            raise ValueError("only some of its blocks see each frame alone")
+        return found.pop()
 
     def incoming_grid(self, args: Args, kwargs: Kwargs, thw: Grid | None) -> Grid | None:
         sizes = _thw(args, kwargs)
@@ -80,6 +89,46 @@ class ThwBlockHost(Host):
             return output  # only tokens, of a block that was called without thw
         x, sizes, *rest = output
         return (x, thw.pooled(sizes), *rest)
+
+
+def _one_of_each(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """A block of each kind: equal in text and in the shapes of its parameters."""
+    kinds = {(str(b), *(tuple(p.shape) for p in b.parameters())): b for b in blocks}
+    return list(kinds.values())
+
+
+@torch.no_grad()
+def _sees_frames_alone(block: nn.Module, channels: int) -> bool:
+    """Whether a block computes each frame of tokens alone.
+
+    Raises:
+        ValueError: if its output depends on which tokens of a frame are neighbours.
+    """
+    trial = copy.deepcopy(block).float().eval()
+    device = next(trial.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    for parameter in trial.parameters():  # weights of zero would hide what they multiply
+        parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
+    x = torch.randn(1, 8, channels, generator=draw).to(device)
+    for count in (8, 7, 6):  # 2 frames of 3 tokens; a cls token a frame, one, or none
+        try:
+            first = trial(x[:, :count], Grid((2, 1, 3)))[0]
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            continue
+        if first.shape == x[:, :count].shape:
+            break
+    else:
+        raise ValueError("its blocks pool or attend in windows, and need a grid")
+    order = torch.arange(count)
+    order[-3:] = order[-3:].flip(0)  # of the second frame
+    if not torch.allclose(
+        trial(x[:, order], Grid((2, 1, 3)))[0], first[:, order], rtol=1e-3, atol=1e-3
+    ):
+        raise ValueError("its blocks compute tokens by their positions in a grid")
+    changed = x[:, :count].clone()
+    changed[:, -3:] += 1
+    alone = trial(changed, Grid((2, 1, 3)))[0][:, : count // 2]
+    return torch.equal(alone, first[:, : count // 2])
 
 
 def _takes_grid(block: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from stts_slowfast.frozen_gradients import turn_on
 from stts_slowfast.hooks import settings_of
 from stts_slowfast.integrations.transformers_restore import Restoration
 from stts_slowfast.optimizer_groups import param_groups
@@ -50,6 +51,7 @@ class SelectionCallback(TrainerCallback):
 
     def optimizer(self, args: TrainingArguments) -> tuple[type, dict]:
         """``Trainer``'s optimizer for these arguments, with separate groups for scorers."""
+        turn_on(self.model)  # Trainer gives an optimizer only parameters that have gradients
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
 
         def init(optimizer, params, **settings):
@@ -99,6 +101,7 @@ class SelectionCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **what) -> None:
         """Raises ``ValueError`` if the best model's tensors were not all restored."""
+        turn_on(self.model)  # the last step may have been skipped
         if missing := self.restoration.missing():
             raise ValueError(_unrestored(state.best_model_checkpoint, missing))
 

@@ -99,10 +99,13 @@ def _set_lr(set_lr, optimizer, new_lr):
 
 
 def _check_nan_losses(check_nan_losses, loss):
-    training = run_state.current_training()
-    if training is not None:
-        raise_on_nan(training.model)
-    return check_nan_losses(loss)
+    try:  # it reads the loss from the device; we read nothing unless it fails
+        return check_nan_losses(loss)
+    except RuntimeError:
+        training = run_state.current_training()
+        if training is not None:
+            raise_on_nan(training.model)
+        raise
 
 
 def _rates() -> dict[str, float]:

@@ -4,15 +4,16 @@ import logging
 import os
 import pickle
 import time
+from typing import Any
 
 import torch
 from iopath.common.file_io import g_pathmgr
 from torch import Tensor, nn
 
 from stts_slowfast.standalone import run_logger
-from stts_slowfast.standalone.data import ClipDataset, build_loader, normalize_clips
+from stts_slowfast.standalone.data import ClipDataset, build_loader
 from stts_slowfast.standalone.fabric import Fabric
-from stts_slowfast.standalone.predictions import predict
+from stts_slowfast.standalone.predictions import Predictions
 from stts_slowfast.standalone.run_logger import RunLogger, Timer
 from stts_slowfast.standalone.signals import SignalState
 from stts_slowfast.video.accuracy import NO_LABEL, video_accuracies
@@ -32,29 +33,55 @@ class Evaluator:
         self.cfg, self.model, self.videos = cfg, model, dataset.videos
         self.device = next(model.parameters()).device
         self.views = ViewEnsemble(cfg, len(dataset.videos), dataset.num_views)
-        self._timings: list[tuple[int, float]] = []  # clips and seconds of each batch
+        self.predictions = Predictions(
+            model, cfg, dataset.videos, lambda logits, _: logits.softmax(-1)
+        )
+        self._timings: list[tuple[int, Any, Any]] = []  # of each batch: clips, beginning and end
 
     @torch.no_grad()
-    def add(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Runs the model on a batch ``(clips, labels, video_index, view_index)``, on any device.
+    def launch(self, batch: tuple[Tensor, ...]) -> None:
+        """Runs the model on a batch ``(clips, labels, video_index, view_index)``; :meth:`read` gets
+        its outputs.
 
-        Returns:
-            Class probabilities (B, classes) on the CPU; of unreadable videos, which the loader
-            replaces by black frames, they mean nothing.
+        Args:
+            batch: clips on any device, the others on the CPU, so that nothing is read from it.
         """
-        clips = normalize_clips(batch[0].to(self.device), self.cfg)
+        clips = batch[0].to(self.device, non_blocking=True)
         labels, videos, views = (part.cpu() for part in batch[1:])
         start = self._now()
-        logits = predict(self.model, clips, self.videos, videos)
-        self._timings.append((len(clips), self._now() - start))
-        scores = logits.softmax(-1).cpu()
-        self.views.add(scores, labels, videos, views)
-        return scores
+        self.predictions.add(clips, labels, videos, labels, views)
+        self._timings.append((len(clips), start, self._now()))
+
+    def read(self, is_last: bool = True) -> list[Tensor]:
+        """Adds the outputs of the batches that are done to ``views``.
+
+        Args:
+            is_last: wait for the last batch too.
+
+        Returns:
+            Class probabilities (B, classes) of each of these batches, on the CPU; of unreadable
+            videos, which the loader replaces by black frames, they mean nothing.
+        """
+        done = []
+        for scores, videos, labels, views in self.predictions.read(is_last):
+            self.views.add(scores, labels, videos, views)
+            done.append(scores)
+        return done
+
+    def add(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """:meth:`launch` and :meth:`read`: the class probabilities of a batch."""
+        self.launch(batch)
+        return self.read()[-1]
 
     def clips_per_s(self) -> float:
         """Clips per second of the model only, without the first batch, a warm-up."""
-        counts, seconds = zip(*(self._timings[1:] or self._timings))
-        return sum(counts) / sum(seconds)
+        timings = self._timings[1:] or self._timings
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            seconds = [start.elapsed_time(end) / 1000 for _, start, end in timings]
+        else:
+            seconds = [end - start for _, start, end in timings]
+        return sum(count for count, *_ in timings) / sum(seconds)
 
     def accuracies(self) -> dict[str, float | None]:
         """See ``video_accuracies``; of all views that were added.
@@ -72,10 +99,13 @@ class Evaluator:
         labels[torch.from_numpy(self.videos.labels == NO_LABEL)] = NO_LABEL
         return video_accuracies(self.views.predictions, labels)
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _now(self) -> Any:
+        """This point in time; on a device, when it comes here."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class ViewEnsemble:
@@ -143,8 +173,8 @@ def run_test(
         batches = run_log.progress(loader, "testing", length)
         for iteration, batch in enumerate(timer.timed(batches)):
             signals.check()
-            batch = fabric.to_device(batch)
-            evaluator.add(batch)
+            evaluator.launch(batch)
+            evaluator.read(is_last=iteration + 1 == length)
             timer.toc()
             if fabric.is_global_zero and (iteration + 1) % cfg.LOG_PERIOD == 0:
                 stats = {
@@ -155,7 +185,7 @@ def run_test(
                 }
                 run_logger.log_json_stats(stats)
             if watch:
-                watch("test", model, batch)
+                watch("test", model, fabric.to_device(batch))
         evaluator.views.gather(fabric)
         result = _result(cfg, fabric, evaluator, loader.bad)
         result["clips_per_s"] = evaluator.clips_per_s()

@@ -184,23 +184,20 @@ class Meter:
 
 
 class HostCopy:
-    """Values of a step, copied to the host asynchronously: reading them waits for that step only.
+    """Tensors of a step, copied to the host asynchronously: a read waits for that step only."""
 
-    Args:
-        values: (N,).
-    """
-
-    def __init__(self, values: Tensor):
+    def __init__(self, *tensors: Tensor):
         # Pinned memory is what a copy without waiting goes to.
-        self.values, self.event = values.to("cpu", non_blocking=values.is_cuda), None
-        if values.is_cuda:
-            self.event = torch.cuda.Event()
+        on_device = tensors[0].is_cuda
+        self.tensors = [tensor.to("cpu", non_blocking=on_device) for tensor in tensors]
+        self.event = torch.cuda.Event() if on_device else None
+        if self.event:
             self.event.record()
 
-    def read(self) -> list[float]:
+    def read(self) -> list[Tensor]:
         if self.event:
             self.event.synchronize()
-        return self.values.tolist()
+        return self.tensors
 
 
 class LossMonitor:
@@ -278,13 +275,13 @@ class RunLogger:
                 self.writer.add_scalar(name, value, step)
 
     def add_figure(self, cfg, model: nn.Module, clips: Tensor, step: int) -> None:
-        """Shows the tokens kept of the first of some normalised clips (B, 3, T, H, W)."""
+        """Shows the tokens kept of the first of some clips (B, 3, T, H, W) of a loader."""
         if self.writer and cfg.STTS.ENABLE:
+            from stts_slowfast.standalone.transforms import normalize_clips
             from stts_slowfast.visualization import film_strip_figure
 
-            self.writer.add_figure(
-                "Val/kept", film_strip_figure(cfg, model, clips[:NUM_SHOWN_CLIPS]), step
-            )
+            clips = normalize_clips(clips[:NUM_SHOWN_CLIPS], cfg)
+            self.writer.add_figure("Val/kept", film_strip_figure(cfg, model, clips), step)
 
 
 def memory() -> dict[str, str]:

@@ -16,13 +16,14 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.evaluation import evaluating
+from stts_slowfast.frozen_gradients import turn_on
 from stts_slowfast.hooks import nan_flag, raise_on_nan
 from stts_slowfast.schedule import Schedule
 from stts_slowfast.standalone import checkpointing, optim, run_logger
 from stts_slowfast.standalone.data import build_loader, normalize_clips
 from stts_slowfast.standalone.fabric import Fabric, seed_everything
 from stts_slowfast.standalone.mixup import batch_mixer
-from stts_slowfast.standalone.predictions import predict
+from stts_slowfast.standalone.predictions import Predictions
 from stts_slowfast.standalone.run_logger import (
     BatchCallback,
     LossMonitor,
@@ -121,7 +122,8 @@ class TrainingLoop:
         return loader
 
     def close(self) -> None:
-        """Ends the loaders' workers."""
+        """Ends the loaders' workers; a frozen backbone has gradients again."""
+        turn_on(self.model)
         self.train_loader.close()
         self.val_loader.close()
 
@@ -192,7 +194,7 @@ class TrainingLoop:
         requests = [False, False]
         while len(self.pending) > ahead:
             step, stats = self.pending.popleft()
-            loss, grad_norm, top1, top5, *flags, nan = stats.read()
+            loss, grad_norm, top1, top5, *flags, nan = stats.read()[0].tolist()
             self.timer.toc()
             if nan:
                 raise_on_nan(self.model)  # which names the selector; the loss would not
@@ -272,18 +274,20 @@ class TrainingLoop:
         self.model.eval()
         self.val_loader.set_epoch(epoch)
         start, length = time.perf_counter(), len(self.val_loader)
+        read = lambda logits, labels: torch.stack(topk_errors(logits, labels))  # noqa: E731
+        predictions = Predictions(self.model, self.cfg, self.val_loader.dataset.videos, read)
         batches = self.run_log.progress(self.val_loader, "validation", length)
         for iteration, batch in enumerate(timer.timed(batches)):
             self.signals.check()
-            batch = self.fabric.to_device(batch)
-            clips = normalize_clips(batch[0], self.cfg)
-            logits = predict(self.model, clips, self.val_loader.dataset.videos, batch[2])
+            numbers, batch = batch[2], self.fabric.to_device(batch)
+            predictions.add(*batch[:2], numbers)
             if not iteration:
-                self.run_log.add_figure(self.cfg, self.model, clips, epoch)
-            errors = torch.stack(topk_errors(logits, batch[1])).tolist()
+                self.run_log.add_figure(self.cfg, self.model, batch[0], epoch)
+            logs = (iteration + 1) % self.cfg.LOG_PERIOD == 0
+            for errors, numbers in predictions.read(is_last=logs or iteration + 1 == length):
+                meter.add(errors.tolist(), len(numbers))
             timer.toc()
-            meter.add(errors, len(batch[0]))
-            if (iteration + 1) % self.cfg.LOG_PERIOD == 0:
+            if logs:
                 stats = {
                     "_type": "val_iter",
                     "epoch": f"{epoch + 1}/{self.cfg.SOLVER.MAX_EPOCH}",

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
 
 from stts_slowfast import attach, detach
-from stts_slowfast.fused import fuse_model
+from stts_slowfast.fused import fuse_model, video_swin
 from stts_slowfast.fused.video_swin import SwinAttention
 
 
@@ -81,29 +82,27 @@ def explicit(attn, x):
 
 @pytest.mark.parametrize("shift", [[0, 0, 0], [2, 1, 2]])
 @pytest.mark.parametrize("bias", [True, False])
-def test_frames_that_pad_windows_are_not_computed(shift, bias):
+def test_frames_that_pad_windows_are_not_computed(shift, bias, monkeypatch):
     """Of a shifted window, padding may be in the middle; in space, tokens are padded as before."""
     stock = ShiftedWindowAttention3d(8, [4, 2, 3], shift, 2, qkv_bias=bias)
     nn.init.normal_(stock.relative_position_bias_table)
     if bias:
         nn.init.normal_(stock.qkv.bias)
     attention = SwinAttention(stock, true_distances=False)
+    frames, linear = [], F.linear
+    monkeypatch.setattr(
+        video_swin.F, "linear", lambda x, *layer: frames.append(x.shape[1]) or linear(x, *layer)
+    )
     for grid in ((5, 4, 6), (7, 3, 5), (9, 2, 3)):
-        x, outputs, rows = torch.randn(2, *grid, 8, requires_grad=True), [], []
-        with torch.no_grad():  # the projection is of what arrives
-            linear = torch.nn.functional.linear
-            try:
-                torch.nn.functional.linear = lambda x, *a: rows.append(x.shape) or linear(x, *a)
-                attention(x)
-            finally:
-                torch.nn.functional.linear = linear
-        assert [shape[1] for shape in rows] == [grid[0]] * 2
-        for module in (stock, attention):
-            out = module(x)
-            outputs.append(
-                [out, *torch.autograd.grad(out.square().sum(), [x, *stock.parameters()])]
-            )
-        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+        x, outputs = torch.randn(2, *grid, 8, requires_grad=True), []
+        for forward in (stock.forward, attention.fused, attention):
+            frames.clear()
+            out = forward(x)
+            grads = torch.autograd.grad(out.square().sum(), [x, *stock.parameters()])
+            outputs.append([out, *grads])
+        assert frames == [grid[0]] * 2  # what the projections take
+        for found in outputs[1:]:
+            torch.testing.assert_close(found, outputs[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_window_attention_whose_projection_is_observed_is_the_original():

@@ -1,7 +1,8 @@
 """What the pretended GPU runs: hosts and families when small, models of the table when large."""
 
 import contextlib
-from collections.abc import Callable
+from bisect import bisect
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import stts_slowfast as stts
 from stts_slowfast import backbones
-from stts_slowfast.standalone import run_logger, training_loop
+from stts_slowfast.standalone import evaluator, run_logger, training_loop
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.topk import OPERATORS as REGISTRY
@@ -239,6 +240,7 @@ class PretendedFabric:
     """What the training loop asks of Fabric, in one process."""
 
     global_rank, world_size, is_global_zero = 0, 1, True
+    device = "cuda"
 
     def to_device(self, what):
         if isinstance(what, nn.Module):
@@ -262,13 +264,47 @@ class PretendedFabric:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return nn.utils.clip_grad_norm_(parameters, arguments["max_norm"])
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, reduce_op: str = "mean") -> Tensor:
         return tensor
 
 
-def train_standalone(folder: str, steps: int, log_period: int) -> list[dict]:
-    """Steps of the standalone training loop with MIXUP: for each, what waits, and how many steps
-    behind the last one those are whose numbers are read."""
+class Waits:
+    """What the host waits for in each step.
+
+    Attributes:
+        found: of each step, what waits, and how many steps before it those are whose numbers are
+            read.
+    """
+
+    def __init__(self):
+        self.found, self._begun = [], []
+
+    @contextlib.contextmanager
+    def step(self):
+        Event.waited_for.clear()
+        self._begun.append(Event.recorded)
+        with Record() as record:
+            yield
+        step_of = [bisect(self._begun, number) for number in Event.waited_for]
+        behind = [len(self._begun) - step for step in step_of]
+        self.found.append({"waits": record.waits, "behind": behind})
+
+    def each(self, batches: list) -> Iterator:
+        """The batches; a step lasts until the next is requested."""
+        for batch in batches:
+            with self.step():
+                yield batch
+
+
+BATCH = {"clips": (2, 3, 8, 32, 32), "numbers": (2,)}
+
+
+def _batch() -> list[Tensor]:
+    numbers = [torch.zeros(BATCH["numbers"], dtype=torch.long) for _ in range(3)]
+    return [torch.zeros(BATCH["clips"], dtype=torch.uint8), *numbers]
+
+
+def _standalone_cfg(folder: str, log_period: int):
     cfg = Golden("slowfast_mvit_v1").cfg()
     cfg.STTS.NUM_SAMPLES, cfg.LOG_PERIOD, cfg.OUTPUT_DIR = 20, log_period, folder
     cfg.STTS.SHRINK = 0.0  # what depends on sizes is made once for each
@@ -276,26 +312,66 @@ def train_standalone(folder: str, steps: int, log_period: int) -> list[dict]:
     cfg.MIXUP.ENABLE, cfg.SOLVER.CLIP_GRAD_L2NORM = True, 1.0
     cfg.SOLVER.OPTIMIZING_METHOD = "adamw"
     cfg.STTS.ENABLE = True
-    model = build_model(cfg)
-    batch = [torch.zeros(2, 3, 8, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)]
+    return cfg
+
+
+def _training_loop(cfg, model: nn.Module, steps: int) -> training_loop.TrainingLoop:
     loader = mock.MagicMock(batch_size=2)
     loader.__len__.return_value = steps
+    loader.bad.count.return_value = {}
     start = mock.Mock(optimizer_state=None, scaler_state=None, iteration=0, path="", trained=False)
-    stop = mock.Mock(save=False, number=0)
-    found = []
-    with pretended(), mock.patch.object(training_loop, "build_loader", return_value=loader):
-        arguments = cfg, PretendedFabric(), model, start, mock.MagicMock(), stop, None
-        loop = training_loop.TrainingLoop(*arguments)
+    signals, run_log = mock.Mock(save=False, number=0), mock.MagicMock()
+    run_log.progress.side_effect = lambda batches, *_: iter(batches)
+    with mock.patch.object(training_loop, "build_loader", return_value=loader):
+        return training_loop.TrainingLoop(
+            cfg, PretendedFabric(), model, start, run_log, signals, None
+        )
+
+
+def train_standalone(folder: str, steps: int, log_period: int) -> list[dict]:
+    """:class:`Waits` of steps of the standalone training loop with MIXUP."""
+    waits, cfg = Waits(), _standalone_cfg(folder, log_period)
+    model = build_model(cfg)
+    with pretended():
+        loop = _training_loop(cfg, model, steps)
         loop.timer = run_logger.Timer()
         meter = run_logger.Meter(("loss", "top1_err", "top5_err"), log_period)
-        model.train()
+        loop.model.train()
+        batch = _batch()[:2]
         for iteration in range(steps):
-            Event.waited_for.clear()
-            with Record() as record:
+            with waits.step():
                 loop.step(0, iteration, batch, meter)
-            behind = [Event.recorded - 1 - number for number in Event.waited_for]
-            found.append({"waits": record.waits, "behind": behind})
-    return found
+    return waits.found
+
+
+def validate_standalone(folder: str, steps: int, log_period: int) -> list[dict]:
+    """:class:`Waits` of the batches of a validation in the standalone training loop."""
+    waits, cfg = Waits(), _standalone_cfg(folder, log_period)
+    model = build_model(cfg)
+    with pretended(), mock.patch.object(training_loop.checkpointing, "past_validations") as past:
+        past.return_value = {}
+        loop = _training_loop(cfg, model, steps)
+        loop.val_loader.__iter__.side_effect = lambda: waits.each([_batch()] * steps)
+        loop.validate(0)
+    return waits.found
+
+
+def evaluate_standalone(folder: str, steps: int, log_period: int) -> list[dict]:
+    """:class:`Waits` of the batches of a test by the standalone engine."""
+    waits, cfg = Waits(), _standalone_cfg(folder, log_period)
+    model = build_model(cfg).eval()
+    loader, run_log = mock.MagicMock(), mock.MagicMock()
+    loader.__len__.return_value, loader.dataset.num_views = steps, 2
+    loader.dataset.videos.__len__.return_value = steps
+    run_log.progress.side_effect = lambda batches, *_: iter(batches)
+    with pretended(), contextlib.ExitStack() as patches:
+        # What has no numbers has no accuracy.
+        for name in ("ViewEnsemble", "_result"):
+            patches.enter_context(mock.patch.object(evaluator, name))
+        patches.enter_context(mock.patch.object(evaluator, "build_loader", return_value=loader))
+        loader.__iter__.side_effect = lambda: waits.each([_batch()] * steps)
+        evaluator.run_test(cfg, PretendedFabric(), to_cuda(model), run_log, mock.Mock(), None)
+    return waits.found
 
 
 def count_window_launches(stride: int) -> int:

@@ -31,3 +31,14 @@ def test_the_standalone_loop_waits_for_nothing_between_two_log_lines(worker, tmp
         [[], [1], [1], [1, 0], [], [1], [1], [1, 0], [0]]
     )
     assert [step["waits"] for step in steps] == [{}] * 8
+
+
+@pytest.mark.parametrize("job", ["validate_standalone", "evaluate_standalone"])
+def test_a_standalone_evaluation_waits_for_nothing_between_two_log_lines(worker, tmp_path, job):
+    """Validation logs accuracies, so it reads those of its batch then; a test logs its time."""
+    first, *batches = worker.ask(job, str(tmp_path), 6, 3)
+    validates = job == "validate_standalone"
+    assert [batch["behind"] for batch in (first, *batches)] == (
+        [[], [1], [1, 0], [], [1], [1, 0]] if validates else [[], [1], [1], [1], [1], [1, 0]]
+    )
+    assert [batch["waits"] for batch in batches] == [{}] * 5

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures the CPU tables of ../benchmarks.md with one thread, in core-seconds, so that other work on
-# the machine has little effect. Takes about half an hour of a core.
+# the machine has little effect. Takes about half an hour of a core. tables.py writes them.
 #   bash projects/stts/benchmarks/cpu.sh [FOLDER for JSON files and plots] [PART ...]
 # Parts: mvit mvitv2 frames timesformer swin topk (default: all of them).
 set -euo pipefail
@@ -17,7 +17,7 @@ timesformer=$configs/STTS_TIMESFORMER
 swin=$configs/STTS_SWIN_B_32x2_T0
 
 export OMP_NUM_THREADS=1
-bench() { stts bench --core-seconds --repeats 2 "$@"; }
+bench() { stts bench --core-seconds --batch-size 1 --repeats 2 "$@"; }
 
 wanted() { [[ $parts == "  " || $parts == *" $1 "* ]]; }
 
@@ -34,23 +34,25 @@ if wanted mvitv2; then
         --json "$out/mvitv2.json" --plot "$out/mvitv2.png"
 fi
 if wanted frames; then
-    bench "stock=${mvit}_0.5_S4_0.7.yaml,$STOCK" \
-        "T0_0.5-S4_0.7=${mvit}_0.5_S4_0.7.yaml" \
-        --frames 16 32 64 128 --batch-size 1 --modes eval --no-memory \
-        --json "$out/frames.json" --plot "$out/frames.png"
+    rows=("stock=${mvit}_0.5_S4_0.7.yaml,$STOCK" "T0_0.5-S4_0.7=${mvit}_0.5_S4_0.7.yaml")
+    options=(--modes eval --no-memory)
+    bench "${rows[@]}" "${options[@]}" --frames 16 32 64 --json "$out/frames.json"
+    # A step takes minutes: once, without warm-up.
+    bench "${rows[@]}" "${options[@]}" --frames 128 --warmup 0 --repeats 1 \
+        --json "$out/frames_128.json"
 fi
 if wanted timesformer; then
     bench "8x32 all tokens=${timesformer}_8x32_T0_0.9_S4_0.9.yaml,$FUSED" \
         "8x32 T0_0.9-S4_0.9=${timesformer}_8x32_T0_0.9_S4_0.9.yaml" \
-        --batch-size 1 --json "$out/timesformer_8x32.json"
+        --json "$out/timesformer_8x32.json"
     bench "96x4 all tokens=${timesformer}_96x4_T0_0.5_S4_0.9.yaml,$FUSED" \
         "96x4 T0_0.5-S4_0.9=${timesformer}_96x4_T0_0.5_S4_0.9.yaml" \
-        --batch-size 1 --modes eval --json "$out/timesformer_96x4.json"
+        --modes eval --warmup 0 --no-memory --json "$out/timesformer_96x4.json"
 fi
 if wanted swin; then
     bench "Swin-B all tokens=${swin}_0.9.yaml,$FUSED" "Swin-B T0_0.9=${swin}_0.9.yaml" \
         "Swin-B T0_0.6=${swin}_0.6.yaml" "Swin-B T0_0.4=${swin}_0.4.yaml" \
-        --batch-size 1 --modes eval --json "$out/swin.json"
+        --modes eval --json "$out/swin.json"
 fi
 if wanted topk; then
     python projects/stts/benchmarks/topk.py

@@ -1,0 +1,100 @@
+"""Writes the tables of ../benchmarks.md from the results in results/*.json.
+
+    bash projects/stts/benchmarks/cpu.sh projects/stts/benchmarks/results    # measures
+    python projects/stts/benchmarks/tables.py                                # writes the tables
+
+A table is between ``<!-- table: FILE.json ... -->`` and ``<!-- end of table -->``; several files
+are one table. A test compares the document with what this gives.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from stts_slowfast.tools.bench.command import GIB, clips_per_second
+from stts_slowfast.tools.markdown import markdown_table
+
+FOLDER = Path(__file__).parent
+DOCUMENT = FOLDER.with_name("benchmarks.md")
+BEGIN, END = r"<!-- table: (.*?) -->\n", r"<!-- end of table -->"
+
+
+def rendered(text: str) -> str:
+    """A document with all of its tables written anew."""
+
+    def replace(found: re.Match) -> str:
+        reports = [json.loads((FOLDER / "results" / name).read_text()) for name in found[1].split()]
+        return f"<!-- table: {found[1]} -->\n{describe(reports)}\n\n{tabulate(reports)}\n\n{END}"
+
+    return re.sub(f"{BEGIN}.*?{END}", replace, text, flags=re.DOTALL)
+
+
+def describe(reports: list[dict]) -> str:
+    """How the results of a table were measured."""
+    counts = sorted({len(each) for report in reports for each in all_seconds(report["rows"])})
+    steps = " or ".join(map(str, counts)) + (" step" if counts == [1] else " steps")
+    first = reports[0]
+    size = first.get("batch_size") or first["settings"]["batch_size"]
+    batch = "one clip" if size == 1 else f"{size} clips"
+    device = first["device"].replace("1 CPU threads", "one CPU thread")
+    torch = first["torch"].partition("+")[0]
+    return f"Batches of {batch}, {device}, PyTorch {torch}; medians of {steps} in core-seconds:"
+
+
+def all_seconds(rows: list[dict]) -> list[list[float]]:
+    """The measured seconds of each row and mode."""
+    found, waiting = [], [row["seconds"] for row in rows]
+    while waiting:
+        each = waiting.pop()
+        waiting += each.values() if isinstance(each, dict) else []
+        found += [each] if isinstance(each, list) else []
+    return found
+
+
+def tabulate(reports: list[dict]) -> str:
+    """The table of one or several reports of ``stts bench --json``, or of ``authors.py``."""
+    rows = [row for report in reports for row in report["rows"]]
+    if "theirs" in rows[0]["seconds"]:
+        return compare(rows)
+    size = reports[0]["settings"]["batch_size"]
+    modes, frames = list(rows[0]["seconds"]), rows[0]["frames"]
+    head = ["model", *(["frames"] if frames else []), "params (M)", "GFLOPs", "ratio"]
+    for mode in modes:
+        head += [f"{mode} clips/s", "ratio"] + [f"{mode} GiB", "ratio"] * bool(rows[0]["memory"])
+    lines = []
+    for row in rows:
+        base = next(other for other in rows if other["frames"] == row["frames"])
+        cells = [row["name"], *([str(row["frames"])] if frames else [])]
+        cells += [f"{row['parameters'] / 1e6:.2f}", f"{row['gflops']:.2f}"]
+        cells += [f"{base['gflops'] / row['gflops']:.2f}"]
+        for mode in modes:
+            speed, spread = clips_per_second(row["seconds"][mode], size)
+            ratio = speed / clips_per_second(base["seconds"][mode], size)[0]
+            cells += [f"{speed:.3f} ± {spread:.3f}", f"{ratio:.2f}"]
+            if row["memory"]:
+                memory = row["memory"][mode]
+                cells += [f"{memory / GIB:.2f}", f"{memory / base['memory'][mode]:.2f}"]
+        lines.append(cells)
+    return markdown_table(head, lines)
+
+
+def compare(rows: list[dict]) -> str:
+    """Seconds of a step of both implementations, and how many times faster ours is."""
+    head = ["model"]
+    for mode in ("eval", "train"):
+        head += [f"{mode}, theirs", f"{mode}, ours", "ratio"]
+    lines = []
+    for row in rows:
+        cells = [row["name"]]
+        for mode in ("eval", "train"):
+            theirs, ours = (
+                statistics.median(row["seconds"][who][mode]) for who in ("theirs", "ours")
+            )
+            cells += [f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}"]
+        lines.append(cells)
+    return markdown_table(head, lines)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(rendered(DOCUMENT.read_text()))
