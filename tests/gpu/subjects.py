@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import stts_slowfast as stts
 from stts_slowfast import backbones
+from stts_slowfast.evaluation import half_precision
 from stts_slowfast.standalone import evaluator, run_logger, training_loop
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
@@ -217,7 +218,8 @@ def _capture(run: Run) -> list[str]:
 def count_launches(name: str, selected: bool = True) -> dict[str, dict[str, int]]:
     """Launches of a model of the table, bf16, batch 8, by operator, or of the stock model.
 
-    ``without flash`` is how many of the attention kernels in evaluation are not flash's.
+    ``weights cast once`` is evaluation as ``TEST.PRECISION bfloat16`` runs it, ``without flash``
+    how many of the attention kernels in evaluation are not flash's.
     """
     (model, clips, logits), settings = FULL[name]()
     if selected:
@@ -228,9 +230,11 @@ def count_launches(name: str, selected: bool = True) -> dict[str, dict[str, int]
         run = Run(to_cuda(model), torch.empty(clips.shape, device="cuda"), logits, torch.bfloat16)
         run.evaluate()
         evaluation = run.evaluate()
+        with half_precision(run.model, torch.bfloat16):
+            cast_once = run.evaluate()
         for operator in OPERATORS if selected else ("stock",):
             run.choose(operator)
-            parts = {"evaluation": evaluation, **run.train()}
+            parts = {"evaluation": evaluation, "weights cast once": cast_once, **run.train()}
             found[operator] = {part: record.launches.total() for part, record in parts.items()}
     slow = evaluation.launches["_scaled_dot_product_efficient_attention"]
     return {key: {**launches, "without flash": slow} for key, launches in found.items()}
