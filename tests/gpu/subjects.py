@@ -198,6 +198,9 @@ def run_small(name: str) -> dict:
                 parts = run.train(loop)
                 found |= {f"{dtype} {operator} {part}": r for part, r in parts.items()}
         capture = _capture(run)
+        half = Run(model, clips, logits, torch.bfloat16)
+        with half_precision(model, torch.bfloat16):
+            found["weights cast once"] = half.evaluate()
     parts = {part: {"waits": r.waits, "from_host": r.from_host} for part, r in found.items()}
     return {"parts": parts, "capture": capture}
 
