@@ -12,8 +12,8 @@ CACHED = ["torch.float32 (16, 2) on cuda:0"]
 
 @pytest.mark.parametrize("name", SMALL)
 def test_passes_wait_for_nothing_and_take_nothing_from_the_host(worker, name):
-    """Every host and family in bf16, fp16 and fp32, by both operators: evaluation (in bf16 also with
-    weights cast once), forward and backward pass. Mixed devices and shapes that depend on numbers
+    """Every host and family in bf16, fp16 and fp32, by both operators: forward and backward pass,
+    and evaluation, also with weights cast once. Mixed devices and shapes that depend on numbers
     raise in the worker."""
     found = worker.ask("run_small", name)
     assert len(found["parts"]) == len(precisions(name)) * (1 + 2 * 2) + 1
