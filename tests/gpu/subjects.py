@@ -45,7 +45,7 @@ def _tiny(name: str, *opts) -> tuple[Example, dict]:
 def _timesformer() -> tuple[Example, dict]:
     node = {"EMBED_DIM": 32, "DEPTH": 3, "NUM_HEADS": 4, "PATCH_SIZE": 8}
     opts = [x for key, value in node.items() for x in (f"TIMESFORMER.{key}", value)]
-    return _tiny("TIMESFORMER_8x32_T0_0.9_S4_0.9", *opts, "STTS.SPACE.BLOCKS", [2])
+    return _tiny("TIMESFORMER_8x32_T1_0.9_S4_0.9", *opts, "STTS.SPACE.BLOCKS", [2])
 
 
 def _swin() -> tuple[Example, dict]:
