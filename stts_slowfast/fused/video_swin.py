@@ -85,10 +85,8 @@ class SwinAttention(Replacement):
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         biases = self._biases(x, frames, window, shift, q.dtype)
         counts = [bias.shape[2] // (window[1] * window[2]) for bias in biases]
-        parts = [
-            self._attend(*one, bias)
-            for *one, bias in zip(*(each.split(counts, dim=1) for each in (q, k, v)), biases)
-        ]
+        split = zip(q.split(counts, 1), k.split(counts, 1), v.split(counts, 1), biases)
+        parts = [self._attend(*one) for one in split]
         out = F.linear(cat(parts, dim=1).flatten(-2), self.proj.weight, self.proj.bias)
         out = F.dropout(out, self.dropout, self.training)
         out = _merge(out, x.shape[3] // window[2], window[2]).roll(shift, (1, 2, 3))
