@@ -196,9 +196,10 @@ def python_keys(path: Path) -> list[tuple[str, str, str]]:
             continue
         if ast.unparse(node.targets[0]) == "EXTRA_KEYS":
             for group, keys in zip(node.value.keys, node.value.values):
-                comment = comment_above(lines, group.lineno - 1)
-                for name, value in ast.literal_eval(keys).items():
-                    found.append((group.lineno, f"{group.value}.{name}", repr(value), comment))
+                for name, value in zip(keys.keys, keys.values):
+                    comment = comment_above(lines, name.lineno - 1)
+                    key = f"{group.value}.{name.value}"
+                    found.append((name.lineno, key, repr(ast.literal_eval(value)), comment))
             continue
         key = re.fullmatch(r"cfg\.([A-Z_0-9.]+)", ast.unparse(node.targets[0]))
         if not key:

@@ -10,6 +10,7 @@ import importlib
 _HOMES = {
     "hard_topk": "topk",
     "perturbed_topk": "topk",
+    "adapt": "adaptation",
     "add_stts_config": "config",
     "attach": "hooks",
     "detach": "hooks",

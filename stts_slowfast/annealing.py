@@ -57,7 +57,8 @@ def update_schedule(model: nn.Module, fraction: float, seed: int = 0) -> float |
     Both depend only on the arguments, so that all processes have the same, and a resumed run the
     same as before. For a range, each selector samples its own budget uniformly; during
     budget annealing all selectors widen theirs by the same :func:`budget_widening`; if that keeps
-    all tokens, saliency teaches (``STTS.TEACHER``).
+    all tokens, saliency teaches (``STTS.TEACHER``). A budget between the two keeps only a part of
+    the tokens, which has no whole saliency, so it is then never sampled.
 
     Args:
         model: with selectors, wrapped (DDP) or not; a model without is left as it is.
@@ -73,21 +74,23 @@ def update_schedule(model: nn.Module, fraction: float, seed: int = 0) -> float |
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction is {fraction!r}: give the share of training done, 0 to 1")
     noise = None
-    for selector in all_selectors(model):
+    selectors = all_selectors(model)
+    intermediate = not any(selector.learns_from_saliency for selector in selectors)
+    for selector in selectors:
         selector.sigma = noise = sigma(selector.initial_sigma, selector.sigma_decay, fraction)
         sample = random.Random(f"{seed} {fraction!r} {selector.key}").random()
-        intermediate = selector.teacher == "mixture"
         selector.set_budget(sample, budget_widening(fraction, selector.shrink, seed, intermediate))
         selector.scheduled = True
     return noise
 
 
 def keep_all_for_saliency(model: nn.Module) -> None:
-    """Widens the budget of selectors that saliency teaches to all tokens, until the next
+    """Widens the budgets of a model that saliency teaches to all tokens, until the next
     :func:`update_schedule`: while the backbone is frozen, only teaching is of use.
     """
-    for selector in all_selectors(model):
-        if selector.teacher != "mixture":
+    selectors = all_selectors(model)
+    if any(selector.learns_from_saliency for selector in selectors):
+        for selector in selectors:
             selector.keep_all()
 
 

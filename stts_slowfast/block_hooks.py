@@ -16,12 +16,22 @@ from stts_slowfast.fx_tracing import tracer_of
 from stts_slowfast.grid import Grid
 from stts_slowfast.hosts import Args, Host, Kwargs, Tokens, base_model
 from stts_slowfast.selectors import Selector, Selectors
+from stts_slowfast.token_selector import TokenSelector
 
 
-def select(selector: Selector, tokens: Tokens) -> Tokens:
-    """The tokens that a selector keeps, with their grid."""
-    selection = selector.select(tokens.grid)
+def select(selector: Selector, tokens: Tokens, block: nn.Module) -> Tokens:
+    """The tokens that a selector keeps before a block, with their grid."""
+    if isinstance(selector, TokenSelector):
+        cls = tokens.cls if tokens.frame_cls is None else tokens.frame_cls
+        selection = selector.select(tokens.grid, block, cls)
+    else:
+        selection = selector.select(tokens.grid)
     grid = selector.apply_selection(selector.teach(tokens.grid, selection), selection)
+    if selector.dimension == "TOKENS":
+        if grid.shape == tokens.grid.shape:
+            return tokens._replace(grid=grid, thw=tokens.thw.keep_all(selection.kept))
+        thw = tokens.thw.keep_tokens(selection.kept, grid.shape[1])
+        return tokens._replace(grid=grid, thw=thw)
     if selector.dimension == "SPACE":
         thw = tokens.thw.crop(selection.kept, (grid.shape[2], grid.shape[3]))
         return tokens._replace(grid=grid, thw=thw)
@@ -123,6 +133,11 @@ class SelectTokensHook(Hook):
     def __call__(self, block: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         stts = self.selectors(block)
         if tracer := tracer_of(args, kwargs):
+            if any(hasattr(s.scorer, "bind") for s in selectors_before(stts, self.number)):
+                raise ValueError(
+                    "the scorer of tokens reads weights of its block, which a graph of torch.fx "
+                    "does not have: give another STTS.TOKENS.SCORER (tokens_scorer) to trace"
+                )
             return _traced(tracer, _select, stts, args, kwargs, self.number)
         thw = self._incoming_grid(stts, block, args, kwargs)
         selectors = getattr(block, "stts_replicas", None)
@@ -138,11 +153,11 @@ class SelectTokensHook(Hook):
         if selectors:
             tokens = self.host.unpack(args, kwargs, thw)
             if isinstance(tokens, list):
-                tokens = _select_packed(selectors, tokens)
+                tokens = _select_packed(selectors, tokens, block)
                 thw = [clip.thw for clip in tokens]
             else:
                 for selector in selectors:
-                    tokens = select(selector, tokens)
+                    tokens = select(selector, tokens, block)
                 thw = tokens.thw
             args, kwargs = self.host.pack(tokens, args, kwargs)
         if stts.calls is not None:
@@ -183,12 +198,14 @@ def _refuse_reentrant(number: int, block: nn.Module, tokens: Tensor) -> None:
         )
 
 
-def _select_packed(selectors: Sequence[Selector], clips: list[Tokens]) -> list[Tokens]:
+def _select_packed(
+    selectors: Sequence[Selector], clips: list[Tokens], block: nn.Module
+) -> list[Tokens]:
     """The tokens of several clips; ``selector.kept`` is then a list with an entry per clip."""
     for selector in selectors:
         kept: Any = []
         for i, clip in enumerate(clips):
-            clips[i] = select(selector, clip)
+            clips[i] = select(selector, clip, block)
             kept.append(selector.kept)
         selector.kept = kept
     return clips

@@ -9,10 +9,12 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from stts_slowfast.budgets import Share, Sizes, plan_grids
+from stts_slowfast.budgets import DIMENSIONS, Share, Sizes, plan_grids
 from stts_slowfast.configfiles.values import check_choice
 from stts_slowfast.plugins import load_extensions
 from stts_slowfast.scorers import SCORERS
+from stts_slowfast.shares import check_order, check_shares, is_number, read_shares
+from stts_slowfast.token_scorers import TOKEN_SCORERS
 from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
 SIGMA_DECAYS = ("linear", "constant")
@@ -58,12 +60,30 @@ def add_stts_config(cfg: CfgNode) -> None:
     # objects on TimeSformer, whose temporal attention compares the same position of all windows.
     cfg.STTS.SPACE.SHARED = False
 
-    # How learned scorers are trained: mixture (training mixes candidates by OPERATOR's weights,
-    # through which gradients pass); saliency (training selects as a test does; in iterations that
-    # keep all tokens, their gradient tells which candidates the loss depends on, and scorers learn
-    # that ranking); or both (saliency in those iterations, mixture in all others). All tokens are
-    # kept while the backbone is frozen and, less and less often, during SHRINK.
-    cfg.STTS.TEACHER = "mixture"
+    # Selection of single tokens, anywhere in a clip: for plain ViTs, whose blocks need no grid.
+    cfg.STTS.TOKENS = node()
+    # Before which blocks tokens are selected; empty for no such selection. Frames and windows are
+    # selected before them, not after.
+    cfg.STTS.TOKENS.BLOCKS = []
+    # Share of the arriving tokens that is kept, one per block: int(T * H * W * keep) of a clip. A
+    # range as for TIME.
+    cfg.STTS.TOKENS.KEEP = [0.25]
+    # What scores a token: learned, uniform (a lattice), random, change (from the frame before),
+    # norm, attention (of the cls token or the mean query in that block), unique (distance from the
+    # most similar token), or a name registered in token_scorers.TOKEN_SCORERS.
+    cfg.STTS.TOKENS.SCORER = "learned"
+    # The same number of tokens of each frame, int(H * W * keep), instead of any of a clip. Always
+    # so in models that see each frame alone.
+    cfg.STTS.TOKENS.PER_FRAME = False
+
+    # How learned scorers are trained: mixture (the paper's: training mixes candidates by OPERATOR's
+    # weights, through which gradients pass); saliency (training selects as a test does; in
+    # iterations that keep all tokens, their gradient tells which candidates the loss depends on,
+    # and scorers learn that ranking); or both (saliency in those iterations, mixture in all
+    # others; for single tokens the same as saliency, since mixtures of tokens from anywhere are
+    # like none of them). All tokens are kept while the backbone is frozen and, less and less often,
+    # during SHRINK.
+    cfg.STTS.TEACHER = "both"
     # How gradients pass through a selection: subset (exact, without noise), perturbed (the paper's
     # perturbed maximum), or a name registered in topk.OPERATORS.
     cfg.STTS.OPERATOR = "subset"
@@ -72,9 +92,10 @@ def add_stts_config(cfg: CfgNode) -> None:
     cfg.STTS.SIGMA = 0.2
     # How sigma changes over training: linear (to 0) or constant.
     cfg.STTS.SIGMA_DECAY = "linear"
-    # Fraction of training with budget annealing: each iteration samples a budget, in four steps
-    # between KEEP and an upper bound that decays from all tokens to KEEP, so that a trained
-    # backbone adapts (0 in the paper: KEEP from the first iteration, and its speed and memory).
+    # Fraction of training with budget annealing, so that a trained backbone adapts: iterations keep
+    # all tokens, less and less often, or KEEP. With TEACHER mixture each iteration samples a
+    # budget, in four steps between KEEP and an upper bound that decays from all tokens to KEEP (0
+    # in the paper: KEEP from the first iteration, and its speed and memory).
     cfg.STTS.SHRINK = 0.5
     # Of perturbed: number of perturbations per row of scores.
     cfg.STTS.NUM_SAMPLES = 500
@@ -90,7 +111,8 @@ def add_stts_config(cfg: CfgNode) -> None:
     # Inside SlowFast, RandAugment on bytes instead of PIL images: faster, the same random draws, at
     # most one grey level apart at each operation. The standalone runner always does so.
     cfg.STTS.FAST_AUGMENT = False
-    # Exact fused attention in MViT blocks: faster, the same numbers.
+    # Exact fused attention: in MViT blocks, and in Video Swin, which then computes no padded
+    # frames. Faster, the same numbers.
     cfg.STTS.FUSED_ATTENTION = True
     # After a selection, relative positions use the true distances in the video; False stretches
     # the tables over the kept tokens, as SlowFast does for any smaller input.
@@ -101,16 +123,19 @@ def add_stts_config(cfg: CfgNode) -> None:
 class Settings:
     """The node ``STTS`` as plain values: each key by its name in small letters.
 
-    ``time`` and ``space`` are shares by block, ``{4: 0.9}``, or ranges, ``{4: (0.25, 0.9)}``; in
-    the node they are the lists ``BLOCKS`` and ``KEEP``.
+    ``time``, ``space`` and ``tokens`` are shares by block, ``{4: 0.9}``, or ranges,
+    ``{4: (0.25, 0.9)}``; in the node they are the lists ``BLOCKS`` and ``KEEP``.
     """
 
     time: Mapping[int, Share]
     space: Mapping[int, Share]
+    tokens: Mapping[int, Share]
     time_scorer: str
     space_scorer: str
     space_stride: int
     space_shared: bool
+    tokens_scorer: str
+    tokens_per_frame: bool
     teacher: str
     sigma: float
     sigma_decay: str
@@ -131,8 +156,7 @@ class Settings:
             ValueError: if blocks and shares do not make pairs.
         """
         values: dict[str, Any] = {
-            "time": _shares("STTS.TIME", node.TIME),
-            "space": _shares("STTS.SPACE", node.SPACE),
+            name.lower(): read_shares(f"STTS.{name}", node[name]) for name in DIMENSIONS
         }
         for name in (leaf.name for leaf in fields(cls) if leaf.name not in values):
             *parent, leaf = _key(name).split(".")
@@ -143,12 +167,12 @@ class Settings:
     def from_kwargs(cls, **arguments: Any) -> "Settings":
         """The settings of plain keyword arguments.
 
-        An argument that is left out has the node's default, except ``time`` and ``space``: without
-        them nothing is selected.
+        An argument that is left out has the node's default, except ``time``, ``space`` and
+        ``tokens``: without them nothing is selected.
 
         Raises:
             TypeError: for an unknown name, with the nearest known one.
-            ValueError: if ``time`` or ``space`` is not a mapping.
+            ValueError: if one of these is not a mapping.
         """
         known = [leaf.name for leaf in fields(cls)]
         for name in arguments:
@@ -156,7 +180,7 @@ class Settings:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
                 raise TypeError(f"no argument is called {name!r}: {hint}")
-        for name in ("time", "space"):
+        for name in map(str.lower, DIMENSIONS):
             arguments[name] = {} if arguments.get(name) is None else arguments[name]
             if not isinstance(arguments[name], Mapping):
                 raise ValueError(f"{name} is {arguments[name]!r}: give shares by block, {{4: 0.9}}")
@@ -169,11 +193,13 @@ class Settings:
     ) -> dict[str, tuple[Sizes, Sizes]]:
         """Raises as :func:`validate_stts`; returns :func:`selection_plan`, if there are grids."""
         load_extensions()
-        for dimension, shares in (("TIME", self.time), ("SPACE", self.space)):
-            _check_shares(f"STTS.{dimension}", shares, num_blocks)
+        for dimension in DIMENSIONS:
+            check_shares(f"STTS.{dimension}", self.shares(dimension), num_blocks)
+        check_order(self.time, self.space, self.tokens, self.tokens_scorer)
         for key, value, registry in (
             ("STTS.TIME.SCORER", self.time_scorer, SCORERS),
             ("STTS.SPACE.SCORER", self.space_scorer, SCORERS),
+            ("STTS.TOKENS.SCORER", self.tokens_scorer, TOKEN_SCORERS),
             ("STTS.OPERATOR", self.operator, OPERATORS),
         ):
             check_choice(key, value, [name for name, _ in registry])
@@ -189,14 +215,19 @@ class Settings:
             ("space_stride", 0, LARGEST_VALUE),
         ):
             self._check_number(name, least, most)
-        for name in ("space_shared", "fused_attention", "true_distances"):
+        for name in ("space_shared", "tokens_per_frame", "fused_attention", "true_distances"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"STTS.{_key(name)} is {value!r}: give True or False")
         return {} if grids is None else selection_plan(self, grids)
 
+    def shares(self, dimension: str) -> Mapping[int, Share]:
+        """Shares by block of one of ``budgets.DIMENSIONS``."""
+        found: Mapping[int, Share] = getattr(self, dimension.lower())
+        return found
+
     def _check_number(self, name: str, least: float, most: float) -> None:
         key, value = f"STTS.{_key(name)}", getattr(self, name)
-        if not _is_number(value) or not value >= least:
+        if not is_number(value) or not value >= least:
             raise ValueError(f"{key} is {value!r}: it must be at least {least}")
         if name in ("num_samples", "space_stride") and not isinstance(value, int):
             raise ValueError(f"{key} is {value!r}: give a whole number")
@@ -206,7 +237,7 @@ class Settings:
 
 def _key(name: str) -> str:
     """The node's key of a setting, without ``STTS.``."""
-    return re.sub("^(TIME|SPACE)_", r"\1.", name.upper())
+    return re.sub("^(TIME|SPACE|TOKENS)_", r"\1.", name.upper())
 
 
 def rename_keys_in_message(message: str) -> str:
@@ -214,7 +245,7 @@ def rename_keys_in_message(message: str) -> str:
     names = {f"STTS.{_key(leaf.name)}": leaf.name for leaf in fields(Settings)}
     names |= {
         f"STTS.{dimension}.{leaf}": dimension.lower()
-        for dimension in ("TIME", "SPACE")
+        for dimension in DIMENSIONS
         for leaf in ("KEEP", "BLOCKS")
     }
     return re.sub(r"STTS\.[A-Z_.]*[A-Z]", lambda key: names.get(key[0], key[0]), message)
@@ -245,16 +276,18 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
     Raises:
         ValueError: naming the key by which their gradient would be exactly 0.
     """
-    all_pass = settings.shrink or (held_back and settings.freeze_backbone_epochs)
-    if settings.teacher != "mixture" and not all_pass:
-        raise ValueError(
-            f"STTS.TEACHER is {settings.teacher}, but STTS.SHRINK is 0 and the backbone is never "
-            "frozen: saliency teaches in iterations that keep all tokens, and there would be none; "
-            "set SHRINK above 0, or start from trained weights with STTS.FREEZE_BACKBONE_EPOCHS "
-            "above 0"
-        )
-    if settings.teacher == "saliency":
-        return
+    of_tokens = settings.teacher == "both" and settings.tokens
+    if settings.teacher == "saliency" or of_tokens:
+        if not (settings.shrink or (held_back and settings.freeze_backbone_epochs)):
+            what = " for single tokens" if of_tokens else ""
+            raise ValueError(
+                f"STTS.TEACHER is saliency{what}, but STTS.SHRINK is 0 and the backbone is never "
+                "frozen: saliency teaches in iterations that keep all tokens, and there would be "
+                "none; set SHRINK above 0, or start from trained weights with "
+                "STTS.FREEZE_BACKBONE_EPOCHS above 0"
+            )
+        if not of_tokens:
+            return
     if settings.sigma <= SMALLEST_SIGMA:
         raise ValueError(
             f"STTS.SIGMA is {settings.sigma:g}: in training the scorers would get no gradient and "
@@ -277,7 +310,7 @@ def check_testing(node: CfgNode) -> None:
     Raises:
         ValueError: naming the range, and how to train with it and test without.
     """
-    for dimension in ("TIME", "SPACE"):
+    for dimension in DIMENSIONS:
         keep = node[dimension].KEEP if node[dimension].BLOCKS else ()
         ranges = [share for share in keep if isinstance(share, (list, tuple)) and len(share) == 2]
         if any(low != high for low, high in ranges):
@@ -303,46 +336,10 @@ def selection_plan(
         at their high ends.
 
     Raises:
-        ValueError: if a share, or an end of its range, leaves no frame or no window.
+        ValueError: if a share, or an end of its range, leaves nothing.
     """
     settings = node if isinstance(node, Settings) else Settings.from_cfg(node)
-    plan_grids(settings.time, settings.space, grids, end=0)
-    return plan_grids(settings.time, settings.space, grids, end=1)
-
-
-def _shares(key: str, node: CfgNode) -> dict[int, Share]:
-    """Shares by block, of the node of a dimension."""
-    for leaf in ("BLOCKS", "KEEP"):
-        if not isinstance(node[leaf], (list, tuple)):
-            raise ValueError(f"{key}.{leaf} is {node[leaf]!r}: give a list")
-    blocks, keep = list(node.BLOCKS), list(node.KEEP)
-    if blocks and len(blocks) != len(keep):
-        raise ValueError(
-            f"{key}.KEEP has {len(keep)} values but {key}.BLOCKS has {len(blocks)}: "
-            "give one share per block; a range is a list in it, [[0.25, 0.9]]"
-        )
-    for block in blocks:
-        if isinstance(block, bool) or not isinstance(block, int):
-            raise ValueError(f"{key}.BLOCKS names block {block!r}: give whole numbers")
-        if blocks.count(block) > 1:
-            raise ValueError(f"{key}.BLOCKS is {blocks}: name each block once")
-    return dict(zip(blocks, keep))
-
-
-def _check_shares(key: str, shares: Mapping[int, Share], num_blocks: int) -> None:
-    for block, share in shares.items():
-        if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < num_blocks:
-            raise ValueError(
-                f"{key}.BLOCKS names block {block!r}: the model's blocks are 0 to {num_blocks - 1}"
-            )
-        pair = share if isinstance(share, (list, tuple)) else (share, share)
-        numbers = len(pair) == 2 and all(map(_is_number, pair))
-        if not numbers or not 0 < pair[0] <= pair[1] <= 1:
-            raise ValueError(
-                f"{key}.KEEP holds {share!r}: a share is above 0 and at most 1; a range of shares "
-                "is [low, high]"
-            )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    selected = settings.time, settings.space
+    more: dict[str, Any] = {"tokens": settings.tokens, "per_frame": settings.tokens_per_frame}
+    plan_grids(*selected, grids, end=0, **more)
+    return plan_grids(*selected, grids, end=1, **more)

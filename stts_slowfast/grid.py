@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, cat, full_like, stack
+from torch import Tensor, arange, cat, full_like, stack
 
 
 class Grid(tuple[int, int, int]):
@@ -31,6 +31,8 @@ class Grid(tuple[int, int, int]):
     windows: Tensor | None
     tokens: Tensor | None
     whole: tuple[int, int, int] | None
+    # By a table's length, what `frame_rows` returned; shared by grids of the same frames.
+    _frame_rows: dict[int, Tensor]
 
     def __new__(
         cls,
@@ -44,6 +46,7 @@ class Grid(tuple[int, int, int]):
         time, height, width = [int(size) for size in sizes]
         grid = super().__new__(cls, (time, height, width))
         grid.frames, grid.windows, grid.tokens = frames, windows, tokens
+        grid._frame_rows = {}
         if whole is None and not grid.is_selected:
             whole = grid
         grid.whole = None
@@ -89,7 +92,8 @@ class Grid(tuple[int, int, int]):
         if self.windows is not None:
             corners = windows[..., :2] + self.windows[..., :2]
             windows = cat([corners, windows[..., 2:]], dim=2)
-        return Grid((self[0], *window), self.frames, windows, whole=self.whole)
+        cropped = Grid((self[0], *window), self.frames, windows, whole=self.whole)
+        return self._of_same_frames(cropped)
 
     def keep_tokens(self, kept: Tensor, frames: int = 1) -> "Grid":
         """The set of the tokens ``kept``.
@@ -101,6 +105,12 @@ class Grid(tuple[int, int, int]):
         tokens = self.positions(len(kept), kept.device).gather(1, kept)
         sizes = (frames, 1, kept.shape[1] // frames)
         return Grid(sizes, tokens=tokens, whole=self.whole)
+
+    def keep_all(self, kept: Tensor) -> "Grid":
+        """This grid as a selected one; ``kept`` ``(B, T*H*W)`` are all of its tokens."""
+        if self.is_selected:
+            return self
+        return self.keep_frames(arange(self[0], device=kept.device).expand(len(kept), -1))
 
     def positions(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """The position of each token: a flat index in the whole grid.
@@ -130,9 +140,9 @@ class Grid(tuple[int, int, int]):
                 batch, device = len(selected), selected.device
         times = self.frames
         if times is None:
-            times = torch.arange(frames, device=device).expand(batch, -1)
-        rows = torch.arange(height, device=device).expand(batch, frames, -1)
-        columns = torch.arange(width, device=device).expand(batch, frames, -1)
+            times = arange(frames, device=device).expand(batch, -1)
+        rows = arange(height, device=device).expand(batch, frames, -1)
+        columns = arange(width, device=device).expand(batch, frames, -1)
         if self.windows is not None:
             rows, columns = rows + self.windows[..., :1], columns + self.windows[..., 1:2]
         starts = (times[..., None] * all_rows + rows)[..., None] * all_columns
@@ -164,14 +174,35 @@ class Grid(tuple[int, int, int]):
             corners = [top // rows, left // columns]
             sides = [full_like(top, side) for side in sizes[1:]]
             windows = stack([*corners, *sides], dim=2)
-        return Grid(sizes, frames, windows, whole=whole)
+        return self._of_same_frames(Grid(sizes, frames, windows, whole=whole))
 
     def pooled_by_unknown(self) -> "Grid":
         """``self``, or without :attr:`whole` if windows have one token, since their size does not
         show the pooling ratio."""
         if self.windows is None or tuple(self[1:]) != (1, 1) or self.whole is None:
             return self
-        return self if self.whole[1:] == (1, 1) else Grid(self, self.frames, self.windows)
+        if self.whole[1:] == (1, 1):
+            return self
+        return self._of_same_frames(Grid(self, self.frames, self.windows))
+
+    def frame_rows(self, length: int) -> Tensor:
+        """Rows ``(B, T, T)`` of a table of ``length`` relative positions in time.
+
+        Each is the distance of a query's frame from a key's, 0 in the middle of the table; beyond
+        its ends, the row at the end. Computed once in a forward pass, however many blocks ask.
+        """
+        assert self.frames is not None, "all frames arrive"
+        if torch.compiler.is_compiling():  # which finds the same expression in all blocks
+            return _frame_rows(self.frames, length)
+        if length not in self._frame_rows:
+            self._frame_rows[length] = _frame_rows(self.frames, length)
+        return self._frame_rows[length]
+
+    def _of_same_frames(self, grid: "Grid") -> "Grid":
+        """``grid``, which shares what this one computed of its frames if they are the same."""
+        if grid.frames is self.frames:
+            grid._frame_rows = self._frame_rows
+        return grid
 
     def _check_no_set(self) -> None:
         if self.tokens is not None:
@@ -179,3 +210,8 @@ class Grid(tuple[int, int, int]):
                 "frames and windows are selected from a grid, but a set of tokens arrives here: "
                 "select frames and windows before single tokens, not after"
             )
+
+
+def _frame_rows(frames: Tensor, length: int) -> Tensor:
+    distances = frames[:, :, None] - frames[:, None, :] + length // 2
+    return distances.clamp(0, length - 1)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from stts_slowfast.block_hooks import (
     SelectTokensHook,
     selectors_before,
 )
-from stts_slowfast.budgets import Share, Sizes
+from stts_slowfast.budgets import DIMENSIONS, Share, Sizes
 from stts_slowfast.call_context import Calls
 from stts_slowfast.config import Settings, rename_keys_in_message
 from stts_slowfast.frozen_gradients import turn_on
 from stts_slowfast.hosts import Host, base_model, modules_with_selectors, resolve_host, unwrap
 from stts_slowfast.selectors import Selector, Selectors, SpatialSelector, TemporalSelector
+from stts_slowfast.token_selector import TokenSelector
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ def attach(
     *,
     time: Mapping[int, Share] | None = None,
     space: Mapping[int, Share] | None = None,
+    tokens: Mapping[int, Share] | None = None,
     **keywords: Any,
 ) -> nn.Module:
     """Attaches selectors to a model, as an STTS node or plain arguments specify.
@@ -52,9 +55,11 @@ def attach(
             instead of in the first forward pass, and each selector is logged with its grids.
         time: share of frames that is kept, by the block before which they are selected:
             ``{0: 0.9}``; or a range to sample in training, ``{0: (0.25, 0.9)}``.
-        space: share of a frame's tokens that is kept, likewise: ``{4: 0.9}``.
+        space: share of a frame's tokens that is kept as a window, likewise: ``{4: 0.9}``.
+        tokens: share of the tokens that is kept, any of a clip, likewise: ``{4: 0.25}``; only in
+            models without pooling, attention windows or attention over time at each position.
         **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
-            ``space_scorer``, ``space_stride``, ``space_shared``, ``teacher``, ``sigma``,
+            ``space_scorer``, ``space_stride``, ``space_shared``, ``tokens_scorer``, ``teacher``,
             ``shrink``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr`` and
             ``freeze_backbone_epochs`` need a training loop with a ``Schedule``, as both engines
             and ``SelectionCallback`` have.
@@ -75,7 +80,14 @@ def attach(
             f"({', '.join(selectors_of(module))}): call detach(model) first"
         )
     host, blocks = resolve_host(model)
-    settings, plan = _settings(node, len(blocks), grids, time=time, space=space, **keywords)
+    settings = _settings(node, time=time, space=space, tokens=tokens, **keywords)
+    try:
+        settings.validate(len(blocks))
+        if settings.tokens:
+            settings = _with_tokens_by_frame(settings, model, host, blocks)
+        plan = settings.validate(len(blocks), grids)
+    except ValueError as error:
+        raise ValueError(str(error) if node else rename_keys_in_message(str(error))) from None
     stts = _make_selectors(host, blocks, settings, model.training)
     # The model changes only after everything that can fail: an error leaves it as it was.
     model.stts = stts
@@ -96,30 +108,22 @@ def attach(
     return model
 
 
-def _settings(
-    node: CfgNode | None, num_blocks: int, grids: Sequence[Sizes] | None, **arguments: Any
-) -> tuple[Settings, dict[str, tuple[Sizes, Sizes]]]:
-    """The validated settings, and their ``selection_plan``."""
+def _settings(node: CfgNode | None, **arguments: Any) -> Settings:
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if node is not None:
         if arguments:
             raise TypeError(f"give a node, or {', '.join(arguments)}, not both")
-        settings = Settings.from_cfg(node)
-        return settings, settings.validate(num_blocks, grids)
-    if "time" not in arguments and "space" not in arguments:
+        return Settings.from_cfg(node)
+    if not {"time", "space", "tokens"} & arguments.keys():
         raise TypeError("give a node, or what to select: attach(model, time={0: 0.9})")
-    try:
-        settings = Settings.from_kwargs(**arguments)
-        return settings, settings.validate(num_blocks, grids)
-    except ValueError as error:
-        raise ValueError(rename_keys_in_message(str(error))) from None
+    return Settings.from_kwargs(**arguments)
 
 
 def _make_selectors(
     host: Host, blocks: Sequence[nn.Module], settings: Settings, training: bool
 ) -> Selectors:
     stts = Selectors(settings)
-    operator: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "teacher": settings.teacher,
         "sigma": settings.sigma,
         "sigma_decay": settings.sigma_decay,
@@ -128,21 +132,46 @@ def _make_selectors(
         "gradient": settings.gradient,
         "operator": settings.operator,
     }
-    window: dict[str, Any] = {"stride": settings.space_stride, "shared": settings.space_shared}
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "TIME": (TemporalSelector, {}),
+        "SPACE": (
+            SpatialSelector,
+            {"stride": settings.space_stride, "shared": settings.space_shared},
+        ),
+        "TOKENS": (TokenSelector, {"per_frame": settings.tokens_per_frame}),
+    }
     for number, block in enumerate(blocks):
-        found: list[Selector] = []
-        if number in settings.time:
-            share, scorer = settings.time[number], settings.time_scorer
-            width = host.channels(block)
-            found.append(TemporalSelector(width, number, share, scorer, **operator))
-        if number in settings.space:
-            share, scorer = settings.space[number], settings.space_scorer
-            width = host.channels(block)
-            found.append(SpatialSelector(width, number, share, scorer, **window, **operator))
-        for selector in found:
+        for dimension in DIMENSIONS:
+            if number not in settings.shares(dimension):
+                continue
+            kind, own = kinds[dimension]
+            scorer = getattr(settings, f"{dimension.lower()}_scorer")
+            share, width = settings.shares(dimension)[number], host.channels(block)
+            selector: Selector = kind(width, number, share, scorer, **own, **shared)
             selector.to(*_device_and_dtype(block)).train(training)
+            if hasattr(selector.scorer, "bind"):
+                selector.scorer.bind(block)  # type: ignore[operator]
             stts[selector.key] = selector
     return stts
+
+
+def _with_tokens_by_frame(
+    settings: Settings, model: nn.Module, host: Host, blocks: Sequence[nn.Module]
+) -> Settings:
+    """The settings with ``tokens_per_frame`` if the model's blocks see each frame alone.
+
+    Raises:
+        ValueError: if the blocks need a grid.
+    """
+    try:
+        by_frame = host.selects_tokens_by_frame(base_model(model), blocks)
+    except ValueError as error:
+        raise ValueError(
+            f"STTS.TOKENS.BLOCKS is {sorted(settings.tokens)}, but single tokens of this "
+            f"{type(model).__name__} cannot be selected: {error}; select windows (STTS.SPACE) and "
+            "frames (STTS.TIME) instead"
+        ) from None
+    return replace(settings, tokens_per_frame=by_frame or settings.tokens_per_frame)
 
 
 def _device_and_dtype(block: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -221,9 +250,11 @@ def selections(model: nn.Module) -> dict[str, Tensor]:
     """What the last forward pass kept.
 
     Returns:
-        ``{"time_0": LongTensor (B, k), "space_4": LongTensor (B*T, 4)}``: frame indices among the
-        frames that arrived at the selector, ascending; top, left, height and width of each frame's
-        window, in tokens of the grid that arrived. In training, what the scores without noise keep.
+        ``{"time_0": LongTensor (B, k), "space_4": LongTensor (B*T, 4), "tokens_4": LongTensor
+        (B, n)}``: frame indices among the frames that arrived at the selector, ascending; top,
+        left, height and width of each frame's window, in tokens of the grid that arrived; flat
+        indices of tokens among those that arrived, ascending. In training, what the scores without
+        noise keep.
         For clips packed into one sequence, a list of such tensors, one per clip.
 
     Raises:
@@ -305,7 +336,7 @@ def selectors_of(model: nn.Module) -> Selectors:
 
 
 def _describe(key: str, selector: Selector, scorer: str, step: tuple[Sizes, Sizes] | None) -> str:
-    unit = "frames" if selector.dimension == "TIME" else "window"
+    unit = {"TIME": "frames", "SPACE": "window", "TOKENS": "tokens"}[selector.dimension]
     text = f"STTS {key}: {scorer} {unit} before block {selector.block}, keep {selector.share_text}"
     if step is None:
         return text

@@ -1,7 +1,9 @@
 """Training of scores by saliency: by the loss's gradient on tokens that are all kept.
 
-The saliency of a token ``x`` is the sum over its channels of ``|dL/dx_c x_c|``, with the loss
-``L``. The saliency of a candidate, a frame or a window, is the mean over its tokens.
+The saliency of a token ``x`` is the sum over its channels of ``|dL/dx_c (x_c - m_c)|``, with the
+loss ``L`` and the mean ``m`` of the clip's tokens: what all tokens share tells none from another.
+The saliency of a candidate, a frame or a window, is the mean over its tokens. docs/experiments.md
+compares it with other measures.
 """
 
 from typing import Any
@@ -13,12 +15,15 @@ from torch.nn import functional as F
 
 from stts_slowfast.windows import WindowSize
 
+# Of the softmax of scores. Below 1, a scorer whose weights start small has less to learn.
+TEMPERATURE = 0.3
+
 
 def teach(
     tokens: Tensor,
     scores: Tensor,
     candidates: tuple[WindowSize, WindowSize] | None,
-    temperature: float = 1.0,
+    temperature: float = TEMPERATURE,
 ) -> Tensor:
     """Returns ``tokens``; in the backward pass their gradient teaches ``scores``.
 
@@ -62,7 +67,8 @@ class _Teach(torch.autograd.Function):
         if ctx.candidates is None:
             return grad_output, torch.zeros_like(scores), None, None
         # In half precision small products would be lost.
-        products = grad_output.to(scores.dtype) * tokens[0]
+        x = tokens[0].to(scores.dtype)
+        products = (x - x.mean(dim=(1, 2, 3), keepdim=True)).mul_(grad_output)
         saliency = products.abs_().sum(dim=4, dtype=scores.dtype)  # (B, T, H, W)
         shares = F.avg_pool2d(saliency.flatten(0, 1)[:, None], *ctx.candidates)
         shares = shares.view(*saliency.shape[:2], -1)  # (B, T, d)

@@ -199,8 +199,15 @@ class Schedule:
 
     def _resolve_backbone_freeze(self) -> None:
         """Decides once per run whether to freeze and cap the backbone, and logs it."""
-        shrink = max((selector.shrink for selector in all_selectors(self.model)), default=0.0)
-        if shrink:
+        selectors = all_selectors(self.model)
+        shrink = max((selector.shrink for selector in selectors), default=0.0)
+        if shrink and any(selector.learns_from_saliency for selector in selectors):
+            logger.info(
+                "STTS: budget annealing in the first %g of training: iterations keep all tokens, "
+                "less and less often, or KEEP (STTS.SHRINK; 0 for KEEP only)",
+                shrink,
+            )
+        elif shrink:
             logger.info(
                 "STTS: budget annealing in the first %g of training: each iteration samples a "
                 "budget between KEEP and an upper bound that decays from all tokens to KEEP "

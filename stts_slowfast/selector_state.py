@@ -42,7 +42,8 @@ class SelectorState(nn.Module):
         scheduled: whether progress was set (``annealing.set_progress``), or its lack warned about.
     """
 
-    dimension: str  # TIME or SPACE
+    dimension: str  # one of budgets.DIMENSIONS
+    per_frame = False  # whether single tokens are selected frame by frame
 
     def __init__(
         self,
@@ -57,17 +58,20 @@ class SelectorState(nn.Module):
         self.block = block
         self.initial_sigma = self._sigma = float(sigma)
         self.sigma_decay, self.shrink, self.teacher = sigma_decay, shrink, teacher
-        self.share = keep_range(keep)
-        self.low, self.high = (round(share * KEEP_SCALE) for share in self.share)
-        self.sample = 0 if self.low == self.high else None
+        self.set_share(keep)
         self.widening = 0
         self.scheduled = False
         self._make_state(torch.device("cpu"))
 
     @property
     def key(self) -> str:
-        """Its name in ``model.stts``: ``time_0``, ``space_4``."""
+        """Its name in ``model.stts``: ``time_0``, ``space_4``, ``tokens_4``."""
         return f"{self.dimension.lower()}_{self.block}"
+
+    @property
+    def learns_from_saliency(self) -> bool:
+        """Whether iterations that keep all tokens teach its scorer."""
+        return self.teacher != "mixture" and any(True for _ in self.parameters())
 
     @property
     def share_text(self) -> str:
@@ -75,6 +79,12 @@ class SelectorState(nn.Module):
         return " to ".join(f"{share:g}" for share in dict.fromkeys(self.share))
 
     # --- budget -----------------------------------------------------------------------------------
+
+    def set_share(self, keep: Share) -> None:
+        """Sets the share that is kept, or a range of which nothing was sampled yet."""
+        self.share = keep_range(keep)
+        self.low, self.high = (round(share * KEEP_SCALE) for share in self.share)
+        self.sample: int | None = 0 if self.low == self.high else None
 
     def set_budget(self, sample: float, widening: float = 0.0) -> None:
         """Sets what is kept in training until the next call; evaluation keeps the high end.
@@ -100,13 +110,13 @@ class SelectorState(nn.Module):
         """Warns once if a selector trains and its progress was never set.
 
         Raises:
-            ValueError: if saliency teaches, which happens only at budgets that a schedule sets.
+            ValueError: if only saliency teaches, which it does at budgets that a schedule sets.
         """
         if self.scheduled or not self.training or not torch.is_grad_enabled():
             return
-        if self.teacher != "mixture" and any(True for _ in self.parameters()):
+        if self.teacher == "saliency" and self.learns_from_saliency:
             raise ValueError(
-                f"STTS.TEACHER is {self.teacher}, but no budget was set, and saliency teaches in "
+                "STTS.TEACHER is saliency, but no budget was set, and saliency teaches in "
                 "iterations that keep all tokens: before each iteration call step(epoch) of "
                 "stts_slowfast.Schedule(model, optimizer, ...), or "
                 "stts_slowfast.set_progress(model, fraction)"

@@ -1,4 +1,4 @@
-"""Temporal and spatial selectors: a token grid in, a smaller token grid out."""
+"""Selectors of frames and windows: a token grid in, a smaller token grid out."""
 
 from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ class Selection(NamedTuple):
     """What a selector chose.
 
     Attributes:
-        kept: indices of frames ``(B, k)``, or windows ``(B*T, 4)`` as top, left, height and width;
-            in training, what the scores without noise keep.
+        kept: indices of frames ``(B, k)`` or tokens ``(B, n)``, or windows ``(B*T, 4)`` as top,
+            left, height and width; in training, what the scores without noise keep.
         weights: float32 weights of the candidates, for a soft selection; None for a hard one.
         scores: of the candidates, as the scorer gave them.
     """
@@ -39,12 +39,10 @@ class Selection(NamedTuple):
 
 
 class Selector(SelectorState):
-    """What both selectors share: a scorer, the operator's settings, and the last selection.
+    """What all selectors share: a scorer, the operator's settings, and the last selection.
 
-    A selector works in two steps, so that tokens beside the grid can be selected with it:
-    :meth:`select` scores the grid, :meth:`apply_selection` applies the selection. In training a
-    selection is soft, in evaluation hard; with saliency as the teacher it is always hard, and
-    :meth:`teach` comes between the steps.
+    A selector works in steps, so that tokens beside the grid can be selected with it:
+    :meth:`select` scores the grid, then :meth:`teach`; :meth:`apply_selection` applies the result.
 
     Attributes:
         kept: what the last forward pass kept, for ``hooks.selections``; no computation reads it.
@@ -70,7 +68,7 @@ class Selector(SelectorState):
         self.kept: Tensor | None = None
 
     def sizes(self, thw: Sequence[int], share: float) -> tuple[int, ...]:
-        """How many frames, or height and width of the window, a share keeps of ``(T, H, W)``."""
+        """How many frames or tokens, or the window's sides, a share keeps of ``(T, H, W)``."""
         raise NotImplementedError
 
     def select(self, grid: Tensor) -> Selection:
@@ -86,10 +84,9 @@ class Selector(SelectorState):
         raise NotImplementedError
 
     def output_size(self, grid: Tensor, widened: bool = True) -> tuple[int, ...]:
-        """How many frames, or height and width of the window, are kept of ``(B, T, H, W, C)``.
+        """How many frames or tokens, or the window's sides, are kept of ``(B, T, H, W, C)``.
 
         Args:
-            grid: what arrives.
             widened: with the widening of budget annealing; False for the size at its end.
 
         Raises:
@@ -109,7 +106,8 @@ class Selector(SelectorState):
             self.sample / KEEP_SCALE,
         )
         if min(sizes) < 1:
-            raise ValueError(empty_selection_error(self.dimension, least, self.block, thw))
+            about = self.dimension, least, self.block, thw, self.per_frame
+            raise ValueError(empty_selection_error(*about))
         if self.training and self.widening and widened:
             wider = interpolate_sizes(sizes, self.sizes(thw, 1.0), self.widening / KEEP_SCALE)
             unit = 1 if self.taught else self.size_multiple
@@ -132,7 +130,7 @@ class Selector(SelectorState):
 
     def teach(self, grid: Tensor, selection: Selection) -> Tensor:
         """Returns the ``grid`` that arrives, whose gradient then teaches the selection's scores."""
-        if not self.training or self.soft:
+        if not self.training or selection.weights is not None:
             return grid
         candidates = self.candidate_windows(grid) if self.taught else None
         return saliency.teach(grid, selection.scores, candidates)

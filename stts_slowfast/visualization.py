@@ -1,14 +1,17 @@
-"""Film strips: the frames and windows of a clip that a model keeps, as a figure."""
+"""Film strips: the frames, windows and tokens of a clip that a model keeps, as a figure."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stts_slowfast import backbones
 from stts_slowfast.config import selection_plan
+from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import selections
 from stts_slowfast.scorers import minmax_normalize
 from stts_slowfast.selectors import TemporalSelector
@@ -18,6 +21,7 @@ Box = tuple[float, float, float, float]
 FULL_FRAME: Box = (0.0, 0.0, 1.0, 1.0)
 Classify = Callable[[Tensor], Tensor]
 TOP_CLASSES = 3  # in a title
+DIM = 0.25  # opacity of what was dropped
 
 
 @dataclass
@@ -27,9 +31,10 @@ class FilmStripRow:
     Attributes:
         title: text above it.
         frames: (T, H, W, 3) uint8, one picture for each frame of tokens.
-        kept: the frames that all selectors kept, with the kept window of each.
+        kept: the frames of which all selectors kept something, with the kept window of each.
         marked: frames to mark, such as those that show the class.
         scores: of the frames, in 0..1, if frames were scored.
+        tokens: (T, H, W) bool, the kept ones, if single tokens were selected.
     """
 
     title: str
@@ -37,16 +42,18 @@ class FilmStripRow:
     kept: dict[int, Box]
     marked: Sequence[int] = field(default_factory=tuple)
     scores: Sequence[float] | None = None
+    tokens: Tensor | None = None
 
 
 @dataclass
 class Inspection:
-    """A model's output for a clip: probabilities (classes,), kept frames and windows, and the
-    frames' scores in 0..1 if it scores them."""
+    """A model's output for a clip: probabilities (classes,), kept frames and windows, the frames'
+    scores in 0..1 if it scores them, and the kept tokens (T, H, W) if it selects single ones."""
 
     probs: Tensor
     kept: dict[int, Box]
     scores: list[float] | None
+    tokens: Tensor | None = None
 
 
 @torch.no_grad()
@@ -63,11 +70,12 @@ def inspect_clip(
     model.eval()
     with _frame_scores(model) as scores:
         probs = (classify(clips) if classify else model(clips).softmax(1))[0].float().cpu()
+    tokens = None
     if cfg.STTS.ENABLE:
-        kept = kept_regions(cfg, selections(model))
+        kept, tokens = kept_regions(cfg, selections(model)), kept_tokens(cfg, selections(model))
     else:
         kept = dict.fromkeys(range(backbones.block_grids(cfg)[0][0]), FULL_FRAME)
-    return Inspection(probs, kept, scores[0] if scores else None)
+    return Inspection(probs, kept, scores[0] if scores else None, tokens)
 
 
 @contextmanager
@@ -96,11 +104,12 @@ def make_film_strip_row(
     num_frames = backbones.block_grids(cfg)[0][0]
     # A frame of tokens is shown by the middle one of its frames of pixels.
     middles = (torch.arange(num_frames) * 2 + 1) * clip.shape[1] // (2 * num_frames)
-    return FilmStripRow(title, to_pictures(cfg, clip[:, middles]), what.kept, marked, what.scores)
+    pictures = to_pictures(cfg, clip[:, middles])
+    return FilmStripRow(title, pictures, what.kept, marked, what.scores, what.tokens)
 
 
 def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> dict[int, Box]:
-    """The frames of a clip that all selectors keep, with the kept window of each.
+    """The frames of which all selectors keep something, with the kept window of each.
 
     Args:
         kept: from ``selections(model)``.
@@ -112,13 +121,49 @@ def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> dict[int, Box]:
         if key.startswith("time"):
             arrived = list(regions.items())
             regions = dict(arrived[index] for index in kept[key][item].tolist())
-        else:
+        elif key.startswith("space"):
             windows = kept[key].view(-1, frames, 4)[item].tolist()
             regions = {
                 frame: _inside(region, window, height, width)
                 for (frame, region), window in zip(regions.items(), windows)
             }
+    tokens = kept_tokens(cfg, kept, item)
+    if tokens is not None:
+        regions = {frame: box for frame, box in regions.items() if tokens[frame].any()}
     return regions
+
+
+def kept_tokens(cfg, kept: dict[str, Tensor], item: int = 0) -> Tensor | None:
+    """Which tokens of a clip all selectors keep: (T, H, W) bool; None without single tokens.
+
+    Args:
+        kept: from ``selections(model)``.
+        item: index of the clip in the batch.
+    """
+    if not any(key.startswith("tokens") for key in kept):
+        return None
+    sizes = backbones.block_grids(cfg)[0]  # also of later blocks: these models do not pool
+    grid = Grid(sizes)
+    for key, value in kept.items():
+        if key.startswith("time"):
+            grid = grid.keep_frames(value[item : item + 1].cpu())
+        elif key.startswith("space"):
+            windows = value.view(-1, grid[0], 4)[item].cpu()
+            grid = grid.crop(windows, (int(windows[0, 2]), int(windows[0, 3])))
+        elif value.shape[1] < math.prod(grid):
+            grid = grid.keep_tokens(value[item : item + 1].cpu())
+    marks = torch.zeros(math.prod(sizes), dtype=torch.bool)
+    marks[grid.positions(1)[0]] = True
+    return marks.view(sizes)
+
+
+def token_boxes(tokens: Tensor) -> list[Box]:
+    """The boxes of the kept tokens (H, W) of a frame."""
+    height, width = tokens.shape
+    return [
+        (row / height, column / width, 1 / height, 1 / width)
+        for row, column in tokens.nonzero().tolist()
+    ]
 
 
 def _inside(region: Box, window: Sequence[int], height: int, width: int) -> Box:
@@ -153,7 +198,7 @@ def predicted(probs: Tensor, names: Sequence[str] | None) -> str:
 
 
 def draw(strips: Sequence[FilmStripRow]):
-    """The matplotlib ``Figure``: kept frames with a green border and their window, dropped ones
+    """The matplotlib ``Figure``: kept frames with a green border and their window, what was dropped
     dim."""
     from matplotlib.figure import Figure
 
@@ -175,6 +220,8 @@ def draw(strips: Sequence[FilmStripRow]):
                     bar.barh(0, strip.scores[number], color="tab:blue")
                     bar.set_xlim(0, 1)
     legend = "green: frame kept (dim: dropped)     red: window kept"
+    if any(strip.tokens is not None for strip in strips):
+        legend = "green: frame with kept tokens     bright: tokens kept (dim: dropped)"
     if any(strip.scores is not None for strip in strips):
         legend += "     blue: score of the frame"
     if any(strip.marked for strip in strips):
@@ -188,7 +235,11 @@ def _draw_frame(axis, strip: FilmStripRow, number: int) -> None:
 
     height, width = strip.frames.shape[1:3]
     window = strip.kept.get(number)
-    axis.imshow(strip.frames[number].numpy(), alpha=1.0 if window else 0.25)
+    picture = strip.frames[number].numpy()
+    if strip.tokens is None:
+        axis.imshow(picture, alpha=1.0 if window else DIM)
+    else:
+        axis.imshow(dim_tokens(picture, strip.tokens[number]))
     for spine in axis.spines.values():
         spine.set(color="tab:green" if window else "0.8", linewidth=3 if window else 0.5)
     if window and window != FULL_FRAME:
@@ -198,6 +249,16 @@ def _draw_frame(axis, strip: FilmStripRow, number: int) -> None:
         axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor="tab:red", linewidth=2))
     label = f"{number} \N{BLACK UP-POINTING TRIANGLE}" if number in strip.marked else f"{number}"
     axis.set_xlabel(label, fontsize=7, labelpad=2)
+
+
+def dim_tokens(picture: np.ndarray, tokens: Tensor) -> np.ndarray:
+    """A picture (H, W, 3) uint8 on white, transparent but for the kept tokens (rows, columns)."""
+    height, width = picture.shape[:2]
+    bright = np.zeros((height, width, 1), bool)
+    for top, left, tall, wide in token_boxes(tokens):
+        rows = slice(round(top * height), round((top + tall) * height))
+        bright[rows, round(left * width) : round((left + wide) * width)] = True
+    return np.where(bright, picture, (255 - DIM * (255.0 - picture)).astype(np.uint8))
 
 
 def _printable(text: str) -> str:

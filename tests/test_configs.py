@@ -40,14 +40,14 @@ def load(name, *opts):
 
 def expected_steps(name):
     """Frames, or the window's side, before and after each selector, as in the file's name."""
-    keep = re.search(r"T0_(0\.\d)", name).group(1)
+    block, keep = re.search(r"T(\d)_(0\.\d)", name).groups()
     if "SWIN" in name:
         return {"time_0": (16, 8 if name in RECOMMENDED else SWIN_FRAMES[keep])}
     if "32x3" in name:
         return {"time_0": (16, 14), "space_6": (14, 13)}
     if "96x4" in name:
         return {"time_0": (96, 48), "space_4": (14, 13)}
-    return MVIT_B[keep]
+    return {key.replace("time_0", f"time_{block}"): step for key, step in MVIT_B[keep].items()}
 
 
 PAPER = [name for name in NAMES if "/STTS_" in name]
@@ -57,6 +57,7 @@ RECOMMENDED = [name for name in NAMES if "/RECOMMENDED_" in name]
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipe_is_whole(name):
     node = load(name).STTS
+    assert node.TEACHER == "mixture"
     assert (node.OPERATOR, node.SIGMA, node.SIGMA_DECAY) == ("perturbed", 0.1, "linear")
     assert (node.NUM_SAMPLES, node.BACKBONE_LR, node.SHRINK) == (500, 0.1, 0.0)
     assert (node.TIME.SCORER, node.SPACE.SCORER, node.SPACE.SHARED) == ("learned", "learned", False)
@@ -66,7 +67,7 @@ def test_the_papers_recipe_is_whole(name):
 
 # What a family needs beside the defaults; docs/recipes.md has the reasons.
 BESIDE_DEFAULTS = {
-    "TIMESFORMER": {"SPACE.SHARED": True, "FREEZE_BACKBONE_EPOCHS": 0.0},
+    "TIMESFORMER": {"SPACE.SHARED": True, "TIME.BLOCKS": [1]},
     "SWIN": {"TIME.KEEP": [0.5], "SPACE.BLOCKS": []},
 }
 
@@ -213,7 +214,8 @@ def test_one_training_step_and_one_test_step(name):
         logits = model(normalize_clips(view_transform(cfg, position)(video)[None], cfg))
     assert logits.shape == (1, cfg.MODEL.NUM_CLASSES) and logits.isfinite().all()
     kept = selections(model)
-    frames, (_, after) = kept["time_0"], expected_steps(name)["time_0"]
+    key = next(key for key in kept if key.startswith("time"))
+    frames, (_, after) = kept[key], expected_steps(name)[key]
     assert frames.shape == (1, after)
 
 

@@ -16,17 +16,29 @@ FLOORS = [
         "fx_tracing",
         "grid",
         "plugins",
+        "projections",
         "saliency",
         "scorers",
+        "shares",
+        "token_scorers",
         "topk",
         "video",
         "windows",
     },
     {"config", "hosts"},
     {"backbones", "fused"},
-    {"checkpoints", "frozen_gradients", "selector_state", "selectors"},
+    {"checkpoints", "frozen_gradients", "selector_state", "selectors", "token_selector"},
     {"block_hooks", "hooks"},
-    {"annealing", "dense_features", "optimizer_groups", "schedule", "visualization"},
+    {
+        "adaptation",
+        "annealing",
+        "dense_features",
+        "evaluation",
+        "fidelity",
+        "optimizer_groups",
+        "schedule",
+        "visualization",
+    },
     {"integrations", "pyslowfast", "standalone"},
     {"tools"},
 ]
@@ -116,8 +128,10 @@ def test_only_the_guest_names_what_is_slowfasts(path):
 
 @EVERY_FILE
 def test_only_hooks_puts_hooks_on_blocks(path):
-    # Visualization reads scores; predictions find the layer whose output has NaN.
-    if room(path) not in ("hooks", "visualization") and path.stem != "predictions":
+    # The others read: visualization scores, fidelity and evaluation a model's outputs, the oracle
+    # a block's tokens; predictions find the layer with NaN.
+    readers = ("evaluation", "fidelity", "hooks", "oracle", "predictions", "visualization")
+    if path.stem not in readers:
         assert "register_forward" not in path.read_text()
 
 
@@ -129,6 +143,7 @@ def test_no_module_reads_what_a_selector_kept_last(path):
         "hooks",
         "selectors",
         "selector_state",
+        "token_selector",
         "visualization",
         "tools",
     ):
@@ -141,7 +156,7 @@ def test_no_module_reads_what_a_selector_kept_last(path):
 @EVERY_FILE
 def test_a_host_is_short(path):
     if room(path) == "hosts" and path.stem not in ("__init__", "host"):
-        assert len(path.read_text().splitlines()) <= 130
+        assert len(path.read_text().splitlines()) <= 160
 
 
 @EVERY_FILE

@@ -95,3 +95,17 @@ def test_a_side_of_one_token_is_pooled_as_the_other():
     pooled = Grid((1, 8, 8)).crop(crop, (1, 4)).pooled((1, 1, 2))
     assert pooled.whole == (1, 4, 4) and pooled.windows.tolist() == [[[3, 2, 1, 2]]]
     assert pooled.positions(1).tolist() == [[14, 15]]
+
+
+def test_rows_of_frames_are_computed_once_for_all_blocks():
+    frames = torch.tensor([[0, 3, 7], [1, 2, 4]])
+    grid = Grid((8, 4, 4)).keep_frames(frames)
+    rows_of = grid.frame_rows(9)  # a table that reaches four frames
+    assert rows_of.tolist()[0] == [[4, 1, 0], [7, 4, 0], [8, 8, 4]]
+    pooled = grid.pooled((3, 2, 2))
+    cropped = pooled.crop(rows(*[[0, 0, 1, 1]] * 6), (1, 1))
+    assert all(other.frame_rows(9) is rows_of for other in (grid, pooled, cropped))
+    assert torch.equal(cropped.frame_rows(15), frames[:, :, None] - frames[:, None] + 7)
+    fewer = cropped.keep_frames(torch.tensor([[0, 2], [1, 2]]))
+    assert fewer.frame_rows(9).tolist() == [[[4, 0], [8, 4]], [[4, 2], [6, 4]]]
+    assert "_frame_rows" not in repr(pickle.dumps(grid))

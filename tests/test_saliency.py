@@ -49,7 +49,8 @@ def windows_by_hand(frame, window, stride):
 def cross_entropy_by_hand(tokens, scores, candidates, temperature):
     """What the scores shall descend, spelt out: a number."""
     (gradient,) = torch.autograd.grad(loss_of(tokens), tokens)
-    salient = (gradient * tokens.detach()).abs().sum(-1)  # (B, T, H, W)
+    centred = tokens.detach() - tokens.detach().mean((1, 2, 3), keepdim=True)
+    salient = (gradient * centred).abs().sum(-1)  # (B, T, H, W)
     total = 0.0
     for clip in range(len(salient)):
         frames = [torch.stack(windows_by_hand(frame, *candidates)) for frame in salient[clip]]

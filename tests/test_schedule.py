@@ -102,6 +102,7 @@ def test_a_range_is_not_tested_before_it_was_sampled_and_then_at_its_high_end(ra
 @pytest.mark.parametrize("keep", [0.25, [0.25, 0.9]])
 def test_budgets_are_sampled_below_an_upper_bound_that_shrinks_to_keep(tiny_cfg, keep):
     tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.TIME.KEEP, tiny_cfg.STTS.SPACE.KEEP = True, [keep], [keep]
+    tiny_cfg.STTS.TEACHER = "mixture"
     at_once = budgets(build_model(tiny_cfg), 800)
     tiny_cfg.STTS.SHRINK = 0.5
     model = build_model(tiny_cfg)
@@ -124,6 +125,8 @@ def test_budgets_are_sampled_below_an_upper_bound_that_shrinks_to_keep(tiny_cfg,
 def test_windows_shrink_by_their_stride(tiny_cfg):
     tiny_cfg.STTS.ENABLE, tiny_cfg.STTS.SHRINK = True, 0.5
     tiny_cfg.STTS.SPACE.KEEP, tiny_cfg.STTS.SPACE.STRIDE = [0.25], 3
+    assert {side for _, side in budgets(build_model(tiny_cfg))} == {14, 7}  # saliency needs all
+    tiny_cfg.STTS.TEACHER = "mixture"
     assert {side for _, side in budgets(build_model(tiny_cfg))} == {13, 10, 7}
 
 
@@ -139,9 +142,10 @@ def test_a_run_logs_that_its_budgets_shrink(tiny_cfg, caplog):
         assert sum(logged in text for text in caplog.messages) == lines
 
 
-def test_a_compiled_training_has_a_graph_for_each_budget():
+@pytest.mark.parametrize("teacher, budgets", [("mixture", 5), ("both", 2)])
+def test_a_compiled_training_has_a_graph_for_each_budget(teacher, budgets):
     stock = timesformer.TimeSformer(32, 8, 8, 16, 2, 2, num_classes=5)
-    model = attach(stock, time={0: 0.25}, space={1: 0.25}, shrink=0.5)
+    model = attach(stock, time={0: 0.25}, space={1: 0.25}, shrink=0.5, teacher=teacher)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     # With fullgraph, more graphs than `recompile_limit`, 8, are an error.
@@ -149,7 +153,7 @@ def test_a_compiled_training_has_a_graph_for_each_budget():
     for number in range(64):
         update_schedule(model, number / 64)
         compiled(torch.randn(2, 3, 8, 32, 32))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == budgets
     compiled(torch.randn(1, 3, 8, 32, 32))  # the last batch of an epoch
     model.eval()
     for batch in (4, 3, 2):

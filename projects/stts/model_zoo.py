@@ -26,7 +26,7 @@ SELECTION = {
     "Kinetics/RECOMMENDED_MVIT_B_16x4_T0_0.9_S4_0.9": "h",
     "Kinetics/RECOMMENDED_MVITv2_S_16x4_T0_0.9_S4_0.9": "h",
     "Kinetics/RECOMMENDED_VIT_B_16x4_T0_0.9_S4_0.9": "h",
-    "Kinetics/RECOMMENDED_TIMESFORMER_8x32_T0_0.9_S4_0.9": "h",
+    "Kinetics/RECOMMENDED_TIMESFORMER_8x32_T1_0.9_S4_0.9": "h",
     "Kinetics/RECOMMENDED_SWIN_T_32x2_T0_0.5": "h",
     "Kinetics/STTS_MVIT_B_16x4_T0_0.9_S4_0.9": "",
     "Kinetics/STTS_MVIT_B_16x4_T0_0.8_S4_0.9": "",

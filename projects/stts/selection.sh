@@ -6,10 +6,10 @@
 # Finished steps are not repeated. For a part of the table: KINDS=motion MODELS=mvit SEEDS=1 bash ...
 # TIME, SPACE, BOTH and LEAST set the budgets, SCORERS the scorers, TRAIN and TEST the numbers of
 # videos, EPOCHS and TUNE_EPOCHS the length of both trainings, JOBS how many jobs run at once
-# (default: one a core). With TEACHER=saliency or both, and FREEZE=0.5 (epochs), studies are written to
-# DIR/KIND/study_MODEL_TEACHER. The output of a job is in DIR/KIND/MODEL.log. TimeSformer on motion
-# trains twice as long on all tokens; its fine-tuning does not freeze the backbone and uses one window
-# for all frames (docs/experiments.md explains why).
+# (default: one a core), TEACHER how scorers learn (then studies are in DIR/KIND/study_MODEL_TEACHER),
+# FREEZE the epochs in which the backbone is frozen. The output of a job is in DIR/KIND/MODEL.log.
+# TimeSformer on motion trains twice as long on all tokens, and has one window for all frames
+# (docs/experiments.md explains why).
 # If a model does not learn a kind from all tokens (below LEARNED percent), it is skipped with a line.
 set -euo pipefail
 export OUT="${1:-selection}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -26,7 +26,7 @@ study() {
     local model="$1" kind="$2" data="$OUT/$2" trained top1 both="${BOTH-0.5x0.25}"
     local epochs="${EPOCHS:-7}" freeze="${FREEZE:-0.5}" shared=False
     if [ "$model $kind" = "timesformer motion" ]; then
-        epochs=$((2 * epochs)) freeze="${FREEZE:-0.0}" shared=True
+        epochs=$((2 * epochs)) shared=True
     fi
     stts run --engine standalone --cfg "$data/$model.yaml" --opts SOLVER.MAX_EPOCH "$epochs"
     top1="$(grep -o '"top1_acc": "[0-9]*' "$data/run_$model/json_stats.log" | tail -n 1)"
@@ -42,7 +42,7 @@ study() {
         --scorers ${SCORERS:-learned uniform random} --train \
         --recipe SOLVER.BASE_LR 1e-3 SOLVER.MAX_EPOCH "${TUNE_EPOCHS:-4}" \
         SOLVER.WARMUP_EPOCHS 0.0 STTS.FREEZE_BACKBONE_EPOCHS "$freeze" \
-        STTS.TEACHER "${TEACHER:-mixture}" \
+        STTS.TEACHER "${TEACHER:-both}" \
         --opts STTS.SPACE.SHARED "$shared" \
         DATA_LOADER.NUM_WORKERS 0  # one process caches all videos
 }

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from stts_slowfast.budgets import DIMENSIONS
 from stts_slowfast.hosts import find_blocks
 
 
@@ -47,7 +48,7 @@ def refuse_detached_scorers(cfg) -> None:
         return
     learned = [
         f"STTS.{dimension}.SCORER"
-        for dimension in ("TIME", "SPACE")
+        for dimension in DIMENSIONS
         if cfg.STTS[dimension].BLOCKS and cfg.STTS[dimension].SCORER == "learned"
     ]
     if learned:

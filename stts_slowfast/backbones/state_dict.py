@@ -83,7 +83,15 @@ def selectors_from_authors(state: State, selectors: Sequence[str]) -> State:
 
 
 def selectors_to_authors(state: State) -> State:
-    """The inverse of :func:`selectors_from_authors`."""
+    """The inverse of :func:`selectors_from_authors`.
+
+    Raises:
+        ValueError: for scorers of single tokens, which the authors' code does not have.
+    """
+    if tokens := [key for key in state if key.startswith("stts.tokens_")]:
+        raise ValueError(
+            f"the authors' form has scorers of frames and windows, and none of tokens: {tokens[0]}"
+        )
     parts = swapped(_SCORER_PARTS)
     names = list(dict.fromkeys(m.group(1) for m in map(_OUR_SCORER.match, state) if m))
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from stts_slowfast.backbones.state_dict import AUTHORS_SCORER, State
+from stts_slowfast.budgets import DIMENSIONS
 from stts_slowfast.checkpoints.formats import (
     CONSTANT,
     detect_format,
@@ -15,7 +16,7 @@ from stts_slowfast.checkpoints.formats import (
 )
 from stts_slowfast.hosts import unwrap
 
-_SCORER = re.compile(r"^stts\.(time|space)_(\d+)\.")
+_SCORER = re.compile(r"^stts\.(time|space|tokens)_(\d+)\.")
 _BLOCK = re.compile(r"^(?:model\.)?(?:\w+\.)?(?:encoder\.)?(?:blocks|features|layers?)\.(\d+)\.")
 _HEAD = re.compile(r"^(?:model\.)?(?:head\.|cls_head\.|classifier\.)")
 # Parameters that SlowFast's own loader resamples to the model's size.
@@ -90,7 +91,7 @@ def _check_scorers(own: State, found: State, node, purpose: str, source: str) ->
                 f"set STTS.{dimension}.BLOCKS {blocks}, with KEEP {[1.0] * len(blocks)} to keep "
                 f"every token, or STTS.{dimension}.SCORER {_UNTRAINED}, which need no weights"
             )
-    missing = sorted(set(learned) - set(trained), reverse=True)  # TIME before SPACE
+    missing = [dimension for dimension in DIMENSIONS if dimension in learned.keys() - trained]
     if missing:
         keys = " and ".join(f"STTS.{dimension}.SCORER" for dimension in missing)
         alternative = (
@@ -153,11 +154,7 @@ def _blocks(names: Collection[str]) -> dict[str, list[int]]:
     blocks: dict[str, set[int]] = {}
     for match in filter(None, map(_SCORER.match, names)):
         blocks.setdefault(match.group(1).upper(), set()).add(int(match.group(2)))
-    return {
-        dimension: sorted(blocks[dimension])
-        for dimension in ("TIME", "SPACE")
-        if dimension in blocks
-    }
+    return {dimension: sorted(blocks[dimension]) for dimension in DIMENSIONS if dimension in blocks}
 
 
 def _block_keys(blocks: dict[str, list[int]]) -> str:

@@ -261,8 +261,7 @@ class AttentionReplacement(Replacement):
         strides = [geometry(pool)[1][axis] for pool in pools]
         whole, moved = thw[axis], self.uses_true_positions(thw)
         if moved and axis == 0 and thw.frames is not None and max(strides) == 1:
-            distances = thw.frames[:, :, None] - thw.frames[:, None, :] + len(table) // 2
-            return table[distances.clamp(0, len(table) - 1)]
+            return table[thw.frame_rows(len(table))]
         if moved and axis > 0 and thw.windows is not None:
             # The grid that the table was made for: a cropped one reads the rows within reach.
             whole = max(whole, (len(table) + 1) // 2 * min(strides))

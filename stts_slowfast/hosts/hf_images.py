@@ -63,6 +63,9 @@ class HFImages(TokenSequenceHost):
         )
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        return self.by_frame
+
     def entry(self, model: nn.Module) -> nn.Module:
         embeddings: nn.Module = _tower(model).embeddings
         return embeddings

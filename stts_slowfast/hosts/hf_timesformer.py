@@ -59,6 +59,11 @@ class HFTimeSformer(HFVideoHost):
         self.divided = attention == "divided_space_time"
         self.side = self.patch[2] if self.patch else 1
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        if self.divided:
+            raise ValueError("its blocks attend over time at each position of a frame")
+        return super().selects_tokens_by_frame(model, blocks)
+
     def prepare(self, model: nn.Module, blocks: Sequence[ForeignModule]) -> None:
         for block in blocks:
             block.config = LayerConfig(block.config)

@@ -39,6 +39,9 @@ class HFVideoHost(TokenSequenceHost):
             return ()
         return list(inner(model).get_submodule(cls.layers))
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        return self.by_frame
+
     def entry(self, model: nn.Module) -> nn.Module:
         return inner(model).get_submodule(self.embeddings)
 

@@ -92,6 +92,17 @@ class Host:
             "it has no LayerNorm"
         )
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        """Whether single tokens are selected frame by frame, because blocks see each frame alone.
+
+        Called only if single tokens are to be selected: a host overrides it if its blocks compute
+        the same for any set of tokens whose positions they get.
+
+        Raises:
+            ValueError: if blocks need a grid, with the reason; always, in this base class.
+        """
+        raise ValueError(f"its host {type(self).__name__} does not support it")
+
     def entry(self, model: nn.Module) -> nn.Module:
         """The module that receives the clip, once in each forward pass.
 

@@ -48,6 +48,9 @@ class PlainVideoViT(TokenSequenceHost):
                 )
         return list(blocks)
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        return self.by_frame
+
     def entry(self, model: ForeignModule) -> nn.Module:
         embeddings: nn.Module = model.patch_embed
         return embeddings

@@ -68,6 +68,9 @@ class QwenVision(Host):
     def channels(self, block: nn.Module) -> int:
         return super().channels(block) * self.unit
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        return True
+
     def prepare(self, model: ForeignModule, blocks: Sequence[nn.Module]) -> None:
         if hasattr(model, "deepstack_visual_indexes"):
             model.forward = CutDeepstack(model)

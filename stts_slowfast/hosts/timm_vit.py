@@ -65,6 +65,9 @@ class TimmViT(TokenSequenceHost):
                 )
         return ()
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        return self.by_frame
+
     def prepare(self, model: ForeignModule, blocks: Sequence[nn.Module]) -> None:
         if self.by_frame and hasattr(model, "forward_intermediates"):
             model.forward_intermediates = Intermediates(model)

@@ -24,6 +24,9 @@ class SwinHost(Host):
             return ()  # of images
         return [child for child in features if isinstance(child, nn.Sequential)]
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        raise ValueError("its blocks attend in windows of a grid and merge neighbouring tokens")
+
     def incoming_grid(self, args: Args, kwargs: Kwargs, thw: Grid | None) -> Grid | None:
         x = args[0]
         if x.dim() != 5:

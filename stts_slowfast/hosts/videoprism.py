@@ -57,6 +57,9 @@ class VideoPrism(HFVideoHost):
         embeddings: nn.Module = _tower(model).spatial_embeddings
         return embeddings
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        raise ValueError("its last layers attend over time at each position of a frame")
+
     def prepare(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         module = _tower(model).temporal_embeddings
         module.forward = TemporalEmbeddingsOfKeptFrames(model, module)

@@ -33,6 +33,9 @@ class VJEPA2Official(TokenSequenceHost):
         takes = [signature(type(block).forward).parameters for block in blocks]
         return list(blocks) if all(set(names) >= TAKES for names in takes) else ()
 
+    def selects_tokens_by_frame(self, model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+        return self.by_frame
+
     def entry(self, model: ForeignModule) -> nn.Module:
         embeddings: nn.Module = model.patch_embed
         return embeddings

@@ -27,7 +27,7 @@ from stts_slowfast.pyslowfast.preflight import TURN_OFF
 
 _ABSENT = object()
 
-_SCORER = re.compile(r"(^|\.)stts\.(time|space)_\d+\.")
+_SCORER = re.compile(r"(^|\.)stts\.(time|space|tokens)_\d+\.")
 
 _current: ContextVar["CheckpointLoad | None"] = ContextVar("stts_load", default=None)
 
@@ -134,8 +134,8 @@ class CheckpointLoad:
             raise ValueError(
                 f"from {self.path} no weights were loaded for {len(random)} parameters of the "
                 f"scorers ({', '.join(random[:2])}, ...), which would select at random: train them "
-                "first (TRAIN.CHECKPOINT_FILE_PATH), or set STTS.TIME.SCORER and STTS.SPACE.SCORER "
-                f"uniform, random or change, which need no weights, {TURN_OFF}"
+                "first (TRAIN.CHECKPOINT_FILE_PATH), or set SCORER of STTS.TIME, STTS.SPACE and "
+                f"STTS.TOKENS to uniform, random or change, which need no weights, {TURN_OFF}"
             )
 
     def read_error(self, error: Exception) -> RuntimeError:

@@ -116,7 +116,7 @@ def run_job(func, cfg):
     """Runs a job of a launcher in this process."""
     compat.report(compat.uses_stts(cfg))
     require_hooks(cfg)
-    with run_state.enter_job(cfg, func), precision.autocast(cfg), skip_cuda_synchronize(cfg):
+    with run_state.enter_job(cfg, func), precision.job(cfg), skip_cuda_synchronize(cfg):
         return func(cfg=cfg)
 
 

@@ -27,8 +27,8 @@ FEATURES = {
     "slowfast.utils.logging": ["training.wrap_log"],
     "slowfast.utils.misc": ["distributed.wrap_launch_job", "training.wrap_losses"],
     "slowfast.visualization.tensorboard_vis": ["training.wrap_tensorboard"],
-    "tools.train_net": ["loops.wrap_jobs"],
-    "tools.test_net": ["loops.wrap_jobs"],
+    "tools.train_net": ["loops.wrap_jobs", "loops.wrap_evaluation"],
+    "tools.test_net": ["loops.wrap_jobs", "loops.wrap_evaluation"],
     "slowfast.config.defaults": [
         "plugin.add_config",
         "config.add_extra_keys",

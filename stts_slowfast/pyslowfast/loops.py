@@ -27,6 +27,13 @@ def wrap_jobs(tool) -> None:
             wrap(tool, name, _run_job)
 
 
+def wrap_evaluation(tool) -> None:
+    """Validations and tests run as TEST.PRECISION and TEST.COMPILE specify."""
+    for name in ("eval_epoch", "perform_test"):
+        if _is_loop_file(tool) and hasattr(tool, name):
+            wrap(tool, name, _evaluate)
+
+
 @patch("bad_videos")
 def patch_bad_videos(tool) -> bool:
     """The loops over ``Kinetics`` keep track of videos that cannot be read."""
@@ -85,6 +92,14 @@ def skip_cuda_synchronize(cfg):
 def _run_job(function, cfg):
     with run_state.enter_job(cfg, function), skip_cuda_synchronize(cfg):
         return function(cfg)
+
+
+def _evaluate(loop, *args, **kwargs):
+    from stts_slowfast.pyslowfast import precision
+
+    call = _arguments(loop, args, kwargs)
+    with precision.evaluating(call["cfg"], call["model"]):
+        return loop(*args, **kwargs)
 
 
 def _track_errors(loop, *args, **kwargs):

@@ -19,6 +19,7 @@ from stts_slowfast.pyslowfast import (
     compat,
     distributed,
     models,
+    precision,
     run_state,
     torchrun,
 )
@@ -83,6 +84,7 @@ def _build_model(build_model, cfg, *args, **kwargs) -> nn.Module:
     check_compatible(cfg)
     model = distributed.build_model(_with_selectors(build_model), cfg, *args, **kwargs)
     check_selectors(model, cfg)
+    precision.log_strict_float32(cfg)
     return model
 
 
@@ -143,12 +145,13 @@ def check_compatible(cfg) -> None:
                 f"MULTIGRID.{key} is True: multigrid cycles change the clip's size as they train, "
                 f"and a transformer's positions do not; set MULTIGRID.{key} False, {TURN_OFF}"
             )
-    if cfg.DETECTION.ENABLE and len(cfg.STTS.SPACE.BLOCKS):
-        raise ValueError(
-            "DETECTION.ENABLE is True and STTS.SPACE.BLOCKS is "
-            f"{list(cfg.STTS.SPACE.BLOCKS)}: boxes are pooled from whole frames, so only frames "
-            f"can be selected; set STTS.SPACE.BLOCKS [], {TURN_OFF}"
-        )
+    for dimension in ("SPACE", "TOKENS") if cfg.DETECTION.ENABLE else ():
+        if blocks := list(cfg.STTS[dimension].BLOCKS):
+            raise ValueError(
+                f"DETECTION.ENABLE is True and STTS.{dimension}.BLOCKS is {blocks}: boxes are "
+                "pooled from whole frames, so only frames can be selected; set "
+                f"STTS.{dimension}.BLOCKS [], {TURN_OFF}"
+            )
 
 
 def add_selectors(model: nn.Module, cfg) -> nn.Module:

@@ -6,6 +6,7 @@ run if one of the hooks fails.
 
 from torch import nn
 
+from stts_slowfast.budgets import DIMENSIONS
 from stts_slowfast.hosts import modules_with_selectors
 from stts_slowfast.pyslowfast import autoload
 from stts_slowfast.pyslowfast.config_access import is_enabled
@@ -49,7 +50,7 @@ def check_selectors(model: nn.Module, cfg) -> None:
         return
     wanted = [
         f"{dimension.lower()}_{block}"
-        for dimension in ("TIME", "SPACE")
+        for dimension in DIMENSIONS
         for block in cfg.STTS[dimension].BLOCKS
     ]
     holders = modules_with_selectors(model)

@@ -25,6 +25,7 @@ from stts_slowfast.standalone.annotations import (
     list_ssv2,
 )
 from stts_slowfast.standalone.epoch_sampler import EpochSampler
+from stts_slowfast.standalone.films import read_segments
 from stts_slowfast.standalone.signals import worker_init
 from stts_slowfast.standalone.transforms import (
     decode_short_side,
@@ -77,7 +78,11 @@ def read_kinetics(cfg, entry: VideoRecord, split: str, short_side: int, rng):
 
 def read_ssv2(cfg, entry: VideoRecord, split: str, short_side: int, rng):
     """As `read_kinetics`, from image files: one of each segment of the video. BGR, as SlowFast
-    reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
+    reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB. An entry without image
+    files is a video file."""
+    if not entry.frames:
+        images, indices, damage = read_segments(cfg, entry.path, split, short_side, rng)
+        return images, [indices] * (cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1), damage
     indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train", rng)
     wanted = sorted(set(indices))
     images = [read_image(entry.frames[index]) for index in wanted]
@@ -105,22 +110,24 @@ class ClipDataset(Dataset):
     training, all views in testing, else 1. ``view_index // NUM_SPATIAL_CROPS`` is the
     clip in time, the remainder the crop. ``dataset[epoch, index]`` draws only from RNG_SEED, epoch
     and index; ``dataset[index]`` is that of epoch 0.
+
+    ``films`` are videos without labels, which replace the split's list.
     """
 
-    def __init__(self, cfg, split: str):
+    def __init__(self, cfg, split: str, films: VideoList | None = None):
         name = (cfg.TEST if split == "test" else cfg.TRAIN).DATASET
         key = f"{'TEST' if split == 'test' else 'TRAIN'}.DATASET"
         check_choice(key, name.lower(), sorted(DATASETS))
         list_videos, self.read = DATASETS[name.lower()]
         self.cfg, self.split = cfg, split
-        self.videos: VideoList = list_videos(cfg, split)
+        self.videos: VideoList = list_videos(cfg, split) if films is None else films
         if not len(self.videos):
             raise ValueError(
                 f"the {split} list in DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} "
                 "names no videos"
             )
         unlabelled = int((self.videos.labels == NO_LABEL).sum())
-        if unlabelled and split != "test":
+        if unlabelled and split != "test" and films is None:
             raise ValueError(
                 f"{unlabelled} of the {len(self.videos)} videos of the {split} list in "
                 f"DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} have no label: only a test "
@@ -285,20 +292,22 @@ def _join(cfg, items: list[tuple], pin: bool = False) -> tuple[torch.Tensor, ...
     return _joined(cfg, clips, pin), *(torch.cat(each) for each in numbers)
 
 
-def build_loader(cfg, split: str, rank: int = 0, world: int = 1) -> ClipLoader:
+def build_loader(
+    cfg, split: str, rank: int = 0, world: int = 1, films: VideoList | None = None
+) -> ClipLoader:
     """The loader of a split for process ``rank`` of ``world`` on NUM_SHARDS machines.
 
     The processes of a machine share TRAIN.BATCH_SIZE videos a batch (in testing TEST.BATCH_SIZE
     views; videos are not split between processes).
 
     Training shuffles and drops what does not fill a batch; all processes have the same number of
-    batches.
+    batches. ``films`` replace the split's list, see `ClipDataset`.
 
     Raises:
         ValueError: if a batch has fewer videos than processes, or the train list fills no batch.
         FileNotFoundError: if a list does not exist.
     """
-    dataset = ClipDataset(cfg, split)
+    dataset = ClipDataset(cfg, split, films)
     node, key = (cfg.TEST, "TEST") if split == "test" else (cfg.TRAIN, "TRAIN")
     processes = world // cfg.NUM_SHARDS
     batch_size = node.BATCH_SIZE // processes

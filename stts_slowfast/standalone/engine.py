@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stts_slowfast.annealing import reset
+from stts_slowfast.evaluation import evaluating, log_strict_float32
 from stts_slowfast.standalone import checkpointing, optim, run_logger
 from stts_slowfast.standalone.cluster import INIT_METHOD
 from stts_slowfast.standalone.evaluator import run_test
@@ -126,7 +127,8 @@ def _test(
     checkpointing.load_for_test(cfg, model, strict)
     facts = _model_facts(cfg, fabric, model, cfg.DATA.TEST_CROP_SIZE)
     fabric.to_device(model).eval()
-    with RunLogger(cfg, fabric.is_global_zero, tensorboard=False) as run_log:
+    run_log = RunLogger(cfg, fabric.is_global_zero, tensorboard=False)
+    with run_log, evaluating(model, cfg.TEST.PRECISION, cfg.TEST.COMPILE):
         result = run_test(cfg, fabric, model, run_log, signals, watch)
     if fabric.is_global_zero:
         run_logger.record_run(cfg, facts, {"test": result})
@@ -156,11 +158,7 @@ def _log_environment(cfg, fabric: Fabric, job: str) -> None:
         device = f"CPU ({torch.get_num_threads()} threads)"
     others = f", {fabric.world_size} processes" if fabric.world_size > 1 else ""
     logger.info("%s with Lightning Fabric %s on %s%s", job, fabric_version, device, others)
-    half = cfg.TRAIN.MIXED_PRECISION and job == "Training"
-    if cfg.NUM_GPUS and not half and torch.get_float32_matmul_precision() == "highest":
-        faster = " or TRAIN.MIXED_PRECISION True" if job == "Training" else ""
-        logger.info(
-            "float32 without TF32 is slow on a GPU, but exact; faster: "
-            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment%s",
-            faster,
-        )
+    if cfg.NUM_GPUS:
+        trains = job == "Training"
+        half = cfg.TRAIN.MIXED_PRECISION if trains else cfg.TEST.PRECISION != "float32"
+        log_strict_float32(trains, half)

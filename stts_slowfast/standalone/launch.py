@@ -18,6 +18,7 @@ from multiprocessing import connection
 from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 
+from stts_slowfast.evaluation import matmul_precision
 from stts_slowfast.standalone.cluster import (
     INIT_METHOD,
     PeerWatchdog,
@@ -164,6 +165,7 @@ def _run(info: ProcessInfo, job, cfg, options: dict) -> dict:
     main = info.rank == 0
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(handle_signals())
+        stack.enter_context(matmul_precision(cfg.MODEL.FLOAT32_MATMUL_PRECISION))
         start = time.perf_counter()
         fabric = open_fabric(cfg, info)
         watchdog = PeerWatchdog(fabric, info.host) if info.world > 1 else None

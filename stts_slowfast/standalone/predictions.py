@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from stts_slowfast.evaluation import uncompiled
 from stts_slowfast.selectors import Selector
 from stts_slowfast.standalone.data import normalize_clips
 from stts_slowfast.standalone.run_logger import HostCopy
@@ -18,7 +18,7 @@ class Predictions:
     next batch to do while the host reads the outputs of the one before.
 
     Args:
-        model: in evaluation.
+        model: in evaluation, inside ``evaluating``.
         cfg: of its input.
         videos: the records of the list, for messages.
         outputs: of logits (B, classes) and labels (B,) on their device, what the host reads.
@@ -48,7 +48,7 @@ class Predictions:
         """
         labels = labels.to(clips.device, non_blocking=True)
         try:
-            logits = float32_logits(self.model, normalize_clips(clips, self.cfg))
+            logits = self.model(normalize_clips(clips, self.cfg).float()).float()
         except ValueError:  # of this batch or, on a device, of one before
             self.pending.append(_Pending(clips, numbers, more))
             for batch in self.pending:
@@ -97,12 +97,6 @@ class _Pending(NamedTuple):
     outputs: Any = None  # HostCopy, of what is read and whether logits are not finite
 
 
-def float32_logits(model: nn.Module, clips: Tensor) -> Tensor:
-    """Logits outside autocast, as in SlowFast."""
-    with torch.autocast(clips.device.type, enabled=False):
-        return model(clips.float()).float()
-
-
 def _explanation(model: nn.Module, clips: Tensor) -> str:
     """Which values are not finite first; empty if the outputs are finite."""
     layers: list[str] = []
@@ -121,8 +115,8 @@ def _explanation(model: nn.Module, clips: Tensor) -> str:
     logits = None
     _clear_nan_flags(model)
     try:
-        with contextlib.suppress(ValueError):
-            logits = float32_logits(model, clips)
+        with contextlib.suppress(ValueError), uncompiled(model):
+            logits = model(clips.float()).float()
     finally:
         _clear_nan_flags(model)
         for handle in handles:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from stts_slowfast.checkpoints import save_checkpoint
+from stts_slowfast.evaluation import evaluating
 from stts_slowfast.frozen_gradients import turn_on
 from stts_slowfast.hooks import nan_flag, raise_on_nan
 from stts_slowfast.schedule import Schedule
@@ -262,9 +263,13 @@ class TrainingLoop:
                 g_pathmgr.rm(old)
         del self.mid_epoch_checkpoints[: -2 if iteration else None]
 
-    @torch.no_grad()
     def validate(self, epoch: int) -> None:
         """Validates after ``epoch``, each process its share of the videos."""
+        test = self.cfg.TEST
+        with torch.no_grad(), evaluating(self.model, test.PRECISION, test.COMPILE):
+            self._validate(epoch)
+
+    def _validate(self, epoch: int) -> None:
         meter, timer = Meter(("top1_err", "top5_err"), self.cfg.LOG_PERIOD), Timer()
         self.model.eval()
         self.val_loader.set_epoch(epoch)

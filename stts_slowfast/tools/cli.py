@@ -26,6 +26,10 @@ COMMANDS = {
         "stts_slowfast.tools.study.command",
         "compare scorers at every budget on your model and videos",
     ),
+    "adapt": (
+        "stts_slowfast.tools.adapt",
+        "teach the selection of a trained model on videos without labels",
+    ),
     "report": ("stts_slowfast.tools.report.command", "write an HTML page about runs and studies"),
     "visualize": ("stts_slowfast.tools.visualize", "show what a model keeps of a video"),
     "bench": ("stts_slowfast.tools.bench.command", "compare speed, memory and cost of models"),

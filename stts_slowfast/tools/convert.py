@@ -5,6 +5,7 @@ import argparse
 import yaml
 from iopath.common.file_io import g_pathmgr
 
+from stts_slowfast.budgets import DIMENSIONS
 from stts_slowfast.checkpoints import (
     atomic_write,
     convert,
@@ -115,7 +116,7 @@ def _write(converted: dict, path: str, target: str) -> None:
 def _selected_blocks(checkpoint: dict, cfg) -> dict[str, list[int]]:
     """Blocks with selectors before them, by the given config, the stored one, or the paper."""
     if cfg is not None:
-        return {"TIME": list(cfg.STTS.TIME.BLOCKS), "SPACE": list(cfg.STTS.SPACE.BLOCKS)}
+        return {dimension: list(cfg.STTS[dimension].BLOCKS) for dimension in DIMENSIONS}
     mvit = _stored_config(checkpoint).get("MVIT")
     mvit = mvit if isinstance(mvit, dict) else {}
     return {

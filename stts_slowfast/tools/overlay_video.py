@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from stts_slowfast.tools.demo.make_data import write_frames
 from stts_slowfast.tools.inspection import View
 from stts_slowfast.video import Video
-from stts_slowfast.visualization import Box
+from stts_slowfast.visualization import Box, token_boxes
 
 DIM = 0.25  # brightness of what was dropped
 _CHUNK = 64  # frames of a video in memory at a time
@@ -22,36 +23,52 @@ class ViewOverlay:
         view: the clip's frames in the video, and its crop.
         num_frames: of tokens.
         kept: frame of tokens -> window, in shares of the crop.
+        tokens: (T, H, W) bool, the kept ones, if single tokens were selected.
     """
 
     view: View
     num_frames: int
     kept: dict[int, Box]
+    tokens: Tensor | None = None
 
     def window_at(self, frame: int) -> Box | None:
         """The window kept in the video's frame ``frame``, in shares of it; None if dropped.
 
         A frame between two of the clip belongs to the one before it.
         """
+        number = self._frame_of_tokens(frame)
+        window = None if number is None else self.kept.get(number)
+        return None if window is None else self._in_video(window)
+
+    def boxes_at(self, frame: int) -> list[Box]:
+        """The window or the tokens kept in the video's frame ``frame``, in shares of it."""
+        number = self._frame_of_tokens(frame)
+        if self.tokens is not None and number is not None:
+            return [self._in_video(box) for box in token_boxes(self.tokens[number])]
+        window = self.window_at(frame)
+        return [] if window is None else [window]
+
+    def _frame_of_tokens(self, frame: int) -> int | None:
         indices = self.view.indices
         starts = indices[:: len(indices) // self.num_frames]
         gap = max((indices[-1] - indices[0]) / max(len(indices) - 1, 1), 1)
         if not starts[0] <= frame < indices[-1] + gap:
             return None
-        window = self.kept.get(int(np.searchsorted(starts, frame, side="right")) - 1)
-        if window is None:
-            return None
+        return int(np.searchsorted(starts, frame, side="right")) - 1
+
+    def _in_video(self, box: Box) -> Box:
+        """A box in shares of the crop as one in shares of the video's frame."""
         top, left, height, width = self.view.crop
         return (
-            top + window[0] * height,
-            left + window[1] * width,
-            window[2] * height,
-            window[3] * width,
+            top + box[0] * height,
+            left + box[1] * width,
+            box[2] * height,
+            box[3] * width,
         )
 
 
 def write_dimmed(path: str, video: Video, overlays: Sequence[ViewOverlay]) -> None:
-    """Writes the video as H.264, dimmed outside the windows that any view keeps."""
+    """Writes the video as H.264, dimmed outside of what any view keeps."""
     write_frames(path, _dimmed(video, overlays), video.fps)
 
 
@@ -59,7 +76,7 @@ def _dimmed(video: Video, overlays: Sequence[ViewOverlay]) -> Iterator[np.ndarra
     for first in range(0, video.num_frames, _CHUNK):
         numbers = range(first, min(first + _CHUNK, video.num_frames))
         for number, frame in zip(numbers, video.decode(numbers).numpy()):
-            yield dim(frame, [overlay.window_at(number) for overlay in overlays])
+            yield dim(frame, [box for overlay in overlays for box in overlay.boxes_at(number)])
 
 
 def dim(frame: np.ndarray, windows: Iterable[Box | None]) -> np.ndarray:

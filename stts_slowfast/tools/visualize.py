@@ -1,4 +1,4 @@
-"""``stts visualize``: the frames and windows kept of a video, as film strip or as video."""
+"""``stts visualize``: the frames, windows and tokens kept of a video, as film strip or video."""
 
 import argparse
 import json
@@ -68,7 +68,9 @@ def main(args: argparse.Namespace) -> int:
                 of_view = f"view {number + 1} of {len(views)}: {predicted(inspection.probs, names)}"
                 title = f"{title}     {of_view}".strip()
             rows.append(make_film_strip_row(cfg, view.clip, inspection, title))
-            overlays.append(ViewOverlay(view, len(rows[-1].frames), inspection.kept))
+            overlays.append(
+                ViewOverlay(view, len(rows[-1].frames), inspection.kept, inspection.tokens)
+            )
     if not rows:
         raise ValueError("none of the videos could be read")
     if as_video:

@@ -23,3 +23,9 @@ def test_no_change_makes_more_launches(worker, name):
 def test_many_windows_launch_as_few_kernels_as_few(worker):
     few, many = (worker.ask("count_window_launches", stride) for stride in (14, 1))
     assert few == many <= 16  # a loop over 841 windows had 3,462
+
+
+@pytest.mark.parametrize("name", ["MViT-B 16x4", "MViTv2-S 16x4", "Video Swin-T 32x2"])
+def test_selected_evaluation_launches_fewer_kernels_than_stock(name):
+    stock, *selected = (budget["evaluation"] for budget in TABLE["launches"][name].values())
+    assert max(selected) < stock

@@ -211,7 +211,8 @@ def old_config() -> list:
     for name in ("STTS", "TIMESFORMER", "VIDEO_SWIN"):
         cfg.pop(name, None)
     for node, name in (
-        ("DATA", "READ_TIMEOUT"), ("TEST", "ALLOW_MISSING"), ("TRAIN", "MIXED_PRECISION_DTYPE")
+        ("DATA", "READ_TIMEOUT"), ("TEST", "ALLOW_MISSING"), ("TRAIN", "MIXED_PRECISION_DTYPE"),
+        ("MODEL", "FLOAT32_MATMUL_PRECISION"), ("TEST", "PRECISION"), ("TEST", "COMPILE"),
     ):  # fmt: skip
         cfg[node].pop(name, None)
     cfg = pickle.loads(pickle.dumps(cfg))

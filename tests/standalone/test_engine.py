@@ -391,9 +391,9 @@ def test_mixed_precision_and_clipping_train(run, cfg):
 @pytest.mark.parametrize(
     ("job", "mixed", "precision", "said"),
     [
-        ("Training", False, "highest", "CUBLAS_OVERRIDE=1 in the environment or TRAIN.MIXED"),
+        ("Training", False, "highest", "FLOAT32_MATMUL_PRECISION high, or TRAIN.MIXED_PRECISION"),
         ("Training", True, "highest", ""),
-        ("Testing", True, "highest", "CUBLAS_OVERRIDE=1 in the environment"),
+        ("Testing", True, "highest", "FLOAT32_MATMUL_PRECISION high, or TEST.PRECISION bfloat16"),
         ("Testing", False, "high", ""),
     ],
 )

@@ -14,7 +14,8 @@ from stts_slowfast.standalone.data import ClipDataset, normalize_clips
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import cli, visualize
 from stts_slowfast.tools.demo import make_data
-from stts_slowfast.tools.inspection import read_clip
+from stts_slowfast.tools.inspection import View, read_clip
+from stts_slowfast.tools.overlay_video import ViewOverlay
 from stts_slowfast.video import Video
 
 
@@ -54,6 +55,29 @@ def test_later_selections_work_inside_earlier_ones(cfg):
         2: (0.5, 0.5, 0.25, 0.25),
         3: (0.5, 0.75, 0.25, 0.25),
     }
+
+
+def test_single_tokens_are_at_their_positions(cfg):
+    kept = {
+        "time_0": torch.tensor([[0, 1], [1, 3]]),
+        "tokens_0": torch.tensor([[0, 1, 2, 3], [9, 63, 64, 127]]),
+        "tokens_1": torch.tensor([[0, 1], [0, 3]]),
+    }
+    cfg.STTS.SPACE.BLOCKS = []
+    cfg.STTS.TOKENS.BLOCKS, cfg.STTS.TOKENS.KEEP = [0, 1], [4 / 128, 0.5]
+    tokens = visualization.kept_tokens(cfg, kept, 1)
+    assert tokens.shape == (4, 8, 8) and tokens.nonzero().tolist() == [[1, 1, 1], [3, 7, 7]]
+    assert list(visualization.kept_regions(cfg, kept, 1)) == [1, 3]
+    assert list(visualization.kept_regions(cfg, kept, 0)) == [0]
+    assert visualization.token_boxes(tokens[1]) == [(0.125, 0.125, 0.125, 0.125)]
+    dimmed = visualization.dim_tokens(np.zeros((32, 32, 3), np.uint8), tokens[1])
+    assert (dimmed[4:8, 4:8] == 0).all() and (dimmed == 0).sum() == 3 * 16
+    view = View(torch.zeros(3, 8, 32, 32), list(range(8)), (0.0, 0.5, 1.0, 0.5))
+    overlay = ViewOverlay(view, 4, dict.fromkeys((1, 3), visualization.FULL_FRAME), tokens)
+    assert overlay.boxes_at(3) == [(0.125, 0.5625, 0.125, 0.0625)] and overlay.boxes_at(0) == []
+    assert visualization.kept_tokens(cfg, {"time_0": kept["time_0"]}) is None
+    strip = visualization.FilmStripRow("", torch.zeros(4, 32, 32, 3).byte(), {}, tokens=tokens)
+    assert "bright: tokens kept" in visualization.draw([strip])._supxlabel.get_text()
 
 
 def test_strip_shows_the_frames_of_the_clip_and_their_scores(cfg):

@@ -163,6 +163,7 @@ class SmallModel(NamedTuple):
     node: Callable[[int], dict]  # pixels of a token's side -> the model's node of the config
     tubelet: int = 2  # frames of a token
     space_stride: int = 1  # STTS.SPACE.STRIDE
+    block: int = 0  # before which frames and windows are selected
     base_lr: float = 2e-3
     epochs: int = 3
 
@@ -203,8 +204,8 @@ def config(
         **small.node(side // GRID),
         "STTS": {
             "ENABLE": False,
-            "TIME": {"BLOCKS": [0], "KEEP": [0.5]},
-            "SPACE": {"BLOCKS": [0], "KEEP": [0.5], "STRIDE": small.space_stride},
+            "TIME": {"BLOCKS": [small.block], "KEEP": [0.5]},
+            "SPACE": {"BLOCKS": [small.block], "KEEP": [0.5], "STRIDE": small.space_stride},
         },
         "SOLVER": {
             "OPTIMIZING_METHOD": "adamw",
@@ -264,8 +265,11 @@ def _video_swin(stride: int) -> dict:
 
 MODELS = {  # by the name of the config file
     "mvit": SmallModel("MViT", _mvit),
-    # At 2e-3 it may stay on a plateau of clutter; of motion it learns the direction last.
-    "timesformer": SmallModel("TimeSformer", _timesformer, tubelet=1, base_lr=1e-3, epochs=7),
+    # At 2e-3 it may stay on a plateau of clutter; of motion it learns the direction last. A token
+    # sees one frame: what moves is known after the first block.
+    "timesformer": SmallModel(
+        "TimeSformer", _timesformer, tubelet=1, block=1, base_lr=1e-3, epochs=7
+    ),
     "vit": SmallModel("MViT", _vit),
     # Windows at even positions: patch merging pairs their tokens as those of a whole frame.
     "video_swin": SmallModel("VideoSwin", _video_swin, space_stride=2),

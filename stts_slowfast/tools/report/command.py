@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 STUDY_COLUMNS = {
     "top1": "top-1 %",
     "top5": "top-5 %",
+    "top1_agreement": "same class as all tokens %",
+    "kl": "KL to all tokens",
+    "logits_cosine": "centred cosine of logits",
+    "features_cosine": "centred cosine of features",
     "gflops": "GFLOPs / clip",
     "clips_per_s": "clips / s",
     "agreement": "views that agree",

@@ -17,14 +17,18 @@ import torch
 from iopath.common.file_io import g_pathmgr
 
 from stts_slowfast import load_config
-from stts_slowfast.standalone.annotations import NO_LABEL
+from stts_slowfast.fidelity import OutputRecorder, compare
+from stts_slowfast.standalone.annotations import NO_LABEL, VideoList
 from stts_slowfast.standalone.data import ClipDataset
+from stts_slowfast.standalone.films import find_films, unlabelled
 from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.cli import add_opts
 from stts_slowfast.tools.study.coverage import find_truth
-from stts_slowfast.tools.study.evaluate import CACHE_BYTES, TestClips, evaluate
+from stts_slowfast.tools.study.evaluate import CACHE_BYTES, Reference, TestClips, evaluate
+from stts_slowfast.tools.study.oracle import Oracle
 from stts_slowfast.tools.study.results import ENDINGS, SCORERS, table, write_results
 from stts_slowfast.tools.study.rows import (
+    SHARES,
     StudyRow,
     find_checkpoint,
     has_scorer_weights,
@@ -34,8 +38,6 @@ from stts_slowfast.tools.study.rows import (
 )
 from stts_slowfast.video import cache_frames
 
-SHARES = (0.75, 0.5, 0.25)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``stts study``."""
@@ -44,27 +46,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="FILE", help="weights (default: TEST.CHECKPOINT_FILE_PATH)"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    for name, text in (("--time", "frames"), ("--space", "each frame's tokens")):
+    for name, text in (
+        ("--time", "frames"),
+        ("--space", "each frame's tokens, as a window"),
+        ("--tokens", "single tokens"),
+    ):
         parser.add_argument(
             name,
             type=float,
             nargs="*",
-            default=SHARES,
             metavar="SHARE",
-            help=f"budgets: shares of {text}",
+            help=f"budgets: shares of {text} (default: {', '.join(map(str, SHARES))}, if the "
+            "config names blocks for them)",
         )
     parser.add_argument(
         "--both",
         nargs="*",
-        default=[f"{share}x{share}" for share in SHARES],
         metavar="TIMExSPACE",
-        help="budgets: shares of both at once",
+        help="budgets: shares of both at once; of frames and single tokens, if the config names "
+        "blocks for these and none for windows",
     )
-    parser.add_argument("--scorers", nargs="+", default=SCORERS, metavar="NAME")
+    parser.add_argument(
+        "--scorers",
+        nargs="+",
+        default=SCORERS,
+        metavar="NAME",
+        help="names of STTS.*.SCORER, or oracle: what the loss's gradient ranks best, with the "
+        "labels known (default: %(default)s)",
+    )
     parser.add_argument(
         "--seeds", type=int, default=3, help="of rows with random scores or fine-tuning"
     )
     parser.add_argument("--train", action="store_true", help="add a fine-tuned row for each row")
+    parser.add_argument(
+        "--fidelity",
+        action="store_true",
+        help="measure the agreement with all tokens, also on videos without labels",
+    )
+    parser.add_argument(
+        "--films",
+        metavar="FOLDER|LIST",
+        help="with --fidelity: these videos, instead of the test list",
+    )
     parser.add_argument(
         "--recipe",
         nargs="+",
@@ -81,14 +104,24 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: for a budget, scorer, config or checkpoint that cannot be used.
     """
+    if args.fidelity and args.train:
+        raise ValueError(
+            "--fidelity compares the checkpoint with itself on all tokens, --train trains others: "
+            "leave one out"
+        )
+    if args.fidelity and "oracle" in args.scorers:
+        raise ValueError("--scorers oracle reads labels, --fidelity does without: leave one out")
+    if args.films and not args.fidelity:
+        raise ValueError("--films are videos without labels: add --fidelity")
     cfg = load_config(args.cfg, args.opts)
     cfg.OUTPUT_DIR = args.out  # for the list of unreadable videos
     recipe = load_config(args.cfg, [*args.opts, *args.recipe])
     path = find_checkpoint(cfg, args.checkpoint)
     rows = plan_rows(cfg, args)
     rows = [row for row in rows if row.trained or has_scorer_weights(cfg, row, path)]
+    films = unlabelled(find_films(cfg, args.films)) if args.films else None
     os.makedirs(os.path.join(args.out, "rows"), exist_ok=True)
-    results = run_rows(cfg, recipe, path, rows, args.out)
+    results = run_rows(cfg, recipe, path, rows, args.out, args.fidelity, films)
     write_results(args.out, results)
     print(table(results))
     if unreadable := max(row["unreadable"] for row in results):
@@ -97,18 +130,39 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_rows(cfg, recipe, path: str, rows: Sequence[StudyRow], out: str) -> list[dict]:
-    """The results of all rows; rows with a valid file in OUT/rows are not measured again."""
+def run_rows(
+    cfg,
+    recipe,
+    path: str,
+    rows: Sequence[StudyRow],
+    out: str,
+    fidelity: bool = False,
+    films: VideoList | None = None,
+) -> list[dict]:
+    """The results of all rows; rows with a valid file in OUT/rows are not measured again.
+
+    Args:
+        cfg, recipe: of rows of the checkpoint unchanged, and of rows that are fine-tuned.
+        path: the checkpoint.
+        rows, out: the rows, and the folder to write to.
+        fidelity: whether to compare with the outputs of all tokens.
+        films: videos instead of the test list.
+    """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
-    clips = TestClips(cfg)
-    if bool((clips.videos.labels == NO_LABEL).any()):
+    clips = TestClips(cfg, films)
+    if not fidelity and bool((clips.videos.labels == NO_LABEL).any()):
         raise ValueError(
             f"the test list in DATA.PATH_TO_DATA_DIR {cfg.DATA.PATH_TO_DATA_DIR!r} has videos "
-            "without a label: a study compares accuracies, so give every one its class"
+            "without a label: a study compares accuracies, so give every one its class, or add "
+            "--fidelity, which needs no labels"
         )
     test_inputs = [digest(path), clips.videos.digest(), repr(find_truth(cfg))]
+    reference = None
+    if fidelity:
+        test_inputs.append("fidelity")
+        reference = Reference(cfg, path, clips)
     train_inputs = []
     if any(row.trained for row in rows):
         train_inputs = [ClipDataset(recipe, "train").videos.digest()]
@@ -133,7 +187,7 @@ def run_rows(cfg, recipe, path: str, rows: Sequence[StudyRow], out: str) -> list
                     folder = os.path.join(out, "runs", f"{row.name}-{key}")
                     weights = fine_tune(config, path, folder, progress)
                 progress.reset(batches)
-                result = measure(config, row, weights, clips, device, progress, batches)
+                result = measure(config, row, weights, clips, device, progress, batches, reference)
                 write_json(file, {"key": key, **result})
             results.append(result)
             progress.advance(task)
@@ -154,8 +208,17 @@ def fine_tune(cfg, path: str, folder: str, progress) -> str:
         progress.start()
 
 
-def measure(cfg, row: StudyRow, path: str, clips: TestClips, device, progress, task) -> dict:
-    """Tests a row's model; returns its entry of study.json."""
+def measure(
+    cfg,
+    row: StudyRow,
+    path: str,
+    clips: TestClips,
+    device: str,
+    progress,
+    task,
+    reference: Reference | None = None,
+) -> dict:
+    """Tests a row's model, and compares it with the reference; returns its entry of study.json."""
     from stts_slowfast.standalone.flops import count_gflops
 
     model, missing = load_row_model(cfg, path)
@@ -165,7 +228,14 @@ def measure(cfg, row: StudyRow, path: str, clips: TestClips, device, progress, t
     gflops = count_gflops(model, torch.zeros(1, 3, cfg.DATA.NUM_FRAMES, size, size))
     torch.manual_seed(cfg.RNG_SEED)
     model.to(device)
-    result = evaluate(cfg, model, clips, lambda: progress.advance(task))
+    oracle = Oracle(model) if row.scorer == "oracle" else None
+    with OutputRecorder(model, classes=True) if reference else contextlib.nullcontext() as recorder:
+        result = evaluate(cfg, model, clips, lambda: progress.advance(task), oracle)
+    if recorder:
+        found = clips.only_readable(recorder.outputs())
+        if row.scorer == "all":
+            reference.found = found
+        result |= compare(reference.outputs(device), found)
     names = {"name": row.name, "dimension": row.dimension}
     return {**names, **asdict(row), "gflops": round(gflops, 5), **result}
 

@@ -10,7 +10,7 @@ from stts_slowfast import backbones, selections
 from stts_slowfast.standalone.annotations import VideoList
 from stts_slowfast.standalone.data import UNREADABLE
 from stts_slowfast.tools.demo import make_data
-from stts_slowfast.visualization import FULL_FRAME, Box, kept_regions
+from stts_slowfast.visualization import FULL_FRAME, Box, kept_regions, kept_tokens, token_boxes
 
 
 class CoverageStats:
@@ -20,7 +20,7 @@ class CoverageStats:
 
     Attributes:
         frames: (T,) how many clips kept each frame of tokens.
-        tokens: (H, W) how many kept frames have each token in their window.
+        tokens: (H, W) how many kept frames have each token in their window, or keep it.
         clips: how many clips were counted.
         num_true: frames of tokens that show the class; num_hit: how many of them were kept.
         box_share: sum over those frames of the kept share of the box.
@@ -40,23 +40,31 @@ class CoverageStats:
         for item, (label, number) in enumerate(zip(labels.tolist(), numbers.tolist())):
             if label != UNREADABLE:
                 regions = everything if kept is None else kept_regions(self.cfg, kept, item)
-                self.add(regions, os.path.basename(self.videos[number].path))
+                tokens = None if kept is None else kept_tokens(self.cfg, kept, item)
+                self.add(regions, os.path.basename(self.videos[number].path), tokens)
 
-    def add(self, regions: dict[int, Box], name: str) -> None:
-        """Counts a clip of the video ``name``; ``regions`` as `kept_regions` returns them."""
+    def add(self, regions: dict[int, Box], name: str, tokens: Tensor | None = None) -> None:
+        """Counts a clip of the video ``name``; ``regions`` as `kept_regions` and ``tokens`` as
+        `kept_tokens` return them."""
         self.clips += 1
-        for frame, (top, left, height, width) in regions.items():
+        boxes = {frame: [box] for frame, box in regions.items()}
+        if tokens is not None:
+            boxes = {frame: token_boxes(tokens[frame]) for frame in regions}
+        for frame, parts in boxes.items():
             self.frames[frame] += 1
-            rows, columns = (
-                slice(round(first * size), round((first + side) * size))
-                for first, side, size in zip((top, left), (height, width), self.tokens.shape)
-            )
-            self.tokens[rows, columns] += 1
-        for frame, box in true_boxes(self.cfg, self.truth[name]).items() if self.truth else ():
+            for top, left, height, width in parts:
+                rows, columns = (
+                    slice(round(first * size), round((first + side) * size))
+                    for first, side, size in zip((top, left), (height, width), self.tokens.shape)
+                )
+                self.tokens[rows, columns] += 1
+        if name not in self.truth:
+            return
+        for frame, box in true_boxes(self.cfg, self.truth[name]).items():
             self.num_true += 1
             if frame in regions:
                 self.num_hit += 1
-                self.box_share += share_inside(box, regions[frame])
+                self.box_share += sum(share_inside(box, part) for part in boxes[frame])
 
     def summary(self) -> dict:
         """Shares in 0..1; recalls are None if the truth is not known."""

@@ -13,15 +13,18 @@ from stts_slowfast import backbones, build_model, load_weights
 from stts_slowfast.checkpoints import pretrained_state, read_checkpoint, validate_checkpoint
 from stts_slowfast.config import validate_stts
 
+SHARES = (0.75, 0.5, 0.25)
+NAMES = ("time", "space", "tokens")
+
 
 @dataclass(frozen=True)
 class StudyRow:
     """A budget and a scorer.
 
     Attributes:
-        time, space: shares of frames and of a frame's tokens after all selectors; None without
-            selection in that dimension.
-        scorer: of both dimensions; "all" keeps all tokens.
+        time, space, tokens: shares of frames, of a frame's tokens as a window, and of single tokens
+            after all selectors; None without selection in that dimension.
+        scorer: of all dimensions; "all" keeps all tokens, "oracle" is ``oracle.Oracle``.
         trained: whether the checkpoint is fine-tuned by the recipe first.
         seed: of training, and of random scores in testing.
     """
@@ -31,15 +34,16 @@ class StudyRow:
     scorer: str
     trained: bool = False
     seed: int = 0
+    tokens: float | None = None
 
     @property
     def dimension(self) -> str:
-        selected = [name for name in ("time", "space") if getattr(self, name) is not None]
-        return "both" if len(selected) == 2 else "".join(selected) or "none"
+        selected = [name for name in NAMES if getattr(self, name) is not None]
+        return "both" if selected == ["time", "space"] else "+".join(selected) or "none"
 
     @property
     def name(self) -> str:
-        shares = (f"{d}{getattr(self, d):g}-" for d in ("time", "space") if getattr(self, d))
+        shares = (f"{d}{getattr(self, d):g}-" for d in NAMES if getattr(self, d))
         trained = "-trained" if self.trained else ""
         return f"{''.join(shares)}{self.scorer}{trained}-seed{self.seed}"
 
@@ -50,24 +54,41 @@ def plan_rows(cfg, args: argparse.Namespace) -> list[StudyRow]:
     Raises:
         ValueError: naming the budget or scorer that is impossible.
     """
-    budgets = [(share, None) for share in args.time] + [(None, share) for share in args.space]
-    for text in args.both:
-        try:
-            time, space = map(float, text.split("x"))
-        except ValueError:
-            raise ValueError(f"--both {text}: give shares such as 0.5x0.25") from None
-        budgets.append((time, space))
     if args.seeds < 1:
         raise ValueError(f"--seeds is {args.seeds}: give 1 at least")
     rows = [StudyRow(None, None, "all")]
-    for time, space in budgets:
-        rows += [StudyRow(time, space, scorer) for scorer in args.scorers]
+    for budget in plan_budgets(cfg, args):
+        rows += [StudyRow(**budget, scorer=scorer) for scorer in args.scorers]
     grids = backbones.block_grids(cfg)
     for row in rows[1:]:
         validate_stts(row_config(cfg, row).STTS, len(grids), grids)
     if args.train:
         rows += [replace(row, trained=True) for row in rows]
     return [seeded for row in rows for seeded in expand_seeds(row, args.seeds)]
+
+
+def plan_budgets(cfg, args: argparse.Namespace) -> list[dict[str, float | None]]:
+    """The shares of ``time``, ``space`` and ``tokens`` of each budget.
+
+    Options that were not given have the shares ``SHARES`` of what the config has blocks for.
+    """
+    blocks = [name for name in NAMES if cfg.STTS[name.upper()].BLOCKS]
+    none: dict[str, float | None] = {"time": None, "space": None}
+    budgets = []
+    for name in NAMES:
+        default = SHARES if name in blocks else ()
+        given = getattr(args, name)
+        budgets += [{**none, name: share} for share in (default if given is None else given)]
+    # Frames and windows or, without blocks for windows, frames and single tokens.
+    second = "tokens" if "space" not in blocks and "tokens" in blocks else "space"
+    default = [f"{share}x{share}" for share in SHARES] if {"time", second} <= {*blocks} else []
+    for text in default if args.both is None else args.both:
+        try:
+            time, share = map(float, text.split("x"))
+        except ValueError:
+            raise ValueError(f"--both {text}: give shares such as 0.5x0.25") from None
+        budgets.append({**none, "time": time, second: share})
+    return budgets
 
 
 def expand_seeds(row: StudyRow, seeds: int) -> Iterable[StudyRow]:
@@ -81,7 +102,7 @@ def row_config(cfg, row: StudyRow):
     cfg = cfg.clone()
     cfg.RNG_SEED += row.seed
     cfg.STTS.ENABLE = row.scorer != "all"
-    for name in ("time", "space") if cfg.STTS.ENABLE else ():
+    for name in NAMES if cfg.STTS.ENABLE else ():
         node, share = cfg.STTS[name.upper()], getattr(row, name)
         if share is None:
             node.BLOCKS, node.KEEP = [], []
@@ -92,7 +113,7 @@ def row_config(cfg, row: StudyRow):
             )
         else:
             node.KEEP = [share ** (1 / len(node.BLOCKS))] * len(node.BLOCKS)
-            node.SCORER = row.scorer
+            node.SCORER = "uniform" if row.scorer == "oracle" else row.scorer
     return cfg
 
 

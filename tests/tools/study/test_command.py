@@ -87,6 +87,27 @@ def test_a_checkpoint_of_ranges_is_tested_at_each_budget(folder, tmp_path):
     assert kept == pytest.approx([8, 2, 4, 2], abs=1e-2)
 
 
+def test_rows_of_frames_and_single_tokens_up_to_the_oracle(folder, tmp_path):
+    keys = make_data.config(str(folder), 0, model="vit")
+    keys["STTS"] = {"SPACE": {"BLOCKS": []}, "TOKENS": {"BLOCKS": [1]}}
+    keys["DATA_LOADER"]["NUM_WORKERS"] = 0
+    make_data.write_config(str(tmp_path / "vit.yaml"), keys)
+    cfg = load_config(str(tmp_path / "vit.yaml"), ["STTS.ENABLE", False])
+    save_checkpoint(str(tmp_path / "vit.pyth"), build_model(cfg), cfg, 1)
+    command = ["study", "--cfg", str(tmp_path / "vit.yaml"), "--out", str(tmp_path)]
+    command += ["--checkpoint", str(tmp_path / "vit.pyth"), "--time", "--scorers", "oracle"]
+    assert cli.main([*command, "--tokens", "0.25", "--both", "0.5x0.25"]) == 0
+    rows = json.loads((tmp_path / "study.json").read_text())
+    assert [(row["name"], row["dimension"]) for row in rows] == [
+        ("all-seed0", "none"),
+        ("tokens0.25-oracle-seed0", "tokens"),
+        ("time0.5-tokens0.25-oracle-seed0", "time+tokens"),
+    ]
+    everything, tokens, both = rows
+    assert everything["gflops"] > tokens["gflops"] > both["gflops"]
+    assert sum(map(sum, tokens["tokens_kept"])) < 32 and tokens["clips_per_s"] is None
+
+
 def test_a_row_is_what_stts_run_tests(folder, tmp_path):
     more = ("--time", "0.5", "--space", "--both", "--scorers", "learned")
     assert cli.main(words(folder, tmp_path, *more)) == 0
@@ -280,7 +301,7 @@ def test_shares_of_several_blocks_leave_the_budget(folder):
         (["--both", "0.5"], "--both 0.5: give shares such as"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--scorers", "best"], "'best'"),
-        (["--opts", "STTS.TIME.BLOCKS", "[]"], "STTS.TIME.BLOCKS is empty: name a block"),
+        (["--time", "0.5", "--opts", "STTS.TIME.BLOCKS", "[]"], "STTS.TIME.BLOCKS is empty: name"),
         (["--opts", "MVIT.EMBED_DIM", "16"], "does not fit this model"),
         (["--opts", "MVIT.DEPTH", "2"], "belongs to a larger model"),
         (["--opts", "MODEL.NUM_CLASSES", "5"], "does not fit this config's model"),
@@ -330,7 +351,7 @@ def test_script_of_the_table_asks_for_what_the_commands_take(tmp_path, model, ep
     cfg = load_config(args.cfg, [*args.opts, *args.recipe])
     is_divided = model == "timesformer"  # attends over time at one position
     assert is_divided == cfg.STTS.SPACE.SHARED
-    assert (0.0 if is_divided else 0.5) == cfg.STTS.FREEZE_BACKBONE_EPOCHS
+    assert cfg.STTS.FREEZE_BACKBONE_EPOCHS == 0.5 and cfg.STTS.TEACHER == "both"
     rows = study_rows.plan_rows(cfg, args)
     assert len(rows) == 1 + 2 + 3 * (2 + 2 + 3 * 2)
 
