@@ -111,7 +111,8 @@ def add_stts_config(cfg: CfgNode) -> None:
     # Inside SlowFast, RandAugment on bytes instead of PIL images: faster, the same random draws, at
     # most one grey level apart at each operation. The standalone runner always does so.
     cfg.STTS.FAST_AUGMENT = False
-    # Exact fused attention in MViT blocks: faster, the same numbers.
+    # Exact fused attention: in MViT blocks, and in Video Swin, which then computes no padded
+    # frames. Faster, the same numbers.
     cfg.STTS.FUSED_ATTENTION = True
     # After a selection, relative positions use the true distances in the video; False stretches
     # the tables over the kept tokens, as SlowFast does for any smaller input.

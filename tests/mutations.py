@@ -110,6 +110,24 @@ MUTATIONS = {
         "pass",
         "tests/tools/study/test_command.py -k unreadable",
     ),
+    "adapt-teaches-another-class": Mutation(
+        "adaptation.py",
+        "F.cross_entropy(found.logits, target.logits.argmax(dim=1))",
+        "F.cross_entropy(found.logits, target.logits.argmin(dim=1))",
+        "tests/test_adaptation.py -k predicted_class",
+    ),
+    "adapt-changes-the-backbone-unasked": Mutation(
+        "adaptation.py",
+        "self.backbone = others if backbone else []",
+        "self.backbone = others",
+        "tests/test_adaptation.py -k only_scorers",
+    ),
+    "cosines-are-not-centred": Mutation(
+        "fidelity.py",
+        "mean = reference.mean(dim=0)",
+        "mean = 0.0",
+        "tests/test_fidelity.py -k named",
+    ),
     "value-ranges-are-not-checked": Mutation(
         "standalone/config.py",
         "check_ranges(cfg, _RANGES)",

@@ -39,7 +39,7 @@ def test_agreement_rises_at_every_budget(model):
     for budget in budgets:
         assert kl["after", budget] < 0.8 * kl["before", budget]
     assert not model.training and model.stts["time_0"].share == (0.25, 0.75)
-    assert {selector.teacher for selector in model.stts.values()} == {"mixture"}
+    assert {selector.teacher for selector in model.stts.values()} == {model.stts.settings.teacher}
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="limit of each adaptation")
     parser.add_argument("--json", metavar="FILE", help="file to write every number to")
     args = parser.parse_args()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s")
     model = load_model(args)
     films = [read_clips(path, args) for path in film_paths(args)]
     print(f"{len(films)} films, {sum(map(len, films))} clips of {args.frames} frames", flush=True)
