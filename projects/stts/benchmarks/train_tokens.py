@@ -4,9 +4,9 @@
         [--models videomae vjepa2] [--scorers learned random none] [--seeds 0 1 2] [--json FILE]
 
 Clips are those of ``stts make-data``, drawn in memory. A model of three blocks of width 48 learns
-from Xavier's weights, with tokens of 2x8x8 pixels and selection before its second block. Each
-iteration samples a budget between 12% and 25%. It is tested on other clips at several budgets. A
-row takes 10 to 30 seconds of a core.
+from Xavier's weights, with tokens of 2x8x8 pixels and selection before its first block: behind it
+each token knows of all others. Each iteration samples a budget between 12% and 25%. It is tested on
+other clips at several budgets. A row takes 10 to 30 seconds of a core.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def run(kind: str, name: str, scorer: str, seed: int, args: argparse.Namespace) 
     torch.manual_seed(seed)
     model = build(kind, name)
     if scorer != "none":
-        kept = {"tokens": {1: (0.12, 0.25)}, "tokens_scorer": scorer}
+        kept = {"tokens": {args.block: (0.12, 0.25)}, "tokens_scorer": scorer}
         stts.attach(model, **kept, teacher=args.teacher, shrink=0.6)
     train(model, *draw_clips(kind, seed, 0, args.clips), args.steps, args.lr, seed)
     model.eval()
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["videomae", "vjepa2"])
     parser.add_argument("--scorers", nargs="+", default=["learned", "random", "none"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--block", type=int, default=0, help="before which tokens are selected")
     parser.add_argument("--teacher", default="saliency")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--clips", type=int, default=2048)
