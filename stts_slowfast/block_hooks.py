@@ -133,6 +133,11 @@ class SelectTokensHook(Hook):
     def __call__(self, block: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         stts = self.selectors(block)
         if tracer := tracer_of(args, kwargs):
+            if any(hasattr(s.scorer, "bind") for s in selectors_before(stts, self.number)):
+                raise ValueError(
+                    "the scorer of tokens reads weights of its block, which a graph of torch.fx "
+                    "does not have: give another STTS.TOKENS.SCORER (tokens_scorer) to trace"
+                )
             return _traced(tracer, _select, stts, args, kwargs, self.number)
         thw = self._incoming_grid(stts, block, args, kwargs)
         selectors = getattr(block, "stts_replicas", None)

@@ -80,8 +80,9 @@ def add_stts_config(cfg: CfgNode) -> None:
     # weights, through which gradients pass); saliency (training selects as a test does; in
     # iterations that keep all tokens, their gradient tells which candidates the loss depends on,
     # and scorers learn that ranking); or both (saliency in those iterations, mixture in all
-    # others). All tokens are kept while the backbone is frozen and, less and less often, during
-    # SHRINK.
+    # others; for single tokens the same as saliency, since mixtures of tokens from anywhere are
+    # like none of them). All tokens are kept while the backbone is frozen and, less and less often,
+    # during SHRINK.
     cfg.STTS.TEACHER = "both"
     # How gradients pass through a selection: subset (exact, without noise), perturbed (the paper's
     # perturbed maximum), or a name registered in topk.OPERATORS.
@@ -110,7 +111,8 @@ def add_stts_config(cfg: CfgNode) -> None:
     # Inside SlowFast, RandAugment on bytes instead of PIL images: faster, the same random draws, at
     # most one grey level apart at each operation. The standalone runner always does so.
     cfg.STTS.FAST_AUGMENT = False
-    # Exact fused attention in MViT blocks: faster, the same numbers.
+    # Exact fused attention: in MViT blocks, and in Video Swin, which then computes no padded
+    # frames. Faster, the same numbers.
     cfg.STTS.FUSED_ATTENTION = True
     # After a selection, relative positions use the true distances in the video; False stretches
     # the tables over the kept tokens, as SlowFast does for any smaller input.
@@ -274,15 +276,18 @@ def check_training(settings: Settings, held_back: bool = True) -> None:
     Raises:
         ValueError: naming the key by which their gradient would be exactly 0.
     """
-    if settings.teacher == "saliency":
+    of_tokens = settings.teacher == "both" and settings.tokens
+    if settings.teacher == "saliency" or of_tokens:
         if not (settings.shrink or (held_back and settings.freeze_backbone_epochs)):
+            what = " for single tokens" if of_tokens else ""
             raise ValueError(
-                "STTS.TEACHER is saliency, but STTS.SHRINK is 0 and the backbone is never frozen: "
-                "saliency teaches in iterations that keep all tokens, and there would be none; set "
-                "SHRINK above 0, or start from trained weights with STTS.FREEZE_BACKBONE_EPOCHS "
-                "above 0"
+                f"STTS.TEACHER is saliency{what}, but STTS.SHRINK is 0 and the backbone is never "
+                "frozen: saliency teaches in iterations that keep all tokens, and there would be "
+                "none; set SHRINK above 0, or start from trained weights with "
+                "STTS.FREEZE_BACKBONE_EPOCHS above 0"
             )
-        return
+        if not of_tokens:
+            return
     if settings.sigma <= SMALLEST_SIGMA:
         raise ValueError(
             f"STTS.SIGMA is {settings.sigma:g}: in training the scorers would get no gradient and "

@@ -35,9 +35,10 @@ class FrozenGradients:
     def __init__(self, model: nn.Module):
         self.model = model
         self._frozen = _frozen_of(model)
-        self._ddps: list[DistributedDataParallel] | None = None
-        self._reason = ""
         self._left_out: frozenset[int] = frozenset()
+        # DDP around the model or in it, and why it needs all gradients, if it does: once known.
+        self._ddps: list[Any] | None = None
+        self._obstacle, self._logged = "", False
 
     def turn_off(self, parameters: Iterable[Tensor]) -> None:
         """Until :meth:`turn_on`, these parameters have no gradient, if they had one.
@@ -47,15 +48,19 @@ class FrozenGradients:
         """
         self.turn_on()
         off = [parameter for parameter in parameters if parameter.requires_grad]
-        ddps = self._find_ddps(bool(off))
-        if self._reason:
+        if self._ddps is None:
+            self._ddps, self._obstacle = _find_ddps(self.model)
+        if self._obstacle:
+            if off and not self._logged:
+                self._logged = True
+                logger.info("STTS: a frozen backbone's gradients are computed: %s", self._obstacle)
             return
         for parameter in off:
             parameter.requires_grad_(False)
             parameter.grad = None
         self._frozen += off
         before, self._left_out = self._left_out, frozenset(map(id, off))
-        for ddp in ddps:
+        for ddp in self._ddps:
             if getattr(ddp, "stts_left_out", frozenset()) != self._left_out:
                 _renew_reducer(ddp)
                 ddp.stts_left_out = self._left_out
@@ -69,18 +74,6 @@ class FrozenGradients:
             parameter.requires_grad_(True)
         self._frozen.clear()
 
-    def _find_ddps(self, frozen: bool) -> list[Any]:
-        """Every DDP in the model, or around it: a loop need not give us the wrapped model."""
-        if self._ddps is None or (frozen and not self._ddps and not self._reason):
-            self._ddps = []
-            if dist.is_available() and dist.is_initialized():
-                self._ddps = _ddps_of(self.model)
-                reasons = [_fixed(ddp) for ddp in self._ddps] or ["its model is in no DDP"]
-                if frozen and (reason := next(filter(None, reasons), "")):
-                    self._reason = reason
-                    logger.info("STTS: gradients of the frozen backbone are computed: %s", reason)
-        return self._ddps
-
 
 def turn_on(model: nn.Module) -> None:
     """Undoes :meth:`FrozenGradients.turn_off` of a model whose schedule may be lost."""
@@ -93,33 +86,37 @@ def _frozen_of(model: nn.Module) -> list[Tensor]:
     return [] if stts is None else stts.frozen
 
 
-def _ddps_of(model: nn.Module) -> list[DistributedDataParallel]:
+def _find_ddps(model: nn.Module) -> tuple[list[Any], str]:
+    """Every DDP in a model, or around it: a loop need not give the schedule what it wraps; and what
+    keeps gradients from being left out, if anything does."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [], ""
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    if found:
-        return found
-    every = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
-    return [ddp for ddp in every if any(module is model for module in ddp.modules())]
+    if not found:
+        every = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+        found = [ddp for ddp in every if any(module is model for module in ddp.modules())]
+    if not found:
+        return [], "the processes of this run share them otherwise than by DDP"
+    return found, next(filter(None, map(_obstacle, found)), "")
 
 
-def _fixed(ddp: DistributedDataParallel) -> str:
+def _obstacle(ddp: Any) -> str:
     """Why the reducer of a DDP cannot be made anew; empty if it can."""
-    state: Any = ddp
-    if state.process_group != dist.group.WORLD:
+    if ddp.process_group != dist.group.WORLD:
         return "DDP has a process group of its own"
-    if state.mixed_precision is not None or getattr(state, "_delay_all_reduce_params", None):
+    if getattr(ddp, "mixed_precision", None) or getattr(ddp, "_delay_all_reduce_params", None):
         return "DDP has mixed precision of its own, or reduces parameters later"
     stateless = (type(None), dist.ProcessGroup)
-    if not all(isinstance(of_hook, stateless) for _, of_hook in state._comm_hooks):
+    if not all(isinstance(of_hook, stateless) for _, of_hook in ddp._comm_hooks):
         return "DDP has a communication hook with a state"
     return ""
 
 
-def _renew_reducer(ddp: DistributedDataParallel) -> None:
+def _renew_reducer(ddp: Any) -> None:
     """Makes the reducer for the parameters that require a gradient now."""
-    state: Any = ddp
-    hooks, attributes = state._comm_hooks, state.__getstate__()
-    del state.reducer, state.logger  # its hooks on parameters go with it
-    state.__setstate__(attributes)
-    state._comm_hooks = []
+    hooks, attributes = ddp._comm_hooks, ddp.__getstate__()
+    del ddp.reducer, ddp.logger  # the reducer's hooks on parameters go with it
+    ddp.__setstate__(attributes)
+    ddp._comm_hooks = []
     for hook, of_hook in hooks:
-        state.register_comm_hook(of_hook, hook)
+        ddp.register_comm_hook(of_hook, hook)

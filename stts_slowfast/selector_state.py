@@ -43,6 +43,7 @@ class SelectorState(nn.Module):
     """
 
     dimension: str  # one of budgets.DIMENSIONS
+    per_frame = False  # whether single tokens are selected frame by frame
 
     def __init__(
         self,

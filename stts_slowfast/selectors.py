@@ -49,7 +49,6 @@ class Selector(SelectorState):
     """
 
     size_multiple = 1  # of tokens, in which budget annealing widens
-    per_frame = False  # whether single tokens are selected frame by frame
 
     def __init__(
         self,
@@ -131,7 +130,7 @@ class Selector(SelectorState):
 
     def teach(self, grid: Tensor, selection: Selection) -> Tensor:
         """Returns the ``grid`` that arrives, whose gradient then teaches the selection's scores."""
-        if not self.training or self.soft:
+        if not self.training or selection.weights is not None:
             return grid
         candidates = self.candidate_windows(grid) if self.taught else None
         return saliency.teach(grid, selection.scores, candidates)

@@ -8,6 +8,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stts_slowfast.constants import sized_constant
 from stts_slowfast.projections import Projections, find_projections
 from stts_slowfast.scorers import ScoreNetwork, frame_difference
 
@@ -53,11 +54,18 @@ class UniformTokenScorer(FixedTokenScorer):
 
     def forward(self, grid: Tensor, keep: int, per_frame: bool) -> Tensor:
         """Scores ``(B, T*H*W)`` of the tokens of ``(B, T, H, W, C)``."""
-        batch, frames, height, width = grid.shape[:4]
-        space = spread_order(height, width).flatten()
-        time = spread_order(1, frames).flatten()
-        ranks = space * frames + time[:, None]  # (T, H*W)
-        return -ranks.flatten().float().to(grid.device).expand(batch, -1)
+        like = grid.new_empty((), dtype=torch.float32)
+        return _spread_scores(like, *grid.shape[1:4]).expand(len(grid), -1)
+
+
+@sized_constant
+def _spread_scores(
+    frames: int, height: int, width: int, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Scores ``(T*H*W,)`` of which the highest ``n`` are evenly spaced, for any ``n``."""
+    space, time = spread_order(height, width).flatten(), spread_order(1, frames).flatten()
+    ranks = space * frames + time[:, None]  # (T, H*W)
+    return -ranks.flatten().to(device, dtype)
 
 
 def spread_order(height: int, width: int) -> Tensor:

@@ -24,7 +24,7 @@ class TokenSelector(Selector):
         scorer: what scores a token, a name in ``token_scorers.TOKEN_SCORERS``.
         per_frame: keeps the same number of tokens of each frame.
         **settings: ``sigma``, ``sigma_decay``, ``shrink``, ``num_samples``, ``gradient``,
-            ``operator`` and ``teacher``, as in the node.
+            ``operator`` and ``teacher``, as in the node; ``both`` is ``saliency``.
 
     Shapes: grid ``(B, T, H, W, C)`` in; ``(B, 1, 1, n, C)`` out or, ``per_frame``,
     ``(B, T, 1, n, C)``; the grid itself if all tokens are kept. ``kept`` is ``(B, n)`` or
@@ -42,6 +42,9 @@ class TokenSelector(Selector):
         per_frame: bool = False,
         **settings: Any,
     ):
+        if settings.get("teacher") == "both":
+            # A mixture of tokens from anywhere is like none of them, and costs O(N n).
+            settings["teacher"] = "saliency"
         super().__init__(TOKEN_SCORERS.get(scorer)(channels), block, keep, **settings)
         self.per_frame = per_frame
 
@@ -71,7 +74,8 @@ class TokenSelector(Selector):
             kept = hard_topk(scores.detach(), k).unflatten(0, (len(grid), -1))
             starts = torch.arange(kept.shape[1], device=grid.device) * scores.shape[1]
             kept = self._record((kept + starts[:, None]).flatten(1))
-            weights = self.soft_topk(scores, k) if self.soft else None
+            soft = self.soft and k < scores.shape[1]
+            weights = self.soft_topk(scores, k) if soft else None
             return Selection(kept, weights, raw.unflatten(1, (grid.shape[1], -1)))
 
     def candidate_windows(self, grid: Tensor) -> tuple[WindowSize, WindowSize]:

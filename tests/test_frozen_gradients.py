@@ -41,7 +41,9 @@ def train(schedule, first=0, last=4, network=None, clips=CLIPS):
         torch.manual_seed(number)
         schedule.step(number / 4)
         schedule.optimizer.zero_grad()
-        loss = F.cross_entropy((network or schedule.model)(clips), LABELS[: len(clips)])
+        loss = F.cross_entropy(
+            (schedule.model if network is None else network)(clips), LABELS[: len(clips)]
+        )
         loss.backward()
         schedule.optimizer.step()
         losses.append(loss.item())
@@ -95,7 +97,9 @@ def test_blocks_before_the_first_selector_are_not_differentiated():
     seen = {}
     for number, block in enumerate(model.blocks):
         block.register_forward_hook(
-            lambda module, args, output, number=number: seen.update({number: output.requires_grad})
+            lambda module, args, output, number=number: seen.update(
+                {number: (output[0] if isinstance(output, tuple) else output).requires_grad}
+            )
         )
     train(scheduled(model), last=1)
     assert seen == {number: number >= 1 for number in range(len(model.blocks))}

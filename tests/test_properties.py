@@ -74,8 +74,8 @@ def steps_of(tiny_cfg, monkeypatch):
     """A tiny model, its grids, and what selectors do in a pass of it: their grids before, after."""
     model, seen = backbones.build(tiny_cfg), {}
 
-    def watched(selector, tokens, select=block_hooks.select):
-        after = select(selector, tokens)
+    def watched(selector, tokens, block, select=block_hooks.select):
+        after = select(selector, tokens, block)
         seen[selector.key] = tuple(tokens.grid.shape[1:4]), tuple(after.grid.shape[1:4])
         return after
 

@@ -11,7 +11,7 @@ from stts_slowfast.annealing import set_progress
 from stts_slowfast.backbones.timesformer import TimeSformer
 from stts_slowfast.backbones.vit import Block
 from stts_slowfast.budgets import plan_grids
-from stts_slowfast.config import Settings
+from stts_slowfast.config import Settings, check_training
 from stts_slowfast.token_scorers import TOKEN_SCORERS, spread_order
 from stts_slowfast.token_selector import TokenSelector
 
@@ -139,6 +139,15 @@ def test_a_range_is_sampled_and_annealed():
     assert stts.selections(model)["tokens_1"].shape == (1, 32)
 
 
+def test_both_teachers_are_saliency():
+    model = stts.attach(vit(), tokens={1: 0.25}, teacher="both", shrink=0.5).train()
+    set_progress(model, 0.9)
+    (selector,) = model.stts.values()
+    assert selector.select(torch.randn(1, 4, 4, 4, 16)).weights is None
+    with pytest.raises(ValueError, match=r"saliency for single tokens, but STTS.SHRINK"):
+        check_training(Settings.from_kwargs(tokens={1: 0.5}, teacher="both", shrink=0.0), False)
+
+
 # --- scorers --------------------------------------------------------------------------------------
 
 
@@ -197,7 +206,10 @@ def test_a_block_without_known_projections_is_refused():
         ({"time": {2: 0.5}}, r"STTS.TIME.BLOCKS names block 2, behind .* block 1, .* up to 1"),
         ({"space": {2: 0.5}}, r"STTS.SPACE.BLOCKS names block 2, behind .* block 1"),
         ({"tokens": {1: 0.5, 2: 0.5}, "tokens_scorer": "change"}, r"SCORER is change, .*\[1, 2\]"),
-        ({"tokens_scorer": "best"}, r"STTS.TOKENS.SCORER is 'best': use one of .*attention.*norm"),
+        (
+            {"tokens_scorer": "best"},
+            r"STTS.TOKENS.SCORER is 'best': use one of learned, uniform.*attention",
+        ),
         ({"time_scorer": "norm"}, r"STTS.TIME.SCORER is 'norm'"),
         ({"tokens": {9: 0.5}}, r"STTS.TOKENS.BLOCKS names block 9"),
         ({"tokens": {1: 0}}, r"STTS.TOKENS.KEEP holds 0"),

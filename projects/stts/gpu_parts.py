@@ -210,6 +210,9 @@ def runs(args) -> dict:
         folder = args.out / f"run_{dtype}"
         opts = ["OUTPUT_DIR", str(folder), "SOLVER.MAX_EPOCH", "2", "TRAIN.BATCH_SIZE", "8"]
         opts += ["TRAIN.MIXED_PRECISION", "True", "TRAIN.MIXED_PRECISION_DTYPE", dtype]
+        opts += ["TEST.PRECISION", dtype, "MODEL.FLOAT32_MATMUL_PRECISION", "high"]
+        if args.device != "cpu":  # where compiling takes minutes
+            opts += ["TEST.COMPILE", "reduce-overhead"]
         opts += ["NUM_GPUS", "0" if args.device == "cpu" else "1", "STTS.ENABLE", "True"]
         opts += ["DATA_LOADER.NUM_WORKERS", "0" if args.tiny else "4", "TRAIN.AUTO_RESUME", "True"]
         words = ["run", "--engine", "standalone", "--cfg", str(data / "mvit.yaml"), "--opts", *opts]

@@ -91,7 +91,7 @@ def _check_scorers(own: State, found: State, node, purpose: str, source: str) ->
                 f"set STTS.{dimension}.BLOCKS {blocks}, with KEEP {[1.0] * len(blocks)} to keep "
                 f"every token, or STTS.{dimension}.SCORER {_UNTRAINED}, which need no weights"
             )
-    missing = sorted(set(learned) - set(trained), reverse=True)  # TIME before SPACE
+    missing = [dimension for dimension in DIMENSIONS if dimension in learned.keys() - trained]
     if missing:
         keys = " and ".join(f"STTS.{dimension}.SCORER" for dimension in missing)
         alternative = (

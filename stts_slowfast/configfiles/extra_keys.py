@@ -17,7 +17,7 @@ EXTRA_KEYS = {
         # Scores are always float32.
         "PRECISION": "float32",
         # Validate and test with torch.compile in this mode: default, reduce-overhead (CUDA graphs,
-        # for small batches on a GPU) or max-autotune. Empty: not compiled. Compiling takes a minute.
+        # for small batches on a GPU) or max-autotune. Empty: not compiled. Compiling takes minutes.
         "COMPILE": "",
     },
     # Type of MIXED_PRECISION; empty: float16 on GPUs, bfloat16 on the CPU (standalone only).

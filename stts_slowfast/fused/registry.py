@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from torch import nn
 
-from stts_slowfast.fused import pytorchvideo, torchvision
+from stts_slowfast.fused import pytorchvideo, torchvision, video_swin
 from stts_slowfast.fused.replacement import Replacement
 
 # Attention modules; they are replaced first, since a block is fused only around fused attention.
 SUBMODULES: list[type[Replacement]] = [
     torchvision.TorchvisionAttention,
-    torchvision.SwinAttention,
+    video_swin.SwinAttention,
     pytorchvideo.PyTorchVideoAttention,
 ]
 BLOCKS: list[type[Replacement]] = [torchvision.TorchvisionBlock, pytorchvideo.PyTorchVideoBlock]

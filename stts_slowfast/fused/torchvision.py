@@ -1,18 +1,13 @@
-"""Replacements in torchvision's MViT and Video Swin."""
+"""Replacements in torchvision's MViT."""
 
-import torch
 from torch import Tensor, arange, nn
 from torchvision.models.video.mvit import MultiscaleAttention, MultiscaleBlock, MViT
-from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import MLP, StochasticDepth
 
-from stts_slowfast import fx_tracing
 from stts_slowfast.fused import ops
 from stts_slowfast.fused.attention import AttentionReplacement, split
 from stts_slowfast.fused.blocks import BlockReplacement
 from stts_slowfast.fused.pooling import find_with, is_fusible
-from stts_slowfast.fused.replacement import FuseOptions, Replacement, call_forward
-from stts_slowfast.fx_tracing import tracer_of
 
 
 class TorchvisionAttention(AttentionReplacement):
@@ -107,45 +102,6 @@ class TorchvisionBlock(BlockReplacement):
 
     def skip_pool(self) -> nn.Module | None:
         return self.pool_skip and self.pool_skip.pool
-
-
-class SwinAttention(Replacement):
-    """Replaces ``ShiftedWindowAttention3d`` behind a selection of windows.
-
-    Its relative positions stay true if the grid is smaller than an attention window. The original,
-    like Video Swin, then uses the first rows of its index, which belong to other positions unless
-    only frames are missing.
-
-    Shapes: tokens ``(B, T, H, W, C)`` in and out.
-    """
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        return isinstance(module, ShiftedWindowAttention3d)
-
-    @classmethod
-    def build(cls, original: nn.Module, options: FuseOptions) -> "SwinAttention | None":
-        return cls(original) if options.true_distances and original in options.cropped else None
-
-    def sample_inputs(self, generator: torch.Generator) -> list[tuple]:
-        whole, channels = self.window_size, find_with(self.qkv, "in_features").in_features
-        grids = [whole, [1, *whole[1:]], [size + 1 for size in whole]]
-        return [(torch.randn(1, *grid, channels, generator=generator),) for grid in grids]
-
-    def implementations(self) -> list:
-        return [self.forward]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if tracer := tracer_of(x):
-            return fx_tracing.call(tracer, call_forward, self, x)
-        return type(self.original).forward(self, x)
-
-    def get_relative_position_bias(self, window_size: list[int]) -> Tensor:
-        """The bias (1, heads, N, N) of a window of N tokens, (frames, rows, columns)."""
-        t, h, w = window_size
-        index = self.relative_position_index.view(*self.window_size, *self.window_size)
-        index = index[:t, :h, :w, :t, :h, :w].reshape(t * h * w, t * h * w)
-        return self.relative_position_bias_table[index].permute(2, 0, 1)[None]
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:

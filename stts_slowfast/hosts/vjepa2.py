@@ -8,7 +8,7 @@ gets one.
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stts_slowfast.call_context import first_tensor
 from stts_slowfast.grid import Grid
@@ -24,6 +24,22 @@ def refuse(*args: Any, **kwargs: Any) -> None:
     )
 
 
+class PositionsOfOneHead:
+    """``get_position_ids`` of an attention: positions from a mask as ``(B, 1, N)``, for all heads.
+
+    The original repeats them for each head, and with them the sines and cosines of rotations.
+    """
+
+    def __init__(self, attention: ForeignModule):
+        self.attention = attention
+
+    def __call__(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, ...]:
+        """As the original method: frame, row and column of each token."""
+        attention = self.attention
+        found: tuple[Tensor, ...] = type(attention).get_position_ids(attention, x, masks)
+        return found if masks is None else tuple(part[:, :1] for part in found)
+
+
 class VJEPA2(HFVideoHost):
     """``VJEPA2ForVideoClassification``, and ``VJEPA2Model`` as an encoder; clips of any size."""
 
@@ -34,11 +50,15 @@ class VJEPA2(HFVideoHost):
     def clip_size(config: ForeignModule) -> tuple[int, object]:
         return config.frames_per_clip, config.crop_size
 
-    def prepare(self, model: ForeignModule, blocks: Sequence[nn.Module]) -> None:
+    def prepare(self, model: ForeignModule, blocks: Sequence[ForeignModule]) -> None:
+        for block in blocks:
+            block.attention.get_position_ids = PositionsOfOneHead(block.attention)
         if is_instance_of(model, "transformers", "VJEPA2Model"):
             model.predictor.forward = refuse
 
-    def restore(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def restore(self, model: nn.Module, blocks: Sequence[ForeignModule]) -> None:
+        for block in blocks:
+            vars(block.attention).pop("get_position_ids", None)
         vars(inner(model).predictor).pop("forward", None)
 
     def call_grid(self, model: nn.Module, args: Args, kwargs: Kwargs) -> Grid | None:

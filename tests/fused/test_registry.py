@@ -7,7 +7,7 @@ import pytest
 from torchvision.models.video.mvit import MultiscaleAttention, MultiscaleBlock
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
-from stts_slowfast.fused import pytorchvideo, torchvision
+from stts_slowfast.fused import pytorchvideo, torchvision, video_swin
 from stts_slowfast.fused.registry import BLOCKS, FINAL_NORMS, SUBMODULES
 from stts_slowfast.fused.replacement import Replacement
 
@@ -18,7 +18,7 @@ NAMES += [pytorchvideo.MODEL, pytorchvideo.POOL]
 def test_every_replacement_of_this_room_is_in_the_table():
     defined = {
         cls
-        for module in (torchvision, pytorchvideo)
+        for module in (torchvision, pytorchvideo, video_swin)
         for cls in vars(module).values()
         if inspect.isclass(cls)
         and issubclass(cls, Replacement)
@@ -35,7 +35,7 @@ def test_every_replacement_of_this_room_is_in_the_table():
     [
         (MultiscaleAttention, torchvision.TorchvisionAttention),
         (MultiscaleBlock, torchvision.TorchvisionBlock),
-        (ShiftedWindowAttention3d, torchvision.SwinAttention),
+        (ShiftedWindowAttention3d, video_swin.SwinAttention),
     ],
 )
 def test_torchvisions_modules_have_one_replacement_each(module, cls):

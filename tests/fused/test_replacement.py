@@ -113,6 +113,29 @@ def test_hooks_see_every_call_until_they_are_removed(mvit, clips):
     assert all(fused(model)) and torch.equal(model(clips), plain)
 
 
+def test_what_was_checked_once_is_checked_in_copies_and_after_changes(mvit, clips):
+    model = mvit(True)
+    fuse_model(model, True, True)
+    plain = model(clips)
+    assert all(fused(model))  # from here on, only what can have changed is checked
+    twin = copy.deepcopy(model)
+    handle = twin.blocks[1].mlp[0].register_forward_hook(lambda *args: None)
+    assert fused(twin).count(False) == 1 and all(fused(model))
+    handle.remove()
+    assert all(fused(twin))
+    layer = twin.blocks[1].mlp[0]
+    twin.blocks[1].mlp[0] = nn.Linear(layer.in_features, layer.out_features)
+    assert all(fused(twin))  # a layer of the same type
+    assert (twin(clips) - plain).abs().max() > 1e-4
+    twin.blocks[1].mlp[0] = Adapter(layer)
+    assert fused(twin).count(False) == 1
+    twin.blocks[1].mlp[0] = layer
+    twin.blocks[1].mlp[-1].p = 0.5
+    assert fused(twin).count(False) == 1
+    twin.blocks[1].mlp[-1].p = 0.0
+    assert all(fused(twin)) and torch.equal(twin(clips), plain)
+
+
 def test_quantised_layers_compute(mvit, clips):
     model = mvit(True)
     for name, part in list(model.named_modules()):

@@ -1,13 +1,14 @@
-"""Video Swin's windows keep true distances behind a selection of windows, and only there."""
+"""Video Swin's windows: true distances behind a selection of windows, and no padding in time."""
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
 
 from stts_slowfast import attach, detach
-from stts_slowfast.fused import fuse_model
-from stts_slowfast.fused.torchvision import SwinAttention
+from stts_slowfast.fused import fuse_model, video_swin
+from stts_slowfast.fused.video_swin import SwinAttention
 
 
 def swin() -> SwinTransformer3d:
@@ -44,8 +45,10 @@ def test_attention_behind_a_selection_of_windows_is_replaced(space, true_distanc
     model = attach(
         swin(), time={0: 0.5}, space=space, true_distances=true_distances, fused_attention=fused
     )
-    stock = 4 - changed
-    assert kinds(model) == [ShiftedWindowAttention3d] * stock + [SwinAttention] * changed
+    stock = SwinAttention if fused else ShiftedWindowAttention3d
+    assert kinds(model) == [stock] * (4 - changed) + [SwinAttention] * changed
+    found = [m for m in model.modules() if isinstance(m, SwinAttention)]
+    assert sum(attention.true_distances for attention in found) == changed
     assert kinds(detach(model)) == [ShiftedWindowAttention3d] * 4
 
 
@@ -75,6 +78,39 @@ def explicit(attn, x):
     logits = q @ k.transpose(2, 3) * (c // attn.num_heads) ** -0.5 + bias.permute(2, 0, 1)
     out = (logits.softmax(3) @ v).transpose(1, 2).flatten(2)
     return attn.proj(out).view(x.shape)
+
+
+@pytest.mark.parametrize("shift", [[0, 0, 0], [2, 1, 2]])
+@pytest.mark.parametrize("bias", [True, False])
+def test_frames_that_pad_windows_are_not_computed(shift, bias, monkeypatch):
+    """Of a shifted window, padding may be in the middle; in space, tokens are padded as before."""
+    stock = ShiftedWindowAttention3d(8, [4, 2, 3], shift, 2, qkv_bias=bias)
+    nn.init.normal_(stock.relative_position_bias_table)
+    if bias:
+        nn.init.normal_(stock.qkv.bias)
+    attention = SwinAttention(stock, true_distances=False)
+    frames, linear = [], F.linear
+    monkeypatch.setattr(
+        video_swin.F, "linear", lambda x, *layer: frames.append(x.shape[1]) or linear(x, *layer)
+    )
+    for grid in ((5, 4, 6), (7, 3, 5), (9, 2, 3)):
+        x, outputs = torch.randn(2, *grid, 8, requires_grad=True), []
+        for forward in (stock.forward, attention.fused, attention):
+            frames.clear()
+            out = forward(x)
+            grads = torch.autograd.grad(out.square().sum(), [x, *stock.parameters()])
+            outputs.append([out, *grads])
+        assert frames == [grid[0]] * 2  # what the projections take
+        for found in outputs[1:]:
+            torch.testing.assert_close(found, outputs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_attention_whose_projection_is_observed_is_the_original():
+    stock = ShiftedWindowAttention3d(8, [4, 2, 2], [2, 1, 1], 2)
+    attention = SwinAttention(stock)
+    assert attention.is_fused()
+    stock.proj = nn.Sequential(stock.proj)
+    assert not attention.is_fused()
 
 
 def test_a_window_attention_of_another_formula_is_not_replaced(caplog):

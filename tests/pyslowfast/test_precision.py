@@ -54,7 +54,7 @@ def test_other_types_are_refused_before_the_job():
                 start(cfg, None) if start is precision.evaluating else start(cfg)
     cfg = config(COMPILE="default")
     cfg.DETECTION = CfgNode({"ENABLE": True})
-    with pytest.raises(ValueError, match="TEST.COMPILE is 'default' and DETECTION.ENABLE is True"):
+    with pytest.raises(ValueError, match=r"TEST.COMPILE is 'default' and DETECTION.ENABLE is True"):
         precision.check_keys(cfg)
     with precision.autocast(config(dtype="float16", gpus=1)):
         assert "lambda" not in torch.cuda.amp.autocast.__name__

@@ -136,13 +136,18 @@ MODULES = [
     name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in SLOWFAST
 ]
 
-# Runs as `child` in a process forked for each way to fail: importing torch takes seconds.
+# Runs as `child` in a process forked for each way to fail: importing torch takes seconds, and what
+# the hooks import a third of one.
 RUNS = f"""
 import contextlib, importlib, io, json, os, sys, traceback
 import torch, wrapt
 import stts_slowfast.hooks
 import stts_slowfast.backbones
 from stts_slowfast.pyslowfast import autoload
+
+for function in {HOOKS!r}:
+    importlib.import_module("stts_slowfast.pyslowfast." + function.rpartition(".")[0])
+assert "slowfast" not in sys.modules
 
 def child(function, how, enable):
     if how == "fails":

@@ -106,6 +106,30 @@ def test_every_view_of_every_test_video_comes_once_in_order(cfg):
     assert views.tolist() == list(range(6)) * 6
 
 
+@pytest.mark.parametrize("pin", [True, False])
+def test_batches_of_a_gpu_are_in_pinned_memory(cfg, monkeypatch, pin):
+    """Also those that are cut from the views of several videos: 4 of 6 each."""
+    cfg.DATA_LOADER.PIN_MEMORY = pin
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaders = {split: build_loader(cfg, split) for split in ("train", "val", "test")}
+    assert {split: loader.pin_memory for split, loader in loaders.items()} == dict.fromkeys(
+        loaders, pin
+    )
+    monkeypatch.undo()
+    empty, pinned = torch.empty, []
+
+    def noted(*size, pin_memory=False, **keys):  # a CPU has none
+        pinned.extend([size] * pin_memory)
+        return empty(*size, **keys)
+
+    plain = list(build_loader(cfg, "test"))
+    monkeypatch.setattr(torch, "empty", noted)
+    batches = list(loaders["test"])
+    assert bool(pinned) == pin
+    assert [len(batch[0]) for batch in batches] == [len(batch[0]) for batch in plain]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, plain))
+
+
 @pytest.mark.parametrize("batch", [1, 4, 12, 100])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_video_is_opened_once_for_all_its_views(cfg, batch, workers, monkeypatch):
