@@ -238,9 +238,9 @@ MUTATIONS = {
         f"{PROCESSES} -k draw_apart",
     ),
     "evaluation-in-autocast": Mutation(
-        "standalone/predictions.py",
-        "with torch.autocast(clips.device.type, enabled=False):",
-        "with torch.autocast(clips.device.type, torch.bfloat16):",
+        "evaluation.py",
+        "stack.enter_context(torch.autocast(device, enabled=False))",
+        "stack.enter_context(torch.autocast(device, torch.bfloat16))",
         f"{ENGINE} -k leave_autocast",
     ),
     "fp16-allreduce-ignored": Mutation(
@@ -552,8 +552,8 @@ MUTATIONS = {
     ),
     "missing-scorers-pass": Mutation(
         "checkpoints/validate.py",
-        "missing = sorted(set(learned) - set(trained), reverse=True)",
-        "missing = sorted(set(), reverse=True)",
+        "missing = [dimension for dimension in DIMENSIONS if dimension in learned.keys() - trained]",
+        "missing = []",
         f"{CHECK} -k lacks_stop",
     ),
     "a-larger-models-checkpoint-passes": Mutation(
