@@ -552,8 +552,8 @@ MUTATIONS = {
     ),
     "missing-scorers-pass": Mutation(
         "checkpoints/validate.py",
-        "missing = [dimension for dimension in DIMENSIONS if dimension in learned.keys() - trained]",
-        "missing = []",
+        "missing = [dimension for dimension in DIMENSIONS",
+        "missing = [dimension for dimension in ()",
         f"{CHECK} -k lacks_stop",
     ),
     "a-larger-models-checkpoint-passes": Mutation(
