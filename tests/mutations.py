@@ -38,6 +38,24 @@ CHECK, CLIPS = "tests/checkpoints/test_validate.py", "tests/pyslowfast/test_lazy
 GUARD, BAD = "tests/pyslowfast/test_preflight.py", "tests/slowfast/test_error_log.py"
 
 MUTATIONS = {
+    "weights-stay-cast": Mutation(
+        "evaluation.py",
+        "                layer._parameters[key] = original\n",
+        "                pass\n",
+        "tests/test_evaluation.py -k restores",
+    ),
+    "hooks-added-later-are-not-seen": Mutation(
+        "fused/replacement.py",
+        "            and not any(any(each[1:]) for each in hooks)\n",
+        "",
+        "tests/fused/test_replacement.py -k checked_once",
+    ),
+    "padded-keys-count-once": Mutation(
+        "fused/video_swin.py",
+        "padding.logsumexp(3, keepdim=True)",
+        "padding.amax(3, keepdim=True)",
+        "tests/fused/test_video_swin.py -k pad_windows",
+    ),
     "a-device-waits-for-the-host-in-each-step": Mutation(
         "standalone/training_loop.py",
         "0 if logs or not stats.is_cuda else 1",
@@ -100,8 +118,8 @@ MUTATIONS = {
     ),
     "non-finite-outputs-pass": Mutation(
         "standalone/predictions.py",
-        "if bool(logits.isfinite().all()):",
-        "if True:",
+        "if is_broken:",
+        "if False:",
         "tests/standalone/test_evaluator.py -k not_finite",
     ),
     "a-study-ignores-unreadable-videos": Mutation(
@@ -238,9 +256,9 @@ MUTATIONS = {
         f"{PROCESSES} -k draw_apart",
     ),
     "evaluation-in-autocast": Mutation(
-        "standalone/predictions.py",
-        "with torch.autocast(clips.device.type, enabled=False):",
-        "with torch.autocast(clips.device.type, torch.bfloat16):",
+        "evaluation.py",
+        "stack.enter_context(torch.autocast(device, enabled=False))",
+        "stack.enter_context(torch.autocast(device, torch.bfloat16))",
         f"{ENGINE} -k leave_autocast",
     ),
     "fp16-allreduce-ignored": Mutation(
@@ -552,8 +570,8 @@ MUTATIONS = {
     ),
     "missing-scorers-pass": Mutation(
         "checkpoints/validate.py",
-        "missing = sorted(set(learned) - set(trained), reverse=True)",
-        "missing = sorted(set(), reverse=True)",
+        "missing = [dimension for dimension in DIMENSIONS",
+        "missing = [dimension for dimension in ()",
         f"{CHECK} -k lacks_stop",
     ),
     "a-larger-models-checkpoint-passes": Mutation(
