@@ -69,7 +69,7 @@ def adapt(
     steps: int = 300,
     minutes: float = 20.0,
     lr: float = 1e-3,
-    backbone_lr: float = 1e-4,
+    backbone_lr: float = 2e-5,
     classes: bool | None = None,
     baselines: Sequence[str] = ("uniform", "random"),
     seed: int = 0,

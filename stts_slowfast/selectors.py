@@ -302,8 +302,7 @@ class SpatialSelector(Selector):
 class Selectors(nn.Module):
     """A model's selectors by their keys, in the order in which they run: ``model.stts``.
 
-    It behaves like a dict. It is not an ``nn.ModuleDict`` because peft refuses to save one beside
-    an adapter (``modules_to_save=["stts"]``).
+    It is like a dict. Peft refuses to save an ``nn.ModuleDict`` (``modules_to_save=["stts"]``).
 
     Attributes:
         settings: the requested ones.

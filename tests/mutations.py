@@ -118,8 +118,8 @@ MUTATIONS = {
     ),
     "non-finite-outputs-pass": Mutation(
         "standalone/predictions.py",
-        "if bool(logits.isfinite().all()):",
-        "if True:",
+        "if is_broken:",
+        "if False:",
         "tests/standalone/test_evaluator.py -k not_finite",
     ),
     "a-study-ignores-unreadable-videos": Mutation(
@@ -256,9 +256,9 @@ MUTATIONS = {
         f"{PROCESSES} -k draw_apart",
     ),
     "evaluation-in-autocast": Mutation(
-        "standalone/predictions.py",
-        "with torch.autocast(clips.device.type, enabled=False):",
-        "with torch.autocast(clips.device.type, torch.bfloat16):",
+        "evaluation.py",
+        "stack.enter_context(torch.autocast(device, enabled=False))",
+        "stack.enter_context(torch.autocast(device, torch.bfloat16))",
         f"{ENGINE} -k leave_autocast",
     ),
     "fp16-allreduce-ignored": Mutation(
@@ -570,8 +570,8 @@ MUTATIONS = {
     ),
     "missing-scorers-pass": Mutation(
         "checkpoints/validate.py",
-        "missing = sorted(set(learned) - set(trained), reverse=True)",
-        "missing = sorted(set(), reverse=True)",
+        "missing = [dimension for dimension in DIMENSIONS",
+        "missing = [dimension for dimension in ()",
         f"{CHECK} -k lacks_stop",
     ),
     "a-larger-models-checkpoint-passes": Mutation(

@@ -341,11 +341,7 @@ def build_loader(
 
 
 def _joined(cfg, clips: Sequence[torch.Tensor], pin: bool = False) -> torch.Tensor:
-    """Several clips as one (B, 3, T, H, W); float if some of them are.
-
-    Args:
-        pin: whether in pinned memory, in which a single one is already.
-    """
+    """Several clips, pinned ones if ``pin``, as one (B, 3, T, H, W); float if some of them are."""
     if len(clips) == 1:
         return clips[0]
     if len({clip.dtype for clip in clips}) > 1:

@@ -77,7 +77,7 @@ class Evaluator:
         """Clips per second of the model only, without the first batch, a warm-up."""
         timings = self._timings[1:] or self._timings
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            timings[-1][2].synchronize()
             seconds = [start.elapsed_time(end) / 1000 for _, start, end in timings]
         else:
             seconds = [end - start for _, start, end in timings]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -272,7 +273,7 @@ class PretendedFabric:
         return nn.utils.clip_grad_norm_(parameters, arguments["max_norm"])
 
     def all_reduce(self, tensor: Tensor, reduce_op: str = "mean") -> Tensor:
-        return tensor
+        return np.ones(3) if reduce_op == "sum" else tensor  # a validation's totals
 
 
 class Waits:
@@ -355,8 +356,8 @@ def validate_standalone(folder: str, steps: int, log_period: int) -> list[dict]:
     """:class:`Waits` of the batches of a validation in the standalone training loop."""
     waits, cfg = Waits(), _standalone_cfg(folder, log_period)
     model = build_model(cfg)
-    with pretended(), mock.patch.object(training_loop.checkpointing, "past_validations") as past:
-        past.return_value = {}
+    with pretended(), mock.patch.object(training_loop, "checkpointing") as files:
+        files.past_validations.return_value = {}
         loop = _training_loop(cfg, model, steps)
         loop.val_loader.__iter__.side_effect = lambda: waits.each([_batch()] * steps)
         loop.validate(0)

@@ -8,7 +8,7 @@ Batches of one clip, in core-seconds: other work on the machine has little effec
 """
 
 import argparse
-import importlib
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -36,9 +36,11 @@ def import_theirs(root: Path):
     package = types.ModuleType("slowfast.models")
     package.__path__ = [str(root / "slowfast" / "models")]
     sys.modules["slowfast.models"] = package
+    installed = "detectron2" in sys.modules or importlib.util.find_spec("detectron2")
     for name in ("detectron2", "detectron2.layers"):  # of heads for detection
-        if importlib.util.find_spec(name.partition(".")[0]) is None:
-            sys.modules.setdefault(name, types.ModuleType(name)).ROIAlign = None
+        if not installed:
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].ROIAlign = None
     return importlib.import_module("slowfast.models.mvit")
 
 
@@ -49,6 +51,7 @@ def build_theirs(root: Path, config: str) -> torch.nn.Module:
     cfg = get_cfg()
     cfg.merge_from_file(str(root / "configs" / "Kinetics" / f"{config}.yaml"))
     cfg.NUM_GPUS = 0
+    torch.Tensor.cuda = lambda tensor: tensor  # which it calls whatever NUM_GPUS is
     model = mvit.MViT(cfg)
     model.sigma = SIGMA
     return model

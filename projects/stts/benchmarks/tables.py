@@ -59,9 +59,10 @@ def tabulate(reports: list[dict]) -> str:
         return compare(rows)
     size = reports[0]["settings"]["batch_size"]
     modes, frames = list(rows[0]["seconds"]), rows[0]["frames"]
+    has_memory = all(len(row["memory"]) == len(modes) for row in rows)
     head = ["model", *(["frames"] if frames else []), "params (M)", "GFLOPs", "ratio"]
     for mode in modes:
-        head += [f"{mode} clips/s", "ratio"] + [f"{mode} GiB", "ratio"] * bool(rows[0]["memory"])
+        head += [f"{mode} clips/s", "ratio"] + [f"{mode} GiB", "ratio"] * has_memory
     lines = []
     for row in rows:
         base = next(other for other in rows if other["frames"] == row["frames"])
@@ -72,7 +73,7 @@ def tabulate(reports: list[dict]) -> str:
             speed, spread = clips_per_second(row["seconds"][mode], size)
             ratio = speed / clips_per_second(base["seconds"][mode], size)[0]
             cells += [f"{speed:.3f} ± {spread:.3f}", f"{ratio:.2f}"]
-            if row["memory"]:
+            if has_memory:
                 memory = row["memory"][mode]
                 cells += [f"{memory / GIB:.2f}", f"{memory / base['memory'][mode]:.2f}"]
         lines.append(cells)
