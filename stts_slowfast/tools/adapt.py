@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="limit of the adaptation")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of scorers")
     parser.add_argument(
-        "--backbone-lr", type=float, default=2e-5, help="peak learning rate of the backbone"
+        "--backbone-lr", type=float, default=5e-6, help="peak learning rate of the backbone"
     )
     add_force(parser)
     add_opts(parser)
