@@ -52,13 +52,15 @@ class Replacement(nn.Module):
         **attributes: further attributes.
     """
 
+    # The submodules as they were when `is_fused` was last true.
+    _watched: list[nn.Module] | None = None
+
     def __init__(self, original: nn.Module, fuse: bool = True, **attributes):
         super().__init__()
         # Shared dictionaries: what happens to one happens to the other, and a copy copies both.
         self.__dict__.update(original.__dict__)
         types = tuple(map(type, submodules(self)))
         self.__dict__.update(original=original, fuse=fuse, submodule_types=types, **attributes)
-        self._watched = None
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
