@@ -77,7 +77,7 @@ def read_kinetics(cfg, entry: VideoRecord, split: str, short_side: int, rng):
 
 
 def read_ssv2(cfg, entry: VideoRecord, split: str, short_side: int, rng):
-    """As `read_kinetics`, from image files, else a video file: one of each segment. BGR, as SlowFast
+    """As `read_kinetics`, from image files or a video file: one of each segment. BGR, as SlowFast
     reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
     clips = cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1  # all of the same frames
     if not entry.frames:
