@@ -77,16 +77,15 @@ def read_kinetics(cfg, entry: VideoRecord, split: str, short_side: int, rng):
 
 
 def read_ssv2(cfg, entry: VideoRecord, split: str, short_side: int, rng):
-    """As `read_kinetics`, from image files: one of each segment of the video. BGR, as SlowFast
-    reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB. An entry without image
-    files is a video file."""
+    """As `read_kinetics`, from image files or a video file: one of each segment. BGR, as SlowFast
+    reads them: its SSv2 configs set DATA.REVERSE_INPUT_CHANNEL to get RGB."""
+    clips = cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1  # all of the same frames
     if not entry.frames:
         images, indices, damage = read_segments(cfg, entry.path, split, short_side, rng)
-        return images, [indices] * (cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1), damage
+        return images, [indices] * clips, damage
     indices = segment_indices(len(entry.frames), cfg.DATA.NUM_FRAMES, split == "train", rng)
     wanted = sorted(set(indices))
     images = [read_image(entry.frames[index]) for index in wanted]
-    clips = cfg.TEST.NUM_ENSEMBLE_VIEWS if split == "test" else 1  # all of the same frames
     return images, _indices(wanted, [indices]) * clips, ""
 
 

@@ -232,6 +232,6 @@ def test_a_folder_adapts_without_labels(tmp_path):
     assert cli.main([*words, "--backbone"]) == 0
     adapted = str(tmp_path / "out" / "adapted.pyth")
     cfg.TEST.CHECKPOINT_FILE_PATH, cfg.STTS.ENABLE = adapted, True
-    model = stts.build_model(cfg)
+    model = stts.build_model(cfg).eval()
     checkpointing.load_for_test(cfg, model)
     assert model(torch.randn(1, 3, 8, 32, 32)).shape == (1, 5)
