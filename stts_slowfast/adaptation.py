@@ -69,7 +69,7 @@ def adapt(
     steps: int = 300,
     minutes: float = 20.0,
     lr: float = 1e-3,
-    backbone_lr: float = 1e-4,
+    backbone_lr: float = 5e-6,
     classes: bool | None = None,
     baselines: Sequence[str] = ("uniform", "random"),
     seed: int = 0,
@@ -97,7 +97,7 @@ def adapt(
         steps: batches to learn from.
         minutes: limit of the adaptation, without the comparisons.
         lr: peak learning rate of the scorers.
-        backbone_lr: peak learning rate of the backbone.
+        backbone_lr: peak learning rate of the backbone; small models take more (2e-4).
         classes: whether the model has classes; None finds it out, see ``fidelity.OutputRecorder``.
         baselines: scorers without weights that are compared, before the adaptation.
         seed: of the budgets.

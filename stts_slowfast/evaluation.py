@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from stts_slowfast.fused import replacement
 from stts_slowfast.selectors import Selector
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,9 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 def _cast(weight: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
     # Other types are sharded or quantised, and on meta are offloaded weights: autocast casts them.
-    if type(weight) is not nn.Parameter or weight.is_meta or weight.dtype != torch.float32:
+    if weight is None or type(weight) not in replacement.PLAIN or weight.is_meta:
+        return None
+    if weight.dtype != torch.float32:
         return None
     return nn.Parameter(weight.detach().to(dtype), requires_grad=False)
 

@@ -38,6 +38,24 @@ CHECK, CLIPS = "tests/checkpoints/test_validate.py", "tests/pyslowfast/test_lazy
 GUARD, BAD = "tests/pyslowfast/test_preflight.py", "tests/slowfast/test_error_log.py"
 
 MUTATIONS = {
+    "weights-stay-cast": Mutation(
+        "evaluation.py",
+        "                layer._parameters[key] = original\n",
+        "                pass\n",
+        "tests/test_evaluation.py -k restores",
+    ),
+    "hooks-added-later-are-not-seen": Mutation(
+        "fused/replacement.py",
+        "            and not any(any(each[1:]) for each in hooks)\n",
+        "",
+        "tests/fused/test_replacement.py -k checked_once",
+    ),
+    "padded-keys-count-once": Mutation(
+        "fused/video_swin.py",
+        "padding.logsumexp(3, keepdim=True)",
+        "padding.amax(3, keepdim=True)",
+        "tests/fused/test_video_swin.py -k pad_windows",
+    ),
     "a-device-waits-for-the-host-in-each-step": Mutation(
         "standalone/training_loop.py",
         "0 if logs or not stats.is_cuda else 1",

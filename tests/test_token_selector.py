@@ -62,7 +62,9 @@ def test_a_mixture_is_of_all_tokens_that_compete(per_frame):
 def test_if_all_tokens_are_kept_they_are_still_a_grid():
     grid = torch.randn(2, 2, 3, 4, 4)
     selector = TokenSelector(4, 0, 1.0)
-    assert selector.eval()(grid) is grid and selector.train()(grid) is grid
+    assert selector.eval()(grid) is grid and torch.equal(selector.train()(grid), grid)
+    selector(grid).sum().backward()  # distributed training needs a gradient, here of zero
+    assert all(p.grad is not None and not p.grad.any() for p in selector.parameters())
     model, clip = vit(), torch.randn(1, 3, 4, 16, 16)
     plain = model(clip)
     stts.attach(model, tokens={0: 1.0, 1: 1.0}, tokens_scorer="norm")

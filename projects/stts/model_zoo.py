@@ -83,9 +83,9 @@ Where the numbers differ, and other remarks:
   counted.
 - **b** The released code of STTS, with the keep ratios of its released configs, gives our counts
   to every digit shown (261.51, 241.09, 220.68, 210.47, 102.47 with fvcore). Attention windows span
-  8 token frames: 14, 12, 10 and 9 kept frames are padded to 16 inside attention, which then costs
-  as much as with 16; 6 frames make one window of 6. The paper does not state how its numbers were
-  counted.
+  8 token frames: 14, 12, 10 and 9 kept frames are padded to 16 inside attention, which then counts
+  as much as with 16; 6 frames make one window of 6. `STTS.FUSED_ATTENTION` computes no padding, and
+  is not counted. The paper does not state how its numbers were counted.
 - **c** The paper of STTS has no such row. The file lists the choices of this project.
 - **d** The paper reports Something-Something v2, but its configs were not released. Keep ratios
   are those of the Kinetics headline point, and no published number is shown.

@@ -21,7 +21,8 @@ from torch.nn.modules import module as module_globals
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in HOOKS)
 _CHANGING = itemgetter("_modules", "_parameters", *HOOKS)
-_PLAIN = (nn.Parameter, Tensor, type(None))
+# The types of weights that nothing computes.
+PLAIN = (nn.Parameter, Tensor, type(None))
 
 
 @dataclass
@@ -51,13 +52,15 @@ class Replacement(nn.Module):
         **attributes: further attributes.
     """
 
+    # The submodules as they were when `is_fused` was last true.
+    _watched: list[nn.Module] | None = None
+
     def __init__(self, original: nn.Module, fuse: bool = True, **attributes):
         super().__init__()
         # Shared dictionaries: what happens to one happens to the other, and a copy copies both.
         self.__dict__.update(original.__dict__)
         types = tuple(map(type, submodules(self)))
         self.__dict__.update(original=original, fuse=fuse, submodule_types=types, **attributes)
-        self._watched = None
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -115,7 +118,7 @@ class Replacement(nn.Module):
             len(children) == len(watched)
             and all(map(is_, children, watched))
             and not any(any(each[1:]) for each in hooks)
-            and {type(weight) for each in parameters for weight in each.values()}.issubset(_PLAIN)
+            and {type(weight) for each in parameters for weight in each.values()}.issubset(PLAIN)
             and not any("forward" in state for state in states)
             and "forward" not in own
         )
@@ -166,7 +169,7 @@ def is_pristine(module: nn.Module, hooks: bool = True) -> bool:
     """
     hooked = hooks and any(module.__dict__[name] for name in HOOKS)
     # Other types compute their weights (quantised, sharded).
-    plain = all(type(weight) in _PLAIN for weight in module._parameters.values())
+    plain = all(type(weight) in PLAIN for weight in module._parameters.values())
     return plain and not hooked and "forward" not in module.__dict__
 
 

@@ -80,37 +80,48 @@ class SwinAttention(Replacement):
             list(self.shift_size), [frames, height, width], list(self.window_size)
         )
         x = F.pad(x, (0, 0, 0, -width % window[2], 0, -height % window[1]))
-        qkv = F.linear(x, self.qkv.weight, self.qkv.bias)
-        qkv = _partition(qkv.roll([-size for size in shift], (1, 2, 3)), window[1:])
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        biases = self._biases(x, frames, window, shift, q.dtype)
-        counts = [bias.shape[2] // (window[1] * window[2]) for bias in biases]
-        parts = [
-            self._attend(*one, bias)
-            for *one, bias in zip(*(each.split(counts, dim=1) for each in (q, k, v)), biases)
+        qkv = F.linear(x, self.qkv.weight, self.qkv.bias).roll([-size for size in shift], (1, 2, 3))
+        qkv = qkv.unflatten(3, (-1, window[2])).unflatten(2, (-1, window[1]))
+        # (B, T, rows, columns, h, w, 3, heads, D)
+        qkv = qkv.transpose(3, 4).unflatten(-1, (3, self.num_heads, -1))
+        # Windows in the last row, or column, contain both ends of the shifted grid.
+        sides = [
+            [length - 1, 1] if size else [length] for length, size in zip(qkv.shape[2:4], shift[1:])
         ]
-        out = F.linear(cat(parts, dim=1).flatten(-2), self.proj.weight, self.proj.bias)
-        out = F.dropout(out, self.dropout, self.training)
-        out = _merge(out, x.shape[3] // window[2], window[2]).roll(shift, (1, 2, 3))
+        kinds = [len(each) for each in sides]
+        out = []
+        steps = self._biases(x, frames, window, shift, kinds)
+        for step, biases in zip(qkv.split([count for count, _ in steps], 1), steps):
+            rows = zip(step.split(sides[0], 2), biases[1].unflatten(0, kinds))
+            parts = [
+                cat([self._attend(*one) for one in zip(row.split(sides[1], 3), bias)], dim=3)
+                for row, bias in rows
+            ]
+            out.append(cat(parts, dim=2))
+        out = cat(out, dim=1).transpose(3, 4).flatten(4, 5).flatten(2, 3)  # (B, T, H, W, C)
+        out = F.linear(out, self.proj.weight, self.proj.bias)
+        out = F.dropout(out, self.dropout, self.training).roll(shift, (1, 2, 3))
         return out[:, :, :height, :width].contiguous()
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Attention inside the windows of one step in time, ``(B, T, windows, S, heads, D)``.
+    def _attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """Attention of windows of one step in time.
 
         Args:
-            bias: ``(1 or windows, heads, T*S, T*S [+ 1])``, with a column for the padding if any.
+            qkv: ``(B, T, rows, columns, h, w, 3, heads, D)``.
+            bias: ``(heads, T*h*w, T*h*w [+ 1])``, with a column for the padding if any.
+
+        Returns:
+            ``(B, T, rows, columns, h, w, heads*D)``.
         """
-        batch, frames, windows, _, heads, width = q.shape
-        # (B, windows * heads, T*S, D)
-        q, k, v = (t.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2) for t in (q, k, v))
-        if bias.shape[3] > k.shape[2]:
-            pad = self._padding(q).unflatten(0, (3, heads, 1, width))
-            pad = pad.repeat(1, windows, 1, 1)[:, None].expand(-1, batch, -1, -1, -1)
+        batch, frames, rows, columns, height, width, _, heads, _ = qkv.shape
+        qkv = qkv.permute(6, 0, 2, 3, 7, 1, 4, 5, 8).flatten(5, 7).flatten(1, 3)
+        q, k, v = qkv.unbind()  # (B * rows * columns, heads, T*h*w, D)
+        if bias.shape[2] > k.shape[2]:
+            pad = self._padding(q).unflatten(0, (3, 1, heads, 1, -1)).expand(-1, len(q), -1, -1, -1)
             k, v = cat([k, pad[1]], dim=2), cat([v, pad[2]], dim=2)
-        bias = bias.expand(windows, -1, -1, -1).flatten(0, 1)[None]
-        out = F.scaled_dot_product_attention(q, k, v, bias)
-        out = out.unflatten(2, (frames, -1)).unflatten(1, (windows, heads))
-        return out.permute(0, 3, 1, 4, 2, 5)
+        out = F.scaled_dot_product_attention(q, k, v, bias[None].to(q.dtype))
+        out = out.unflatten(2, (frames, height, width)).unflatten(0, (batch, rows, columns))
+        return out.permute(0, 4, 1, 2, 5, 6, 3, 7).flatten(6)
 
     def _padding(self, like: Tensor) -> Tensor:
         """The projection ``(3C,)`` of a padded token."""
@@ -118,30 +129,29 @@ class SwinAttention(Replacement):
         return like.new_zeros(self.qkv.out_features) if bias is None else bias.to(like.dtype)
 
     def _biases(
-        self, x: Tensor, frames: int, window: list[int], shift: list[int], dtype: torch.dtype
-    ) -> list[Tensor]:
-        """By step of the windows in time, what is added to the products of queries and keys."""
+        self, x: Tensor, frames: int, window: list[int], shift: list[int], kinds: list[int]
+    ) -> list[tuple[int, Tensor]]:
+        """By step of the windows in time, the frames that are not padding, and what is added to the
+        products of queries and keys in each kind of window: ``(kinds, heads, N, N [+ 1])``.
+        """
         time, space = window[0], window[1] * window[2]
         bias = self.get_relative_position_bias(window)  # (1, heads, N, N)
-        steps = -(-frames // time)
-        masks = None
+        steps, masks = -(-frames // time), None
         if any(shift):
-            sizes = steps * time, *x.shape[2:4]
+            sizes = steps * time, kinds[0] * window[1], kinds[1] * window[2]
             masks = swin_transformer._compute_attention_mask_3d(x, sizes, window, shift)
-            masks = masks.unflatten(0, (steps, -1)).unsqueeze(2)  # (steps, windows, 1, N, N)
+            masks = masks.unflatten(0, (steps, -1)).unsqueeze(2)  # (steps, kinds, 1, N, N)
         found = []
         for step in range(steps):
             whole = bias if masks is None else bias + masks[step]
             first = step * time + shift[0]
             real = [(first + i) % (steps * time) < frames for i in range(time)]
-            if not any(real):
-                continue
             rows = _take(whole, real, True, 2, space)
             columns = [_take(rows, real, True, 3, space)]
             if not all(real):
-                padding = _take(rows, real, False, 3, space).float()
+                padding = _take(rows, real, False, 3, space)
                 columns.append(padding.logsumexp(3, keepdim=True))
-            found.append(cat([part.to(dtype) for part in columns], dim=3))
+            found.append((sum(real), cat(columns, dim=3)))
         return found
 
 
@@ -149,16 +159,3 @@ def _take(x: Tensor, flags: list[bool], flag: bool, dim: int, size: int) -> Tens
     """The parts of an axis whose flag it is; each flag is of ``size`` rows."""
     parts = x.split(size, dim)
     return cat([part for part, found in zip(parts, flags) if found is flag], dim=dim)
-
-
-def _partition(x: Tensor, window: list[int]) -> Tensor:
-    """``(B, T, H, W, C)`` to windows in space: ``(B, T, windows, S, C)``."""
-    height, width = window
-    x = x.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, T, rows, h, columns, w, C)
-    return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
-def _merge(x: Tensor, columns: int, width: int) -> Tensor:
-    """The inverse of :func:`_partition`, of windows in rows of ``columns``, each ``width`` wide."""
-    x = x.unflatten(3, (-1, width)).unflatten(2, (-1, columns))  # (B, T, rows, columns, h, w, C)
-    return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)

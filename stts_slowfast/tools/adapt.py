@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="limit of the adaptation")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of scorers")
     parser.add_argument(
-        "--backbone-lr", type=float, default=1e-4, help="peak learning rate of the backbone"
+        "--backbone-lr", type=float, default=5e-6, help="peak learning rate of the backbone"
     )
     add_force(parser)
     add_opts(parser)
@@ -195,12 +195,21 @@ def table(found: Adaptation) -> str:
 
 
 def advice(found: Adaptation) -> str:
-    """A line, if a scorer without weights is better than the adapted ones."""
-    budgets = dict.fromkeys(row["budget"] for row in found.rows)
-    best = []
-    for budget in budgets:
-        rows = {row["when"]: row["kl"] for row in found.rows if row["budget"] == budget}
-        name = min(rows, key=lambda when: rows[when])
-        if name not in ("before", "after"):
-            best.append(f"{budget}: {name}")
-    return f"scorers without weights are nearer to all tokens at {'; '.join(best)}" if best else ""
+    """Lines that name the budgets at which something else than the adapted model is better."""
+    worse, others = [], []
+    for budget in dict.fromkeys(row["budget"] for row in found.rows):
+        kl = {row["when"]: row["kl"] for row in found.rows if row["budget"] == budget}
+        best = min(kl, key=lambda when: kl[when])
+        if best not in ("before", "after"):
+            others.append(f"{budget}: {best}")
+        if kl["before"] < kl["after"]:
+            worse.append(budget)
+    lines = []
+    if worse:
+        lines.append(
+            f"the adaptation made it worse at {'; '.join(worse)}: give more films or --steps, or a "
+            "lower --backbone-lr"
+        )
+    if others:
+        lines.append(f"scorers without weights are nearer to all tokens at {'; '.join(others)}")
+    return "\n".join(lines)

@@ -218,3 +218,20 @@ def test_the_tools_take_it(job, tmp_path, capsys):
     table = json.loads((tmp_path / "study" / "study.json").read_text())
     assert [row["name"] for row in table] == ["all-seed0", "time0.5-uniform-seed0"]
     assert "has no weights" in capsys.readouterr().err
+
+
+def test_a_folder_adapts_without_labels(tmp_path):
+    save(tmp_path / "model")
+    make_data.write_dataset(str(tmp_path / "data"), "needle", 4, 4, seed=0, side=32, num_frames=16)
+    text = "STTS: {TIME: {BLOCKS: []}, SPACE: {BLOCKS: []}, TOKENS: {BLOCKS: [1], KEEP: [0.25]}}\n"
+    text += "DATA_LOADER: {NUM_WORKERS: 0}\nTRAIN: {BATCH_SIZE: 2}\nTEST: {NUM_ENSEMBLE_VIEWS: 1}\n"
+    text += "DATA: {SAMPLING_RATE: 2}\n"
+    cfg = config(tmp_path / "model", text)
+    words = ["adapt", "--cfg", str(tmp_path / "model" / "config.yaml"), "--steps", "1"]
+    words += ["--films", str(tmp_path / "data" / "videos"), "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--backbone"]) == 0
+    adapted = str(tmp_path / "out" / "adapted.pyth")
+    cfg.TEST.CHECKPOINT_FILE_PATH, cfg.STTS.ENABLE = adapted, True
+    model = stts.build_model(cfg)
+    checkpointing.load_for_test(cfg, model)
+    assert model(torch.randn(1, 3, 8, 32, 32)).shape == (1, 5)

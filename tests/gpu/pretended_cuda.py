@@ -75,7 +75,7 @@ def install() -> None:
     torch._C._select_conv_backend = lambda *_, **__: torch._C._ConvBackend.Cudnn
     torch._C._conv_determine_backend_memory_format = lambda *_, **__: torch.contiguous_format
     # Fake parameters are plain ones, and what is made once for a size is so on a GPU, too.
-    replacement._PLAIN = (*replacement._PLAIN, FakeTensor)
+    replacement.PLAIN = (*replacement.PLAIN, FakeTensor)
     constants._is_short_lived = lambda like: torch.cuda.is_current_stream_capturing()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import stts_slowfast as stts
 from stts_slowfast import backbones
+from stts_slowfast.evaluation import half_precision
 from stts_slowfast.standalone import evaluator, run_logger, training_loop
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
@@ -45,7 +46,7 @@ def _tiny(name: str, *opts) -> tuple[Example, dict]:
 def _timesformer() -> tuple[Example, dict]:
     node = {"EMBED_DIM": 32, "DEPTH": 3, "NUM_HEADS": 4, "PATCH_SIZE": 8}
     opts = [x for key, value in node.items() for x in (f"TIMESFORMER.{key}", value)]
-    return _tiny("TIMESFORMER_8x32_T0_0.9_S4_0.9", *opts, "STTS.SPACE.BLOCKS", [2])
+    return _tiny("TIMESFORMER_8x32_T1_0.9_S4_0.9", *opts, "STTS.SPACE.BLOCKS", [2])
 
 
 def _swin() -> tuple[Example, dict]:
@@ -198,6 +199,9 @@ def run_small(name: str) -> dict:
                 parts = run.train(loop)
                 found |= {f"{dtype} {operator} {part}": r for part, r in parts.items()}
         capture = _capture(run)
+        half = Run(model, clips, logits, torch.bfloat16)
+        with half_precision(model, torch.bfloat16):
+            found["weights cast once"] = half.evaluate()
     parts = {part: {"waits": r.waits, "from_host": r.from_host} for part, r in found.items()}
     return {"parts": parts, "capture": capture}
 
@@ -218,7 +222,8 @@ def _capture(run: Run) -> list[str]:
 def count_launches(name: str, selected: bool = True) -> dict[str, dict[str, int]]:
     """Launches of a model of the table, bf16, batch 8, by operator, or of the stock model.
 
-    ``without flash`` is how many of the attention kernels in evaluation are not flash's.
+    ``weights cast once`` is evaluation as ``TEST.PRECISION bfloat16`` runs it, ``without flash``
+    how many of the attention kernels in evaluation are not flash's.
     """
     (model, clips, logits), settings = FULL[name]()
     if selected:
@@ -229,9 +234,11 @@ def count_launches(name: str, selected: bool = True) -> dict[str, dict[str, int]
         run = Run(to_cuda(model), torch.empty(clips.shape, device="cuda"), logits, torch.bfloat16)
         run.evaluate()
         evaluation = run.evaluate()
+        with half_precision(run.model, torch.bfloat16):
+            cast_once = run.evaluate()
         for operator in OPERATORS if selected else ("stock",):
             run.choose(operator)
-            parts = {"evaluation": evaluation, **run.train()}
+            parts = {"evaluation": evaluation, "weights cast once": cast_once, **run.train()}
             found[operator] = {part: record.launches.total() for part, record in parts.items()}
     slow = evaluation.launches["_scaled_dot_product_efficient_attention"]
     return {key: {**launches, "without flash": slow} for key, launches in found.items()}

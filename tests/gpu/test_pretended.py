@@ -12,10 +12,11 @@ CACHED = ["torch.float32 (16, 2) on cuda:0"]
 
 @pytest.mark.parametrize("name", SMALL)
 def test_passes_wait_for_nothing_and_take_nothing_from_the_host(worker, name):
-    """Every host and family in bf16, fp16 and fp32, by both operators: evaluation, forward and
-    backward pass. Mixed devices and shapes that depend on numbers raise in the worker."""
+    """Every host and family in bf16, fp16 and fp32, by both operators: forward and backward pass,
+    and evaluation, also with weights cast once. Mixed devices and shapes that depend on numbers
+    raise in the worker."""
     found = worker.ask("run_small", name)
-    assert len(found["parts"]) == len(precisions(name)) * (1 + 2 * 2)
+    assert len(found["parts"]) == len(precisions(name)) * (1 + 2 * 2) + 1
     for part, record in found["parts"].items():
         stock = POSITION_TABLE if "videomae" in name and "backward" not in part else {}
         assert record == {"waits": stock, "from_host": {}}, part

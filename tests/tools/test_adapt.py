@@ -95,6 +95,8 @@ def test_a_better_scorer_without_weights_is_named():
     )
     found.rows[2] = row("after", 0.4)
     assert adapt.advice(found) == ""
+    found.rows[0] = row("before", 0.3)
+    assert adapt.advice(found).startswith("the adaptation made it worse at time_0 0.5: give more")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="of random tokens, or of --adapt")
     parser.add_argument("--adapt", action="store_true", help="adapt to half of the films")
     parser.add_argument("--steps", type=int, default=80, help="of 4 clips each, with --adapt")
+    parser.add_argument("--scorers", nargs="+", default=["learned", "random", "uniform"])
+    parser.add_argument("--backbone-lr", type=float, default=5e-6, help="with --adapt")
     parser.add_argument("--minutes", type=float, default=5.0, help="limit of each adaptation")
     parser.add_argument("--json", metavar="FILE", help="file to write every number to")
     args = parser.parse_args()
@@ -109,7 +111,7 @@ def adapted_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace
     state = {name: value.clone() for name, value in model.state_dict().items()}
     rows = []
     for seed in range(args.seeds):
-        for scorer in ("learned", "random", "uniform"):
+        for scorer in args.scorers:
             torch.manual_seed(seed)
             model.load_state_dict(state)
             share = (min(args.keep), max(args.keep))
@@ -121,6 +123,7 @@ def adapted_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace
                 backbone=True,
                 steps=args.steps,
                 minutes=args.minutes,
+                backbone_lr=args.backbone_lr,
                 baselines=(),
                 seed=seed,
             )

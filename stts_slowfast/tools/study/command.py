@@ -114,6 +114,11 @@ def main(args: argparse.Namespace) -> int:
     if args.films and not args.fidelity:
         raise ValueError("--films are videos without labels: add --fidelity")
     cfg = load_config(args.cfg, args.opts)
+    if args.fidelity and cfg.TEST.COMPILE:
+        raise ValueError(
+            f"TEST.COMPILE is {cfg.TEST.COMPILE!r}, and --fidelity reads features inside it: "
+            'set TEST.COMPILE ""'
+        )
     cfg.OUTPUT_DIR = args.out  # for the list of unreadable videos
     recipe = load_config(args.cfg, [*args.opts, *args.recipe])
     path = find_checkpoint(cfg, args.checkpoint)

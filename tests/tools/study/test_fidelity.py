@@ -60,6 +60,7 @@ def test_fidelity_needs_no_labels(folder, tmp_path, capsys):
         (["--films", "films"], "--films are videos without labels: add --fidelity"),
         (["--fidelity", "--scorers", "oracle"], "oracle reads labels"),
         (["--fidelity", "--films", "nowhere"], "nowhere does not exist"),
+        (["--fidelity", "--opts", "TEST.COMPILE", "default"], "reads features inside it"),
     ],
 )
 def test_mistakes_with_films_show_at_once(folder, tmp_path, capsys, more, message):
