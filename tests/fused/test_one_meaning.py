@@ -117,7 +117,8 @@ def test_a_drawn_budget_computes_what_a_model_of_that_budget_computes(family, op
     def attached(time, space, shrink=0.0):
         torch.manual_seed(4)
         settings = {"time": {0: time}, "space": {1: space}, "shrink": shrink}
-        return attach(copy.deepcopy(stock), **settings, num_samples=20, operator=operator).train()
+        settings |= {"num_samples": 20, "operator": operator, "teacher": "mixture"}
+        return attach(copy.deepcopy(stock), **settings).train()
 
     ranged, arrived, seen = attached((0.5, 1.0), (0.3, 0.9), shrink=0.5), {}, set()
     for key, selector in ranged.stts.items():
