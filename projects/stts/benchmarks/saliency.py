@@ -2,10 +2,10 @@
 
     python projects/stts/benchmarks/saliency.py DIR/clutter/mvit.yaml CHECKPOINT
 
-For 256 training videos of ``stts make-data``, whose ground truth is known, a trained model keeps
-all tokens. Each row is a measure; "window" is how much of the object that shows the class lies in
-the window of highest saliency, over all frames that show it, and "frame" how often the frame of
-highest saliency shows the class, both in percent. No scorer is trained.
+A trained model keeps all tokens of 256 training videos of ``stts make-data``, whose ground truth is
+known. No scorer is trained. Each row of the table is a measure. "window" is the mean share of the
+object's area inside the window of highest saliency, over all frames that show it; "frame" is how
+often the frame of highest saliency shows it. Both are in percent.
 """
 
 import argparse
@@ -19,8 +19,10 @@ from stts_slowfast.annealing import update_schedule
 from stts_slowfast.selectors import Selection, Selector
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.data import ClipDataset, normalize_clips
-from stts_slowfast.tools.demo.make_data import SIDE, Truth, read_truth
+from stts_slowfast.tools.demo.make_data import read_truth
+from stts_slowfast.tools.study.coverage import share_inside, true_boxes
 from stts_slowfast.tools.study.rows import StudyRow, load_row_model, row_config
+from stts_slowfast.visualization import Box
 
 SHARE = 0.25  # of a frame's tokens, in a window
 VIDEOS, BATCH = 256, 16
@@ -51,33 +53,25 @@ def losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def recall(saliency: Tensor, truth: Truth, frames: int, selector: Selector) -> tuple[bool, float]:
-    """Whether the frame of highest saliency shows the class, and the mean part of the object in the
-    windows of highest saliency.
+def recall(saliency: Tensor, boxes: dict[int, Box], selector: Selector) -> tuple[bool, float]:
+    """Whether the frame of highest saliency shows the class, and the mean share of the object's
+    area inside the windows of highest saliency.
 
     Args:
         saliency: (T, H, W) of a clip.
-        truth: of its video of ``frames`` frames.
+        boxes: of what shows the class, by frame of tokens, see ``true_boxes``.
         selector: whose windows are compared.
     """
-    time, height, width = saliency.shape
-    grid = saliency[None, ..., None]
-    window, stride = selector.candidate_windows(grid)
-    best = F.avg_pool2d(saliency[:, None], window, stride).flatten(1).argmax(1)
+    height, width = saliency.shape[1:]
+    window, stride = selector.candidate_windows(saliency[None, ..., None])
+    best = F.avg_pool2d(saliency[:, None], window, stride).flatten(1).argmax(1).tolist()
     columns = (width - window[1]) // stride[1] + 1
-    parts = []
-    for number in range(time):
-        frame = number * frames // time
-        if frame not in truth.frames:
-            continue
-        pixels = SIDE / height
-        top, left, rows, cols = (n / pixels for n in truth.boxes[truth.frames.index(frame)])
-        corner = best[number] // columns * stride[0], best[number] % columns * stride[1]
-        down = min(corner[0] + window[0], top + rows) - max(corner[0], top)
-        across = min(corner[1] + window[1], left + cols) - max(corner[1], left)
-        parts.append(max(0.0, float(down)) * max(0.0, float(across)) / (rows * cols))
-    best_frame = int(saliency.mean((1, 2)).argmax()) * frames // time
-    return best_frame in truth.frames, sum(parts) / len(parts)
+    shares = []
+    for frame, box in boxes.items():
+        top, left = best[frame] // columns * stride[0], best[frame] % columns * stride[1]
+        region = top / height, left / width, window[0] / height, window[1] / width
+        shares.append(share_inside(box, region))
+    return int(saliency.mean((1, 2)).argmax()) in boxes, sum(shares) / len(shares)
 
 
 def main() -> None:
@@ -110,9 +104,8 @@ def main() -> None:
         for loss_name, loss in losses(logits, labels).items():
             (gradient,) = torch.autograd.grad(loss, arrived[-1], retain_graph=True)
             for name, saliency in measures(arrived[-1].detach(), gradient).items():
-                frames = cfg.DATA.NUM_FRAMES * cfg.DATA.SAMPLING_RATE
                 found[name, loss_name] += [
-                    recall(each, truth[video], frames, selector)
+                    recall(each, true_boxes(cfg, truth[video]), selector)
                     for each, video in zip(saliency, names)
                 ]
     print("| saliency | loss | frame | window |\n| --- | --- | --- | --- |")
