@@ -130,7 +130,7 @@ class Selector(SelectorState):
 
     def teach(self, grid: Tensor, selection: Selection) -> Tensor:
         """Returns the ``grid`` that arrives, whose gradient then teaches the selection's scores."""
-        if not self.training or selection.weights is not None:
+        if not (self.training and selection.scores.requires_grad) or selection.weights is not None:
             return grid
         candidates = self.candidate_windows(grid) if self.taught else None
         return saliency.teach(grid, selection.scores, candidates)
