@@ -84,6 +84,13 @@ def test_scores_get_the_gradient_of_the_cross_entropy(d_of, shared, temperature)
     torch.testing.assert_close(found, finite, rtol=1e-5, atol=1e-8)
 
 
+def test_the_default_temperature_is_that_of_the_experiments():
+    tokens, scores, *rest = case()
+    (found,) = torch.autograd.grad(loss_of(saliency.teach(tokens, scores, *rest)), scores)
+    by_hand = cross_entropy_by_hand(tokens, scores, *rest, temperature=0.3)
+    torch.testing.assert_close(found, torch.autograd.grad(by_hand, scores)[0])
+
+
 def test_without_a_lesson_scores_have_a_gradient_of_zero():
     tokens, scores, _ = case()
     loss_of(saliency.teach(tokens, scores, None)).backward()

@@ -168,3 +168,10 @@ def test_sizes_without_whole_tokens_are_refused(tmp_path, capsys):
     assert cli.main([*words, "--test", "3"]) == 2
     assert "--test is 3: give each of the 4 classes a video" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("model", "block"), [("mvit", 0), ("video_swin", 0), ("timesformer", 1)])
+def test_frames_and_windows_are_selected_once_tokens_know_what_moves(tmp_path, model, block):
+    """A token of TimeSformer covers one frame, so its scores need the first block."""
+    node = make_data.config(str(tmp_path), 0, model=model)["STTS"]
+    assert node["TIME"]["BLOCKS"] == node["SPACE"]["BLOCKS"] == [block]
