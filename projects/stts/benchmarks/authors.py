@@ -20,7 +20,7 @@ from stts_slowfast.annealing import update_schedule
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.standalone.run_logger import write_json
-from stts_slowfast.tools.bench.command import device_name, timed
+from stts_slowfast.tools.bench.command import machine, timed
 
 # Their config, and the one of this repository.
 ROWS = {
@@ -85,7 +85,6 @@ def main() -> None:
     parser.add_argument("json", help="file to write every number to")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    machine = {"device": device_name("cpu"), "torch": torch.__version__, "batch_size": 1}
     rows = []
     for name, (theirs, ours) in ROWS.items():
         steps = {
@@ -101,7 +100,7 @@ def main() -> None:
                     if repeat:
                         row["seconds"][who][mode].append(seconds)
             print(name, repeat, row["seconds"], flush=True)
-            write_json(args.json, {**machine, "rows": rows})
+            write_json(args.json, {**machine("cpu"), "batch_size": 1, "rows": rows})
 
 
 if __name__ == "__main__":

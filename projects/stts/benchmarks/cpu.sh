@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Measures the CPU tables of ../benchmarks.md with one thread, in core-seconds, so that other work on
-# the machine has little effect. Takes about half an hour of a core. tables.py writes them.
+# the machine has little effect. Takes about an hour of a core. tables.py writes them.
 #   bash projects/stts/benchmarks/cpu.sh [FOLDER for JSON files and plots] [PART ...]
-# Parts: mvit mvitv2 frames frames_64 timesformer_8x32 timesformer_96x4 swin topk (default: all).
+# Parts: mvit mvitv2 frames frames_64 timesformer_8x32 timesformer_96x4 swin topk decoders
+# exact_frames, and with SlowFast at $SLOWFAST_ROOT models loader loaders end_to_end whole_test
+# (default: all). authors.py and tokens.py are run by themselves.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 out=${1:-benchmarks}
@@ -57,6 +59,51 @@ if wanted swin; then
         "Swin-B T0_0.6=${swin}_0.6.yaml" "Swin-B T0_0.4=${swin}_0.4.yaml" \
         --modes eval --warmup 0 --repeats 1 --no-memory --json "$out/swin.json"
 fi
-if wanted topk; then
-    python projects/stts/benchmarks/topk.py
+for script in topk decoders exact_frames; do
+    if wanted $script; then
+        python projects/stts/benchmarks/$script.py --json "$out/$script.json"
+    fi
+done
+[ -n "${SLOWFAST_ROOT:-}" ] || exit 0
+slowfast=$SLOWFAST_ROOT/configs/Kinetics
+if wanted models; then
+    bench --engine slowfast "MViT-B 16x4=$slowfast/MVIT_B_16x4_CONV.yaml" \
+        "the same with STTS.ENABLE=$slowfast/MVIT_B_16x4_CONV.yaml,STTS.ENABLE=True" \
+        "MViT-B 16x4 T0_0.5-S4_0.7=${mvit}_0.5_S4_0.7.yaml" \
+        "MViTv2-S 16x4=$slowfast/MVITv2_S_16x4.yaml" "MViTv2-S 16x4 T0_0.9-S4_0.9=$mvit2" \
+        "SlowFast 8x8 R50=$slowfast/SLOWFAST_8x8_R50.yaml" "X3D-M=$slowfast/X3D_M.yaml" \
+        "C2D 8x8 R50=$slowfast/C2D_8x8_R50.yaml" "I3D 8x8 R50=$slowfast/I3D_8x8_R50.yaml" \
+        --modes eval --no-memory --json "$out/models.json"
+fi
+for script in loader whole_test; do
+    if wanted $script; then
+        python projects/stts/benchmarks/$script.py --json "$out/$script.json"
+    fi
+done
+videos=$(mktemp -d)
+trap 'rm -r "$videos"' EXIT
+small=,DATA.PATH_TO_DATA_DIR=$videos,DATA_LOADER.PIN_MEMORY=False
+if wanted loaders; then  # train and test, without workers, and with one and two
+    python projects/stts/benchmarks/sample_videos.py "$videos"
+    small+=,TRAIN.BATCH_SIZE=3,TEST.BATCH_SIZE=10
+    for engine in slowfast standalone; do
+        rows=("MViT-B 16x4=$slowfast/MVIT_B_16x4_CONV.yaml$small")
+        rows+=("MViTv2-S 16x4=$slowfast/MVITv2_S_16x4.yaml$small")
+        if [ $engine = slowfast ]; then
+            rows+=("SlowFast 8x8 R50=$slowfast/SLOWFAST_8x8_R50.yaml$small")
+            rows+=("X3D-M=$slowfast/X3D_M.yaml$small" "C2D 8x8 R50=$slowfast/C2D_8x8_R50.yaml$small")
+            rows+=("I3D 8x8 R50=$slowfast/I3D_8x8_R50.yaml$small")
+        fi
+        stts bench --engine $engine "${rows[@]}" --data --batches 2 --workers 0 1 2 \
+            --json "$out/loaders_$engine.json"
+    done
+fi
+if wanted end_to_end; then  # a whole test of two videos
+    python projects/stts/benchmarks/sample_videos.py "$videos" 2
+    small+=,TEST.NUM_ENSEMBLE_VIEWS=5,TEST.NUM_SPATIAL_CROPS=1,TEST.BATCH_SIZE=1
+    for engine in standalone slowfast; do
+        stts bench --engine $engine --end-to-end --workers 1 --json "$out/end_to_end_$engine.json" \
+            "all tokens=$slowfast/MVIT_B_16x4_CONV.yaml$small" \
+            "T0_0.5-S4_0.7=${mvit}_0.5_S4_0.7.yaml$small"
+    done
 fi

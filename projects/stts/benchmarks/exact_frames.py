@@ -1,6 +1,6 @@
 """Times the cost of exact frames: this reader beside the one that trusted the container's index.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python projects/stts/benchmarks/exact_frames.py
+    PYTHONPATH=. OMP_NUM_THREADS=1 python projects/stts/benchmarks/exact_frames.py [--json FILE]
 
 Core-milliseconds for a training clip (16 frames, every fourth, from a random start) and for the
 frames of 10 views: of a file that the process reads for the first time ("cold"), and again
@@ -18,19 +18,13 @@ import time
 from pathlib import Path
 
 import loader
+from sample_videos import write_video
 
 BASELINE = "a56a37f"
 # UCF-101 and HMDB-51 are MPEG-4 part 2 in AVI, some 320x240 at 25 or 30 frames a second.
 VIDEOS = {
     "H.264 in mp4, 10 s of 456x256": ("video.mp4", 300, 256, 456, "libx264", {"g": "250"}),
-    "the same of 32x16 pixels": (
-        "tiny.mp4",
-        300,
-        16,
-        32,
-        "libx264",
-        {"g": "250"},
-    ),
+    "the same of 32x16 pixels": ("tiny.mp4", 300, 16, 32, "libx264", {"g": "250"}),
     "H.264 in Matroska, 10 s of 456x256": ("video.mkv", 300, 256, 456, "libx264", {"g": "250"}),
     "MPEG-4 in AVI, 7 s of 320x240": ("plain.avi", 210, 240, 320, "mpeg4", {"g": "60"}),
     "the same with B-frames": ("b.avi", 210, 240, 320, "mpeg4", {"g": "60", "bf": "2"}),
@@ -67,6 +61,7 @@ def start(package: Path, folder: str) -> subprocess.Popen:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", metavar="FILE", help="file to write every number to")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -75,22 +70,32 @@ def main() -> None:
         before = loader.baseline(Path(folder), BASELINE)
         for name, frames, height, width, codec, options in VIDEOS.values():
             path = Path(folder) / name
-            loader.write_video(path, frames, height, width, 2.0, codec, **options)
+            write_video(path, frames, height, width, 2.0, codec, **options)
         readers = [start(package, folder) for package in (before, Path(__file__).parents[3])]
-        print("| | | before, ms | today, ms | ratio |\n| --- | --- | ---: | ---: | ---: |")
-        for title, (name, *_) in VIDEOS.items():
-            for way, way_title in enumerate(WAYS):
-                times = [[], []]
-                for number in range(arguments.rounds + 2):
-                    for reader, values in zip(readers, times):
-                        print(name, way, number, file=reader.stdin, flush=True)
-                        values.append(float(reader.stdout.readline()))
-                old, new = map(min, times)
-                row = f"| {title} | {way_title} | {old:.1f} | {new:.1f} | {new / old:.2f} |"
-                print(row, flush=True)
+        measure(readers, arguments)
         for reader in readers:
             reader.stdin.close()
             reader.wait()
+
+
+def measure(readers: list[subprocess.Popen], arguments: argparse.Namespace) -> None:
+    """Both readers take turns; --json is written after each row."""
+    from stts_slowfast.standalone.run_logger import write_json
+    from stts_slowfast.tools.bench.command import machine
+
+    rows = []
+    for title, (name, *_) in VIDEOS.items():
+        for way, way_title in enumerate(WAYS):
+            times = [[], []]
+            for number in range(arguments.rounds + 2):
+                for reader, values in zip(readers, times):
+                    print(name, way, number, file=reader.stdin, flush=True)
+                    values.append(float(reader.stdout.readline()))
+            times = dict(zip(("before", "today"), times))
+            rows.append({"video": title, "way": way_title, "ms": times})
+            print(title, way_title, {key: round(min(each), 1) for key, each in times.items()})
+            if arguments.json:
+                write_json(arguments.json, machine("cpu") | {"rows": rows})
 
 
 if __name__ == "__main__":

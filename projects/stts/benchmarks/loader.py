@@ -1,18 +1,16 @@
 """Times what a DataLoader's worker does for a video, in core-milliseconds, several ways in turn.
 
     SLOWFAST_ROOT=/path/to/SlowFast PYTHONPATH=. OMP_NUM_THREADS=1 \\
-        python projects/stts/benchmarks/loader.py [--tables ...] [--profile]
+        python projects/stts/benchmarks/loader.py [--tables ...] [--json FILE] [--profile]
 
 Three processes take turns in every round: SlowFast's datasets as this package patched them at the
-commit BASELINE, SlowFast as it is patched today, and the standalone runner. A row is the median of
-its rounds (the mean for training items, whose augmentation is random) in processor time of the
-process, so that other load on the machine matters little. ``--profile`` profiles today's rows.
-Installed decoders read the same frames.
+commit BASELINE, SlowFast as it is patched today, and the standalone runner. Processor time of the
+process is measured, so that other load on the machine matters little. ``--profile`` profiles the
+rows of today.
 """
 
 import argparse
 import cProfile
-import importlib
 import os
 import pstats
 import random
@@ -24,77 +22,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
+from sample_videos import write_folder, write_video
 
 BASELINE = "bb2c245"
 SLOWFAST = os.environ.get("SLOWFAST_ROOT")
-FRAMES, VIEWS = 300, 10
+VIEWS = 10
 TITLES = {
     "views": "test, 10 views x 1 crop: a video",
     "crops": "test, 10 views x 3 crops: a video",
     "train": "training: an item of 2 samples",
     "open": "opening an mp4 of 36,000 frames",
 }
-
-
-# ---- videos ---------------------------------------------------------------------------------
-
-
-def write_video(
-    path: Path,
-    frames: int,
-    height: int,
-    width: int,
-    grain: float,
-    codec: str = "libx264",
-    **options,
-) -> None:
-    """Objects that rotate and drift over a panned background: textures with the spectrum of natural
-    images, and grain; encoded by x264's defaults (with B-frames)."""
-    rng = np.random.default_rng(0)
-    back, front = _texture(rng, 512), _texture(rng, 256)
-    y, x = torch.meshgrid(
-        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width) * width / height, indexing="ij"
-    )
-
-    def look(texture, across, down):
-        grid = torch.stack([across, down], -1)[None]
-        return torch.nn.functional.grid_sample(
-            texture, grid, padding_mode="reflection", align_corners=False
-        )[0]
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=30, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for number in range(frames):
-            t = number / 30
-            zoom = 0.4 + 0.05 * np.sin(t / 2)
-            image = look(back, x * zoom + 0.3 * np.sin(t / 2), y * zoom + 0.2 * np.cos(0.4 * t))
-            for each in range(3):
-                turn = t * (0.9 + 0.4 * each) + 2 * each
-                u = (x - 1.2 * np.sin(turn)) / (0.28 + 0.05 * each)
-                v = (y - 0.6 * np.cos(1.3 * turn)) / (0.28 + 0.05 * each)
-                across = np.cos(turn) * u - np.sin(turn) * v
-                down = np.sin(turn) * u + np.cos(turn) * v
-                inside = u * u + 1.5 * v * v < 1
-                image = torch.where(inside, look(front, across / 2, down / 2).flip(0), image)
-            pixels = image.permute(1, 2, 0).numpy() + grain * rng.standard_normal(
-                (height, width, 1)
-            )
-            pixels = pixels.clip(0, 255).astype(np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def _texture(rng, size: int) -> torch.Tensor:
-    """(1, 3, size, size) around 110; amplitudes decrease with frequency."""
-    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)) + 1 / size
-    waves = np.fft.rfft2(rng.standard_normal((3, size, size))) / frequency**1.1
-    waves[:, 0, 0] = 0
-    image = np.fft.irfft2(waves, (size, size))
-    return torch.from_numpy(110 + 45 * image / image.std((1, 2), keepdims=True)).float()[None]
 
 
 # ---- what a worker does ---------------------------------------------------------------------
@@ -224,19 +164,18 @@ class Worker:
         raise SystemExit(f"a process ended: {self.process.args} (--profile shows its messages)")
 
 
-def compare(title: str, ways: dict, rounds: int, average=statistics.median) -> None:
-    """Prints the average of each way and the ratio of the first to it. A way is a function from
+def take_turns(ways: dict, rounds: int) -> dict[str, list[float]]:
+    """The milliseconds of each way in each round, after one that warms up. A way is a function from
     the round's number to milliseconds."""
     times = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            times[name].append(way(number))
-    print(f"\n{title}")
-    first = None
+            milliseconds = way(number)
+            if number:
+                times[name].append(milliseconds)
     for name, values in times.items():
-        value = average(values[1:])  # the first round warms up
-        first = first or value
-        print(f"  {name:<58} {value:8.1f} ms  {first / value:5.1f}x", flush=True)
+        print(f"  {name:<50} {statistics.median(values):8.1f} ms", flush=True)
+    return times
 
 
 def baseline(folder: Path, commit: str = BASELINE) -> Path:
@@ -249,136 +188,55 @@ def baseline(folder: Path, commit: str = BASELINE) -> Path:
     return folder / "baseline"
 
 
-# ---- decoders -------------------------------------------------------------------------------
-
-
-def wanted_frames() -> list[list[int]]:
-    from stts_slowfast.video import clip_frames
-
-    return [clip_frames(FRAMES, 30.0, 16, 4, clip_idx=n, num_clips=VIEWS) for n in range(VIEWS)]
-
-
-def decoder_ways(path: str, threads: int) -> dict:
-    """Functions that read the frames of all views in RGB."""
-    from stts_slowfast.video import Video
-
-    clips = wanted_frames()
-    wanted = sorted(set().union(*clips))
-
-    def stock():
-        for clip in clips:
-            with Video(path, threads=threads) as video:
-                video.decode(range(clip[0], min(clip[0] + 64, FRAMES)))
-
-    def alone():
-        for clip in clips:
-            with Video(path, threads=threads) as video:
-                video.decode(clip)
-
-    def one_pass():
-        with Video(path, threads=threads) as video:
-            video.decode(wanted)
-
-    ways = {
-        "SlowFast's way: each view's span": stock,
-        "this reader, view by view": alone,
-        "this reader, one pass": one_pass,
-    }
-    for name, make in (("torchcodec.decoders", torchcodec), ("cv2", opencv), ("decord", decord)):
-        try:
-            read = make(importlib.import_module(name), path, wanted, threads)
-            read()
-        except Exception as error:  # missing, or without the libraries that it needs
-            print(f"left out: {name} ({' '.join(str(error).split())[:50]})")
-            continue
-        package = importlib.import_module(name.split(".")[0])
-        ways[f"{package.__name__} {getattr(package, '__version__', '')}".strip()] = read
-    return ways
-
-
-def torchcodec(module, path, wanted, threads):
-    def read():
-        decoder = module.VideoDecoder(path, num_ffmpeg_threads=threads, dimension_order="NHWC")
-        return decoder.get_frames_at(wanted).data
-
-    return read
-
-
-def opencv(cv2, path, wanted, threads):
-    def read():
-        cv2.setNumThreads(1)
-        video, left = (
-            cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads]),
-            set(wanted),
-        )
-        for number in range(wanted[-1] + 1):
-            video.grab()
-            if number in left:
-                cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
-
-    return read
-
-
-def decord(module, path, wanted, threads):
-    return lambda: module.VideoReader(path, num_threads=threads).get_batch(wanted).asnumpy()
-
-
-def timed(way, clock):
-    def milliseconds(number: int) -> float:
-        start = clock()
-        way()
-        return 1000 * (clock() - start)
-
-    return milliseconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    tables = [*TITLES, "decoders"]
-    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
+    parser.add_argument("--tables", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--profile", action="store_true", help="profile today's rows")
+    parser.add_argument("--json", metavar="FILE", help="file to write every number to")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         return serve(arguments.serve[0], Path(arguments.serve[1]))
     with tempfile.TemporaryDirectory() as name:
         folder, here = Path(name), Path(__file__).resolve().parents[3]
-        write_video(folder / "clip.mp4", FRAMES, 256, 456, 2.0, g="250")
+        write_folder(folder, 1)
         if "open" in arguments.tables:
             write_video(folder / "long.mp4", 36000, 32, 48, 0.0, preset="ultrafast")
-        for split in ("train", "val", "test"):
-            (folder / f"{split}.csv").write_text(f"{folder / 'clip.mp4'} 0\n")
-        rows = {"standalone": ("standalone", here)}
+        engines = {"standalone": ("standalone", here)}
         if SLOWFAST:
             stock = {"SlowFast, as it was": ("slowfast", baseline(folder))}
-            rows = {**stock, "SlowFast": ("slowfast", here), **rows}
-        workers = {row: Worker(*row_of, folder, arguments.profile) for row, row_of in rows.items()}
-        for table in arguments.tables:
-            if table == "decoders":
-                continue
-            ways = {row: lambda n, w=worker, t=table: w(t, n) for row, worker in workers.items()}
-            if table == "train" and "SlowFast" in workers:
-                ways["SlowFast, STTS.FAST_AUGMENT True"] = lambda n: workers["SlowFast"]("fast", n)
-            training = table == "train"
-            rounds = arguments.rounds * (8 if training else 1)
-            compare(
-                TITLES[table], ways, rounds, statistics.fmean if training else statistics.median
-            )
-            if arguments.profile:
-                for row in list(rows)[1:]:
-                    print(f"\n{TITLES[table]}, {row}:", file=sys.stderr, flush=True)
-                    workers[row](table, 1, profile=True)
-                    if table == "train" and row == "SlowFast":
-                        workers[row]("fast", 1, profile=True)
-        if "decoders" in arguments.tables:
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                ways = decoder_ways(str(folder / "clip.mp4"), threads)
-                for clock in (time.process_time, time.perf_counter):
-                    title = f"frames of 10 views in RGB, {threads} threads, {clock.__name__}"
-                    timed_ways = {name: timed(way, clock) for name, way in ways.items()}
-                    compare(title, timed_ways, arguments.rounds, min)
+            engines = {**stock, "SlowFast": ("slowfast", here), **engines}
+        workers = {
+            way: Worker(*engine, folder, arguments.profile) for way, engine in engines.items()
+        }
+        measure(workers, arguments)
+
+
+def measure(workers: dict[str, Worker], arguments: argparse.Namespace) -> None:
+    """Measures the tables one after the other; --json is written after each."""
+    from stts_slowfast.standalone.run_logger import write_json
+    from stts_slowfast.tools.bench.command import machine
+
+    rows = []
+    for table in arguments.tables:
+        ways = {way: lambda n, w=worker, t=table: w(t, n) for way, worker in workers.items()}
+        if table == "train" and "SlowFast" in workers:
+            ways["SlowFast, STTS.FAST_AUGMENT"] = lambda n: workers["SlowFast"]("fast", n)
+        if table == "open":
+            ways["again, in the same worker"] = lambda n: workers["standalone"]("again", n)
+        rounds = arguments.rounds * (4 if table == "train" else 1)
+        print(f"\n{TITLES[table]}")
+        times = take_turns(ways, rounds)
+        rows += [{"table": table, "way": way, "ms": each} for way, each in times.items()]
+        if arguments.json:
+            write_json(arguments.json, machine("cpu") | {"rows": rows})
+        if arguments.profile:
+            for way in list(workers)[1:]:
+                print(f"\n{TITLES[table]}, {way}:", file=sys.stderr, flush=True)
+                workers[way](table, 1, profile=True)
+                if table == "train" and way == "SlowFast":
+                    workers[way]("fast", 1, profile=True)
 
 
 if __name__ == "__main__":

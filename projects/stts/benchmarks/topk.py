@@ -1,20 +1,21 @@
 """The perturbed Top-K operator beside a plain formulation with one-hot tensors: time and memory.
 
-    python projects/stts/benchmarks/topk.py --shapes 8,8,4,500 64,16,1,500 8,196,98,500
+    OMP_NUM_THREADS=1 python projects/stts/benchmarks/topk.py [--json FILE]
 
-A shape is B,d,k,n: rows of scores, scores per row, number kept, perturbations per row. Time is
-the median of interleaved forward and backward passes; memory is their peak, as PyTorch counts it.
+A shape is B,d,k,n: rows of scores, scores per row, number kept, perturbations per row. Both
+operators take turns; time is the median of their forward and backward passes (core time on a CPU),
+memory is their peak, as PyTorch counts it.
 """
 
 import argparse
 import statistics
-import time
 from functools import partial
 
 import torch
 
 from stts_slowfast import perturbed_topk
-from stts_slowfast.tools.bench.command import peak_memory
+from stts_slowfast.standalone.run_logger import write_json
+from stts_slowfast.tools.bench.command import machine, peak_memory, timed
 
 SHAPES = ["8,8,4,500", "64,16,1,500", "8,196,98,500"]
 SIGMA = 0.05
@@ -45,36 +46,41 @@ class _OneHot(torch.autograd.Function):
         return torch.einsum("bn,bnd->bd", weights, noise) / len(noise[0]) / ctx.sigma, *[None] * 3
 
 
+OPERATORS = {"one-hot": one_hot_topk, "ours": perturbed_topk}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,d,k,n")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--json", metavar="FILE", help="file to write every number to")
     args = parser.parse_args()
-    print("| B, d, k, n | one-hot ms | ours ms | ratio | one-hot MB | ours MB | ratio |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for shape in args.shapes:
-        batch, d, k, num_samples = map(int, shape.split(","))
-        scores = torch.rand(batch, d, device=args.device, requires_grad=True)
-        grad = torch.randn(batch, k, d, device=args.device)
-        passes = [
-            partial(forward_and_backward, operator, scores, k, num_samples, grad)
-            for operator in (one_hot_topk, perturbed_topk)
-        ]
-        times = [[], []]
-        for repeat in range(args.repeats + 1):
-            for run, seconds in zip(passes, times):
-                start = time.perf_counter()
-                run()
-                if args.device != "cpu":
-                    torch.cuda.synchronize()
-                if repeat:
-                    seconds.append(time.perf_counter() - start)
-        slow, fast = (statistics.median(seconds) * 1e3 for seconds in times)
-        large, small = (peak_memory(run, args.device) / 1e6 for run in passes)
-        cells = [f"{slow:.1f}", f"{fast:.1f}", f"{slow / fast:.1f}"]
-        cells += [f"{large:.1f}", f"{small:.1f}", f"{large / small:.1f}"]
-        print(f"| {batch}, {d}, {k}, {num_samples} | " + " | ".join(cells) + " |")
+    torch.set_num_threads(1)
+    rows = [measure(shape, args) for shape in args.shapes]
+    if args.json:
+        write_json(args.json, machine(args.device) | {"rows": rows})
+
+
+def measure(shape: str, args: argparse.Namespace) -> dict:
+    """Seconds of each pass and peak bytes of one, of both operators."""
+    batch, d, k, num_samples = map(int, shape.split(","))
+    scores = torch.rand(batch, d, device=args.device, requires_grad=True)
+    grad = torch.randn(batch, k, d, device=args.device)
+    passes = {
+        name: partial(forward_and_backward, operator, scores, k, num_samples, grad)
+        for name, operator in OPERATORS.items()
+    }
+    seconds = {name: [] for name in passes}
+    for repeat in range(args.repeats + 1):
+        for name, run in passes.items():
+            taken = timed(run, args.device, args.device == "cpu")
+            if repeat:
+                seconds[name].append(taken)
+    memory = {name: peak_memory(run, args.device) for name, run in passes.items()}
+    medians = {name: f"{1e3 * statistics.median(each):.1f} ms" for name, each in seconds.items()}
+    print(shape, medians, memory, flush=True)
+    return {"shape": [batch, d, k, num_samples], "seconds": seconds, "memory": memory}
 
 
 def forward_and_backward(operator, scores, k, num_samples, grad):

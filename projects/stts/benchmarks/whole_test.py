@@ -1,6 +1,6 @@
 """Times whole tests of a small MViT, from the command to its accuracy, several ways in turn.
 
-    SLOWFAST_ROOT=/path/to/SlowFast python projects/stts/benchmarks/whole_test.py
+    SLOWFAST_ROOT=/path/to/SlowFast python projects/stts/benchmarks/whole_test.py [--json FILE]
 
 Six H.264 videos of 10 s, 340x256, 30 frames per second, are tested with 10x3 views by a 4-block
 MViT (widths 48 and 96, 16 frames of 112x112), which is trained on the same videos first. Each way
@@ -16,7 +16,6 @@ import json
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,9 @@ from pathlib import Path
 import av
 import numpy as np
 import yaml
+
+from stts_slowfast.standalone.run_logger import write_json
+from stts_slowfast.tools.bench.command import machine
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_VIDEOS = 6
@@ -166,27 +168,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--before", default="bb2c245", help="a commit of this repository")
+    parser.add_argument("--json", metavar="FILE", help="file to write every number to")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         before = stack.enter_context(checkout(arguments.before, folder / "before"))
         commands = ways(folder, prepare(folder), before)
         print("videos and checkpoints are ready", file=sys.stderr)
-        measured: dict[str, list] = {name: [] for name in commands}
+        rows = [{"way": way, "seconds": [], "core_seconds": [], "top1": []} for way in commands]
         for number in range(arguments.rounds):
-            for name, command in commands.items():
+            for row, command in zip(rows, commands.values()):
                 seconds, busy, log = run(*command)
-                measured[name].append((seconds, busy, top1(log)))
-                print(f"{number + 1}: {name}: {seconds:.1f} s", file=sys.stderr)
-    first = None
-    print("| | seconds | | core-seconds | | top-1 |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, times in measured.items():
-        seconds, busy, accuracy = (statistics.median(column) for column in zip(*times))
-        first = first or (seconds, busy)
-        ratios = f"{first[0] / seconds:.1f}x", f"{first[1] / busy:.1f}x"
-        print(
-            f"| {name} | {seconds:.1f} | {ratios[0]} | {busy:.1f} | {ratios[1]} | {accuracy:.1f} |"
-        )
+                row["seconds"].append(seconds)
+                row["core_seconds"].append(busy)
+                row["top1"].append(top1(log))
+                last = {key: value if key == "way" else value[-1] for key, value in row.items()}
+                print(number + 1, last, file=sys.stderr)
+            if arguments.json:
+                write_json(arguments.json, machine("cpu") | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -139,10 +139,9 @@ def measure(rows: list[BenchSpec], args: argparse.Namespace) -> None:
 def save(rows: list[BenchSpec], args: argparse.Namespace) -> None:
     """Writes --json: machine, options and rows."""
     if args.json:
-        machine = {"device": device_name(args.device), "threads": torch.get_num_threads()}
         settings = {key: value for key, value in vars(args).items() if _is_plain(value)}
-        report = {**machine, "torch": torch.__version__, "settings": settings}
-        write_json(args.json, report | {"rows": [asdict(row) for row in rows]})
+        results = {"settings": settings, "rows": [asdict(row) for row in rows]}
+        write_json(args.json, machine(args.device) | results)
 
 
 def make_step(model: nn.Module, shape: torch.Size, mode: str, args: argparse.Namespace):
@@ -297,6 +296,12 @@ def plot(rows: list[BenchSpec], batch_size: int, path: str) -> None:
         axes.set_ylabel("seconds per clip")
         axes.set_title("evaluation" if mode == "eval" else "training")
     figure.savefig(path, dpi=150)
+
+
+def machine(device: str) -> dict:
+    """What each file of results says of the machine: device, CPU threads, PyTorch's version."""
+    threads = torch.get_num_threads()
+    return {"device": device_name(device), "threads": threads, "torch": torch.__version__}
 
 
 def device_name(device: str) -> str:
