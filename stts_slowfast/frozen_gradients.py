@@ -20,6 +20,9 @@ from stts_slowfast.selectors import Selectors
 
 logger = logging.getLogger(__name__)
 
+# Of a function: 8 (PyTorch's limit) of a frozen model, and 8 of one that is not.
+MAX_GRAPHS = 16
+
 
 class FrozenGradients:
     """Turns off the gradients of parameters for a step, and makes DDP not wait for them.
@@ -65,8 +68,7 @@ class FrozenGradients:
                 _renew_reducer(ddp)
                 ddp.stts_left_out = self._left_out
         if before and not off and "torch._dynamo" in sys.modules:
-            # Graphs of a frozen model are of no more use, but count among the 8 of a function.
-            torch.compiler.reset()
+            _make_room_for_graphs()
 
     def turn_on(self) -> None:
         """All parameters have gradients as before :meth:`turn_off`."""
@@ -84,6 +86,17 @@ def _frozen_of(model: nn.Module) -> list[Tensor]:
     """The parameters of a model whose gradients are off; the model has the list itself."""
     stts = next((module for module in model.modules() if isinstance(module, Selectors)), None)
     return [] if stts is None else stts.frozen
+
+
+def _make_room_for_graphs() -> None:
+    """Lets torch.compile make as many graphs again of a function.
+
+    Those of the frozen model are of no more use, but count among the 8 that it makes. PyTorch can
+    only discard the graphs of all models of a process.
+    """
+    config: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(getattr(config, name), MAX_GRAPHS))
 
 
 def _find_ddps(model: nn.Module) -> tuple[list[Any], str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -188,15 +189,23 @@ def test_checkpointed_scorers_learn_or_the_step_is_refused(reentrant):
         assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_compiled_training_has_room_for_its_graphs():
-    model = attached(space={1: 0.25}, freeze_backbone_epochs=4.0)
+def test_a_compiled_training_has_room_for_its_graphs_and_other_models_keep_theirs():
+    model, counter = attached(space={1: 0.25}, freeze_backbone_epochs=4.0), CompileCounter()
     torch._dynamo.reset()
-    # With fullgraph, more graphs than `recompile_limit`, 8, are an error.
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    schedule = scheduled(model, max_epochs=16)
-    train(schedule, last=64, network=compiled)
-    with torch.no_grad():
-        compiled.eval()(CLIPS)
+    other = torch.compile(torch.nn.Linear(2, 2), backend=counter)
+    other(torch.ones(2, 2))
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch({limit: 8}):
+        # With fullgraph, more graphs are an error.
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        schedule = scheduled(model, max_epochs=16)
+        train(schedule, last=64, network=compiled)
+        with torch.no_grad():
+            compiled.eval()(CLIPS)
+        assert getattr(config, limit) == 16
+    other(torch.ones(2, 2))
+    assert counter.frame_count == 1
 
 
 # --- several processes --------------------------------------------------------------------------
