@@ -1,22 +1,30 @@
-"""Writes the tables of ../benchmarks.md from the results in results/*.json.
+"""Writes the tables of ../benchmarks.md and the charts of docs/ from the results in results/.
 
     bash projects/stts/benchmarks/cpu.sh projects/stts/benchmarks/results    # measures
-    python projects/stts/benchmarks/tables.py                                # writes the tables
+    python projects/stts/benchmarks/tables.py                                # writes them
 
 A table is between ``<!-- table: FILE.json ... -->`` and ``<!-- end of table -->``; several files
-are one table. A test compares the document with what this gives.
+are one table. A test compares the document with what this gives. A chart is that of the study.csv
+of ``stts study`` (``KINDS=clutter MODELS=mvit bash projects/stts/selection.sh``).
 """
 
 import json
 import re
 import statistics
 from pathlib import Path
+from typing import IO
+
+import pandas
+from layouts import LAYOUTS
+from matplotlib.figure import Figure
 
 from stts_slowfast.tools.bench.command import GIB, clips_per_second
 from stts_slowfast.tools.markdown import markdown_table
+from stts_slowfast.tools.study.results import plot
 
 FOLDER = Path(__file__).parent
 DOCUMENT = FOLDER.with_name("benchmarks.md")
+CHARTS = {"accuracy.csv": FOLDER.parents[2] / "docs" / "accuracy.png"}
 BEGIN, END = r"<!-- table: (.*?) -->\n", r"<!-- end of table -->"
 
 
@@ -24,8 +32,13 @@ def rendered(text: str) -> str:
     """A document with all of its tables written anew."""
 
     def replace(found: re.Match) -> str:
-        reports = [json.loads((FOLDER / "results" / name).read_text()) for name in found[1].split()]
-        return f"<!-- table: {found[1]} -->\n{describe(reports)}\n\n{tabulate(reports)}\n\n{END}"
+        names = found[1].split()
+        reports = [json.loads((FOLDER / "results" / name).read_text()) for name in names]
+        if names[0] in LAYOUTS:
+            table = LAYOUTS[names[0]](reports)
+        else:
+            table = f"{describe(reports)}\n\n{tabulate(reports)}"
+        return f"<!-- table: {found[1]} -->\n{table}\n\n{END}"
 
     return re.sub(f"{BEGIN}.*?{END}", replace, text, flags=re.DOTALL)
 
@@ -97,5 +110,13 @@ def compare(rows: list[dict]) -> str:
     return markdown_table(head, lines)
 
 
+def draw(name: str, file: str | IO[bytes]) -> Figure:
+    """The chart of a file of results."""
+    rows = pandas.read_csv(FOLDER / "results" / name).to_dict("records")
+    return plot(rows, file)
+
+
 if __name__ == "__main__":
+    for results, picture in CHARTS.items():
+        draw(results, str(picture))
     DOCUMENT.write_text(rendered(DOCUMENT.read_text()))

@@ -1,0 +1,151 @@
+"""The tables of ../benchmarks.md that are not of ``stts bench`` alone; tables.py writes them.
+
+``LAYOUTS`` has, by the first file of a table, a function from the contents of its files to a line
+of how they were measured and the table.
+"""
+
+import statistics
+
+from loader import TITLES
+
+from stts_slowfast.tools.bench import command
+from stts_slowfast.tools.bench.published import Published
+from stts_slowfast.tools.bench.spec import BenchSpec
+from stts_slowfast.tools.markdown import markdown_table
+
+
+def how(report: dict, words: str) -> str:
+    """``One CPU thread, PyTorch 2.14.1; <words>:``"""
+    device = report["device"].replace("1 CPU threads", "one CPU thread")
+    torch = report["torch"].partition("+")[0]
+    return f"{device[0].upper()}{device[1:]}, PyTorch {torch}; {words}:"
+
+
+def models(reports: list[dict]) -> str:
+    """Models of SlowFast's registry, with their views and published accuracy."""
+    (report,) = reports
+    rows = []
+    for row in report["rows"]:
+        published = row["published"] and Published(**row["published"])
+        rows.append(BenchSpec(**{**row, "published": published}))
+    repeats, size = report["settings"]["repeats"], report["settings"]["batch_size"]
+    words = f"medians of {repeats} steps of {size} clip in core-seconds"
+    return f"{how(report, words)}\n\n{command.table(rows, size)}"
+
+
+def operator(reports: list[dict]) -> str:
+    """``topk.py``."""
+    (report,) = reports
+    head = ["B, d, k, n", "one-hot ms", "ours ms", "ratio", "one-hot MB", "ours MB", "ratio"]
+    lines = []
+    for row in report["rows"]:
+        both = [1e3 * statistics.median(row["seconds"][who]) for who in ("one-hot", "ours")]
+        sizes = [row["memory"][who] / 1e6 for who in ("one-hot", "ours")]
+        cells = [f"{x:.1f}" for slow, fast in (both, sizes) for x in (slow, fast, slow / fast)]
+        lines.append([", ".join(map(str, row["shape"])), *cells])
+    repeats = len(report["rows"][0]["seconds"]["ours"])
+    words = f"medians of {repeats} passes in core time"
+    return f"{how(report, words)}\n\n{markdown_table(head, lines)}"
+
+
+def loader(reports: list[dict]) -> str:
+    """``loader.py``: ratios are to the first way of each item; a training item is random, so its
+    time is a mean."""
+    (report,) = reports
+    lines, first = [], {}
+    for row in report["rows"]:
+        average = statistics.fmean if row["table"] == "train" else statistics.median
+        took = average(row["ms"])
+        base = first.setdefault(row["table"], took)
+        lines.append([TITLES[row["table"]], row["way"], f"{took:.1f}", f"{base / took:.1f}"])
+    counts = {row["table"]: len(row["ms"]) for row in report["rows"]}
+    words = f"medians of {max(counts[t] for t in counts if t != 'train')} rounds"
+    words += f", of training items the mean of {counts['train']}" if "train" in counts else ""
+    return f"{how(report, words)}\n\n{markdown_table(['item', '', 'core-ms', 'ratio'], lines)}"
+
+
+def decoders(reports: list[dict]) -> str:
+    """``decoders.py``: minima, by the number of threads."""
+    (report,) = reports
+    fastest = {
+        (row["way"], row["threads"]): (min(row["core_ms"]), min(row["ms"]))
+        for row in report["rows"]
+    }
+    ways = list(dict.fromkeys(row["way"] for row in report["rows"]))
+    head = ["", "one thread: core-ms", "ratio", "two threads: core-ms", "ms of wall clock"]
+    lines = []
+    for way in ways:
+        alone, (busy, passed) = fastest[way, 1][0], fastest[way, 2]
+        ratio = fastest[ways[0], 1][0] / alone
+        lines.append([way, f"{alone:.0f}", f"{ratio:.1f}", f"{busy:.0f}", f"{passed:.0f}"])
+    words = f"minima of {len(report['rows'][0]['ms'])} rounds"
+    return f"{words.capitalize()}:\n\n{markdown_table(head, lines)}"
+
+
+def exact_frames(reports: list[dict]) -> str:
+    """``exact_frames.py``."""
+    (report,) = reports
+    lines = []
+    for row in report["rows"]:
+        before, today = (min(row["ms"][when]) for when in ("before", "today"))
+        cells = [f"{before:.1f}", f"{today:.1f}", f"{today / before:.2f}"]
+        lines.append([f"{row['video']}: {row['way']}", *cells])
+    words = f"minima of {len(report['rows'][0]['ms']['today'])} rounds in core time"
+    head = ["", "before, ms", "today, ms", "ratio"]
+    return f"{how(report, words)}\n\n{markdown_table(head, lines)}"
+
+
+def whole_test(reports: list[dict]) -> str:
+    """``whole_test.py``: ratios are to the first way."""
+    (report,) = reports
+    keys = ("seconds", "core_seconds", "top1")
+    medians = [[statistics.median(row[key]) for key in keys] for row in report["rows"]]
+    lines = []
+    for row, (seconds, busy, top1) in zip(report["rows"], medians):
+        ratios = f"{medians[0][0] / seconds:.1f}", f"{medians[0][1] / busy:.1f}"
+        cells = [f"{seconds:.1f}", ratios[0], f"{busy:.1f}", ratios[1], f"{top1:.1f}"]
+        lines.append([row["way"], *cells])
+    words = f"medians of {len(report['rows'][0]['seconds'])} rounds"
+    head = ["", "seconds", "ratio", "core-seconds", "ratio", "top-1"]
+    return f"{how(report, words)}\n\n{markdown_table(head, lines)}"
+
+
+def loaders(reports: list[list[dict]]) -> str:
+    """``stts bench --data`` of each engine."""
+    head = ["", "engine", "train: core-ms / clip", "videos / s with 0, 1, 2 workers"]
+    head += ["test: core-ms / view", "videos / s"]
+    lines = []
+    for engine, rows in zip(("slowfast", "standalone"), reports):
+        for name in dict.fromkeys(row["row"] for row in rows):
+            cells = [name, engine]
+            for split in ("train", "test"):
+                of = [row for row in rows if (row["row"], row["split"]) == (name, split)]
+                cells.append(f"{of[0]['core-ms / clip']:.0f}")
+                cells.append(", ".join(f"{row['videos / s']:.2f}" for row in of))
+            lines.append(cells)
+    return markdown_table(head, lines)
+
+
+def end_to_end(reports: list[list[dict]]) -> str:
+    """``stts bench --end-to-end`` of each engine; ratios are to its first row."""
+    lines = []
+    for engine, rows in zip(("standalone", "slowfast"), reports):
+        for row in rows:
+            ratio = rows[0]["seconds"] / row["seconds"]
+            cells = [f"{row['seconds']:.1f}", f"{ratio:.1f}"]
+            cells += [f"{row['waiting s']:.1f}", f"{row['computing s']:.1f}"]
+            lines.append([row["row"], engine, *cells])
+    head = ["", "engine", "seconds", "ratio", "waiting", "computing"]
+    return markdown_table(head, lines)
+
+
+LAYOUTS = {
+    "models.json": models,
+    "topk.json": operator,
+    "loader.json": loader,
+    "decoders.json": decoders,
+    "exact_frames.json": exact_frames,
+    "whole_test.json": whole_test,
+    "loaders_slowfast.json": loaders,
+    "end_to_end_standalone.json": end_to_end,
+}
