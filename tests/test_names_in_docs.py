@@ -39,7 +39,7 @@ OTHERS = [
     "setup.py",
     "configs/*/M[Vv]*",
     "configs/*/X3D_M.yaml",
-    "projects/mvitv2",
+    "projects/mvitv2*",
     "tests/test_models*.py",
 ]
 

@@ -7,6 +7,8 @@ import gc
 import statistics
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import accumulate
 
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from stts_slowfast.annealing import update_schedule
+from stts_slowfast.evaluation import half_precision
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.bench import loader
@@ -65,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time steps by core time instead of the clock, for a machine that others use too",
     )
+    parser.add_argument(
+        "--cast-weights",
+        action="store_true",
+        help="evaluate with weights cast to --dtype once, as TEST.PRECISION does",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
     parser.add_argument("--cuda-graph", action="store_true", help="replay a CUDA graph in eval")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
@@ -72,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="PNG", help="draw time against GFLOPs, or frames")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: Namespace) -> int:
     """Measures all rows and prints the table.
 
     Raises:
@@ -80,6 +88,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.cuda_graph and args.device != "cuda":
         raise ValueError("--cuda-graph needs --device cuda")
+    if args.cast_weights and args.dtype == "float32":
+        raise ValueError("--cast-weights needs --dtype bfloat16 or float16")
     if args.core_seconds and (args.device == "cuda" or args.data or args.end_to_end):
         raise ValueError("--core-seconds is for models on --device cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -105,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(rows: list[BenchSpec], args: argparse.Namespace) -> None:
+def measure(rows: list[BenchSpec], args: Namespace) -> None:
     """Measures all rows, one step of each in turn, so that the machine's load is the same for all.
     --json is written after each turn."""
     models = build_all(rows, args.device)
@@ -113,30 +123,53 @@ def measure(rows: list[BenchSpec], args: argparse.Namespace) -> None:
         row.gflops = count_gflops(model, torch.zeros(1, *shapes["eval"], device=args.device))
         print(f"{row.name}: {row.gflops:.2f} GFLOPs", file=sys.stderr)
     for mode in args.modes:
-        steps = [make_step(model, shapes[mode], mode, args) for model, shapes in models]
-        if args.cuda_graph and mode == "eval":
-            steps = [capture(step) for step in steps]
-        for repeat in range(args.warmup + args.repeats):
-            for row, step in zip(rows, steps):
-                seconds = timed(step, args.device, args.core_seconds)
-                if repeat >= args.warmup:
-                    row.seconds.setdefault(mode, []).append(seconds)
-            print(f"{mode} {repeat + 1}/{args.warmup + args.repeats}", file=sys.stderr)
-            save(rows, args)
+        with cast_weights([model for model, _ in models], mode, args):
+            measure_seconds(rows, models, mode, args)
     if args.no_memory:
         return
     for row, (model, shapes) in zip(rows, models):
         for mode in args.modes:
-            step = make_step(model, shapes[mode], mode, args)
-            step()
-            if args.cuda_graph and mode == "eval":  # a replay allocates nothing, its capture does
-                step = functools.partial(capture, step)
-            weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-            row.memory[mode] = weights + peak_memory(step, args.device)
+            weights = tensors_of(model)
+            with cast_weights([model], mode, args):
+                weights |= tensors_of(model)
+                step = make_step(model, shapes[mode], mode, args)
+                step()
+                if args.cuda_graph and mode == "eval":  # a replay allocates nothing
+                    step = functools.partial(capture, step)
+                row.memory[mode] = sum(weights.values()) + peak_memory(step, args.device)
         save(rows, args)
 
 
-def save(rows: list[BenchSpec], args: argparse.Namespace) -> None:
+def measure_seconds(rows: list[BenchSpec], models: list, mode: str, args: Namespace) -> None:
+    """Times the steps of all rows in one mode, in turn."""
+    steps = [make_step(model, shapes[mode], mode, args) for model, shapes in models]
+    if args.cuda_graph and mode == "eval":
+        steps = [capture(step) for step in steps]
+    for repeat in range(args.warmup + args.repeats):
+        for row, step in zip(rows, steps):
+            seconds = timed(step, args.device, args.core_seconds)
+            if repeat >= args.warmup:
+                row.seconds.setdefault(mode, []).append(seconds)
+        print(f"{mode} {repeat + 1}/{args.warmup + args.repeats}", file=sys.stderr)
+        save(rows, args)
+
+
+@contextlib.contextmanager
+def cast_weights(models: list[nn.Module], mode: str, args: Namespace) -> Iterator[None]:
+    """Context manager: with --cast-weights, evaluation runs as ``TEST.PRECISION`` specifies."""
+    with contextlib.ExitStack() as stack:
+        if args.cast_weights and mode == "eval":
+            for model in models:
+                stack.enter_context(half_precision(model, getattr(torch, args.dtype)))
+        yield
+
+
+def tensors_of(model: nn.Module) -> dict[int, int]:
+    """Bytes of the parameters and buffers, by their address."""
+    return {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
+
+
+def save(rows: list[BenchSpec], args: Namespace) -> None:
     """Writes --json: machine, options and rows."""
     if args.json:
         settings = {key: value for key, value in vars(args).items() if _is_plain(value)}
@@ -144,7 +177,7 @@ def save(rows: list[BenchSpec], args: argparse.Namespace) -> None:
         write_json(args.json, machine(args.device) | results)
 
 
-def make_step(model: nn.Module, shape: torch.Size, mode: str, args: argparse.Namespace):
+def make_step(model: nn.Module, shape: torch.Size, mode: str, args: Namespace):
     """A function without arguments that runs one batch: forward, in training also backward."""
     model.train(mode == "train")
     update_schedule(model, 1.0)  # the cost of training at the end of budget annealing

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from stts_slowfast.evaluation import LAYERS, evaluating
 from stts_slowfast.fused.attention import AttentionReplacement
 from stts_slowfast.tools import cli
 from stts_slowfast.tools.bench import command, spec
@@ -134,6 +136,50 @@ def test_options_that_exclude_each_other(config, capsys):
     for other in ("--data", "--end-to-end"):
         assert cli.main(["bench", str(config), "--core-seconds", other]) == 2
         assert "--core-seconds is for models on --device cpu" in capsys.readouterr().err
+
+
+class Casts(TorchDispatchMode):
+    """Counts the tensors that are cast."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_as_in_an_evaluation_by_test_precision(config):
+    """One cast less for each weight and bias of a linear or convolutional layer; the outputs are
+    those of both engines' evaluation."""
+    row, casts, outputs = spec.parse_row(f"{config},STTS.ENABLE=True"), [], []
+    model, shapes = spec.build(row, "cpu")
+    ways = [cli_args(config, "--dtype", "bfloat16", *more) for more in ([], ["--cast-weights"])]
+    for args in ways:
+        torch.manual_seed(0)
+        step = command.make_step(model, shapes["eval"], "eval", args)
+        with command.cast_weights([model], "eval", args), Casts() as counter:
+            outputs.append(step())
+        casts.append(counter.count)
+    layers = len([m for m in model.modules() if type(m) in LAYERS])
+    assert casts[0] - casts[1] > layers - 10  # those of scorers are in float32
+    torch.manual_seed(0)
+    clips = torch.randn(2, *shapes["eval"])
+    with torch.no_grad(), evaluating(model.eval(), "bfloat16", ""):
+        assert torch.equal(outputs[1], model(clips))
+    torch.testing.assert_close(outputs[0].float(), outputs[1], rtol=0.05, atol=0.05)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_training_step_has_gradients_beside_weights_that_are_cast(config, tmp_path, capsys):
+    path = tmp_path / "numbers.json"
+    words = ["bench", str(config), "--dtype", "bfloat16", "--cast-weights", "--json", str(path)]
+    assert cli.main([*words, "--repeats", "1", "--warmup", "0"]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["seconds"].keys() == row["memory"].keys() == {"eval", "train"}
+    # The originals are kept: both copies are in memory.
+    assert row["memory"]["eval"] > 5 * row["parameters"]
+    assert cli.main(["bench", str(config), "--cast-weights"]) == 2
+    assert "--cast-weights needs --dtype bfloat16 or float16" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
