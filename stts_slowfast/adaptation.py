@@ -211,7 +211,7 @@ class _Adapter:
                 done += 1
                 if time.perf_counter() - logged > LOG_SECONDS:
                     logged = time.perf_counter()
-                    text = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+                    text = ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
                     logger.info("STTS: step %d, %.0f s, %s", done, logged - start, text)
         finally:
             for selector, teacher in states:
@@ -228,9 +228,9 @@ class _Adapter:
             warmup = min((progress + 0.001) / group["warmup"], 1.0)
             group["lr"] = group["peak"] * warmup * decay
 
-    def _step(self, number: int, batch: Any) -> dict[str, float]:
+    def _step(self, number: int, batch: Any) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        losses: dict[str, float] = {}
+        losses: dict[str, Tensor] = {}
         target = None
         if self.backbone:  # else the pass that teaches the scorers computes the same
             with torch.no_grad():
@@ -242,17 +242,18 @@ class _Adapter:
             losses["saliency"] = self._teach_scorers(target, batch)
         if target is not None:
             losses["distance"] = self._teach_backbone(target, batch)
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        if bad:
+        # One number is read, after both passes: the host waits for the device once a step.
+        if not math.isfinite(torch.stack([*losses.values()]).sum().item()):
+            bad = next(name for name, loss in losses.items() if not bool(loss.isfinite()))
             raise ValueError(
-                f"the loss ({bad[0]}) is not finite in step {number + 1}: are the model's weights "
+                f"the loss ({bad}) is not finite in step {number + 1}: are the model's weights "
                 "and the clips finite? Else lower lr and backbone_lr"
             )
         nn.utils.clip_grad_norm_([*self.scorers, *self.backbone], 1.0)
         self.optimizer.step()
         return losses
 
-    def _teach_scorers(self, target: Outputs | None, batch: Any) -> float:
+    def _teach_scorers(self, target: Outputs | None, batch: Any) -> Tensor:
         """A pass that keeps all tokens, whose gradient reaches the scorers only."""
         for selector in self.selectors:
             selector.keep_all()
@@ -268,9 +269,9 @@ class _Adapter:
             loss.backward()
         for selector in self.selectors:
             selector.widening = 0
-        return loss.item()
+        return loss.detach()
 
-    def _teach_backbone(self, target: Outputs, batch: Any) -> float:
+    def _teach_backbone(self, target: Outputs, batch: Any) -> Tensor:
         """A pass with selection, whose logits and features shall be those of all tokens."""
         found = self._call(self.model, batch)
         if not self.scorers:
@@ -280,7 +281,7 @@ class _Adapter:
         if target.logits is not None and found.logits is not None:
             loss = loss + divergence(target.logits, found.logits)
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     def _add_to_mean(self, features: Tensor) -> None:
         self.seen += len(features)

@@ -63,21 +63,22 @@ def _spread_scores(
     frames: int, height: int, width: int, *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Scores ``(T*H*W,)`` of which the highest ``n`` are evenly spaced, for any ``n``."""
-    space, time = spread_order(height, width).flatten(), spread_order(1, frames).flatten()
-    ranks = space * frames + time[:, None]  # (T, H*W)
-    return -ranks.flatten().to(device, dtype)
+    space, time = spread_order(height, width, device), spread_order(1, frames, device)
+    ranks = space.flatten() * frames + time.flatten()[:, None]  # (T, H*W)
+    return -ranks.flatten().to(dtype)
 
 
-def spread_order(height: int, width: int) -> Tensor:
+def spread_order(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """The index of each position ``(H, W)`` in an order of which any first part is evenly spaced.
 
     Bits of row and column are interleaved and read backwards, as in a van der Corput sequence: the
     first half is a checkerboard, the first quarter every second row and column.
     """
     height, width = int(height), int(width)  # while a model is traced, sizes are tensors
-    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    rows = torch.arange(height, device=device)[:, None]
+    columns = torch.arange(width, device=device)
     bits = max(height, width).bit_length()
-    key = torch.zeros(height, width, dtype=torch.long)
+    key = torch.zeros(height, width, dtype=torch.long, device=device)
     for bit in range(bits):
         odd = (rows >> bit & 1) ^ (columns >> bit & 1)
         key = (key * 2 + odd) * 2 + (rows >> bit & 1)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import stts_slowfast as stts
-from stts_slowfast import backbones
+from stts_slowfast import adaptation, backbones
 from stts_slowfast.evaluation import half_precision
+from stts_slowfast.hooks import all_selectors
 from stts_slowfast.standalone import evaluator, run_logger, training_loop
 from stts_slowfast.standalone.config import load_config
 from stts_slowfast.standalone.model import build_model
@@ -70,6 +71,19 @@ def _golden(name: str) -> tuple[Example, dict]:
 VARIANTS = {"videomae-token", "videomae-model", "timesformer-joint", "timesformer-space"}
 VARIANTS |= {"clip", "dinov2", "timm-registers", "timm-tubelets"}
 HOST_SELECTION = {"time": {0: 0.5}, "space": {2: 0.6}}
+
+
+def _tokens(host: str, scorer: str, **more) -> Callable[[], tuple[Example, dict]]:
+    return lambda: (EXAMPLES[host](), {"tokens": {2: 0.5}, "tokens_scorer": scorer, **more})
+
+
+TOKENS = {
+    f"tokens-{scorer}": _tokens("vjepa2", scorer)
+    for scorer in ("learned", "uniform", "change", "norm", "unique")
+}
+TOKENS["tokens-attention"] = _tokens("timm-frames", "attention")
+TOKENS["tokens-per-frame"] = _tokens("vivit", "unique", tokens_per_frame=True)
+VARIANTS |= {*TOKENS, "tokens-random", "random"}
 SMALL: dict[str, Callable[[], tuple[Example, dict]]] = {
     **{name: lambda make=make: (make(), HOST_SELECTION) for name, make in EXAMPLES.items()},
     "MViT": lambda: _golden("slowfast_mvit_v1"),
@@ -77,6 +91,15 @@ SMALL: dict[str, Callable[[], tuple[Example, dict]]] = {
     "TimeSformer": _timesformer,
     "VideoSwin": _swin,
     "ViT": _vit,
+    **TOKENS,
+}
+# Whose numbers differ from one device to another.
+RANDOM: dict[str, Callable[[], tuple[Example, dict]]] = {
+    "tokens-random": _tokens("vjepa2", "random"),
+    "random": lambda: (
+        EXAMPLES["vjepa2"](),
+        {**HOST_SELECTION, "time_scorer": "random", "space_scorer": "random"},
+    ),
 }
 
 
@@ -143,14 +166,19 @@ class Run(NamedTuple):
             self.logits(self.model, self.clips)
         return record
 
-    def train(self, loop: "Loop | None" = None) -> dict[str, Record]:
-        """Forward and backward pass; with a loop its schedule before them, its step after."""
+    def train(self, loop: "Loop | None" = None, keep_all: bool = False) -> dict[str, Record]:
+        """Forward and backward pass; with a loop its schedule before them, its step after.
+
+        With ``keep_all``, saliency teaches (``STTS.TEACHER``).
+        """
         self.model.train()
         self.model.zero_grad()
         parts = {part: Record() for part in ("forward", "backward")}
         if loop:
             with Record():
                 loop.schedule.step(0.5)
+        for selector in all_selectors(self.model) if keep_all else ():
+            selector.keep_all()
         with self.autocast(), parts["forward"]:
             logits = self.logits(self.model, self.clips)
         with parts["backward"]:
@@ -182,7 +210,7 @@ def run_small(name: str) -> dict:
         the host; under "capture", see :func:`_capture`. What a first pass alone does (tensors that
         are made once for a size) is left out: if it waits, it is repeated.
     """
-    (model, clips, logits), selection = SMALL[name]()
+    (model, clips, logits), selection = (SMALL | RANDOM)[name]()
     stts.attach(model, **selection, num_samples=20)
     found = {}
     with pretended():
@@ -198,6 +226,8 @@ def run_small(name: str) -> dict:
                 run.choose(operator)
                 parts = run.train(loop)
                 found |= {f"{dtype} {operator} {part}": r for part, r in parts.items()}
+        parts = run.train(loop, keep_all=True)
+        found |= {f"saliency {part}": r for part, r in parts.items()}
         capture = _capture(run)
         half = Run(model, clips, logits, torch.bfloat16)
         with half_precision(model, torch.bfloat16):
@@ -207,8 +237,9 @@ def run_small(name: str) -> dict:
 
 
 def _capture(run: Run) -> list[str]:
-    """What a captured evaluation reads or writes that may be gone when its graph is replayed: all
-    but parameters, buffers, clips and the state that selectors keep."""
+    """What a captured evaluation waits for or takes from the host, which ends a capture, and what
+    it reads or writes that may be gone when its graph is replayed: all but parameters, buffers,
+    clips and the state that selectors keep."""
     model = run.model
     state = [t for s in model.stts.values() for t in vars(s).values() if isinstance(t, Tensor)]
     with capturing():
@@ -216,7 +247,8 @@ def _capture(run: Run) -> list[str]:
     static = [*model.parameters(), *model.buffers(), run.clips, *state]
     known = {storage(tensor) for tensor in static}
     strange = [tensor for key, tensor in record.outside.items() if key not in known]
-    return [f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" for tensor in strange]
+    found = [f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" for tensor in strange]
+    return [*record.waits, *record.from_host, *found]
 
 
 def count_launches(name: str, selected: bool = True) -> dict[str, dict[str, int]]:
@@ -391,3 +423,17 @@ def count_window_launches(stride: int) -> int:
         with Record() as record:
             mix_windows(grid, weights, (28, 28), (stride, stride)).square().mean().backward()
     return record.launches.total()
+
+
+def adapt_small(steps: int) -> list[dict[str, int]]:
+    """What the host waits for in each step of ``stts.adapt``, scorers and backbone."""
+    model, clips, _ = EXAMPLES["vjepa2"]()
+    stts.attach(model, time={0: (0.25, 0.75)}, tokens={2: 0.5})
+    waits = Waits()
+    with pretended(), mock.patch.object(adaptation, "raise_on_nan"):
+        adapter = adaptation._Adapter(to_cuda(model), True, 1e-3, 1e-5, True, 0)
+        for group in adapter.optimizer.param_groups:
+            group["fused"] = True
+        batches = waits.each([torch.empty(clips.shape, device="cuda")] * steps)
+        adapter.learn(batches, steps, 1e9)
+    return [step["waits"] for step in waits.found]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.gpu.subjects import SMALL, precisions
+from tests.gpu.subjects import RANDOM, SMALL, precisions
 
 # transformers copies the position table of VideoMAE to the device in each forward pass ...
 POSITION_TABLE = {"_to_copy from cpu to cuda": 1}
@@ -10,13 +10,13 @@ POSITION_TABLE = {"_to_copy from cpu to cuda": 1}
 CACHED = ["torch.float32 (16, 2) on cuda:0"]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SMALL | RANDOM)
 def test_passes_wait_for_nothing_and_take_nothing_from_the_host(worker, name):
     """Every host and family in bf16, fp16 and fp32, by both operators: forward and backward pass,
-    and evaluation, also with weights cast once. Mixed devices and shapes that depend on numbers
-    raise in the worker."""
+    and evaluation, also with weights cast once; and training by saliency. Mixed devices and shapes
+    that depend on numbers raise in the worker."""
     found = worker.ask("run_small", name)
-    assert len(found["parts"]) == len(precisions(name)) * (1 + 2 * 2) + 1
+    assert len(found["parts"]) == len(precisions(name)) * (1 + 2 * 2) + 2 + 1
     for part, record in found["parts"].items():
         stock = POSITION_TABLE if "videomae" in name and "backward" not in part else {}
         assert record == {"waits": stock, "from_host": {}}, part
@@ -43,3 +43,9 @@ def test_a_standalone_evaluation_waits_for_nothing_between_two_log_lines(worker,
         [[], [1], [1, 0], [], [1], [1, 0]] if validates else [[], [1], [1], [1], [1], [1, 0]]
     )
     assert [batch["waits"] for batch in batches] == [{}] * 5
+
+
+def test_a_step_of_adaptation_waits_once(worker):
+    """For its loss, before the optimizer's step: weights never learn from one that is not finite."""
+    first, *steps = worker.ask("adapt_small", 3)
+    assert steps == [{"_local_scalar_dense": 1}] * 2
