@@ -118,14 +118,14 @@ def _zoo(config: str, *opts) -> Callable[[], tuple[Example, dict]]:
     return make
 
 
-def _videomae_b() -> tuple[Example, dict]:
+def _videomae_b(**selection) -> tuple[Example, dict]:
     import transformers
 
     with torch.device("meta"):
         model = transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig()).eval()
         clips = torch.empty(8, 16, 3, 224, 224)
     example = Example(model, clips, lambda model, clips: model(clips).logits)
-    return example, {"time": {0: 0.9}, "space": {4: 0.9}}
+    return example, selection or {"time": {0: 0.9}, "space": {4: 0.9}}
 
 
 FULL: dict[str, Callable[[], tuple[Example, dict]]] = {
@@ -136,6 +136,7 @@ FULL: dict[str, Callable[[], tuple[Example, dict]]] = {
     "Video Swin-T 32x2": _zoo("RECOMMENDED_SWIN_T_32x2_T0_0.5"),
     "ViT-B 16x4": _zoo("RECOMMENDED_VIT_B_16x4_T0_0.9_S4_0.9"),
     "VideoMAE-B 16x4": _videomae_b,
+    "VideoMAE-B 16x4, single tokens": lambda: _videomae_b(time={0: 0.5}, tokens={4: 0.25}),
 }
 
 

@@ -46,6 +46,6 @@ def test_a_standalone_evaluation_waits_for_nothing_between_two_log_lines(worker,
 
 
 def test_a_step_of_adaptation_waits_once(worker):
-    """For its loss, before the optimizer's step: weights never learn from one that is not finite."""
-    first, *steps = worker.ask("adapt_small", 3)
-    assert steps == [{"_local_scalar_dense": 1}] * 2
+    """For its loss, before the optimizer's step: none is taken if the loss is not finite."""
+    steps = worker.ask("adapt_small", 3)
+    assert steps[1:] == [{"_local_scalar_dense": 1}] * 2
