@@ -412,6 +412,24 @@ MUTATIONS = {
         'return tensor.device.type != "cpu"',
         "tests/test_selectors.py -k nan_scores",
     ),
+    "a-freeze-discards-all-graphs": Mutation(
+        "frozen_gradients.py",
+        "            _make_room_for_graphs()\n",
+        "            torch.compiler.reset()\n",
+        "tests/test_frozen_gradients.py -k room",
+    ),
+    "spread-tokens-come-from-the-host": Mutation(
+        "token_scorers.py",
+        "space, time = spread_order(height, width, device), spread_order(1, frames, device)",
+        "space, time = (spread_order(*hw).to(device) for hw in ((height, width), (1, frames)))",
+        "tests/gpu/test_pretended.py -k tokens-uniform",
+    ),
+    "bench-does-not-cast-weights": Mutation(
+        "tools/bench/command.py",
+        'if args.cast_weights and mode == "eval":\n            for',
+        'if mode == "train":\n            for',
+        "tests/tools/bench/test_command.py -k cast_once",
+    ),
     "the-grid-is-not-passed-on": Mutation(
         "block_hooks.py",
         "return None if self.last else marked",
