@@ -1,7 +1,7 @@
 """A process that pretends to have a GPU, and how a test asks it.
 
-Each line that it reads is a function of ``subjects`` and its arguments, each that it writes is what
-came of it. The tests themselves, and what else runs in their process, see no GPU.
+Each line that it reads is a function of ``subjects`` or ``loops`` and its arguments, each that it
+writes is what came of it. The tests themselves, and what else runs in their process, see no GPU.
 """
 
 import json
@@ -64,13 +64,14 @@ class Worker:
 def main() -> None:
     # What libraries print goes to stderr.
     answers, sys.stdout = sys.stdout, sys.stderr
-    from tests.gpu import pretended_cuda, subjects
+    from tests.gpu import loops, pretended_cuda, subjects
 
     pretended_cuda.install()
     for line in sys.stdin:
         function, *arguments = json.loads(line)
         try:
-            answer = [getattr(subjects, function)(*arguments), ""]
+            module = subjects if hasattr(subjects, function) else loops
+            answer = [getattr(module, function)(*arguments), ""]
         except Exception:
             answer = [None, traceback.format_exc()]
         print(json.dumps(answer), file=answers, flush=True)
