@@ -1,10 +1,10 @@
-"""Writes the tables of ../benchmarks.md from the results in results/*.json.
+"""Writes the tables of documents from the results in results/*.json.
 
     bash projects/stts/benchmarks/cpu.sh projects/stts/benchmarks/results    # measures
     python projects/stts/benchmarks/tables.py                                # writes the tables
 
 A table is between ``<!-- table: FILE.json ... -->`` and ``<!-- end of table -->``; several files
-are one table. A test compares the document with what this gives.
+are one table. A test compares the documents with what this gives.
 """
 
 import json
@@ -17,6 +17,8 @@ from stts_slowfast.tools.markdown import markdown_table
 
 FOLDER = Path(__file__).parent
 DOCUMENT = FOLDER.with_name("benchmarks.md")
+DOCS = FOLDER.parents[2] / "docs"
+DOCUMENTS = (DOCUMENT, DOCS / "experiments.md", DOCS / "which-tokens.md")
 BEGIN, END = r"<!-- table: (.*?) -->\n", r"<!-- end of table -->"
 
 
@@ -24,8 +26,13 @@ def rendered(text: str) -> str:
     """A document with all of its tables written anew."""
 
     def replace(found: re.Match) -> str:
-        reports = [json.loads((FOLDER / "results" / name).read_text()) for name in found[1].split()]
-        return f"<!-- table: {found[1]} -->\n{describe(reports)}\n\n{tabulate(reports)}\n\n{END}"
+        names = found[1].split()
+        reports = [json.loads((FOLDER / "results" / name).read_text()) for name in names]
+        if names[0] in OTHERS:
+            table = OTHERS[names[0]](reports[0])
+        else:
+            table = f"{describe(reports)}\n\n{tabulate(reports)}"
+        return f"<!-- table: {found[1]} -->\n{table}\n\n{END}"
 
     return re.sub(f"{BEGIN}.*?{END}", replace, text, flags=re.DOTALL)
 
@@ -97,5 +104,30 @@ def compare(rows: list[dict]) -> str:
     return markdown_table(head, lines)
 
 
+def train_tokens(report: dict) -> str:
+    """Top-1 of each seed in ``train_tokens.py``, by kind, model and scorer."""
+    budgets = ("1", "0.25", "0.12")
+    head = ["kind", "model", "trained with", "all tokens", "25%", "12%"]
+    names = {"videomae": "VideoMAE", "vjepa2": "V-JEPA 2", "none": "all tokens"}
+    lines = []
+    for key, rows in grouped(report["rows"], "kind", "model", "scorer").items():
+        cells = [", ".join(f"{row[each]:.1f}" for row in rows if each in row) for each in budgets]
+        lines.append([names.get(each, each) for each in key] + cells)
+    return markdown_table(head, lines)
+
+
+def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """The rows by their values of ``keys``, in the order of the first of each."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+# Tables of single tokens by the file of their results.
+OTHERS = {"train_tokens.json": train_tokens}
+
+
 if __name__ == "__main__":
-    DOCUMENT.write_text(rendered(DOCUMENT.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(rendered(document.read_text()))

@@ -1,4 +1,4 @@
-"""Tables of benchmarks.md come from committed results, so none can be edited apart from its run."""
+"""Tables of documents come from committed results, so none can be edited apart from its run."""
 
 import importlib.util
 import re
@@ -19,9 +19,11 @@ def tables():
 
 def test_the_tables_are_those_of_the_results(tables):
     """If not, ``python projects/stts/benchmarks/tables.py``."""
-    text = tables.DOCUMENT.read_text()
-    assert tables.rendered(text) == text
-    shown = {name for names in re.findall(tables.BEGIN, text) for name in names.split()}
+    shown = set()
+    for document in tables.DOCUMENTS:
+        text = document.read_text()
+        assert tables.rendered(text) == text, document
+        shown |= {name for names in re.findall(tables.BEGIN, text) for name in names.split()}
     assert shown == {path.name for path in (BENCHMARKS / "results").iterdir()}
 
 
