@@ -16,16 +16,14 @@ import logging
 import time
 from pathlib import Path
 
+import tables
 import torch
 from torch import Tensor
 
 import stts_slowfast as stts
 from stts_slowfast.standalone.films import find_films
 from stts_slowfast.tools.adapt import Clips
-from stts_slowfast.tools.markdown import markdown_table
 from stts_slowfast.tools.study.rows import load_row_model
-
-NUMBERS = ("top1_agreement", "kl")
 
 
 def main() -> None:
@@ -51,10 +49,11 @@ def main() -> None:
         for scorer in args.scorers:
             cfg = stts.load_config(args.cfg, options(args, scorer, seed))
             clips = clips or {split: read(cfg, split, args) for split in ("train", "test")}
-            rows += adapted(cfg, clips, args, {"scorer": scorer, "seed": seed})
+            about = {"kind": Path(args.cfg).parent.name, "scorer": scorer, "seed": seed}
+            rows += adapted(cfg, clips, args, about)
             if args.json:
-                Path(args.json).write_text(json.dumps(rows, indent=1))
-    print(table(rows))
+                Path(args.json).write_text(json.dumps({"rows": rows}, indent=1))
+    print(tables.adapted(rows))
 
 
 def options(args: argparse.Namespace, scorer: str, seed: int) -> list:
@@ -92,25 +91,6 @@ def adapted(cfg, clips: dict[str, list[Tensor]], args: argparse.Namespace, about
     about |= {"steps": found.steps, "seconds": round(found.seconds, 1)}
     about["processor_seconds"] = round(time.process_time() - start, 1)
     return [{**about, **row} for row in found.rows]
-
-
-def table(rows: list[dict]) -> str:
-    """Agreement and KL divergence by budget and scorer, each seed, before and after."""
-    lines = []
-    for budget in dict.fromkeys(row["budget"] for row in rows):
-        for scorer in dict.fromkeys(row["scorer"] for row in rows):
-            line = [budget, scorer]
-            for name in NUMBERS:
-                for when in ("before", "after"):
-                    key = (budget, scorer, when)
-                    line.append(", ".join(f"{row[name]:.3g}" for row in rows if of(row) == key))
-            lines.append(line)
-    head = [f"{name} {when}" for name in NUMBERS for when in ("before", "after")]
-    return markdown_table(["tokens", "scorer", *head], lines)
-
-
-def of(row: dict) -> tuple[str, str, str]:
-    return row["budget"], row["scorer"], row["when"]
 
 
 if __name__ == "__main__":

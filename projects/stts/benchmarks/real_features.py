@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import tables
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -32,7 +33,6 @@ import stts_slowfast as stts
 from stts_slowfast.fidelity import compare, outputs
 from stts_slowfast.standalone.films import find_films
 from stts_slowfast.standalone.flops import count_gflops
-from stts_slowfast.tools.markdown import format_cell, markdown_table
 from stts_slowfast.video import Video
 
 PATCH = 14
@@ -40,7 +40,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Frames between those of a clip.
 FRAME_STEP = 4
 BLOCK = 4  # before which tokens are selected; frames are selected before block 0
-NUMBERS = ("cosine", "features_cosine", "gflops")
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png"),
     *("grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png"),
@@ -105,7 +104,7 @@ def table_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace) 
         stts.detach(model)
         rows.append(row)
         print(row, flush=True)
-    print(markdown_table(["scorer", "tokens", *NUMBERS], [cells(row) for row in rows]))
+    print(tables.features(rows))
     return rows
 
 
@@ -138,29 +137,8 @@ def adapted_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace
             about = {"scorer": scorer, "seed": seed, "seconds": found.seconds, "steps": found.steps}
             rows += [{**about, **row} for row in found.rows]
             print(*rows[-6:], sep="\n", flush=True)
-    print(adapted_table(rows))
+    print(tables.adapted(rows))
     return rows
-
-
-def adapted_table(rows: list[dict]) -> str:
-    """Centred cosines, mean over the seeds with the range."""
-    lines = []
-    for scorer in dict.fromkeys(row["scorer"] for row in rows):
-        for budget in dict.fromkeys(row["budget"] for row in rows):
-            line = [scorer, budget]
-            for when in ("before", "after"):
-                found = [
-                    row["features_cosine"]
-                    for row in rows
-                    if (row["scorer"], row["budget"], row["when"]) == (scorer, budget, when)
-                ]
-                line.append(f"{np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})")
-            lines.append(line)
-    return markdown_table(["scorer", "tokens", "before", "after"], lines)
-
-
-def cells(row: dict) -> list[str]:
-    return [row["scorer"], f"{row['keep']:g}", *(format_cell(row[name]) for name in NUMBERS)]
 
 
 def cosine(reference: Tensor, found: Tensor) -> float:

@@ -15,6 +15,7 @@ import functools
 import itertools
 
 import numpy as np
+import tables
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +24,6 @@ import stts_slowfast as stts
 from stts_slowfast.backbones.vit import init_xavier
 from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.demo.make_data import draw_video
-from stts_slowfast.tools.markdown import markdown_table
 
 BUDGETS = (1.0, 0.25, 0.12, 0.06)
 FRAMES = {"clutter": 4}  # it shows the class in every frame; the others need 16
@@ -146,14 +146,7 @@ def main() -> None:
         print(rows[-1], flush=True)
         if args.json:
             write_json(args.json, {"torch": torch.__version__, "rows": rows})
-    head = ["kind", "model", "scorer", "seed", *(f"{budget:g}" for budget in BUDGETS)]
-    print(
-        markdown_table(head, [[format_value(row.get(name, "")) for name in head] for row in rows])
-    )
-
-
-def format_value(value: float | str) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    print(tables.train_tokens(rows))
 
 
 if __name__ == "__main__":
