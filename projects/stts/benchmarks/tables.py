@@ -183,7 +183,7 @@ OTHERS = {
     "tokens.json": tokens,
     "real_features.json": features,
     "real_adapt.json": adapted,
-    "adapt_needle.json": adapted,
+    "adapt.json": adapted,
 }
 
 
