@@ -13,7 +13,7 @@ import copy
 import itertools
 import time
 
-import tables
+import token_layouts
 import torch
 from train_tokens import CLIPS, LEARNING_RATE, STEPS, build, draw_clips, top1, train
 
@@ -49,7 +49,7 @@ def main() -> None:
             print(*rows[-len(found) :], sep="\n", flush=True)
         if args.json:
             write_json(args.json, {"torch": torch.__version__, "rows": rows})
-    print(tables.adapted(rows))
+    print(token_layouts.adapted([{"rows": rows}]))
 
 
 def adapted(model: torch.nn.Module, kind: str, scorer: str, seed: int) -> list[dict]:

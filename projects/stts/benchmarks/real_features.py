@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tables
+import token_layouts
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def table_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace) 
         stts.detach(model)
         rows.append(row)
         print(row, flush=True)
-    print(tables.features(rows))
+    print(token_layouts.features([{"rows": rows}]))
     return rows
 
 
@@ -137,7 +137,7 @@ def adapted_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace
             about = {"scorer": scorer, "seed": seed, "seconds": found.seconds, "steps": found.steps}
             rows += [{**about, **row} for row in found.rows]
             print(*rows[-6:], sep="\n", flush=True)
-    print(tables.adapted(rows))
+    print(token_layouts.adapted([{"rows": rows}]))
     return rows
 
 

@@ -12,7 +12,7 @@ import copy
 import functools
 import statistics
 
-import tables
+import token_layouts
 import torch
 from torch import nn
 
@@ -106,7 +106,7 @@ def main() -> None:
             rows += measure(name, model, clip, args.repeats, args.modes)
     if args.json:
         write_json(args.json, {"torch": torch.__version__, "rows": rows})
-    print(tables.tokens(rows))
+    print(token_layouts.tokens([{"rows": rows}]))
 
 
 if __name__ == "__main__":

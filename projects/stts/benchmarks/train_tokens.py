@@ -15,7 +15,7 @@ import functools
 import itertools
 
 import numpy as np
-import tables
+import token_layouts
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -146,7 +146,7 @@ def main() -> None:
         print(rows[-1], flush=True)
         if args.json:
             write_json(args.json, {"torch": torch.__version__, "rows": rows})
-    print(tables.train_tokens(rows))
+    print(token_layouts.train_tokens([{"rows": rows}]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ BENCHMARKS = Path(__file__).parents[3] / "projects" / "stts" / "benchmarks"
 def tables():
     spec = importlib.util.spec_from_file_location("tables", BENCHMARKS / "tables.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))  # as for a script in this folder
+        spec.loader.exec_module(module)
     return module
 
 
