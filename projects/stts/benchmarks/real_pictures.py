@@ -21,6 +21,7 @@ from stts_slowfast.visualization import FULL_FRAME, FilmStripRow, draw
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = 336  # pixels of a frame's side in the strip
+BUDGETS = (0.125, 0.25, 0.5)
 SCORERS = ("random", "uniform", "norm", "attention", "change", "unique", "middle window")
 
 
@@ -100,12 +101,13 @@ def plot():
                 if (row["scorer"], row["when"]) == (scorer, when):
                     keep = float(row["budget"].split()[-1])
                     found.setdefault(keep, []).append(row["features_cosine"])
-            draw_line(right, found, f"C{9 * number}", style, f"{scorer}, {when}")
+            draw_line(right, found, f"C{3 * number}", style, f"{scorer}, {when}")
     right.set_title("adapted without labels to other films, all frames", fontsize=9)
     for axis in (left, right):
         axis.set_xscale("log", base=2)
-        axis.set_xticks([0.125, 0.25, 0.5], ["12.5%", "25%", "50%"])
-        axis.set_xlabel("kept tokens of a frame", fontsize=8)
+        axis.set_xlim(0.115, 0.54)
+        axis.set_xticks(BUDGETS, [f"{budget:.3g}" for budget in BUDGETS])
+        axis.set_xlabel("share of each frame's tokens", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
