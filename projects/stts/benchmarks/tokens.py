@@ -12,6 +12,7 @@ import copy
 import functools
 import statistics
 
+import token_layouts
 import torch
 from torch import nn
 
@@ -19,7 +20,6 @@ import stts_slowfast as stts
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.run_logger import write_json
 from stts_slowfast.tools.bench.command import timed
-from stts_slowfast.tools.markdown import markdown_table
 
 SELECTION = {"time": {0: 0.5}, "tokens": {4: 0.25}, "teacher": "saliency", "shrink": 0.0}
 
@@ -106,13 +106,7 @@ def main() -> None:
             rows += measure(name, model, clip, args.repeats, args.modes)
     if args.json:
         write_json(args.json, {"torch": torch.__version__, "rows": rows})
-    head = ["model", "mode", "GFLOPs, all", "selected", "ratio", "measured", "share"]
-    cells = [
-        [row["model"], row["mode"], *(f"{count:.1f}" for count in row["gflops"])]
-        + [f"{row['ideal']:.2f}", f"{row['ratio']:.2f}", f"{row['ratio'] / row['ideal']:.0%}"]
-        for row in rows
-    ]
-    print(markdown_table(head, cells))
+    print(token_layouts.tokens([{"rows": rows}]))
 
 
 if __name__ == "__main__":

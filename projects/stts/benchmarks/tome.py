@@ -71,7 +71,7 @@ class XavierViT(vit.ViT):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        vit.start_by_xavier(self)
+        vit.init_xavier(self)
 
 
 class MergingViT(XavierViT):
