@@ -75,6 +75,9 @@ def add_stts_config(cfg: CfgNode) -> None:
     # The same number of tokens of each frame, int(H * W * keep), instead of any of a clip. Always
     # so in models that see each frame alone.
     cfg.STTS.TOKENS.PER_FRAME = False
+    # What becomes of the other tokens: drop, or fuse: the last of the kept ones in rank becomes the
+    # mean of all except the better ones, weighted by the softmax of their scores.
+    cfg.STTS.TOKENS.REST = "drop"
 
     # How learned scorers are trained: mixture (the paper's: training mixes candidates by OPERATOR's
     # weights, through which gradients pass); saliency (training selects as a test does; in
@@ -136,6 +139,7 @@ class Settings:
     space_shared: bool
     tokens_scorer: str
     tokens_per_frame: bool
+    tokens_rest: str
     teacher: str
     sigma: float
     sigma_decay: str
@@ -203,6 +207,7 @@ class Settings:
             ("STTS.OPERATOR", self.operator, OPERATORS),
         ):
             check_choice(key, value, [name for name, _ in registry])
+        check_choice("STTS.TOKENS.REST", self.tokens_rest, ("drop", "fuse"))
         check_choice("STTS.TEACHER", self.teacher, TEACHERS)
         check_choice("STTS.GRADIENT", self.gradient, GRADIENTS)
         check_choice("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
