@@ -31,13 +31,11 @@ class Selection(NamedTuple):
             left, height and width; in training, what the scores without noise keep.
         weights: float32 weights of the candidates, for a soft selection; None for a hard one.
         scores: of the candidates, as the scorer gave them.
-        fusion: of the other tokens into one (``token_selector.Fusion``); None without.
     """
 
     kept: Tensor
     weights: Tensor | None
     scores: Tensor
-    fusion: Any = None
 
 
 class Selector(SelectorState):

@@ -70,8 +70,11 @@ def _golden(name: str) -> tuple[Example, dict]:
 VARIANTS = {"videomae-token", "videomae-model", "timesformer-joint", "timesformer-space"}
 VARIANTS |= {"clip", "dinov2", "timm-registers", "timm-tubelets"}
 HOST_SELECTION = {"time": {0: 0.5}, "space": {2: 0.6}}
+# Annealed before the step of training, so that it drops and merges.
+TOKENS_SELECTION = {"time": {0: 0.5}, "tokens": {2: 0.6}, "tokens_rest": "merge", "shrink": 0.01}
 SMALL: dict[str, Callable[[], tuple[Example, dict]]] = {
     **{name: lambda make=make: (make(), HOST_SELECTION) for name, make in EXAMPLES.items()},
+    "dinov2": lambda: (EXAMPLES["dinov2"](), TOKENS_SELECTION),
     "MViT": lambda: _golden("slowfast_mvit_v1"),
     "MViTv2": lambda: _golden("slowfast_mvit_v2"),
     "TimeSformer": _timesformer,
