@@ -246,7 +246,8 @@ def same_with_tokens(rank, progress):
         selection = {"tokens": {0: 0.4, 1: 0.5}, "tokens_rest": "merge", "teacher": "saliency"}
         model = attach(stock, **selection, shrink=0.5).train()
         set_progress(model, progress)  # 0: all tokens pass; 1: KEEP
-        F.cross_entropy(wrap(model)(clips), labels).backward()
+        network = wrap(model)  # a wrapper that is freed before the backward pass reduces nothing
+        F.cross_entropy(network(clips), labels).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     clips = list(zip(CLIPS_OF_BOTH.split(1), LABELS.split(1)))
