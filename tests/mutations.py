@@ -42,7 +42,7 @@ MUTATIONS = {
         "token_selector.py",
         "nearest = nearest.scatter(1, kept, own)[:, :, None]",
         "nearest = nearest[:, :, None]",
-        "tests/test_token_selector.py -k merged",
+        "tests/test_token_selector.py -k half_precision",
     ),
     "merged-tokens-of-other-frames": Mutation(
         "token_selector.py",
