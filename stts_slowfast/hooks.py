@@ -341,6 +341,7 @@ def selectors_of(model: nn.Module) -> Selectors:
 def _describe(key: str, selector: Selector, scorer: str, step: tuple[Sizes, Sizes] | None) -> str:
     unit = {"TIME": "frames", "SPACE": "window", "TOKENS": "tokens"}[selector.dimension]
     text = f"STTS {key}: {scorer} {unit} before block {selector.block}, keep {selector.share_text}"
+    text += ", merge the rest" if getattr(selector, "rest", "drop") == "merge" else ""
     if step is None:
         return text
     (before, after) = ("x".join(map(str, grid)) for grid in step)

@@ -125,8 +125,10 @@ def test_evaluation_makes_nothing_larger_than_the_tokens(rest):
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
-def test_a_batch_without_clips_passes(per_frame):
+def test_a_batch_without_clips_passes(per_frame, caplog):
+    caplog.set_level("INFO")
     model = stts.attach(vit(), tokens={0: 0.5}, tokens_per_frame=per_frame, tokens_rest="merge")
+    assert "learned tokens before block 0, keep 0.5, merge the rest" in caplog.text
     assert model(torch.randn(0, 3, 4, 16, 16)).shape == (0, 3)
 
 
