@@ -13,7 +13,7 @@ from stts_slowfast.budgets import DIMENSIONS, Share, Sizes, plan_grids
 from stts_slowfast.configfiles.values import check_choice
 from stts_slowfast.plugins import load_extensions
 from stts_slowfast.scorers import SCORERS
-from stts_slowfast.shares import check_order, check_shares, is_number, read_shares
+from stts_slowfast.shares import check_order, check_rest, check_shares, is_number, read_shares
 from stts_slowfast.token_scorers import TOKEN_SCORERS
 from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
 
@@ -75,6 +75,9 @@ def add_stts_config(cfg: CfgNode) -> None:
     # The same number of tokens of each frame, int(H * W * keep), instead of any of a clip. Always
     # so in models that see each frame alone.
     cfg.STTS.TOKENS.PER_FRAME = False
+    # What becomes of the other tokens: drop, or merge: each kept token becomes the mean of itself
+    # and of those that are most similar to it.
+    cfg.STTS.TOKENS.REST = "drop"
 
     # How learned scorers are trained: mixture (the paper's: training mixes candidates by OPERATOR's
     # weights, through which gradients pass); saliency (training selects as a test does; in
@@ -136,6 +139,7 @@ class Settings:
     space_shared: bool
     tokens_scorer: str
     tokens_per_frame: bool
+    tokens_rest: str
     teacher: str
     sigma: float
     sigma_decay: str
@@ -204,6 +208,7 @@ class Settings:
         ):
             check_choice(key, value, [name for name, _ in registry])
         check_choice("STTS.TEACHER", self.teacher, TEACHERS)
+        check_rest(self.tokens_rest, self.tokens, self.teacher)
         check_choice("STTS.GRADIENT", self.gradient, GRADIENTS)
         check_choice("STTS.SIGMA_DECAY", self.sigma_decay, SIGMA_DECAYS)
         for name, least, most in (

@@ -59,10 +59,10 @@ def attach(
         tokens: share of the tokens that is kept, any of a clip, likewise: ``{4: 0.25}``; only in
             models without pooling, attention windows or attention over time at each position.
         **keywords: the node's other keys in small letters, with its defaults: ``time_scorer``,
-            ``space_scorer``, ``space_stride``, ``space_shared``, ``tokens_scorer``, ``teacher``,
-            ``shrink``, ``fused_attention`` and so on (``config.Settings``). ``backbone_lr`` and
-            ``freeze_backbone_epochs`` need a training loop with a ``Schedule``, as both engines
-            and ``SelectionCallback`` have.
+            ``space_scorer``, ``space_stride``, ``space_shared``, ``tokens_scorer``,
+            ``tokens_rest``, ``teacher``, ``shrink``, ``fused_attention`` and so on
+            (``config.Settings``). ``backbone_lr`` and ``freeze_backbone_epochs`` need a training
+            loop with a ``Schedule``, as both engines and ``SelectionCallback`` have.
 
     Returns:
         The same model. ``model.stts`` is read as a dict is, with keys such as ``time_0`` and
@@ -138,7 +138,10 @@ def _make_selectors(
             SpatialSelector,
             {"stride": settings.space_stride, "shared": settings.space_shared},
         ),
-        "TOKENS": (TokenSelector, {"per_frame": settings.tokens_per_frame}),
+        "TOKENS": (
+            TokenSelector,
+            {"per_frame": settings.tokens_per_frame, "rest": settings.tokens_rest},
+        ),
     }
     for number, block in enumerate(blocks):
         for dimension in DIMENSIONS:
@@ -338,6 +341,7 @@ def selectors_of(model: nn.Module) -> Selectors:
 def _describe(key: str, selector: Selector, scorer: str, step: tuple[Sizes, Sizes] | None) -> str:
     unit = {"TIME": "frames", "SPACE": "window", "TOKENS": "tokens"}[selector.dimension]
     text = f"STTS {key}: {scorer} {unit} before block {selector.block}, keep {selector.share_text}"
+    text += ", merge the rest" if getattr(selector, "rest", "drop") == "merge" else ""
     if step is None:
         return text
     (before, after) = ("x".join(map(str, grid)) for grid in step)

@@ -7,6 +7,9 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from stts_slowfast.budgets import Share
+from stts_slowfast.configfiles.values import check_choice
+
+RESTS = ("drop", "merge")  # of STTS.TOKENS.REST
 
 
 def read_shares(key: str, node: CfgNode) -> dict[int, Share]:
@@ -61,6 +64,18 @@ def check_order(
             "STTS.TOKENS.SCORER is change, which compares whole frames, but STTS.TOKENS.BLOCKS is "
             f"{sorted(tokens)}: after the first of these blocks frames have holes; name one block, "
             "or give another scorer"
+        )
+
+
+def check_rest(rest: str, tokens: Mapping[int, Share], teacher: str) -> None:
+    """Raises ``ValueError`` for an unknown use of the tokens that are not kept, or if they would be
+    merged into mixtures."""
+    check_choice("STTS.TOKENS.REST", rest, RESTS)
+    if tokens and (rest, teacher) == ("merge", "mixture"):
+        raise ValueError(
+            "STTS.TOKENS.REST is merge, but STTS.TEACHER is mixture: in training tokens would be "
+            "mixtures, into which none can be merged; set STTS.TEACHER saliency, or "
+            "STTS.TOKENS.REST drop"
         )
 
 

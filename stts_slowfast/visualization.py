@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stts_slowfast import backbones
+from stts_slowfast.budgets import Sizes
 from stts_slowfast.config import selection_plan
 from stts_slowfast.grid import Grid
 from stts_slowfast.hooks import selections
@@ -24,6 +26,24 @@ TOP_CLASSES = 3  # in a title
 DIM = 0.25  # opacity of what was dropped
 
 
+class KeptRegions(NamedTuple):
+    """What all selectors keep of a clip.
+
+    Attributes:
+        windows: the frames of tokens of which something is kept, with the kept window of each.
+        tokens: (T, H, W) bool, the kept ones, if single tokens were selected.
+    """
+
+    windows: dict[int, Box]
+    tokens: Tensor | None = None
+
+    def boxes(self, frame: int) -> list[Box]:
+        """The kept window of a frame of tokens, or a box for each kept token of it."""
+        if self.tokens is not None:
+            return token_boxes(self.tokens[frame])
+        return [self.windows[frame]] if frame in self.windows else []
+
+
 @dataclass
 class FilmStripRow:
     """A row of the figure.
@@ -31,29 +51,26 @@ class FilmStripRow:
     Attributes:
         title: text above it.
         frames: (T, H, W, 3) uint8, one picture for each frame of tokens.
-        kept: the frames of which all selectors kept something, with the kept window of each.
+        kept: what all selectors kept.
         marked: frames to mark, such as those that show the class.
         scores: of the frames, in 0..1, if frames were scored.
-        tokens: (T, H, W) bool, the kept ones, if single tokens were selected.
     """
 
     title: str
     frames: Tensor
-    kept: dict[int, Box]
+    kept: KeptRegions
     marked: Sequence[int] = field(default_factory=tuple)
     scores: Sequence[float] | None = None
-    tokens: Tensor | None = None
 
 
 @dataclass
 class Inspection:
-    """A model's output for a clip: probabilities (classes,), kept frames and windows, the frames'
-    scores in 0..1 if it scores them, and the kept tokens (T, H, W) if it selects single ones."""
+    """A model's output for a clip: probabilities (classes,), what it keeps, and the frames' scores
+    in 0..1 if it scores them."""
 
     probs: Tensor
-    kept: dict[int, Box]
+    kept: KeptRegions
     scores: list[float] | None
-    tokens: Tensor | None = None
 
 
 @torch.no_grad()
@@ -70,12 +87,8 @@ def inspect_clip(
     model.eval()
     with _frame_scores(model) as scores:
         probs = (classify(clips) if classify else model(clips).softmax(1))[0].float().cpu()
-    tokens = None
-    if cfg.STTS.ENABLE:
-        kept, tokens = kept_regions(cfg, selections(model)), kept_tokens(cfg, selections(model))
-    else:
-        kept = dict.fromkeys(range(backbones.block_grids(cfg)[0][0]), FULL_FRAME)
-    return Inspection(probs, kept, scores[0] if scores else None, tokens)
+    kept = kept_regions(cfg, selections(model) if cfg.STTS.ENABLE else {})
+    return Inspection(probs, kept, scores[0] if scores else None)
 
 
 @contextmanager
@@ -105,44 +118,38 @@ def make_film_strip_row(
     # A frame of tokens is shown by the middle one of its frames of pixels.
     middles = (torch.arange(num_frames) * 2 + 1) * clip.shape[1] // (2 * num_frames)
     pictures = to_pictures(cfg, clip[:, middles])
-    return FilmStripRow(title, pictures, what.kept, marked, what.scores, what.tokens)
+    return FilmStripRow(title, pictures, what.kept, marked, what.scores)
 
 
-def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> dict[int, Box]:
-    """The frames of which all selectors keep something, with the kept window of each.
+def kept_regions(cfg, kept: dict[str, Tensor], item: int = 0) -> KeptRegions:
+    """What all selectors keep of a clip.
 
     Args:
-        kept: from ``selections(model)``.
+        kept: from ``selections(model)``; empty for all frames.
         item: index of the clip in the batch.
     """
     grids = backbones.block_grids(cfg)
-    regions = dict.fromkeys(range(grids[0][0]), FULL_FRAME)
+    windows = dict.fromkeys(range(grids[0][0]), FULL_FRAME)
+    if not kept:
+        return KeptRegions(windows)
     for key, ((frames, height, width), _) in selection_plan(cfg.STTS, grids).items():
         if key.startswith("time"):
-            arrived = list(regions.items())
-            regions = dict(arrived[index] for index in kept[key][item].tolist())
+            arrived = list(windows.items())
+            windows = dict(arrived[index] for index in kept[key][item].tolist())
         elif key.startswith("space"):
-            windows = kept[key].view(-1, frames, 4)[item].tolist()
-            regions = {
-                frame: _inside(region, window, height, width)
-                for (frame, region), window in zip(regions.items(), windows)
+            parts = kept[key].view(-1, frames, 4)[item].tolist()
+            windows = {
+                frame: _inside(window, part, height, width)
+                for (frame, window), part in zip(windows.items(), parts)
             }
-    tokens = kept_tokens(cfg, kept, item)
-    if tokens is not None:
-        regions = {frame: box for frame, box in regions.items() if tokens[frame].any()}
-    return regions
-
-
-def kept_tokens(cfg, kept: dict[str, Tensor], item: int = 0) -> Tensor | None:
-    """Which tokens of a clip all selectors keep: (T, H, W) bool; None without single tokens.
-
-    Args:
-        kept: from ``selections(model)``.
-        item: index of the clip in the batch.
-    """
     if not any(key.startswith("tokens") for key in kept):
-        return None
-    sizes = backbones.block_grids(cfg)[0]  # also of later blocks: these models do not pool
+        return KeptRegions(windows)
+    tokens = _mark_tokens(grids[0], kept, item)  # so in all blocks: these models do not pool
+    return KeptRegions({frame: w for frame, w in windows.items() if tokens[frame].any()}, tokens)
+
+
+def _mark_tokens(sizes: Sizes, kept: dict[str, Tensor], item: int) -> Tensor:
+    """Which tokens of a clip with a grid of ``sizes`` all selectors keep: (T, H, W) bool."""
     grid = Grid(sizes)
     for key, value in kept.items():
         if key.startswith("time"):
@@ -220,7 +227,7 @@ def draw(strips: Sequence[FilmStripRow]):
                     bar.barh(0, strip.scores[number], color="tab:blue")
                     bar.set_xlim(0, 1)
     legend = "green: frame kept (dim: dropped)     red: window kept"
-    if any(strip.tokens is not None for strip in strips):
+    if any(strip.kept.tokens is not None for strip in strips):
         legend = "green: frame with kept tokens     bright: tokens kept (dim: dropped)"
     if any(strip.scores is not None for strip in strips):
         legend += "     blue: score of the frame"
@@ -234,12 +241,12 @@ def _draw_frame(axis, strip: FilmStripRow, number: int) -> None:
     from matplotlib.patches import Rectangle
 
     height, width = strip.frames.shape[1:3]
-    window = strip.kept.get(number)
+    window, tokens = strip.kept.windows.get(number), strip.kept.tokens
     picture = strip.frames[number].numpy()
-    if strip.tokens is None:
+    if tokens is None:
         axis.imshow(picture, alpha=1.0 if window else DIM)
     else:
-        axis.imshow(dim_tokens(picture, strip.tokens[number]))
+        axis.imshow(dim_tokens(picture, tokens[number]))
     for spine in axis.spines.values():
         spine.set(color="tab:green" if window else "0.8", linewidth=3 if window else 0.5)
     if window and window != FULL_FRAME:

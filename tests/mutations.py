@@ -38,6 +38,18 @@ CHECK, CLIPS = "tests/checkpoints/test_validate.py", "tests/pyslowfast/test_lazy
 GUARD, BAD = "tests/pyslowfast/test_preflight.py", "tests/slowfast/test_error_log.py"
 
 MUTATIONS = {
+    "kept-tokens-merge-into-others": Mutation(
+        "token_selector.py",
+        "nearest = nearest.scatter(1, kept, own)[:, :, None]",
+        "nearest = nearest[:, :, None]",
+        "tests/test_token_selector.py -k half_precision",
+    ),
+    "merged-tokens-of-other-frames": Mutation(
+        "token_selector.py",
+        "kept = kept.remainder(grouped.shape[1])",
+        "kept = kept.clamp(max=grouped.shape[1] - 1)",
+        "tests/test_token_selector.py -k merged",
+    ),
     "weights-stay-cast": Mutation(
         "evaluation.py",
         "                layer._parameters[key] = original\n",

@@ -237,11 +237,34 @@ def ddp_rank(rank, folder):
     both = [torch.empty_like(flat) for _ in range(2)]
     dist.all_gather(both, flat)
     found = {"reduced": reduced, "count": count, "same": torch.equal(*both)}
+    found["tokens"] = [same_with_tokens(rank, progress) for progress in (0.0, 1.0)]
     if rank == 0:
         with open(f"{folder}/found.json", "w") as file:
             json.dump(found, file)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def same_with_tokens(rank, progress):
+    """Whether gradients with single tokens are the mean of what both ranks compute alone, and in a
+    narrow iteration those of one process with the clips of both."""
+
+    def gradients(clips, labels, wrap=lambda model: model):
+        torch.manual_seed(0)
+        stock = timesformer.TimeSformer(32, 8, 8, 16, 2, 2, 5, attention_type="joint_space_time")
+        selection = {"tokens": {0: 0.4, 1: 0.5}, "tokens_rest": "merge", "teacher": "saliency"}
+        model = attach(stock, **selection, shrink=0.5).train()
+        set_progress(model, progress)  # 0: all tokens pass; 1: KEEP
+        network = wrap(model)  # a wrapper that is freed before the backward pass reduces nothing
+        F.cross_entropy(network(clips), labels).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    clips = list(zip(CLIPS_OF_BOTH.split(1), LABELS.split(1)))
+    reduced = gradients(*clips[rank], DistributedDataParallel)
+    expected = [sum(gradients(*clip) for clip in clips) / 2]
+    if progress == 1.0:
+        expected.append(gradients(CLIPS_OF_BOTH, LABELS))
+    return all(torch.allclose(reduced, each, rtol=1e-3, atol=1e-6) for each in expected)
 
 
 CLIPS_OF_BOTH = torch.linspace(-1, 1, 2 * 3 * 8 * 32 * 32).sin().view(2, 3, 8, 32, 32)
@@ -252,4 +275,4 @@ def test_ddp_reduces_the_gradients_of_scorers_alone_and_then_all(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     every, scorers = found["count"]
     assert found["reduced"] == [scorers] * 2 + [every] * 2
-    assert found["same"]
+    assert found["same"] and found["tokens"] == [True, True]

@@ -246,6 +246,25 @@ def model(tiny_cfg):
     return model
 
 
+def vit_with_tokens(**more):
+    """A plain ViT of which 40% of the tokens are kept, then half of these, and the rest merged."""
+    stock = timesformer.TimeSformer(
+        32, 8, 8, 16, 2, 2, num_classes=5, attention_type="joint_space_time"
+    )
+    selection = {"tokens": {0: 0.4, 1: 0.5}, "tokens_rest": "merge", "teacher": "saliency"}
+    return attach(stock, **selection | more).train()
+
+
+@pytest.fixture(params=["frames and windows", "tokens"])
+def any_model(request):
+    """A model of frames and windows, or one of single tokens."""
+    if request.param != "tokens":
+        return request.getfixturevalue("model")
+    model = vit_with_tokens()
+    update_schedule(model, 0.9)
+    return model
+
+
 CLIPS, LABELS = torch.randn(4, 3, 8, 32, 32), torch.arange(4)
 
 
@@ -256,8 +275,8 @@ def gradients(model, run=None, scale=1.0):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def test_a_training_iteration_computes_what_a_test_does(model):
-    found = []
+def test_a_training_iteration_computes_what_a_test_does(any_model):
+    model, found = any_model, []
     for training in (True, False):
         for selector in model.stts.values():
             selector.train(training)
@@ -266,7 +285,8 @@ def test_a_training_iteration_computes_what_a_test_does(model):
 
 
 @pytest.mark.parametrize("wide", [0.0, 0.5, 1.0])
-def test_scorers_are_taught_when_all_tokens_pass_and_have_a_gradient_always(model, wide):
+def test_scorers_are_taught_when_all_tokens_pass_and_have_a_gradient_always(any_model, wide):
+    model = any_model
     widen(model.stts.values(), wide)
     found = gradients(model)
     assert all(gradient.isfinite().all() for gradient in found.values())
@@ -297,7 +317,8 @@ def test_with_both_teachers_training_mixes_unless_all_tokens_pass(model):
     assert mixed[0]["stts.space_2.scorer.network.score.0.weight"].any()
 
 
-def test_the_backbone_learns_from_the_hard_choice_alone(model):
+def test_the_backbone_learns_from_the_hard_choice_alone(any_model):
+    model = any_model
     for wide in (0.0, 1.0):
         widen(model.train().stts.values(), wide)
         found = gradients(model)
@@ -313,17 +334,22 @@ def test_the_backbone_learns_from_the_hard_choice_alone(model):
                 assert torch.equal(parameter.grad, found[name]), name
 
 
-def test_a_grad_scaler_gives_back_the_same_gradients(model):
+def test_a_grad_scaler_gives_back_the_same_gradients(any_model):
+    model = any_model
     widen(model.stts.values(), 1.0)
     plain, scaled = gradients(model), gradients(model, scale=2.0**12)
     for name, gradient in plain.items():
         torch.testing.assert_close(scaled[name] / 2.0**12, gradient, msg=name)
 
 
+@pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("wide, backend", [(0.0, "eager"), (1.0, "aot_eager")])
-def test_a_compiled_model_has_the_same_gradients(wide, backend):
-    stock = timesformer.TimeSformer(32, 8, 8, 16, 2, 2, num_classes=5)
-    model = attach(stock, time={0: 0.5}, space={1: 0.3}, teacher="saliency").train()
+def test_a_compiled_model_has_the_same_gradients(wide, backend, tokens):
+    if tokens:
+        model = vit_with_tokens()
+    else:
+        stock = timesformer.TimeSformer(32, 8, 8, 16, 2, 2, num_classes=5)
+        model = attach(stock, time={0: 0.5}, space={1: 0.3}, teacher="saliency").train()
     widen(model.stts.values(), wide)
     plain = gradients(model)
     torch._dynamo.reset()
@@ -332,7 +358,8 @@ def test_a_compiled_model_has_the_same_gradients(wide, backend):
         torch.testing.assert_close(again[name], gradient, msg=name)
 
 
-def test_ddp_finds_every_gradient(model, tmp_path):
+def test_ddp_finds_every_gradient(any_model, tmp_path):
+    model = any_model
     plain = gradients(model)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -356,14 +383,15 @@ def test_activation_checkpointing_has_the_same_gradients(tiny_cfg, model):
         torch.testing.assert_close(gradient, plain[name], msg=name)
 
 
-def test_autocast_teaches_in_full_precision(model):
+def test_autocast_teaches_in_full_precision(any_model):
+    model = any_model
     widen(model.stts.values(), 1.0)
     plain = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
         loss = F.cross_entropy(model(CLIPS), LABELS)
     model.zero_grad()
     loss.backward()
-    name = "stts.time_0.scorer.network.score.0.weight"
+    name = f"stts.{next(iter(model.stts))}.scorer.network.score.0.weight"
     near = F.cosine_similarity(
         model.get_parameter(name).grad.flatten(), plain[name].flatten(), dim=0
     )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,15 +60,48 @@ def test_a_mixture_is_of_all_tokens_that_compete(per_frame):
     assert all(p.grad is not None for p in selector.parameters())
 
 
-def test_if_all_tokens_are_kept_they_are_still_a_grid():
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_the_rest_is_merged_into_the_most_similar_kept_tokens(per_frame):
+    selector = TokenSelector(4, 0, 0.25, per_frame=per_frame, rest="merge", teacher="saliency")
+    grid = torch.randn(2, 2, 3, 4, 4, requires_grad=True)
+    selector.scheduled = True
+    found = selector.train()(grid).flatten(1, 3)
+    for clip, index, tokens in zip(grid.flatten(1, 3), selector.kept, found):
+        merged = [[] for _ in index]
+        for number, token in enumerate(clip):
+            frame = number // 12 if per_frame else 0
+            own = [i for i, k in enumerate(index.tolist()) if not per_frame or k // 12 == frame]
+            near = F.cosine_similarity(token, clip[index[own]], dim=1).argmax()
+            merged[own[int(near)]].append(token)
+        torch.testing.assert_close(tokens, torch.stack([torch.stack(m).mean(0) for m in merged]))
+    found.square().sum().backward()
+    assert (grid.grad != 0).all() and not any(p.grad.any() for p in selector.parameters())
+    torch.testing.assert_close(selector.eval()(grid).flatten(1, 3), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rest_is_finite_in_half_precision(dtype):
+    selector = TokenSelector(4, 0, 0.25, rest="merge").eval()
+    grid = torch.full((1, 2, 4, 4, 4), 6e4).to(dtype)  # equal scores, and a sum that overflows
+    found = selector.to(dtype)(grid)
+    torch.testing.assert_close(found, grid.flatten(1, 3)[:, None, None, :8], rtol=0.02, atol=0)
+    model = stts.attach(vit(), tokens={1: 0.25}, tokens_rest="merge")
+    clip = torch.randn(1, 3, 4, 16, 16)
+    plain = model(clip)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(clip).float(), plain, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("rest", ["drop", "merge"])
+def test_if_all_tokens_are_kept_they_are_still_a_grid(rest):
     grid = torch.randn(2, 2, 3, 4, 4)
-    selector = TokenSelector(4, 0, 1.0)
+    selector = TokenSelector(4, 0, 1.0, rest=rest)
     assert selector.eval()(grid) is grid and torch.equal(selector.train()(grid), grid)
     selector(grid).sum().backward()  # distributed training needs a gradient, here of zero
     assert all(p.grad is not None and not p.grad.any() for p in selector.parameters())
     model, clip = vit(), torch.randn(1, 3, 4, 16, 16)
     plain = model(clip)
-    stts.attach(model, tokens={0: 1.0, 1: 1.0}, tokens_scorer="norm")
+    stts.attach(model, tokens={0: 1.0, 1: 1.0}, tokens_scorer="norm", tokens_rest=rest)
     assert torch.equal(model(clip), plain)
 
 
@@ -81,12 +115,21 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("rest", ["drop", "merge"])
 @torch.no_grad()
-def test_evaluation_makes_nothing_larger_than_the_tokens():
-    selector, grid = TokenSelector(4, 0, 0.5).eval(), torch.randn(1, 4, 16, 16, 4)
+def test_evaluation_makes_nothing_larger_than_the_tokens(rest):
+    selector, grid = TokenSelector(4, 0, 0.5, rest=rest).eval(), torch.randn(1, 4, 16, 16, 4)
     with LargestTensor() as largest:
         selector(grid)
     assert largest.size <= grid.numel()  # k * d is 512 * 1024
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_a_batch_without_clips_passes(per_frame, caplog):
+    caplog.set_level("INFO")
+    model = stts.attach(vit(), tokens={0: 0.5}, tokens_per_frame=per_frame, tokens_rest="merge")
+    assert "learned tokens before block 0, keep 0.5, merge the rest" in caplog.text
+    assert model(torch.randn(0, 3, 4, 16, 16)).shape == (0, 3)
 
 
 def test_frames_windows_and_tokens_compose():
@@ -216,6 +259,11 @@ def test_a_block_without_known_projections_is_refused():
         ({"tokens": {9: 0.5}}, r"STTS.TOKENS.BLOCKS names block 9"),
         ({"tokens": {1: 0}}, r"STTS.TOKENS.KEEP holds 0"),
         ({"tokens_per_frame": 1}, r"STTS.TOKENS.PER_FRAME is 1: give True or False"),
+        ({"tokens_rest": "keep"}, r"STTS.TOKENS.REST is 'keep': use one of drop, merge"),
+        (
+            {"tokens_rest": "merge", "teacher": "mixture"},
+            r"REST is merge, but STTS.TEACHER is mixture.*TEACHER saliency, or STTS.TOKENS.REST",
+        ),
         ({"tokens": {1: 0.01}}, r"0.01 leaves no token of the 64 tokens that .* 1: .* 0.016"),
     ],
 )

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from stts_slowfast.tools.demo.make_data import write_frames
 from stts_slowfast.tools.inspection import View
 from stts_slowfast.video import Video
-from stts_slowfast.visualization import Box, token_boxes
+from stts_slowfast.visualization import Box, KeptRegions
 
 DIM = 0.25  # brightness of what was dropped
 _CHUNK = 64  # frames of a video in memory at a time
@@ -22,31 +21,21 @@ class ViewOverlay:
     Attributes:
         view: the clip's frames in the video, and its crop.
         num_frames: of tokens.
-        kept: frame of tokens -> window, in shares of the crop.
-        tokens: (T, H, W) bool, the kept ones, if single tokens were selected.
+        kept: of the crop.
     """
 
     view: View
     num_frames: int
-    kept: dict[int, Box]
-    tokens: Tensor | None = None
+    kept: KeptRegions
 
-    def window_at(self, frame: int) -> Box | None:
-        """The window kept in the video's frame ``frame``, in shares of it; None if dropped.
+    def boxes_at(self, frame: int) -> list[Box]:
+        """The window or the tokens kept in the video's frame ``frame``, in shares of it.
 
         A frame between two of the clip belongs to the one before it.
         """
         number = self._frame_of_tokens(frame)
-        window = None if number is None else self.kept.get(number)
-        return None if window is None else self._in_video(window)
-
-    def boxes_at(self, frame: int) -> list[Box]:
-        """The window or the tokens kept in the video's frame ``frame``, in shares of it."""
-        number = self._frame_of_tokens(frame)
-        if self.tokens is not None and number is not None:
-            return [self._in_video(box) for box in token_boxes(self.tokens[number])]
-        window = self.window_at(frame)
-        return [] if window is None else [window]
+        boxes = [] if number is None else self.kept.boxes(number)
+        return [self._in_video(box) for box in boxes]
 
     def _frame_of_tokens(self, frame: int) -> int | None:
         indices = self.view.indices

@@ -68,9 +68,7 @@ def main(args: argparse.Namespace) -> int:
                 of_view = f"view {number + 1} of {len(views)}: {predicted(inspection.probs, names)}"
                 title = f"{title}     {of_view}".strip()
             rows.append(make_film_strip_row(cfg, view.clip, inspection, title))
-            overlays.append(
-                ViewOverlay(view, len(rows[-1].frames), inspection.kept, inspection.tokens)
-            )
+            overlays.append(ViewOverlay(view, len(rows[-1].frames), inspection.kept))
     if not rows:
         raise ValueError("none of the videos could be read")
     if as_video:

@@ -79,8 +79,11 @@ TOKENS = {
 TOKENS["tokens-attention"] = _tokens("timm-frames", "attention")
 TOKENS["tokens-per-frame"] = _tokens("vivit", "unique", tokens_per_frame=True)
 VARIANTS |= {*TOKENS, "tokens-random", "random"}
+# Annealed before the step of training, so that it drops and merges.
+TOKENS_SELECTION = {"time": {0: 0.5}, "tokens": {2: 0.6}, "tokens_rest": "merge", "shrink": 0.01}
 SMALL: dict[str, Callable[[], tuple[Example, dict]]] = {
     **{name: lambda make=make: (make(), HOST_SELECTION) for name, make in EXAMPLES.items()},
+    "dinov2": lambda: (EXAMPLES["dinov2"](), TOKENS_SELECTION),
     "MViT": lambda: _golden("slowfast_mvit_v1"),
     "MViTv2": lambda: _golden("slowfast_mvit_v2"),
     "TimeSformer": _timesformer,

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import stts_slowfast as stts
+from stts_slowfast.annealing import set_progress
 from stts_slowfast.hooks import attach, detach, selections
 from tests.hosts.byhand import frames, windows
 
+TOKENS = {"tokens": {1: 0.7, 2: 0.6}, "tokens_rest": "merge"}
 CLIPS = [(4, 8, 8), (2, 4, 12)]  # in patches; 2x2 of them make a token
 COMMON = {"depth": 4, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2}
 WIDTHS = {"hidden_size": 24, "intermediate_size": 48, "out_hidden_size": 16}
@@ -57,7 +59,7 @@ def model(request):
 def test_keeping_all_changes_no_bit_and_detaching_gives_the_model_back(model):
     plain = run(model)
     attributes = {name: set(vars(m)) for name, m in model.named_modules()}
-    attach(model, time={0: 1.0, 2: 1.0}, space={1: 1.0})
+    attach(model, time={0: 1.0, 2: 1.0}, space={1: 1.0}, tokens={2: 1.0})
     assert all(torch.equal(*pair) for pair in zip(run(model), plain))
     detach(model)
     attach(model, time={0: 0.5}, space={1: 0.5})
@@ -67,9 +69,10 @@ def test_keeping_all_changes_no_bit_and_detaching_gives_the_model_back(model):
     assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
 
 
+@pytest.mark.parametrize("second", [{"space": {2: 0.6}}, TOKENS])
 @torch.no_grad()
-def test_a_clip_in_a_pack_is_computed_as_alone(model):
-    attach(model, time={0: 0.5}, space={2: 0.6})
+def test_a_clip_in_a_pack_is_computed_as_alone(model, second):
+    attach(model, time={0: 0.5}, **second)
     patches, sizes = packed()
     both = run(model)
     places, kept = stts.positions(model), selections(model)
@@ -125,9 +128,13 @@ def test_blocks_get_the_rotary_positions_and_the_frames_of_kept_tokens(model):
     assert any(not torch.equal(cells[1][0, 0], frame) for frame in cells[1][0])
 
 
-def test_gradients_reach_scorers_also_with_checkpointing():
+@pytest.mark.parametrize("tokens", [False, True])
+def test_gradients_reach_scorers_also_with_checkpointing(tokens):
     model = tower()
-    attach(model, time={0: 0.5}, space={1: 0.5}, num_samples=20).train()
+    second = TOKENS if tokens else {"space": {1: 0.5}}
+    attach(model, time={0: 0.5}, **second, num_samples=20).train()
+    if tokens:
+        set_progress(model, 0.0)  # all tokens pass
 
     def gradients():
         torch.manual_seed(0)
@@ -145,7 +152,7 @@ def test_gradients_reach_scorers_also_with_checkpointing():
 def test_compiles_and_copies():
     """With breaks at sizes that are read from tensors, as the original has them too."""
     model = tower(depth=1, deepstack_visual_indexes=[0])
-    attach(model, time={0: 0.5}, space={0: 0.5})
+    attach(model, time={0: 0.5}, space={0: 0.5}, tokens={0: 0.5}, tokens_rest="merge")
     plain = run(model)
     twin = copy.deepcopy(model)
     assert all(torch.equal(*pair) for pair in zip(run(twin), plain))

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from stts_slowfast.hooks import attach, detach, selections
-from stts_slowfast.hosts import resolve_host
+from stts_slowfast.hosts import find_blocks, resolve_host
 from tests.hosts.examples import EXAMPLES
 
 NEED_A_GRID = ("timesformer-divided", "videoprism")
@@ -51,6 +52,23 @@ def test_tokens_of_windows_and_of_frames_give_the_numbers_of_these(name):
     marks = torch.zeros(2, count, 16).scatter(1, chosen[:, :, None].expand(-1, -1, 16), 1.0)
     tokens, _ = run(example, marks.flatten(1), tokens={1: 0.5})
     torch.testing.assert_close(tokens, frames, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vjepa2", "dinov3", "timm-registers", "timesformer-joint"])
+@torch.no_grad()
+def test_the_rest_changes_tokens_but_no_positions_and_masks(name):
+    example, seen = EXAMPLES[name](), []
+    for rest in ("drop", "merge"):
+        attach(example.model, tokens={1: 0.25}, tokens_scorer="norm", tokens_rest=rest)
+        handle = find_blocks(example.model)[1].register_forward_pre_hook(
+            lambda block, args, kwargs: seen.append(tree_leaves((args, kwargs))), with_kwargs=True
+        )
+        example.logits(example.model, example.clips)
+        handle.remove()
+        detach(example.model)
+    (dropped, *others), (merged, *again) = seen
+    assert all(torch.equal(*pair) for pair in zip(others, again) if torch.is_tensor(pair[0]))
+    assert merged.shape == dropped.shape and not torch.equal(merged, dropped)
 
 
 @pytest.mark.parametrize("name", NEED_A_GRID)

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from stts_slowfast import backbones
+from stts_slowfast.annealing import set_progress
 from stts_slowfast.backbones.vit import build as build_ours
 from stts_slowfast.backbones.vit import is_plain_vit
+from stts_slowfast.hooks import selections
 from stts_slowfast.standalone.config import load_config
+from stts_slowfast.standalone.model import build_model
 
 VARIANTS = {
     "FT": {},
@@ -49,6 +52,41 @@ def test_probabilities_are_slowfasts(small, build, variant):
     theirs.load_state_dict(ours.state_dict())
     clip = torch.randn(2, 3, 4, 32, 32)
     torch.testing.assert_close(ours(clip).softmax(1), theirs([clip]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rest", ["drop", "merge"])
+def test_single_tokens_of_slowfasts_vit_are_ours(get_cfg, build, rest):
+    tokens = [
+        "STTS.TOKENS.BLOCKS",
+        [0, 1],
+        "STTS.TOKENS.KEEP",
+        [0.5, 0.5],
+        "STTS.TOKENS.REST",
+        rest,
+    ]
+    tokens += ["STTS.TIME.BLOCKS", [], "STTS.SPACE.BLOCKS", [], "STTS.TEACHER", "saliency"]
+    tokens += ["MVIT.DROPPATH_RATE", 0.0, "MODEL.DROPOUT_RATE", 0.0]
+    cfg = get_cfg(
+        *SMALL, *tokens, "STTS.ENABLE", True, stock="configs/masked_ssl/k400_VIT_B_16x4_FT.yaml"
+    )
+    theirs, ours = build(cfg), build_model(cfg)
+    with torch.no_grad():
+        for parameter in ours.parameters():  # a fresh head is scaled to almost nothing
+            parameter.mul_(2.0)
+    theirs.load_state_dict(ours.state_dict())
+    clip, gradients = torch.randn(2, 3, 4, 32, 32), []
+    for model, clips in ((theirs, [clip]), (ours, clip)):
+        out = model.eval()(clips)
+        out = out if model is theirs else out.softmax(1)
+        gradients.append([out.detach(), *selections(model).values()])
+        for progress in (0.0, 1.0):  # all tokens pass; KEEP
+            set_progress(model.train(), progress)
+            model.zero_grad()
+            torch.manual_seed(0)
+            model(clips).log_softmax(1)[:, 0].mean().backward()
+            gradients[-1] += [p.grad.clone() for name, p in sorted(model.named_parameters())]
+    for found, expected in zip(*gradients):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", ["B", "L", "H"])

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from stts_slowfast.backbones.timesformer import TimeSformer
 from stts_slowfast.checkpoints import save_checkpoint
 from stts_slowfast.fused import fuse_model
+from stts_slowfast.hooks import attach
 from stts_slowfast.standalone.model import build_model
 from stts_slowfast.tools import cli, export
 
@@ -55,6 +57,17 @@ def test_onnx_computes_the_same(model, tmp_path):
     path = tmp_path / "model.onnx"
     assert export.export(model, torch.randn(1, 3, 8, 32, 32), str(path)) < 1e-4
     assert path.stat().st_size > 0
+
+
+def test_onnx_merges_single_tokens(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    sizes = {"img_size": 16, "num_frames": 4, "patch_size": 4, "embed_dim": 16, "depth": 2}
+    model = TimeSformer(**sizes, num_heads=2, num_classes=3, attention_type="joint_space_time")
+    attach(model, time={0: 0.5}, tokens={1: 0.4}, tokens_rest="merge")
+    for parameter in model.stts.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    assert export.export(model, torch.randn(2, 3, 4, 16, 16), str(tmp_path / "model.onnx")) < 1e-4
 
 
 def test_command_line(config, tmp_path, tiny_cfg, capsys):

@@ -12,9 +12,8 @@ from stts_slowfast.tools.inspection import View, crop_window
 
 def test_picture_marks_kept_frames_green_and_windows_red(tmp_path):
     frames = torch.full((4, 32, 32, 3), 128, dtype=torch.uint8)
-    strip = visualization.FilmStripRow(
-        "a clip", frames, {1: (0.25, 0.25, 0.5, 0.5)}, [1], [0, 1, 0.5, 0]
-    )
+    regions = visualization.KeptRegions({1: (0.25, 0.25, 0.5, 0.5)})
+    strip = visualization.FilmStripRow("a clip", frames, regions, [1], [0, 1, 0.5, 0])
     visualization.draw([strip]).savefig(tmp_path / "strip.png")
     image = np.array(Image.open(tmp_path / "strip.png").convert("RGB")).astype(int)
     red, green, blue = image.reshape(-1, 3).T
@@ -27,12 +26,12 @@ def test_picture_marks_kept_frames_green_and_windows_red(tmp_path):
 
 
 def test_frames_of_the_video_belong_to_the_frame_of_tokens_before_them():
-    kept = {0: (0.0, 0.0, 0.5, 0.5), 2: visualization.FULL_FRAME}
+    kept = visualization.KeptRegions({0: (0.0, 0.0, 0.5, 0.5), 2: visualization.FULL_FRAME})
     view = View(torch.zeros(3, 6, 8, 8), [10, 13, 16, 19, 22, 25], (0.25, 0.0, 0.5, 1.0))
     overlay = overlay_video.ViewOverlay(view, 3, kept)
     first, last = (0.25, 0.0, 0.25, 0.5), (0.25, 0.0, 0.5, 1.0)
-    windows = [overlay.window_at(number) for number in range(30)]
-    assert windows == [None] * 10 + [first] * 6 + [None] * 6 + [last] * 6 + [None] * 2
+    boxes = [overlay.boxes_at(number) for number in range(30)]
+    assert boxes == [[]] * 10 + [[first]] * 6 + [[]] * 6 + [[last]] * 6 + [[]] * 2
 
 
 def test_what_no_view_kept_is_dimmed():

@@ -32,11 +32,11 @@ def cfg(tiny_cfg):
 def test_regions_follow_time_then_space(cfg):
     kept = {"time_0": torch.tensor([[0, 2], [1, 3]])}
     kept["space_1"] = torch.tensor([[0, 0, 6, 6], [2, 2, 6, 6], [1, 0, 6, 6], [0, 2, 6, 6]])
-    assert visualization.kept_regions(cfg, kept, 0) == {
+    assert visualization.kept_regions(cfg, kept, 0).windows == {
         0: (0.0, 0.0, 0.75, 0.75),
         2: (0.25, 0.25, 0.75, 0.75),
     }
-    assert visualization.kept_regions(cfg, kept, 1) == {
+    assert visualization.kept_regions(cfg, kept, 1).windows == {
         1: (0.125, 0.0, 0.75, 0.75),
         3: (0.0, 0.25, 0.75, 0.75),
     }
@@ -51,7 +51,7 @@ def test_later_selections_work_inside_earlier_ones(cfg):
         "time_1": torch.tensor([[1, 2]]),
         "space_1": torch.tensor([[2, 0, 2, 2], [0, 2, 2, 2]]),
     }
-    assert visualization.kept_regions(cfg, kept) == {
+    assert visualization.kept_regions(cfg, kept).windows == {
         2: (0.5, 0.5, 0.25, 0.25),
         3: (0.5, 0.75, 0.25, 0.25),
     }
@@ -65,18 +65,18 @@ def test_single_tokens_are_at_their_positions(cfg):
     }
     cfg.STTS.SPACE.BLOCKS = []
     cfg.STTS.TOKENS.BLOCKS, cfg.STTS.TOKENS.KEEP = [0, 1], [4 / 128, 0.5]
-    tokens = visualization.kept_tokens(cfg, kept, 1)
+    regions = visualization.kept_regions(cfg, kept, 1)
+    tokens = regions.tokens
     assert tokens.shape == (4, 8, 8) and tokens.nonzero().tolist() == [[1, 1, 1], [3, 7, 7]]
-    assert list(visualization.kept_regions(cfg, kept, 1)) == [1, 3]
-    assert list(visualization.kept_regions(cfg, kept, 0)) == [0]
-    assert visualization.token_boxes(tokens[1]) == [(0.125, 0.125, 0.125, 0.125)]
+    assert list(regions.windows) == [1, 3] and regions.boxes(0) == []
+    assert list(visualization.kept_regions(cfg, kept, 0).windows) == [0]
+    assert regions.boxes(1) == [(0.125, 0.125, 0.125, 0.125)]
     dimmed = visualization.dim_tokens(np.zeros((32, 32, 3), np.uint8), tokens[1])
     assert (dimmed[4:8, 4:8] == 0).all() and (dimmed == 0).sum() == 3 * 16
     view = View(torch.zeros(3, 8, 32, 32), list(range(8)), (0.0, 0.5, 1.0, 0.5))
-    overlay = ViewOverlay(view, 4, dict.fromkeys((1, 3), visualization.FULL_FRAME), tokens)
+    overlay = ViewOverlay(view, 4, regions)
     assert overlay.boxes_at(3) == [(0.125, 0.5625, 0.125, 0.0625)] and overlay.boxes_at(0) == []
-    assert visualization.kept_tokens(cfg, {"time_0": kept["time_0"]}) is None
-    strip = visualization.FilmStripRow("", torch.zeros(4, 32, 32, 3).byte(), {}, tokens=tokens)
+    strip = visualization.FilmStripRow("", torch.zeros(4, 32, 32, 3).byte(), regions)
     assert "bright: tokens kept" in visualization.draw([strip])._supxlabel.get_text()
 
 
@@ -89,10 +89,11 @@ def test_strip_shows_the_frames_of_the_clip_and_their_scores(cfg):
     strip = visualization.make_film_strip_row(cfg, clip, seen, "a clip")
     assert strip.frames.shape == (4, 32, 32, 3)
     assert strip.frames[:, 0, 0, 0].tolist() == [10, 30, 50, 70]
-    assert sorted(strip.kept) == model.stts["time_0"].kept[0].tolist()
+    assert sorted(strip.kept.windows) == model.stts["time_0"].kept[0].tolist()
     # The frames kept are those that score best; looking leaves no hook behind.
     best = torch.tensor(strip.scores).topk(2).indices.sort().values
-    assert best.tolist() == sorted(strip.kept) and 0 == min(strip.scores) < max(strip.scores) <= 1
+    assert best.tolist() == sorted(strip.kept.windows)
+    assert 0 == min(strip.scores) < max(strip.scores) <= 1
     assert not model.stts["time_0"].scorer._forward_hooks
 
 
@@ -136,7 +137,7 @@ def test_without_selection_every_frame_is_kept_whole(cfg):
     seen = visualization.inspect_clip(cfg, build_model(cfg), clip)
     strip = visualization.make_film_strip_row(cfg, clip, seen, "a clip")
     assert strip.scores is None
-    assert strip.kept == dict.fromkeys(range(4), visualization.FULL_FRAME)
+    assert strip.kept.windows == dict.fromkeys(range(4), visualization.FULL_FRAME)
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def test_a_range_of_budgets_is_not_shown_as_one(words, tmp_path, capsys):
 def test_film_is_the_video_with_what_was_dropped_dimmed(cfg, words, tmp_path, monkeypatch, capsys):
     white = np.full((20, 48, 64, 3), 250, np.uint8)
     make_data.write_video(str(tmp_path / "white.mp4"), white)
-    kept = {1: (0.0, 0.0, 1.0, 1.0), 2: (0.5, 0.5, 0.5, 0.5)}
+    kept = visualization.KeptRegions({1: (0.0, 0.0, 1.0, 1.0), 2: (0.5, 0.5, 0.5, 0.5)})
     monkeypatch.setattr(visualization, "kept_regions", lambda *_: kept)
     out = tmp_path / "film.mp4"
     opts = ["--opts", "DATA.SAMPLING_RATE", "2", "DATA.TARGET_FPS", "16"]

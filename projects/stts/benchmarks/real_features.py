@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224, help="of a frame, a multiple of 14")
     parser.add_argument("--frames", type=int, default=8, help="of a clip")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.25], help="shares of tokens")
+    parser.add_argument("--rest", default="drop", help="STTS.TOKENS.REST")
     parser.add_argument("--clips", type=int, default=2, help="of a film")
     parser.add_argument("--seeds", type=int, default=4, help="of random tokens, or of --adapt")
     parser.add_argument("--adapt", action="store_true", help="adapt to half of the films")
@@ -88,7 +89,7 @@ def table_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace) 
     half = {0: 0.5}
     plans: list[tuple[str, float, dict]] = [("all tokens", 1.0, {"time": half})]
     for keep in args.keep:
-        tokens = {"time": half, "tokens": {BLOCK: keep}}
+        tokens = {"time": half, "tokens": {BLOCK: keep}, "tokens_rest": args.rest}
         names = ["random"] * args.seeds + list(SCORERS)
         plans += [(name, keep, tokens | {"tokens_scorer": name}) for name in names]
         window = {"time": half, "space": {BLOCK: keep}, "space_scorer": "uniform"}
@@ -118,7 +119,8 @@ def adapted_rows(model: nn.Module, films: list[Tensor], args: argparse.Namespace
             torch.manual_seed(seed)
             model.load_state_dict(state)
             share = (min(args.keep), max(args.keep))
-            stts.attach(model, tokens={BLOCK: share}, tokens_scorer=scorer, fused_attention=False)
+            selection = {"tokens": {BLOCK: share}, "tokens_rest": args.rest}
+            stts.attach(model, **selection, tokens_scorer=scorer, fused_attention=False)
             found = stts.adapt(
                 model,
                 Shuffled(clips, seed),

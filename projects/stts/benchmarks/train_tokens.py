@@ -1,7 +1,8 @@
 """Do learned single tokens beat random ones? Small VideoMAE and V-JEPA 2, from random weights.
 
     OMP_NUM_THREADS=1 python projects/stts/benchmarks/train_tokens.py [--kinds needle clutter ...]
-        [--models videomae vjepa2] [--scorers learned random none] [--seeds 0 1 2] [--json FILE]
+        [--models videomae vjepa2] [--scorers learned random none] [--rests drop merge]
+        [--seeds 0 1 2] [--json FILE]
     python projects/stts/benchmarks/tables.py      # the table, from results/train_tokens.json
 
 Clips are those of ``stts make-data``, drawn in memory. A model of three blocks of width 48 learns
@@ -111,17 +112,18 @@ def top1(model: nn.Module, clips: Tensor, labels: Tensor) -> float:
     return 100 * (found == labels).float().mean().item()
 
 
-def run(kind: str, name: str, scorer: str, seed: int, args: argparse.Namespace) -> dict:
+def run(kind: str, name: str, scorer: str, rest: str, seed: int, args: argparse.Namespace) -> dict:
     """A trained model's top-1 by budget; ``scorer`` "none" trains on all tokens."""
     torch.manual_seed(seed)
     model = build(kind, name)
     if scorer != "none":
-        kept = {"tokens": {args.block: (0.12, 0.25)}, "tokens_scorer": scorer}
+        kept = {"tokens": {args.block: (0.12, 0.25)}, "tokens_scorer": scorer, "tokens_rest": rest}
         stts.attach(model, **kept, teacher=args.teacher, shrink=0.6)
     train(model, *draw_clips(kind, seed, 0, CLIPS[kind]), STEPS[kind], LEARNING_RATE, seed)
     model.eval()
     test = draw_clips(kind, seed, 1, 256)
-    row = {"kind": kind, "model": name, "scorer": scorer, "seed": seed}
+    label = scorer if rest == "drop" else f"{scorer}, {rest}"
+    row = {"kind": kind, "model": name, "scorer": label, "seed": seed}
     for budget in BUDGETS if scorer != "none" else (1.0,):
         for selector in model.stts.values() if scorer != "none" else ():
             selector.set_share(budget)
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["needle", "clutter", "motion"])
     parser.add_argument("--models", nargs="+", default=["videomae", "vjepa2"])
     parser.add_argument("--scorers", nargs="+", default=["learned", "random", "none"])
+    parser.add_argument("--rests", nargs="+", default=["drop"], help="STTS.TOKENS.REST")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--block", type=int, default=0, help="before which tokens are selected")
     parser.add_argument("--teacher", default="saliency")
@@ -141,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for case in itertools.product(args.kinds, args.models, args.scorers, args.seeds):
+    for case in itertools.product(args.kinds, args.models, args.scorers, args.rests, args.seeds):
         rows.append(run(*case, args))
         print(rows[-1], flush=True)
         if args.json:

@@ -10,7 +10,7 @@ from stts_slowfast import backbones, selections
 from stts_slowfast.standalone.annotations import VideoList
 from stts_slowfast.standalone.data import UNREADABLE
 from stts_slowfast.tools.demo import make_data
-from stts_slowfast.visualization import FULL_FRAME, Box, kept_regions, kept_tokens, token_boxes
+from stts_slowfast.visualization import Box, KeptRegions, kept_regions
 
 
 class CoverageStats:
@@ -35,24 +35,18 @@ class CoverageStats:
 
     def __call__(self, split: str, model: nn.Module, batch: tuple[Tensor, ...]) -> None:
         _, labels, numbers, _ = batch
-        kept = selections(model) if self.cfg.STTS.ENABLE else None
-        everything = dict.fromkeys(range(len(self.frames)), FULL_FRAME)
+        kept = selections(model) if self.cfg.STTS.ENABLE else {}
         for item, (label, number) in enumerate(zip(labels.tolist(), numbers.tolist())):
             if label != UNREADABLE:
-                regions = everything if kept is None else kept_regions(self.cfg, kept, item)
-                tokens = None if kept is None else kept_tokens(self.cfg, kept, item)
-                self.add(regions, os.path.basename(self.videos[number].path), tokens)
+                name = os.path.basename(self.videos[number].path)
+                self.add(kept_regions(self.cfg, kept, item), name)
 
-    def add(self, regions: dict[int, Box], name: str, tokens: Tensor | None = None) -> None:
-        """Counts a clip of the video ``name``; ``regions`` as `kept_regions` and ``tokens`` as
-        `kept_tokens` return them."""
+    def add(self, regions: KeptRegions, name: str) -> None:
+        """Counts what is kept of a clip of the video ``name``."""
         self.clips += 1
-        boxes = {frame: [box] for frame, box in regions.items()}
-        if tokens is not None:
-            boxes = {frame: token_boxes(tokens[frame]) for frame in regions}
-        for frame, parts in boxes.items():
+        for frame in regions.windows:
             self.frames[frame] += 1
-            for top, left, height, width in parts:
+            for top, left, height, width in regions.boxes(frame):
                 rows, columns = (
                     slice(round(first * size), round((first + side) * size))
                     for first, side, size in zip((top, left), (height, width), self.tokens.shape)
@@ -62,9 +56,8 @@ class CoverageStats:
             return
         for frame, box in true_boxes(self.cfg, self.truth[name]).items():
             self.num_true += 1
-            if frame in regions:
-                self.num_hit += 1
-                self.box_share += sum(share_inside(box, part) for part in boxes[frame])
+            self.num_hit += frame in regions.windows
+            self.box_share += sum(share_inside(box, part) for part in regions.boxes(frame))
 
     def summary(self) -> dict:
         """Shares in 0..1; recalls are None if the truth is not known."""

@@ -5,6 +5,7 @@ import torch
 
 from stts_slowfast.tools.demo import make_data
 from stts_slowfast.tools.study import coverage
+from stts_slowfast.visualization import KeptRegions
 
 
 def test_boxes_count_in_frames_of_tokens_and_shares_of_the_frame(tiny_cfg):
@@ -23,8 +24,8 @@ def test_kept_positions_are_summed_up(tiny_cfg):
     tiny_cfg.DATA.SAMPLING_RATE, tiny_cfg.DATA.TEST_CROP_SIZE = 2, 32
     stats = coverage.CoverageStats(tiny_cfg, [])  # a grid of 4x8x8
     stats.truth = {"a": make_data.Truth(0, [4, 8], [[0, 0, 16, 16]] * 2)}
-    stats.add({1: (0.0, 0.25, 0.5, 0.5)}, "a")
-    stats.add({1: (0.5, 0.5, 0.5, 0.5), 2: (0.0, 0.0, 1.0, 1.0)}, "a")
+    stats.add(KeptRegions({1: (0.0, 0.25, 0.5, 0.5)}), "a")
+    stats.add(KeptRegions({1: (0.5, 0.5, 0.5, 0.5), 2: (0.0, 0.0, 1.0, 1.0)}), "a")
     found = stats.summary()
     assert found["frames_kept"] == [0, 1, 0.5, 0]
     assert found["frame_recall"] == 0.75 and found["box_recall"] == (0.5 + 0 + 1) / 4
