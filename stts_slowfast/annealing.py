@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,8 @@ from stts_slowfast.config import Settings
 from stts_slowfast.frozen_gradients import turn_on
 from stts_slowfast.hooks import all_selectors
 from stts_slowfast.hosts import modules_with_selectors
+from stts_slowfast.selectors import Selector
+from stts_slowfast.topk import SMALLEST_SIGMA
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +89,49 @@ def update_schedule(model: nn.Module, fraction: float, seed: int = 0) -> float |
 
 def keep_all_for_saliency(model: nn.Module) -> None:
     """Widens the budgets of a model that saliency teaches to all tokens, until the next
-    :func:`update_schedule`: while the backbone is frozen, only teaching is of use.
+    :func:`update_schedule`.
     """
     selectors = all_selectors(model)
     if any(selector.learns_from_saliency for selector in selectors):
         for selector in selectors:
             selector.keep_all()
+
+
+def check_training(
+    settings: Settings, selectors: Iterable[Selector], held_back: bool = True
+) -> None:
+    """Checks, as training begins, that learned scorers would get a gradient.
+
+    Args:
+        settings: of a model.
+        selectors: of the model; those whose scorers do not learn are not checked.
+        held_back: whether the backbone's weights are trained, so that it is frozen at first.
+
+    Raises:
+        ValueError: naming the key by which their gradient would be exactly 0.
+    """
+    learned = [s for s in selectors if any(p.requires_grad for p in s.parameters())]
+    of_saliency = [selector for selector in learned if selector.teacher == "saliency"]
+    if of_saliency and not (settings.shrink or (held_back and settings.freeze_backbone_epochs)):
+        raise ValueError(
+            f"saliency alone teaches {of_saliency[0].key} (STTS.TEACHER {settings.teacher}), in "
+            "iterations that keep all tokens, and there would be none: set STTS.SHRINK above 0, or "
+            "start from trained weights, in a loop with a Schedule, with "
+            "STTS.FREEZE_BACKBONE_EPOCHS above 0"
+        )
+    if len(of_saliency) == len(learned):
+        return
+    if settings.sigma <= SMALLEST_SIGMA:
+        raise ValueError(
+            f"STTS.SIGMA is {settings.sigma:g}: in training the scorers would get no gradient and "
+            f"learn nothing; give more than {SMALLEST_SIGMA:g}, or scorers that do not learn"
+        )
+    if (settings.operator, settings.gradient, settings.num_samples) == ("perturbed", "exact", 1):
+        raise ValueError(
+            "STTS.NUM_SAMPLES is 1: a single sample is its own baseline, so in training the "
+            "scorers would get no gradient and learn nothing; give at least 2, or STTS.GRADIENT "
+            "diagonal, or STTS.OPERATOR subset"
+        )
 
 
 def reset(model: nn.Module) -> None:
@@ -115,8 +155,9 @@ def set_progress(model: nn.Module, fraction: float, seed: int = 0) -> float | No
         Sigma; None if there is no selector.
 
     Raises:
-        ValueError: for a fraction outside 0 to 1; for a model whose ``freeze_backbone_epochs`` or
-            ``backbone_lr`` only a :class:`Schedule` can apply. If they are the defaults, it warns.
+        ValueError: for a fraction outside 0 to 1; if scorers would get no gradient; for a model
+            whose ``freeze_backbone_epochs`` or ``backbone_lr`` only a :class:`Schedule` can apply.
+            If they are the defaults, it warns.
     """
     _check_no_schedule_needed(model)
     turn_on(model)
@@ -130,6 +171,7 @@ def _check_no_schedule_needed(model: nn.Module) -> None:
         settings = stts.settings
         if not any(True for _ in stts.parameters()):
             continue
+        check_training(settings, stts.values(), held_back=False)
         asked = {
             "freeze_backbone_epochs": settings.freeze_backbone_epochs > 0,
             "backbone_lr": settings.backbone_lr < 1,

@@ -10,12 +10,12 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from stts_slowfast.budgets import DIMENSIONS, Share, Sizes, plan_grids
-from stts_slowfast.configfiles.values import check_choice
+from stts_slowfast.configfiles.values import check_choice, flatten
 from stts_slowfast.plugins import load_extensions
 from stts_slowfast.scorers import SCORERS
 from stts_slowfast.shares import check_order, check_rest, check_shares, is_number, read_shares
 from stts_slowfast.token_scorers import TOKEN_SCORERS
-from stts_slowfast.topk import GRADIENTS, OPERATORS, SMALLEST_SIGMA
+from stts_slowfast.topk import GRADIENTS, OPERATORS
 
 SIGMA_DECAYS = ("linear", "constant")
 TEACHERS = ("mixture", "saliency", "both")
@@ -81,11 +81,11 @@ def add_stts_config(cfg: CfgNode) -> None:
 
     # How learned scorers are trained: mixture (the paper's: training mixes candidates by OPERATOR's
     # weights, through which gradients pass); saliency (training selects as a test does; in
-    # iterations that keep all tokens, their gradient tells which candidates the loss depends on,
-    # and scorers learn that ranking); or both (saliency in those iterations, mixture in all
-    # others; for single tokens the same as saliency, since mixtures of tokens from anywhere are
-    # like none of them). All tokens are kept while the backbone is frozen and, less and less often,
-    # during SHRINK.
+    # iterations that keep all tokens, the gradient of the tokens shows which candidates the loss
+    # depends on, and scorers learn that ranking); or both (saliency in those iterations, mixture in
+    # all others; for single tokens the same as saliency, since mixtures of tokens from anywhere are
+    # like none of them). With saliency or both, all tokens are kept in the FREEZE_BACKBONE_EPOCHS
+    # and, less and less often, during SHRINK.
     cfg.STTS.TEACHER = "both"
     # How gradients pass through a selection: subset (exact, without noise), perturbed (the paper's
     # perturbed maximum), or a name registered in topk.OPERATORS.
@@ -97,8 +97,8 @@ def add_stts_config(cfg: CfgNode) -> None:
     cfg.STTS.SIGMA_DECAY = "linear"
     # Fraction of training with budget annealing, so that a trained backbone adapts: iterations keep
     # all tokens, less and less often, or KEEP. With TEACHER mixture each iteration samples a
-    # budget, in four steps between KEEP and an upper bound that decays from all tokens to KEEP (0
-    # in the paper: KEEP from the first iteration, and its speed and memory).
+    # budget, in four steps between KEEP and an upper bound that decays from all tokens to KEEP.
+    # 0, as in the paper: KEEP from the first iteration that is not frozen, with its memory.
     cfg.STTS.SHRINK = 0.5
     # Of perturbed: number of perturbations per row of scores.
     cfg.STTS.NUM_SAMPLES = 500
@@ -157,8 +157,9 @@ class Settings:
         """The settings of a node ``cfg.STTS``.
 
         Raises:
-            ValueError: if blocks and shares do not make pairs.
+            ValueError: if blocks and shares do not make pairs, or a key is missing.
         """
+        _check_complete(node)
         values: dict[str, Any] = {
             name.lower(): read_shares(f"STTS.{name}", node[name]) for name in DIMENSIONS
         }
@@ -245,6 +246,18 @@ def _key(name: str) -> str:
     return re.sub("^(TIME|SPACE|TOKENS)_", r"\1.", name.upper())
 
 
+def _check_complete(node: CfgNode) -> None:
+    """Raises ``ValueError`` if a node lacks a key, as one of an older version does."""
+    cfg = CfgNode()
+    add_stts_config(cfg)
+    have = dict(flatten(node))
+    if missing := [key for key, _ in flatten(cfg.STTS) if key not in have]:
+        raise ValueError(
+            f"the node has no STTS.{missing[0]}: make it with add_stts_config(cfg), and merge your "
+            "keys into it"
+        )
+
+
 def rename_keys_in_message(message: str) -> str:
     """A message about keys of the node, rewritten for plain arguments."""
     names = {f"STTS.{_key(leaf.name)}": leaf.name for leaf in fields(Settings)}
@@ -269,41 +282,6 @@ def validate_stts(node: CfgNode, num_blocks: int, grids: Sequence[Sizes] | None 
         ValueError: naming the key, its value and what would be right.
     """
     Settings.from_cfg(node).validate(num_blocks, grids)
-
-
-def check_training(settings: Settings, held_back: bool = True) -> None:
-    """Checks, as training begins, that learned scorers would get a gradient.
-
-    Args:
-        settings: of a model with learned scorers.
-        held_back: whether the backbone's weights are trained, so that it is frozen at first.
-
-    Raises:
-        ValueError: naming the key by which their gradient would be exactly 0.
-    """
-    of_tokens = settings.teacher == "both" and settings.tokens
-    if settings.teacher == "saliency" or of_tokens:
-        if not (settings.shrink or (held_back and settings.freeze_backbone_epochs)):
-            what = " for single tokens" if of_tokens else ""
-            raise ValueError(
-                f"STTS.TEACHER is saliency{what}, but STTS.SHRINK is 0 and the backbone is never "
-                "frozen: saliency teaches in iterations that keep all tokens, and there would be "
-                "none; set SHRINK above 0, or start from trained weights with "
-                "STTS.FREEZE_BACKBONE_EPOCHS above 0"
-            )
-        if not of_tokens:
-            return
-    if settings.sigma <= SMALLEST_SIGMA:
-        raise ValueError(
-            f"STTS.SIGMA is {settings.sigma:g}: in training the scorers would get no gradient and "
-            f"learn nothing; give more than {SMALLEST_SIGMA:g}, or scorers that do not learn"
-        )
-    if (settings.operator, settings.gradient, settings.num_samples) == ("perturbed", "exact", 1):
-        raise ValueError(
-            "STTS.NUM_SAMPLES is 1: a single sample is its own baseline, so in training the "
-            "scorers would get no gradient and learn nothing; give at least 2, or STTS.GRADIENT "
-            "diagonal, or STTS.OPERATOR subset"
-        )
 
 
 def check_testing(node: CfgNode) -> None:

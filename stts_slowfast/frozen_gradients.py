@@ -130,6 +130,8 @@ def _renew_reducer(ddp: Any) -> None:
     hooks, attributes = ddp._comm_hooks, ddp.__getstate__()
     del ddp.reducer, ddp.logger  # the reducer's hooks on parameters go with it
     ddp.__setstate__(attributes)
+    if ddp.static_graph:  # its next backward pass is the first of this reducer
+        ddp._static_graph_delay_allreduce_enqueued = False
     ddp._comm_hooks = []
     for hook, of_hook in hooks:
         ddp.register_comm_hook(of_hook, hook)

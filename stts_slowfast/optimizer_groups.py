@@ -5,10 +5,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 
-from stts_slowfast.config import check_training
+from stts_slowfast.annealing import check_training
 from stts_slowfast.frozen_gradients import turn_on
-from stts_slowfast.hooks import settings_of
+from stts_slowfast.hooks import all_selectors, settings_of
 from stts_slowfast.hosts import is_instance_of
 from stts_slowfast.selectors import Selector
 
@@ -158,7 +159,7 @@ def scorer_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def check_scorers(model: nn.Module) -> None:
     """Raises ``ValueError`` if scorers that learn would get no gradient."""
-    check_training(settings_of(model))
+    check_training(settings_of(model), all_selectors(model))
     frozen = [name for name, parameter in scorer_parameters(model) if not parameter.requires_grad]
     if frozen:
         raise ValueError(
@@ -224,3 +225,20 @@ def missing_scorers(groups: Collection[Group], model: nn.Module) -> list[str]:
     """Names of scorers' parameters that are in no group."""
     given = {id(parameter) for group in groups for parameter in tensors(group)}
     return [name for name, p in scorer_parameters(model) if id(p) not in given]
+
+
+def with_hooks(optimizer: Optimizer) -> Optimizer:
+    """PyTorch's optimizer inside the wrappers of accelerate or SlowFast (LARS)."""
+    inner: Any = optimizer
+    while not hasattr(inner, "_optimizer_step_pre_hooks"):
+        inner = getattr(inner, "optimizer", None) or getattr(inner, "optim", None)
+        if inner is None:
+            raise TypeError(
+                f"{type(optimizer).__name__} has no hooks on its step: give a torch.optim.Optimizer"
+            )
+    if isinstance(inner, LBFGS):
+        raise TypeError(
+            "LBFGS has one rate for all parameters, so a backbone cannot be frozen or capped apart "
+            "from the scorers: use another optimizer, or set_progress(model, fraction)"
+        )
+    return inner

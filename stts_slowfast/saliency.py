@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stts_slowfast.windows import WindowSize
@@ -30,9 +29,10 @@ def teach(
     The gradient of the tokens passes unchanged. The gradient of the scores is that of each clip's
     cross entropy between ``softmax(scores / temperature)`` and the candidates' shares of the clip's
     saliency, times the mean saliency of a clip in the batch. So it scales with the loss (a
-    ``GradScaler``, a mean over accumulated batches or processes), while every clip has
-    equal weight, however small its loss. A clip whose saliency is 0, or was rounded to 0,
-    teaches nothing.
+    ``GradScaler``, a mean over accumulated batches or processes), while the clips of a batch have
+    equal weight, however small their losses. Between batches, of accumulation or of other
+    processes, the weight is that of their losses. A clip whose saliency is 0, or was rounded to 0,
+    teaches nothing. A second derivative takes the gradient of the scores for a constant.
 
     Args:
         tokens: ``(B, T, H, W, C)``, all of which are kept: dropped ones would have no gradient.
@@ -61,11 +61,16 @@ class _Teach(torch.autograd.Function):
         return tokens.view_as(tokens)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        with torch.no_grad():  # a second derivative takes what teaches the scores for a constant
+            return grad_output, _Teach.scores_gradient(ctx, grad_output), None, None
+
+    @staticmethod
+    def scores_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+        """Of the cross entropy, times the mean saliency of a clip."""
         scores, *tokens = ctx.saved_tensors
         if ctx.candidates is None:
-            return grad_output, torch.zeros_like(scores), None, None
+            return torch.zeros_like(scores)
         # In half precision small products would be lost.
         x = tokens[0].to(scores.dtype)
         products = (x - x.mean(dim=(1, 2, 3), keepdim=True)).mul_(grad_output)
@@ -77,4 +82,5 @@ class _Teach(torch.autograd.Function):
         total = shares.sum(dim=(1, 2), keepdim=True)
         probabilities = (scores / ctx.temperature).flatten(1).softmax(dim=1).view_as(scores)
         grad = torch.where(total > 0, (probabilities - shares / total) / ctx.temperature, 0.0)
-        return grad_output, grad * saliency.sum(dim=(1, 2, 3)).mean(), None, None
+        lesson: Tensor = grad * saliency.sum(dim=(1, 2, 3)).mean()
+        return lesson

@@ -9,10 +9,9 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
-from stts_slowfast.annealing import keep_all_for_saliency, update_schedule
-from stts_slowfast.config import check_training
+from stts_slowfast.annealing import check_training, keep_all_for_saliency, update_schedule
 from stts_slowfast.frozen_gradients import FrozenGradients
 from stts_slowfast.hooks import all_selectors, raise_on_nan, settings_of
 from stts_slowfast.optimizer_groups import (
@@ -22,9 +21,13 @@ from stts_slowfast.optimizer_groups import (
     param_groups,
     scorer_parameters,
     tensors,
+    with_hooks,
 )
 
 logger = logging.getLogger(__name__)
+
+# So many steps may have gradients of other parameters alone, as of batches without videos.
+STEPS_WITHOUT_GRADIENT = 10
 
 
 class Schedule:
@@ -83,9 +86,10 @@ class Schedule:
         self.epoch: float | None = None
         # During optimizer.step(): each group, the loop's rate, and the rate of the step.
         self._rates: list[tuple[dict[str, Any], float | Tensor, float]] = []
+        self._unseen = STEPS_WITHOUT_GRADIENT if self.learns else 0
         self._gradients = FrozenGradients(model)
         self._gradients.turn_on()  # those that a loop before left, which ended with an error
-        inner: Any = _with_hooks(optimizer)
+        inner: Any = with_hooks(optimizer)
         self.base_lr = 0.0 if base_lr is None else base_lr
         if self.learns:
             self._settings = settings_of(model)
@@ -142,10 +146,10 @@ class Schedule:
             self._resolve_backbone_freeze()
         self.epoch = epoch
         noise = update_schedule(self.model, min(epoch / self.max_epochs, 1.0), self.seed)
-        if self._is_frozen():
-            keep_all_for_saliency(self.model)
         if not self.learns:
             return {}
+        if self._is_in_freeze() and any(group.get("held_back") for group in groups):
+            keep_all_for_saliency(self.model)
         if any("backbone" not in group or "held_back" not in group for group in groups):
             raise ValueError(
                 "not all groups of the optimizer are marked as backbone or scorers: one was added "
@@ -186,7 +190,7 @@ class Schedule:
 
     def _check_unchanged(self) -> None:
         """Raises if the optimizer has a new schedule, or the model new selectors."""
-        if getattr(_with_hooks(self.optimizer), "stts_schedule", None) is not self:
+        if getattr(with_hooks(self.optimizer), "stts_schedule", None) is not self:
             raise ValueError(
                 "this Schedule is not the optimizer's: another was made for it since, or it is a "
                 "copy; make one Schedule(model, optimizer, ...) for each optimizer"
@@ -219,7 +223,7 @@ class Schedule:
         groups = self.optimizer.param_groups
         resumed = all("held_back" in group for group in groups)
         held_back = any(g["held_back"] for g in groups) if resumed else self.pretrained
-        check_training(settings_of(self.model), held_back)
+        check_training(settings_of(self.model), selectors, held_back)
         for group in groups:
             group["held_back"] = held_back
         origin = f"from {'trained' if held_back else 'random'} weights"
@@ -254,18 +258,15 @@ class Schedule:
                 self.max_epochs,
             )
 
-    def _is_frozen(self) -> bool:
-        """Whether only scorers and other new parameters learn in this iteration."""
-        backbone = [g for g in self.optimizer.param_groups if g.get("backbone")]
-        return any(g.get("held_back") for g in backbone) and not any(map(self._rate, backbone))
+    def _is_in_freeze(self) -> bool:
+        """Whether this is an epoch of STTS.FREEZE_BACKBONE_EPOCHS."""
+        return (self.epoch or 0.0) < settings_of(self.model).freeze_backbone_epochs
 
     def _is_group_frozen(self, group: Group) -> bool:
         """Whether a group does not learn, whatever the loop's rate is."""
         if not (group["backbone"] and group["held_back"]):
             return False
-        settings = settings_of(self.model)
-        frozen = (self.epoch or 0.0) < settings.freeze_backbone_epochs
-        return frozen or settings.backbone_lr == 0
+        return self._is_in_freeze() or settings_of(self.model).backbone_lr == 0
 
     def _rate(self, group: Group) -> float:
         """A group's learning rate in ``optimizer.step()``."""
@@ -289,10 +290,31 @@ class Schedule:
             )
         self._restore_rates()
         groups = self.optimizer.param_groups
+        self._check_gradients()
         self._rates = [(group, group["lr"], self._rate(group)) for group in groups]
         for group, lr, rate in self._rates:
             if rate != float(lr):
                 group["lr"] = lr.new_tensor(rate) if isinstance(lr, Tensor) else rate
+
+    def _check_gradients(self) -> None:
+        """Raises if other parameters have had gradients in several steps, and no scorer in any."""
+        if self._unseen == 0:
+            return
+        groups = self.optimizer.param_groups
+        if any(p.grad is not None for _, p in scorer_parameters(self.model)):
+            self._unseen = 0
+        elif missing_scorers(groups, self.model):
+            pass  # copies of parameters have the gradients
+        elif any(p.grad is not None for group in groups for p in tensors(group)):
+            self._unseen -= 1
+            if self._unseen == 0:
+                self._unseen = STEPS_WITHOUT_GRADIENT
+                raise ValueError(
+                    f"no scorer had a gradient in {STEPS_WITHOUT_GRADIENT} steps, so none learns: "
+                    "is the model in evaluation (model.eval(); to keep only BatchNorm or dropout "
+                    "in evaluation, call model.stts.train() after it), its backbone frozen and "
+                    "checkpointed with use_reentrant=True, or run under torch.no_grad()?"
+                )
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._gradients.turn_on()
@@ -321,20 +343,3 @@ def backbone_lr(
         cap: upper bound as a share of ``base_lr``, ``STTS.BACKBONE_LR``.
     """
     return 0.0 if epoch < freeze_epochs else min(lr, cap * base_lr)
-
-
-def _with_hooks(optimizer: Optimizer) -> Optimizer:
-    """PyTorch's optimizer inside the wrappers of accelerate or SlowFast (LARS)."""
-    inner: Any = optimizer
-    while not hasattr(inner, "_optimizer_step_pre_hooks"):
-        inner = getattr(inner, "optimizer", None) or getattr(inner, "optim", None)
-        if inner is None:
-            raise TypeError(
-                f"{type(optimizer).__name__} has no hooks on its step: give a torch.optim.Optimizer"
-            )
-    if isinstance(inner, LBFGS):
-        raise TypeError(
-            "LBFGS has one rate for all parameters, so a backbone cannot be frozen or capped apart "
-            "from the scorers: use another optimizer, or set_progress(model, fraction)"
-        )
-    return inner

@@ -116,8 +116,9 @@ class SelectorState(nn.Module):
             return
         if self.teacher == "saliency" and self.learns_from_saliency:
             raise ValueError(
-                "STTS.TEACHER is saliency, but no budget was set, and saliency teaches in "
-                "iterations that keep all tokens: before each iteration call step(epoch) of "
+                f"saliency alone teaches {self.key} (STTS.TEACHER saliency, or both for single "
+                "tokens), in iterations that keep all tokens, but no budget was set: before each "
+                "iteration call step(epoch) of "
                 "stts_slowfast.Schedule(model, optimizer, ...), or "
                 "stts_slowfast.set_progress(model, fraction)"
             )
@@ -217,6 +218,9 @@ class SelectorState(nn.Module):
         """
         if scores.is_meta or torch.jit.is_tracing() or is_exporting():
             return
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        if not torch.compiler.is_compiling() and is_wrapped(scores):
+            return  # under torch.func no state can be changed
         found = scores.detach().isnan().any()
         self._state_to(scores.device)
         if self._nan_flag.device != scores.device:  # a graph whose selector was never moved

@@ -95,7 +95,8 @@ class TokenSelector(Selector):
         groups = grid.shape[1] if self.per_frame else 1
         tokens = grid.flatten(1, 3)
         if selection.kept.shape[1] == tokens.shape[1]:
-            return grid
+            # What teach returned may not be changed in place, as a block may do.
+            return grid.clone() if self.training and grid.requires_grad else grid
         if selection.weights is not None:
             with autocast_disabled(grid):
                 grouped = self._grouped(tokens, grid)

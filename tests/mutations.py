@@ -208,9 +208,27 @@ MUTATIONS = {
     ),
     "no-saliency-loss-while-frozen": Mutation(
         "schedule.py",
-        "if self._is_frozen():",
+        'if self._is_in_freeze() and any(group.get("held_back") for group in groups):',
         "if False:",
         "tests/test_saliency.py -k frozen",
+    ),
+    "static-graph-of-ddp-thaws-without-reduction": Mutation(
+        "frozen_gradients.py",
+        "if ddp.static_graph:",
+        "if False:",
+        "tests/test_frozen_gradients.py -k ddp",
+    ),
+    "scorers-in-evaluation-go-unseen": Mutation(
+        "schedule.py",
+        "self._check_gradients()",
+        "pass",
+        "tests/test_annealing.py -k evaluation",
+    ),
+    "tokens-that-all-pass-cannot-change-in-place": Mutation(
+        "token_selector.py",
+        "grid.clone() if self.training",
+        "grid if self.training",
+        "tests/test_token_selector.py -k in_place",
     ),
     "new-timesformer-ignores-time": Mutation(
         "backbones/timesformer.py",

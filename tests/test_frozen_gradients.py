@@ -211,14 +211,14 @@ def test_a_compiled_training_has_room_for_its_graphs_and_other_models_keep_their
 # --- several processes --------------------------------------------------------------------------
 
 
-def ddp_rank(rank, folder):
+def ddp_rank(rank, folder, static_graph):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     model = attached(space={}, shrink=0.0)
     count = (
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.stts.parameters()),
     )
-    network = DistributedDataParallel(model)
+    network = DistributedDataParallel(model, static_graph=static_graph)
     reduced = []
 
     def hook(state, bucket):
@@ -270,8 +270,9 @@ def same_with_tokens(rank, progress):
 CLIPS_OF_BOTH = torch.linspace(-1, 1, 2 * 3 * 8 * 32 * 32).sin().view(2, 3, 8, 32, 32)
 
 
-def test_ddp_reduces_the_gradients_of_scorers_alone_and_then_all(tmp_path):
-    torch.multiprocessing.spawn(ddp_rank, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_ddp_reduces_the_gradients_of_scorers_alone_and_then_all(static_graph, tmp_path):
+    torch.multiprocessing.spawn(ddp_rank, (str(tmp_path), static_graph), nprocs=2)
     found = json.loads((tmp_path / "found.json").read_text())
     every, scorers = found["count"]
     assert found["reduced"] == [scorers] * 2 + [every] * 2

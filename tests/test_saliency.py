@@ -448,7 +448,9 @@ def test_a_training_in_which_nothing_would_be_taught_is_refused(tiny_cfg, epochs
     if epochs and trained:
         start()
     else:
-        with pytest.raises(ValueError, match=r"TEACHER is saliency, but STTS.SHRINK is 0"):
+        with pytest.raises(
+            ValueError, match="in iterations that keep all tokens, and there would be none"
+        ):
             start()
 
 
@@ -458,3 +460,28 @@ def test_an_own_loop_that_sets_no_budget_is_refused(tiny_cfg):
     model.eval()(CLIPS)
     with pytest.raises(ValueError, match=r"no budget was set.*set_progress"):
         model.train()(CLIPS)
+
+
+def test_a_second_derivative_takes_what_teaches_for_a_constant():
+    tokens, scores, candidates = case()
+    taught = saliency.teach(tokens, scores, candidates)
+    (gradient,) = torch.autograd.grad(loss_of(taught), tokens, create_graph=True)
+    penalty = gradient.square().sum()
+    (second,) = torch.autograd.grad(penalty, tokens, retain_graph=True)
+    (plain,) = torch.autograd.grad(loss_of(tokens), tokens, create_graph=True)
+    (expected,) = torch.autograd.grad(plain.square().sum(), tokens)
+    torch.testing.assert_close(second, expected)
+
+
+def test_gradients_of_torch_func_are_those_of_autograd(model):
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    clip = CLIPS[:1]
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, (clip,)).sum()
+
+    model.eval()
+    found = torch.func.grad(loss)(weights)
+    model(clip).sum().backward()
+    name = next(name for name, p in model.named_parameters() if p.grad is not None)
+    torch.testing.assert_close(found[name], dict(model.named_parameters())[name].grad)

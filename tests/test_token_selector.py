@@ -12,7 +12,7 @@ from stts_slowfast.annealing import set_progress
 from stts_slowfast.backbones.timesformer import TimeSformer
 from stts_slowfast.backbones.vit import Block
 from stts_slowfast.budgets import plan_grids
-from stts_slowfast.config import Settings, check_training
+from stts_slowfast.config import Settings
 from stts_slowfast.token_scorers import TOKEN_SCORERS, spread_order
 from stts_slowfast.token_selector import TokenSelector
 
@@ -189,8 +189,17 @@ def test_both_teachers_are_saliency():
     set_progress(model, 0.9)
     (selector,) = model.stts.values()
     assert selector.select(torch.randn(1, 4, 4, 4, 16)).weights is None
-    with pytest.raises(ValueError, match=r"saliency for single tokens, but STTS.SHRINK"):
-        check_training(Settings.from_kwargs(tokens={1: 0.5}, teacher="both", shrink=0.0), False)
+
+
+@pytest.mark.parametrize("widening", [0.0, 1.0])
+def test_a_block_may_change_its_tokens_in_place(widening):
+    model = stts.attach(vit(), tokens={1: 0.5})
+    model.train()
+    model.stts["tokens_1"].set_budget(0.0, widening)
+    model.stts["tokens_1"].scheduled = True
+    model.blocks[1].register_forward_pre_hook(lambda block, args: (args[0].add_(1.0), *args[1:]))
+    model(torch.randn(1, 3, 4, 16, 16)).sum().backward()
+    assert all(p.grad is not None for p in model.stts.parameters())
 
 
 # --- scorers --------------------------------------------------------------------------------------
