@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,8 +88,9 @@ def adapt(
 
     Args:
         model: with selectors, on its device, changed in place. It must be trained.
-        clips: batches as the model takes them: tensors, tuples of arguments, or mappings of
-            keywords; it is iterated as often as needed. Of image models each batch has the frames
+        clips: batches as the model takes them: tensors, tuples or lists of arguments (without
+            labels), or mappings of keywords; iterated as often as needed. Of image models each has
+            the frames
             of whole clips, ``(B*T, 3, H, W)``, and ``model.num_frames`` is set.
         test_clips: batches of other videos, for the comparisons before and after; iterated for
             each of them.
@@ -110,9 +111,18 @@ def adapt(
             if outputs are not finite.
     """
     start = time.perf_counter()
-    adapter = _Adapter(model, backbone, lr, backbone_lr, classes, seed)
+    for name, batches in (("clips", clips), ("test_clips", test_clips)):
+        if isinstance(batches, (Tensor, Mapping, Iterator)):
+            raise ValueError(
+                f"{name} is a {type(batches).__name__}: give a list of batches or a loader, which "
+                "can be iterated again"
+            )
     if steps < 1 or not minutes > 0:
         raise ValueError(f"steps is {steps} and minutes {minutes}: both must be above 0")
+    adapter = _Adapter(model, backbone, lr, backbone_lr, classes, seed)
+    for name in baselines if test_clips is not None else ():
+        with replaced_scorers(model, name):
+            pass  # raises for an unknown one
     found = Adaptation()
     if test_clips is not None:
         reference = adapter.reference(test_clips)
@@ -153,8 +163,9 @@ class _Adapter:
             raise ValueError(
                 f"this {type(model).__name__} has no selectors: call attach(model, ...) first"
             )
-        self.scorers = [p for selector in self.selectors for p in selector.parameters()]
-        known = {id(parameter) for parameter in self.scorers}
+        every = [p for selector in self.selectors for p in selector.parameters()]
+        known = {id(parameter) for parameter in every}
+        self.scorers = [parameter for parameter in every if parameter.requires_grad]
         others = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
         self.backbone = others if backbone else []
         self.frozen = [] if backbone else others
@@ -165,7 +176,8 @@ class _Adapter:
         groups = [group for group in groups if group["params"]]
         if not groups:
             raise ValueError(
-                "nothing would learn: no scorer of this model has weights, and backbone is False"
+                "nothing would learn: no scorer of this model has weights that require gradients, "
+                "nor does its backbone, or backbone is False"
             )
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         self.teacher = _without_selectors(model)
@@ -192,9 +204,10 @@ class _Adapter:
 
     # --- learning ---------------------------------------------------------------------------------
 
+    @torch.enable_grad()
     def learn(self, clips: Iterable[Any], steps: int, seconds: float) -> int:
         """Learns from at most ``steps`` batches, for at most ``seconds``; returns their number."""
-        states = [(selector, selector.teacher) for selector in self.selectors]
+        states = [(selector, selector.teacher, selector.scheduled) for selector in self.selectors]
         self.model.eval()
         start = logged = time.perf_counter()
         done = 0
@@ -214,8 +227,9 @@ class _Adapter:
                     text = ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
                     logger.info("STTS: step %d, %.0f s, %s", done, logged - start, text)
         finally:
-            for selector, teacher in states:
-                selector.teacher = teacher
+            for selector, teacher, scheduled in states:
+                selector.teacher, selector.scheduled = teacher, scheduled
+            self.optimizer.zero_grad(set_to_none=True)
             annealing.reset(self.model)
             self.model.eval()
         raise_on_nan(self.model)
@@ -336,4 +350,4 @@ def _repeated(clips: Iterable[Any], count: int) -> Iterator[Any]:
             yield batch
             done += 1
         if done == before:
-            raise ValueError("there are no clips to adapt to: give a list or a loader, no iterator")
+            raise ValueError("there are no clips to adapt to")

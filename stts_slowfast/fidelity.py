@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from stts_slowfast.budgets import interpolate_share
 from stts_slowfast.call_context import first_tensor
+from stts_slowfast.configfiles.values import check_choice
 from stts_slowfast.hooks import all_selectors
 from stts_slowfast.hosts import Host, base_model, resolve_host, unwrap
 from stts_slowfast.scorers import SCORERS
@@ -127,10 +128,10 @@ class OutputRecorder:
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """Calls a model with a batch: a tensor, a mapping of keywords, or a tuple of arguments."""
+    """Calls a model with a batch: a tensor, a mapping of keywords, or a sequence of arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 @torch.no_grad()
@@ -183,12 +184,17 @@ def replaced_scorers(model: nn.Module, name: str) -> Iterator[None]:
         model: with selectors.
         name: of ``scorers.SCORERS`` and, if it selects single tokens,
             ``token_scorers.TOKEN_SCORERS``.
+
+    Raises:
+        ValueError: for a name that one of the selectors does not know.
     """
     host, blocks = resolve_host(unwrap(model))
     before = [(selector, selector.scorer) for selector in all_selectors(model)]
     try:
         for selector, scorer in before:
             block = blocks[selector.block]
+            registry = TOKEN_SCORERS if selector.dimension == "TOKENS" else SCORERS
+            check_choice(f"the scorer of {selector.key}", name, [known for known, _ in registry])
             if selector.dimension == "TOKENS":
                 other = TOKEN_SCORERS.get(name)(host.channels(block))
             else:

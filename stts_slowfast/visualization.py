@@ -228,7 +228,7 @@ def draw(strips: Sequence[FilmStripRow]):
                     bar.set_xlim(0, 1)
     legend = "green: frame kept (dim: dropped)     red: window kept"
     if any(strip.kept.tokens is not None for strip in strips):
-        legend = "green: frame with kept tokens     bright: tokens kept (dim: dropped)"
+        legend = "green: frame with kept tokens     full colour: tokens kept (pale: dropped)"
     if any(strip.scores is not None for strip in strips):
         legend += "     blue: score of the frame"
     if any(strip.marked for strip in strips):

@@ -127,9 +127,7 @@ def with_infinite_logits(model):
 
 def test_mistakes_are_refused(model):
     with pytest.raises(ValueError, match="there are no clips to adapt to"):
-        stts.adapt(model, iter(()))
-    with pytest.raises(ValueError, match="give a list or a loader, no iterator"):
-        stts.adapt(model, iter([CLIPS[:1]]), steps=2)
+        stts.adapt(model, [])
     with pytest.raises(ValueError, match="steps is 0 and minutes 20"):
         stts.adapt(model, [CLIPS], steps=0)
     with pytest.raises(ValueError, match=r"the loss \(saliency\) is not finite in step 1"):
@@ -142,3 +140,32 @@ def test_all_tokens_are_what_is_compared_with(model):
     reference = outputs(stts.detach(copy.deepcopy(model)), [CLIPS])
     adapter = adaptation._Adapter(model, False, 1e-3, 1e-4, None, 0)
     assert torch.equal(adapter.reference([CLIPS]).logits, reference.logits)
+
+
+@pytest.mark.parametrize("given", [iter([CLIPS]), CLIPS, {"x": CLIPS}])
+def test_what_cannot_be_iterated_again_is_refused_before_anything_is_learned(model, given):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="^clips is a .*: give a list of batches or a loader"):
+        stts.adapt(model, given, steps=2)
+    with pytest.raises(ValueError, match="^test_clips is a "):
+        stts.adapt(model, [CLIPS], given, steps=2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_nothing_of_an_adaptation_is_left_but_its_weights(model):
+    states = [selector.scheduled for selector in model.stts.values()]
+    with torch.no_grad():  # learns all the same
+        stts.adapt(model, [[CLIPS[:2]]], backbone=True, steps=1)
+    assert [selector.scheduled for selector in model.stts.values()] == states == [False, False]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_is_frozen_whole_is_refused(model):
+    with pytest.raises(ValueError, match="nothing would learn"):
+        stts.adapt(model.requires_grad_(False), [CLIPS], backbone=True)
+
+
+def test_an_unknown_baseline_is_refused_at_once(model):
+    with pytest.raises(ValueError, match=r"the scorer of time_0 is 'norm': use one of learned"):
+        stts.adapt(model, [CLIPS], [CLIPS], baselines=("norm",))

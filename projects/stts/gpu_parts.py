@@ -214,7 +214,7 @@ def runs(args) -> dict:
     """``stts run`` on made videos in bfloat16 and float16: trained, stopped by SIGTERM, resumed."""
     data = args.out / "data"
     sizes = ["--train", "16", "--test", "4"] if args.tiny else ["--train", "256", "--test", "32"]
-    _stts("make-data", "--kind", "clutter", "--out", str(data), *sizes)
+    _stts("make-data", "--kind", "clutter", "--out", str(data), *sizes, "--force")
     found = {"status": "done", "rows": []}
     for dtype in ("bfloat16",) if args.tiny else ("bfloat16", "float16"):
         folder = args.out / f"run_{dtype}"

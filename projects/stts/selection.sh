@@ -18,7 +18,7 @@ jobs="${JOBS:-$(env -u OMP_NUM_THREADS nproc)}"  # nproc takes OMP_NUM_THREADS a
 
 make_data() {
     if [ ! -e "$OUT/$1/video_swin.yaml" ]; then  # the last file that make-data writes
-        stts make-data --kind "$1" --out "$OUT/$1" --test "${TEST:-256}" --train "${TRAIN:-1024}"
+        stts make-data --kind "$1" --out "$OUT/$1" --test "${TEST:-256}" --train "${TRAIN:-1024}" --force
     fi
 }
 

@@ -230,6 +230,13 @@ def check_output_path(
     """Raises as :func:`atomic_write` would, for commands that work long before they write."""
     path = os.path.realpath(path)
     if not os.path.exists(path):
+        folder = os.path.dirname(path)
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(f"{path} cannot be written: {folder} is a file, not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{path} cannot be written: {folder} is read-only for you")
         return
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: name a file in it")

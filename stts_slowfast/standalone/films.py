@@ -22,7 +22,7 @@ def find_films(cfg, path: str) -> list[str]:
 
     Raises:
         FileNotFoundError: if the folder, the list or a video of the list does not exist.
-        ValueError: if there is no video, or a line is ambiguous.
+        ValueError: if there is no video, a line is ambiguous, or the list is a video.
     """
     if os.path.isdir(path):
         found = sorted(
@@ -38,6 +38,8 @@ def find_films(cfg, path: str) -> list[str]:
         raise FileNotFoundError(
             f"{path} does not exist: give a folder of videos, or a list of them"
         )
+    if path.lower().endswith(ENDINGS):
+        raise ValueError(f"{path} is a video: give a folder of videos, or a list of them")
     separator = cfg.DATA.PATH_LABEL_SEPARATOR
     found = [
         os.path.join(cfg.DATA.PATH_PREFIX, split_line(line, separator, f"{path} line {number}")[0])

@@ -84,24 +84,33 @@ def main(args: argparse.Namespace) -> int:
         )
     path = find_checkpoint(cfg, args.checkpoint)
     target = os.path.join(args.out, "adapted.pyth")
-    check_output_path(target, args.force, [path])
+    for name in (target, os.path.join(args.out, "adapt.json")):
+        check_output_path(name, args.force, [path])
     films, test_films = split_films(cfg, args.films, args.test_films)
     torch.manual_seed(cfg.RNG_SEED)
     model, _ = load_row_model(cfg, path)
     device = "cuda" if cfg.NUM_GPUS > 0 and torch.cuda.is_available() else "cpu"
     model.to(device)
-    found = adapt(
-        model,
-        Clips(cfg, "train", films, device),
-        Clips(test_config(cfg, len(test_films)), "test", test_films, device),
-        backbone=args.backbone,
-        steps=args.steps,
-        minutes=args.minutes,
-        lr=args.lr,
-        backbone_lr=args.backbone_lr,
-        classes=True,
-        seed=cfg.RNG_SEED,
-    )
+    versions = _versions(model)
+    try:
+        found = adapt(
+            model,
+            Clips(cfg, "train", films, device),
+            Clips(test_config(cfg, len(test_films)), "test", test_films, device),
+            backbone=args.backbone,
+            steps=args.steps,
+            minutes=args.minutes,
+            lr=args.lr,
+            backbone_lr=args.backbone_lr,
+            classes=True,
+            seed=cfg.RNG_SEED,
+        )
+    except KeyboardInterrupt:
+        if _versions(model) != versions:
+            os.makedirs(args.out, exist_ok=True)
+            save_checkpoint(target, model, cfg, 0)
+            print(f"interrupted: wrote {target}, as far as it was adapted, without a comparison")
+        raise
     os.makedirs(args.out, exist_ok=True)
     save_checkpoint(target, model, cfg, 0)
     counts = {"films": len(films), "test_films": len(test_films)}
@@ -115,6 +124,11 @@ def main(args: argparse.Namespace) -> int:
         print(hint)
     print(f"wrote {target}")
     return 0
+
+
+def _versions(model: torch.nn.Module) -> list[int]:
+    """How often each parameter has been changed in place."""
+    return [parameter._version for parameter in model.parameters()]
 
 
 # ---- videos ---------------------------------------------------------------------------------
@@ -157,11 +171,16 @@ def split_films(cfg, films: str, test_films: str | None) -> tuple[list[str], lis
     """The videos to adapt to, and those to compare on.
 
     Raises:
-        ValueError: if nothing is left to compare on.
+        ValueError: if nothing is left to compare on, or it was adapted to.
     """
     found = find_films(cfg, films)
     if test_films:
         tested = find_films(cfg, test_films)
+        if both := {*map(os.path.realpath, found)} & {*map(os.path.realpath, tested)}:
+            raise ValueError(
+                f"{len(both)} videos are in both --films and --test-films, such as {min(both)}: "
+                "compare on others"
+            )
         return found, tested[:: -(-len(tested) // TEST_CLIPS)]
     if len(found) < 2:
         raise ValueError(
@@ -207,9 +226,10 @@ def advice(found: Adaptation) -> str:
     lines = []
     if worse:
         lines.append(
-            f"the adaptation made it worse at {'; '.join(worse)}: give more films or --steps, or a "
-            "lower --backbone-lr"
+            f"the adaptation made the model worse at {'; '.join(worse)}: give more films or "
+            "--steps, or a lower --backbone-lr"
         )
     if others:
-        lines.append(f"scorers without weights are nearer to all tokens at {'; '.join(others)}")
+        better = "; ".join(others)
+        lines.append(f"without training these scorers agree better with all tokens: {better}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from stts_slowfast import build_model, load_config
+from stts_slowfast import adaptation, build_model, load_config
 from stts_slowfast.checkpoints import read_checkpoint, save_checkpoint
 from stts_slowfast.standalone import engine
 from stts_slowfast.tools import adapt, cli
@@ -91,12 +91,14 @@ def row(when, kl):
 def test_a_better_scorer_without_weights_is_named():
     found = adapt.Adaptation(rows=[row("before", 3.0), row("uniform", 0.5), row("after", 1.0)])
     assert adapt.advice(found) == (
-        "scorers without weights are nearer to all tokens at time_0 0.5: uniform"
+        "without training these scorers agree better with all tokens: time_0 0.5: uniform"
     )
     found.rows[2] = row("after", 0.4)
     assert adapt.advice(found) == ""
     found.rows[0] = row("before", 0.3)
-    assert adapt.advice(found).startswith("the adaptation made it worse at time_0 0.5: give more")
+    assert adapt.advice(found).startswith(
+        "the adaptation made the model worse at time_0 0.5: give more"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,36 @@ def test_mistakes_show_before_anything_is_learned(folder, tmp_path, capsys, more
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("below", ["", "more"])
+def test_a_file_in_place_of_the_folder_shows_before_anything_is_learned(
+    folder, tmp_path, capsys, below
+):
+    (tmp_path / "out").write_text("")
+    assert run(folder, tmp_path / "out" / below, "--opts", *KEEP) == 2
+    assert f"{tmp_path / 'out'} is a file, not a folder" in capsys.readouterr().err
+
+
 def test_one_film_leaves_none_to_compare_on(folder, tmp_path, capsys):
     (folder / "one.txt").write_text("train_0000.mp4\n")
     assert run(folder, tmp_path, films="one.txt") == 2
     assert "has one video: give two at least, or --test-films" in capsys.readouterr().err
+
+
+def test_an_interrupted_adaptation_keeps_what_it_has_learned(folder, tmp_path, capsys, monkeypatch):
+    learn = adaptation._Adapter.learn
+
+    def interrupted(self, *arguments):
+        learn(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adaptation._Adapter, "learn", interrupted)
+    assert run(folder, tmp_path, "--opts", *KEEP) == 130
+    path = tmp_path / "adapted.pyth"
+    assert f"interrupted: wrote {path}" in capsys.readouterr().out
+    assert "stts.time_0.scorer.network.embed.1.weight" in read_checkpoint(path)["model_state"]
+
+
+def test_videos_that_were_adapted_to_are_not_compared_on(folder, tmp_path, capsys):
+    films = ["--test-films", str(folder / "films.txt")]
+    assert run(folder, tmp_path, *films, "--opts", *KEEP) == 2
+    assert "10 videos are in both --films and --test-films" in capsys.readouterr().err

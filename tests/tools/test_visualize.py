@@ -77,7 +77,7 @@ def test_single_tokens_are_at_their_positions(cfg):
     overlay = ViewOverlay(view, 4, regions)
     assert overlay.boxes_at(3) == [(0.125, 0.5625, 0.125, 0.0625)] and overlay.boxes_at(0) == []
     strip = visualization.FilmStripRow("", torch.zeros(4, 32, 32, 3).byte(), regions)
-    assert "bright: tokens kept" in visualization.draw([strip])._supxlabel.get_text()
+    assert "full colour: tokens kept" in visualization.draw([strip])._supxlabel.get_text()
 
 
 def test_strip_shows_the_frames_of_the_clip_and_their_scores(cfg):

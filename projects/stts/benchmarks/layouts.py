@@ -134,7 +134,38 @@ def end_to_end(reports: list[list[dict]]) -> str:
     return markdown_table(head, lines)
 
 
+def selection(reports: list[dict]) -> str:
+    """``selection.sh``: top-1 of fine-tuned rows, mean and sample deviation of the seeds."""
+    budgets = {
+        ("time", 0.25, None): "frames",
+        ("space", None, 0.25): "tokens of a frame",
+        ("both", 0.5, 0.25): "both",
+        ("both", 0.125, 0.25): "both, 3%",
+    }
+    models = {"mvit": "MViT", "timesformer": "TimeSformer", "video_swin": "Video Swin"}
+    found: dict[tuple, list[float]] = {}
+    for row in reports[0]["rows"]:
+        if row["trained"]:
+            budget = budgets.get((row["dimension"], row["time"], row["space"]))
+            key = (row["kind"], row["model"], budget, row["scorer"])
+            found.setdefault(key, []).append(row["top1"])
+    lines = []
+    for kind in ("clutter", "needle", "motion"):
+        for model, title in models.items():
+            for budget in budgets.values():
+                keys = [(kind, model, budget, name) for name in ("learned", "uniform", "random")]
+                if keys[0] in found:
+                    values = [found[key] for key in [(kind, model, None, "all"), *keys]]
+                    cells = [
+                        f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in values
+                    ]
+                    lines.append([kind, title, budget, *cells])
+    head = ["kind", "model", "kept share of", "all tokens", "learned", "uniform", "random"]
+    return markdown_table(head, lines)
+
+
 LAYOUTS = {
+    "selection.csv": selection,
     "models.json": models,
     "topk.json": operator,
     "loader.json": loader,

@@ -1,13 +1,15 @@
 """Writes the tables and charts of documents from the results in results/.
 
     bash projects/stts/benchmarks/cpu.sh projects/stts/benchmarks/results    # measures
-    python projects/stts/benchmarks/tables.py                                # writes them
+    bash projects/stts/selection.sh DIR                                      # trains
+    python projects/stts/benchmarks/tables.py [--selection DIR]              # writes them
 
 A table is between ``<!-- table: FILE.json ... -->`` and ``<!-- end of table -->``; several files
-are one table. A test compares the documents with what this gives. A chart is that of the study.csv
-of ``stts study`` (``KINDS=clutter MODELS=mvit bash projects/stts/selection.sh``).
+are one table. A test compares the documents with what this gives. --selection makes selection.csv
+of the studies of selection.sh.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -27,7 +29,8 @@ FOLDER = Path(__file__).parent
 DOCUMENT = FOLDER.with_name("benchmarks.md")
 DOCS = FOLDER.parents[2] / "docs"
 DOCUMENTS = (DOCUMENT, DOCS / "experiments.md", DOCS / "which-tokens.md")
-CHARTS = {"accuracy.csv": DOCS / "accuracy.png"}
+# Charts of rows of selection.csv: their kind and model.
+CHARTS = {("clutter", "mvit"): DOCS / "accuracy.png"}
 LAYOUTS = {**layouts.LAYOUTS, **token_layouts.LAYOUTS}
 BEGIN, END = r"<!-- table: (.*?) -->\n", r"<!-- end of table -->"
 
@@ -37,7 +40,7 @@ def rendered(text: str) -> str:
 
     def replace(found: re.Match) -> str:
         names = found[1].split()
-        reports = [json.loads((FOLDER / "results" / name).read_text()) for name in names]
+        reports = [read(FOLDER / "results" / name) for name in names]
         if names[0] in LAYOUTS:
             table = LAYOUTS[names[0]](reports)
         else:
@@ -114,14 +117,38 @@ def compare(rows: list[dict]) -> str:
     return markdown_table(head, lines)
 
 
-def draw(name: str, file: str | IO[bytes]) -> Figure:
-    """The chart of a file of results."""
-    rows = pandas.read_csv(FOLDER / "results" / name).to_dict("records")
-    return plot(rows, file)
+def read(path: Path) -> dict:
+    """A file of results; of a CSV its rows, in which nothing is None."""
+    if path.suffix == ".json":
+        found: dict = json.loads(path.read_text())
+        return found
+    table = pandas.read_csv(path).astype(object)
+    return {"rows": table.where(table.notna(), None).to_dict("records")}
+
+
+def collect(folder: Path) -> None:
+    """Writes selection.csv from the studies in ``folder/KIND/study_MODEL``."""
+    tables = []
+    for path in sorted(folder.glob("*/study_*/study.csv")):
+        table = pandas.read_csv(path).drop(columns=["clips_per_s"])  # beside other jobs
+        table.insert(0, "kind", path.parts[-3])
+        table.insert(1, "model", path.parent.name.removeprefix("study_"))
+        tables.append(table)
+    pandas.concat(tables).to_csv(FOLDER / "results" / "selection.csv", index=False)
+
+
+def draw(kind: str, model: str, file: str | IO[bytes]) -> Figure:
+    """The chart of a study of selection.csv."""
+    rows = pandas.read_csv(FOLDER / "results" / "selection.csv")
+    return plot(rows[(rows["kind"] == kind) & (rows["model"] == model)].to_dict("records"), file)
 
 
 if __name__ == "__main__":
-    for results, picture in CHARTS.items():
-        draw(results, str(picture))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--selection", type=Path, metavar="DIR", help="folder of selection.sh")
+    if selection := parser.parse_args().selection:
+        collect(selection)
+    for study, picture in CHARTS.items():
+        draw(*study, str(picture))
     for document in DOCUMENTS:
         document.write_text(rendered(document.read_text()))

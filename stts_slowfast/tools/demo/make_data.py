@@ -7,6 +7,7 @@ the class, and configs of small models to train on them: ``stts run --cfg DIR/mv
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", type=int, default=SIDE, metavar="PIXELS", help="side of a frame")
     parser.add_argument("--frames", type=int, default=NUM_FRAMES, metavar="N", help="in a video")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="replace the videos in the folder")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -54,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: for sizes that are not whole tokens, or too small to tell the classes apart.
+        FileExistsError: if the folder has videos of it, without --force.
     """
     # In tokens of 2 x 2 pixels, needle's two diagonals would look alike.
     for name, least in (("side", 32), ("frames", 16)):
@@ -64,6 +67,12 @@ def main(args: argparse.Namespace) -> int:
         count = getattr(args, name)
         if count < NUM_CLASSES:
             raise ValueError(f"--{name} is {count}: give each of the {NUM_CLASSES} classes a video")
+    if os.path.exists(os.path.join(args.out, "truth.json")):
+        if not args.force:
+            raise FileExistsError(
+                f"{args.out} has videos of make-data already: choose another folder, or add --force"
+            )
+        shutil.rmtree(os.path.join(args.out, "videos"))
     size = (args.side, args.frames)
     write_dataset(args.out, args.kind, args.train, args.test, args.seed, *size)
     for model in MODELS:

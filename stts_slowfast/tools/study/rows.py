@@ -70,7 +70,8 @@ def plan_rows(cfg, args: argparse.Namespace) -> list[StudyRow]:
 def plan_budgets(cfg, args: argparse.Namespace) -> list[dict[str, float | None]]:
     """The shares of ``time``, ``space`` and ``tokens`` of each budget.
 
-    Options that were not given have the shares ``SHARES`` of what the config has blocks for.
+    Options that were not given have the shares ``SHARES`` of what the config has blocks for. An
+    option without a share has no rows, and without frames there are none of both.
     """
     blocks = [name for name in NAMES if cfg.STTS[name.upper()].BLOCKS]
     none: dict[str, float | None] = {"time": None, "space": None}
@@ -81,7 +82,8 @@ def plan_budgets(cfg, args: argparse.Namespace) -> list[dict[str, float | None]]
         budgets += [{**none, name: share} for share in (default if given is None else given)]
     # Frames and windows or, without blocks for windows, frames and single tokens.
     second = "tokens" if "space" not in blocks and "tokens" in blocks else "space"
-    default = [f"{share}x{share}" for share in SHARES] if {"time", second} <= {*blocks} else []
+    both = {"time", second} <= {*blocks} and args.time != []  # `--time` alone: no such rows
+    default = [f"{share}x{share}" for share in SHARES] if both else []
     for text in default if args.both is None else args.both:
         try:
             time, share = map(float, text.split("x"))

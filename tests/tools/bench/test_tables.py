@@ -28,7 +28,7 @@ def test_the_tables_are_those_of_the_results(tables):
         assert tables.rendered(text) == text, document
         shown |= {name for names in re.findall(tables.BEGIN, text) for name in names.split()}
     files = {path.name for path in (BENCHMARKS / "results").iterdir()}
-    assert shown | tables.CHARTS.keys() == files
+    assert shown == files
 
 
 def test_a_figure_that_was_edited_is_found(tables):
@@ -40,9 +40,9 @@ def test_a_figure_that_was_edited_is_found(tables):
 
 
 def test_a_chart_shows_the_rows_of_its_results(tables):
-    for name, picture in tables.CHARTS.items():
+    for study, picture in tables.CHARTS.items():
         drawn = io.BytesIO()
-        figure = tables.draw(name, drawn)
+        figure = tables.draw(*study, drawn)
         assert drawn.getvalue().startswith(b"\x89PNG") and picture.is_file()
         texts = [text.get_text() for text in figure.legends[0].get_texts()]
         assert "learned, fine-tuned" in texts and "uniform" in texts

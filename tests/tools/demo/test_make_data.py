@@ -158,6 +158,16 @@ def test_command_writes_videos_and_configs_of_three_families(kind, tmp_path, cap
         assert not cfg.DATA.RANDOM_FLIP  # a flipped left would be a right
 
 
+def test_videos_of_another_call_are_replaced_only_if_asked(tmp_path, capsys):
+    words = ["make-data", "--out", str(tmp_path), "--test", "4"]
+    assert cli.main([*words, "--kind", "needle", "--train", "8"]) == 0
+    assert cli.main([*words, "--kind", "motion", "--train", "4"]) == 2
+    assert "already: choose another folder, or add --force" in capsys.readouterr().err
+    assert len(list((tmp_path / "videos").iterdir())) == 12
+    assert cli.main([*words, "--kind", "motion", "--train", "4", "--force"]) == 0
+    assert len(list((tmp_path / "videos").iterdir())) == 8
+
+
 def test_sizes_without_whole_tokens_are_refused(tmp_path, capsys):
     words = ["make-data", "--kind", "needle", "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--side", "50"]) == 2
