@@ -53,13 +53,13 @@ def rendered(text: str) -> str:
 def describe(reports: list[dict]) -> str:
     """How the results of a table were measured."""
     counts = sorted({len(each) for report in reports for each in all_seconds(report["rows"])})
-    steps = " or ".join(map(str, counts)) + (" step" if counts == [1] else " steps")
+    steps = "one step" if counts == [1] else f"medians of {' or '.join(map(str, counts))} steps"
     first = reports[0]
     size = first.get("batch_size") or first["settings"]["batch_size"]
     batch = "one clip" if size == 1 else f"{size} clips"
     device = first["device"].replace("1 CPU threads", "one CPU thread")
     torch = first["torch"].partition("+")[0]
-    return f"Batches of {batch}, {device}, PyTorch {torch}; medians of {steps} in core-seconds:"
+    return f"Batches of {batch}, {device}, PyTorch {torch}; {steps} in core-seconds:"
 
 
 def all_seconds(rows: list[dict]) -> list[list[float]]:
@@ -92,7 +92,8 @@ def tabulate(reports: list[dict]) -> str:
         for mode in modes:
             speed, spread = clips_per_second(row["seconds"][mode], size)
             ratio = speed / clips_per_second(base["seconds"][mode], size)[0]
-            cells += [f"{speed:.3f} ± {spread:.3f}", f"{ratio:.2f}"]
+            around = f" ± {spread:.3f}" if len(row["seconds"][mode]) > 1 else ""
+            cells += [f"{speed:.3f}{around}", f"{ratio:.2f}"]
             if has_memory:
                 memory = row["memory"][mode]
                 cells += [f"{memory / GIB:.2f}", f"{memory / base['memory'][mode]:.2f}"]
