@@ -101,7 +101,8 @@ def whole_test(reports: list[dict]) -> str:
         ratios = f"{medians[0][0] / seconds:.1f}", f"{medians[0][1] / busy:.1f}"
         cells = [f"{seconds:.1f}", ratios[0], f"{busy:.1f}", ratios[1], f"{top1:.1f}"]
         lines.append([row["way"], *cells])
-    words = f"medians of {len(report['rows'][0]['seconds'])} rounds"
+    rounds = len(report["rows"][0]["seconds"])
+    words = "one round" if rounds == 1 else f"medians of {rounds} rounds"
     head = ["", "seconds", "ratio", "core-seconds", "ratio", "top-1"]
     return f"{how(report, words)}\n\n{markdown_table(head, lines)}"
 
