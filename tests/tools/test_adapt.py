@@ -64,8 +64,11 @@ def test_what_was_adapted_is_loaded_by_other_commands(folder, tmp_path, capsys):
 
 def test_the_backbone_adapts_if_asked(folder, tmp_path, capsys):
     before = read_checkpoint(str(folder / "plain.pyth"))["model_state"]
+    (folder / "others").mkdir()
+    for path in (folder / "videos").glob("test_*"):
+        (folder / "others" / path.name).write_bytes(path.read_bytes())
     for words in ((), ("--backbone", "--force")):
-        films = ["--test-films", str(folder / "videos")]
+        films = ["--test-films", str(folder / "others")]
         assert run(folder, tmp_path, *films, *words, "--opts", *KEEP) == 0
         state = read_checkpoint(str(tmp_path / "adapted.pyth"))["model_state"]
         same = all(torch.equal(state[name], before[name]) for name in before)
