@@ -77,7 +77,7 @@ def log_strict_float32(training: bool, half: bool) -> None:
         return
     faster = "TRAIN.MIXED_PRECISION True" if training else "TEST.PRECISION bfloat16"
     logger.info(
-        "float32 without TF32 is slow on a GPU, but exact; faster: "
+        "matrix products in float32 without TF32 are slow on a GPU; faster: "
         "MODEL.FLOAT32_MATMUL_PRECISION high, or %s",
         faster,
     )

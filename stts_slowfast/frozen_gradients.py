@@ -78,8 +78,11 @@ class FrozenGradients:
 
 
 def turn_on(model: nn.Module) -> None:
-    """Undoes :meth:`FrozenGradients.turn_off` of a model whose schedule may be lost."""
-    FrozenGradients(model).turn_on()
+    """Undoes :meth:`FrozenGradients.turn_off` of a model whose schedule may be lost.
+
+    DDP reduces all gradients again, of the parameters that the model has now.
+    """
+    FrozenGradients(model).turn_off([])
 
 
 def _frozen_of(model: nn.Module) -> list[Tensor]:

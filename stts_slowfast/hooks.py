@@ -23,7 +23,7 @@ from stts_slowfast.block_hooks import (
 from stts_slowfast.budgets import DIMENSIONS, Share, Sizes
 from stts_slowfast.call_context import Calls
 from stts_slowfast.config import Settings, rename_keys_in_message
-from stts_slowfast.frozen_gradients import turn_on
+from stts_slowfast.frozen_gradients import FrozenGradients
 from stts_slowfast.hosts import Host, base_model, modules_with_selectors, resolve_host, unwrap
 from stts_slowfast.selectors import Selector, Selectors, SpatialSelector, TemporalSelector
 from stts_slowfast.token_selector import TokenSelector
@@ -243,9 +243,10 @@ def detach(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     selectors_of(model)
-    turn_on(model)
+    gradients = FrozenGradients(model)
     fused.unfuse_model(model)
     _remove(model, *resolve_host(model))
+    gradients.turn_off([])  # without selectors, whose gradients DDP shall not wait for
     return model
 
 

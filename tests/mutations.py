@@ -218,6 +218,12 @@ MUTATIONS = {
         "if False:",
         "tests/test_frozen_gradients.py -k ddp",
     ),
+    "a-lost-freeze-leaves-ddp-frozen": Mutation(
+        "frozen_gradients.py",
+        "FrozenGradients(model).turn_off([])",
+        "FrozenGradients(model).turn_on()",
+        "tests/test_frozen_gradients.py -k ddp",
+    ),
     "scorers-in-evaluation-go-unseen": Mutation(
         "schedule.py",
         "self._check_gradients()",

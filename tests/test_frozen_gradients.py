@@ -237,12 +237,37 @@ def ddp_rank(rank, folder, static_graph):
     both = [torch.empty_like(flat) for _ in range(2)]
     dist.all_gather(both, flat)
     found = {"reduced": reduced, "count": count, "same": torch.equal(*both)}
+    found["detached"] = [reduced_without_schedule(rank, then) for then in WITHOUT_SCHEDULE]
     found["tokens"] = [same_with_tokens(rank, progress) for progress in (0.0, 1.0)]
     if rank == 0:
         with open(f"{folder}/found.json", "w") as file:
             json.dump(found, file)
     dist.barrier()
     dist.destroy_process_group()
+
+
+WITHOUT_SCHEDULE = {
+    "detach": detach,
+    "progress": lambda model: set_progress(model, 1.0),
+    "groups": lambda model: param_groups(model.parameters(), model),
+}
+
+
+def reduced_without_schedule(rank, then):
+    """Whether all gradients are those of both ranks after a frozen step whose schedule is lost."""
+    # The default, of which set_progress only warns.
+    model = attached(space={}, shrink=0.0, freeze_backbone_epochs=3.0)
+    network = DistributedDataParallel(model)
+    schedule = scheduled(model, max_epochs=4)
+    train(schedule, last=1, network=network, clips=CLIPS_OF_BOTH[rank : rank + 1])
+    WITHOUT_SCHEDULE[then](model)
+    for _ in range(2):  # DDP raises in the second pass if parameters had no gradient in the first
+        model.zero_grad()
+        F.cross_entropy(network(CLIPS_OF_BOTH[rank : rank + 1]), LABELS[rank : rank + 1]).backward()
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(both, flat)
+    return torch.equal(*both)
 
 
 def same_with_tokens(rank, progress):
@@ -276,4 +301,5 @@ def test_ddp_reduces_the_gradients_of_scorers_alone_and_then_all(static_graph, t
     found = json.loads((tmp_path / "found.json").read_text())
     every, scorers = found["count"]
     assert found["reduced"] == [scorers] * 2 + [every] * 2
+    assert found["detached"] == [True] * len(WITHOUT_SCHEDULE)
     assert found["same"] and found["tokens"] == [True, True]

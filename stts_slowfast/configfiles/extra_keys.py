@@ -8,7 +8,8 @@ EXTRA_KEYS = {
     "DATA": {"READ_TIMEOUT": 120.0},
     # Precision of float32 matrix products on GPUs, as torch.set_float32_matmul_precision: highest
     # (float32) or high (TF32, several times as fast, with 10 bits of mantissa). Empty: PyTorch's
-    # own, highest unless the environment variable TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1.
+    # own, highest unless the environment variable TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1. Whatever
+    # it is, convolutions use TF32 by PyTorch's default (torch.backends.cudnn.allow_tf32).
     "MODEL": {"FLOAT32_MATMUL_PRECISION": ""},
     "TEST": {
         # Test although some videos cannot be read: they count as wrong.

@@ -80,7 +80,7 @@ def check_keys(cfg) -> None:
 
 
 def log_strict_float32(cfg) -> None:
-    """Logs that a run on GPUs is in float32 without TF32, if it is."""
+    """Logs that matrix products of a run on GPUs are in float32 without TF32, if they are."""
     if cfg.NUM_GPUS:
         trains = run_state.is_training(cfg)
         half = cfg.TRAIN.MIXED_PRECISION if trains else extra_key(cfg, HALF) != "float32"

@@ -29,8 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         worker = Worker(Path(folder))
         for name in FULL:
-            stock, selected = (worker.ask("count_launches", name, on) for on in (False, True))
-            new[name] = stock | selected
+            new[name] = worker.ask("count_launches", name)
             for selection, launches in new[name].items():
                 before = old.get(name, {}).get(selection)
                 print(name, selection, before, "->", launches, flush=True)

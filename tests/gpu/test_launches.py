@@ -16,10 +16,9 @@ def test_no_change_makes_more_launches(worker, name):
         pytest.skip(f"launches.json is of PyTorch {TABLE['torch']}, here is {torch.__version__}")
     for operator, launches in worker.ask("count_launches", name).items():
         budget = TABLE["launches"][name][operator]
+        assert budget.keys() == launches.keys()
         more = {part: launches[part] for part, n in budget.items() if launches[part] > n}
         assert not more, (operator, budget)
-        # Each linear layer of a transformer has a weight and a bias.
-        assert launches["weights cast once"] < launches["evaluation"] - 50, operator
 
 
 def test_many_windows_launch_as_few_kernels_as_few(worker):
@@ -28,6 +27,6 @@ def test_many_windows_launch_as_few_kernels_as_few(worker):
 
 
 @pytest.mark.parametrize("name", ["MViT-B 16x4", "MViTv2-S 16x4", "Video Swin-T 32x2"])
-def test_selected_evaluation_launches_fewer_kernels_than_stock(name):
-    stock, *selected = (budget["evaluation"] for budget in TABLE["launches"][name].values())
-    assert max(selected) < stock
+def test_selected_evaluation_launches_fewer_kernels_than_stock(worker, name):
+    selected = [budget["evaluation"] for budget in TABLE["launches"][name].values()]
+    assert max(selected) < worker.ask("count_stock_launches", name)

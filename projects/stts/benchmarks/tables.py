@@ -21,7 +21,7 @@ import pandas
 import token_layouts
 from matplotlib.figure import Figure
 
-from stts_slowfast.tools.bench.command import GIB, clips_per_second
+from stts_slowfast.tools.bench.command import GIB, speed_cells
 from stts_slowfast.tools.markdown import markdown_table
 from stts_slowfast.tools.study.results import plot
 
@@ -53,13 +53,14 @@ def rendered(text: str) -> str:
 def describe(reports: list[dict]) -> str:
     """How the results of a table were measured."""
     counts = sorted({len(each) for report in reports for each in all_seconds(report["rows"])})
-    steps = " or ".join(map(str, counts)) + (" step" if counts == [1] else " steps")
+    several = " or ".join(str(count) for count in counts if count > 1)
+    steps = [f"medians of {several} steps"] * bool(several) + ["one step"] * (1 in counts)
     first = reports[0]
     size = first.get("batch_size") or first["settings"]["batch_size"]
     batch = "one clip" if size == 1 else f"{size} clips"
     device = first["device"].replace("1 CPU threads", "one CPU thread")
     torch = first["torch"].partition("+")[0]
-    return f"Batches of {batch}, {device}, PyTorch {torch}; medians of {steps} in core-seconds:"
+    return f"Batches of {batch}, {device}, PyTorch {torch}; {' or '.join(steps)} in core-seconds:"
 
 
 def all_seconds(rows: list[dict]) -> list[list[float]]:
@@ -90,9 +91,7 @@ def tabulate(reports: list[dict]) -> str:
         cells += [f"{row['parameters'] / 1e6:.2f}", f"{row['gflops']:.2f}"]
         cells += [f"{base['gflops'] / row['gflops']:.2f}"]
         for mode in modes:
-            speed, spread = clips_per_second(row["seconds"][mode], size)
-            ratio = speed / clips_per_second(base["seconds"][mode], size)[0]
-            cells += [f"{speed:.3f} ± {spread:.3f}", f"{ratio:.2f}"]
+            cells += speed_cells(row["seconds"][mode], base["seconds"][mode], size)
             if has_memory:
                 memory = row["memory"][mode]
                 cells += [f"{memory / GIB:.2f}", f"{memory / base['memory'][mode]:.2f}"]

@@ -259,10 +259,7 @@ def peak_memory(step, device: str) -> int:
 
 
 def table(rows: list[BenchSpec], batch_size: int) -> str:
-    """The rows as a Markdown table; speed as median ± half the interquartile range.
-
-    Ratios of speed and memory are to the first row of the same clip length.
-    """
+    """The rows as a Markdown table; ratios are to the first row of the same clip length."""
     modes = list(rows[-1].seconds)
     has_memory = all(len(row.memory) == len(modes) for row in rows)
     has_published = any(row.published for row in rows)
@@ -282,9 +279,7 @@ def table(rows: list[BenchSpec], batch_size: int) -> str:
         if has_published:
             cells += [_published(row.published) if row.published else ""]
         for mode in modes:
-            speed, spread = clips_per_second(row.seconds[mode], batch_size)
-            ratio = speed / clips_per_second(base.seconds[mode], batch_size)[0]
-            cells += [f"{speed:.3f} ± {spread:.3f}", f"{ratio:.2f}"]
+            cells += speed_cells(row.seconds[mode], base.seconds[mode], batch_size)
             if has_memory:
                 cells += [f"{row.memory[mode] / GIB:.2f}"]
                 cells += [f"{row.memory[mode] / base.memory[mode]:.2f}"]
@@ -296,6 +291,13 @@ def _published(result: Published) -> str:
     """``78.4 of 5 x 1 (its source)``: the views are those of the published number."""
     views = " of {} x {}".format(*result.views) if result.views else ""
     return f"{result.top1:.1f}{views} ({result.source})"
+
+
+def speed_cells(seconds: list[float], base: list[float], batch_size: int) -> list[str]:
+    """Median of clips per second, of several steps ± half the interquartile range, and ratio."""
+    speed, spread = clips_per_second(seconds, batch_size)
+    ratio = speed / clips_per_second(base, batch_size)[0]
+    return [f"{speed:.3f}" + f" ± {spread:.3f}" * (len(seconds) > 1), f"{ratio:.2f}"]
 
 
 def clips_per_second(seconds: list[float], batch_size: int) -> tuple[float, float]:

@@ -59,3 +59,11 @@ def test_no_other_table_is_written_by_hand(tables):
     sections = (section.partition("\n") for section in text.split("\n## ")[1:])
     assert {title for title, _, body in sections if "\n| ---" in body} <= BY_HAND
     assert not re.search(r"\bolder\b", whole)
+
+
+def test_one_step_has_no_spread_and_is_no_median(tables):
+    rows = {"swin.json": False, "mvit.json": True}
+    for name, has_spread in rows.items():
+        report = tables.read(BENCHMARKS / "results" / name)
+        assert ("±" in tables.tabulate([report])) == has_spread
+        assert ("medians" in tables.describe([report])) == has_spread
