@@ -119,7 +119,8 @@ def raise_if_unreadable(missing: dict[str, str], folder: str) -> None:
         raise ValueError(
             f"{len(missing)} of the test videos cannot be read, so the result would not "
             f"cover the whole list. Repair them, or set TEST.ALLOW_MISSING True to count them as "
-            f"wrong, without labels to leave them out (all are in {os.path.join(folder, FILE_NAME)}):{''.join(lines)}{more}"
+            f"wrong, without labels to leave them out (all are in "
+            f"{os.path.join(folder, FILE_NAME)}):{''.join(lines)}{more}"
         )
 
 
