@@ -145,9 +145,9 @@ def test_all_tokens_are_what_is_compared_with(model):
 @pytest.mark.parametrize("given", [iter([CLIPS]), CLIPS, {"x": CLIPS}])
 def test_what_cannot_be_iterated_again_is_refused_before_anything_is_learned(model, given):
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="^clips is a .*: give a list of batches or a loader"):
+    with pytest.raises(ValueError, match=r"^clips is a .*: give a list of batches or a loader"):
         stts.adapt(model, given, steps=2)
-    with pytest.raises(ValueError, match="^test_clips is a "):
+    with pytest.raises(ValueError, match=r"^test_clips is a "):
         stts.adapt(model, [CLIPS], given, steps=2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])

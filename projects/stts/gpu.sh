@@ -11,6 +11,10 @@ wheels=$root/projects/stts/gpu_wheels
 python=${PYTHON:-python3}
 
 if [ "${1:-}" = pack ]; then
+    if [ $# -ne 1 ]; then
+        echo "usage: bash projects/stts/gpu.sh pack (it takes no options: FOR_PYTHON=3.12 in front)" >&2
+        exit 2
+    fi
     for_python=${FOR_PYTHON:-3.12} # of the GPU's machine
     mkdir -p "$wheels"
     "$python" -m pip --quiet wheel --no-deps --wheel-dir "$wheels" fvcore iopath
@@ -26,7 +30,8 @@ if [ "${1:-}" = pack ]; then
     exit
 fi
 
-out=${1:?usage: bash projects/stts/gpu.sh OUT [--device cpu] [--tiny] [--parts PART ...]}
+"$python" "$root/projects/stts/gpu_parts.py" "$@" --check # before anything is made: OUT and options
+out=$1
 shift
 mkdir -p "$out"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

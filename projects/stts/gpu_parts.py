@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+import gpu_report
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "Kinetics"
@@ -33,21 +36,32 @@ STTS = [
 
 
 def _bench(args, name: str, rows: list[str], *words: str) -> dict:
-    """``stts bench`` of rows ``NAME=FILE,...``; what it wrote, whatever ended it."""
+    """``stts bench`` of rows ``NAME=FILE,...``; an error ends it and not its part.
+
+    Its file is removed first, and named in the part's file before it is written: what counts is of
+    this run, even if the part is killed.
+    """
     from stts_slowfast.tools import cli
 
     path = args.out / f"bench_{name}.json"
+    path.unlink(missing_ok=True)
+    args.files.append(path.name)
+    _write(args, args.part, {"files": args.files})
     common = ["--device", args.device, "--json", str(path)]
     common += (
         ["--repeats", "1", "--warmup", "0"] if args.tiny else ["--repeats", "10", "--warmup", "3"]
     )
-    status = cli.main(["bench", *rows, *common, *words])
-    return {"status": "done" if status == 0 else "failed", "files": [path.name]}
+    try:
+        status = cli.main(["bench", *rows, *common, *words])
+    except Exception:  # such as too little memory
+        traceback.print_exc()
+        status = 1
+    return {"status": "done" if status == 0 else "failed", "files": args.files}
 
 
-def _joined(found: list[dict]) -> dict:
-    status = "done" if all(each["status"] == "done" for each in found) else "failed"
-    return {"status": status, "files": [file for each in found for file in each["files"]]}
+def _joined(args, found: list[dict]) -> dict:
+    done = all(each["status"] == "done" for each in found)
+    return {"status": "done" if done else "failed", "files": args.files}
 
 
 def _row(args, name: str, config: Path, more: str = "") -> str:
@@ -77,7 +91,7 @@ def bench(args) -> dict:
         found.append(_bench(args, f"mvit_b{batch}", rows, *words))
         words += ["--cast-weights", "--modes", "eval", "--no-memory"]
         found.append(_bench(args, f"mvit_b{batch}_cast", evaluated, *words))
-    return _joined(found)
+    return _joined(args, found)
 
 
 def graphs(args) -> dict:
@@ -90,7 +104,7 @@ def graphs(args) -> dict:
     found = [_bench(args, "graphs", rows, *words, "--cuda-graph")]
     # Compiling a model takes most of this part's time.
     found.append(_bench(args, "compiled", rows[:3][-1:], *words, "--compile", "--no-memory"))
-    return _joined(found)
+    return _joined(args, found)
 
 
 def others(args) -> dict:
@@ -101,7 +115,7 @@ def others(args) -> dict:
     rows = [_row(args, "TimeSformer stock", TIMESFORMER, STOCK)]
     rows += [_row(args, "TimeSformer 0.5", TIMESFORMER)]
     found.append(_bench(args, "timesformer", rows, *words))
-    return _joined(found)
+    return _joined(args, found)
 
 
 # --- tests --------------------------------------------------------------------------------------
@@ -270,115 +284,79 @@ PARTS: dict[Callable, int] = {
 
 
 def _write(args, name: str, found: dict) -> None:
-    (args.out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    """Writes a file that is whole or absent, whenever the process is killed."""
+    partial = args.out / f".{name}.json.partial"
+    partial.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(partial, args.out / f"{name}.json")
 
 
-def _run_part(args, part: Callable, limit: int) -> None:
+def _command(args, name: str) -> list[str]:
+    command = [sys.executable, __file__, str(args.out), "--device", args.device, "--part", name]
+    return command + (["--tiny"] if args.tiny else [])
+
+
+def _run_part(args, part: Callable, limit: int) -> dict:
     """Runs a part in a process of its own; what it has written by its limit counts."""
     name = part.__name__
-    command = [sys.executable, __file__, str(args.out), "--device", args.device, "--part", name]
-    command += ["--tiny"] if args.tiny else []
     start, path = time.monotonic(), args.out / f"{name}.json"
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # of an earlier run
     with open(args.out / f"{name}.log", "w") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            _command(args, name), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status = "done" if process.wait(limit) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = f"stopped at its limit of {limit} s"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    found = json.loads(path.read_text()) if path.exists() else {}
+        finally:
+            if process.poll() is None:  # also if the script is interrupted
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    try:
+        found = gpu_report.read_json(path) if path.exists() else {}
+    except ValueError as error:
+        found, status = {"error": str(error)}, "failed"
     if status != "done" or "status" not in found:
-        found["status"] = status
+        found["status"] = status if status != "done" else "failed"
     found["seconds"] = round(time.monotonic() - start, 1)
-    files = sorted(file.name for file in args.out.glob("bench_*.json"))
-    if part in (bench, graphs, others) and "files" not in found:
-        found["files"] = [f for f in files if (args.out / f).stat().st_mtime > time.time() - limit]
     _write(args, name, found)
     print(f"{name}: {found['status']}, {found['seconds']} s", flush=True)
+    return found
 
 
-def write_report(args) -> None:
-    """Writes ``report.md`` of the parts that have run."""
-    import torch
-
-    cuda = args.device == "cuda" and torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else "no GPU"
-    lines = [f"# {device}, PyTorch {torch.__version__}", ""]
-    for part in PARTS:
-        path = args.out / f"{part.__name__}.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            title = f"## {part.__name__}: {found['status']}, {found.get('seconds', '?')} s"
-            lines += [title, "", " ".join(part.__doc__.split()), "", *_tables(args, found), ""]
-    (args.out / "report.md").write_text("\n".join(lines))
-
-
-def _tables(args, found: dict) -> list[str]:
-    from stts_slowfast.tools.bench import command, spec
-
-    lines = []
-    for file in found.get("files", ()):
-        report = json.loads((args.out / file).read_text())
-        rows = [spec.BenchSpec(**{**row, "published": None}) for row in report["rows"]]
-        settings = report["settings"]
-        modes = [m for m in settings["modes"] if all(row.seconds.get(m) for row in rows)]
-        for row in rows:
-            row.seconds = {mode: row.seconds[mode] for mode in modes}
-            row.memory = {mode: row.memory[mode] for mode in modes if mode in row.memory}
-        how = f"batch {settings['batch_size']}, {settings['dtype']}"
-        how += ", CUDA graph" * settings["cuda_graph"] + ", compiled" * settings["compile"]
-        how += ", weights cast once" * settings["cast_weights"]
-        lines += [f"{file}: {how}", ""]
-        lines += [command.table(rows, settings["batch_size"]) if modes else "not measured", ""]
-    if rows := found.get("rows"):
-        head = [key for key in rows[0] if key != "longest"]
-        cells = [[_cell(row.get(key)) for key in head] for row in rows]
-        lines += [_markdown(head, *cells), ""]
-        for row in rows:
-            if row.get("longest"):
-                lines += [f"Longest in {row['model']}, {row['precision']}, {row['mode']} (us):", ""]
-                lines += [f"- {us} `{name}`" for name, us in row["longest"].items()] + [""]
-    if "passed" in found or "failed" in found:
-        counts = [f"{found.get(word, 0)} {word}" for word in ("passed", "failed", "skipped")]
-        lines += [", ".join(counts), *(f"- {failure}" for failure in found["failures"])]
-    return lines
-
-
-def _markdown(head: list[str], *rows: list[str]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
-def _cell(value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the arguments of gpu.sh, without importing PyTorch."""
+    parser = argparse.ArgumentParser("bash projects/stts/gpu.sh", add_help=False)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="small models, to rehearse")
-    names = {part.__name__: part for part in PARTS}
-    parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)  # one, in this process
-    args = parser.parse_args()
-    args.out = args.out.resolve()
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # arguments only
+    args = parser.parse_args(words)
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"OUT is {args.out}, which is a file: name a folder")
+    args.out, args.files = args.out.resolve(), []
+    return args
+
+
+def main(words: list[str] | None = None) -> int:
+    args = parse(words)
+    names = {part.__name__: part for part in PARTS}
+    if args.check:
+        return 0
     if args.part:
         found = names[args.part](args)
         _write(args, args.part, found)
         return 0 if found["status"] == "done" else 1
-    for name in args.parts:
+    results: dict[str, dict] = {}
+    for name in dict.fromkeys(args.parts):
         limit = 600 if args.device == "cpu" else PARTS[names[name]]  # a rehearsal may be slow
-        _run_part(args, names[name], limit)
-        write_report(args)
+        results[name] = _run_part(args, names[name], limit)
+        gpu_report.write(args, {names[each]: found for each, found in results.items()})
     print(f"all tables: {args.out / 'report.md'}")
-    failed = [
-        n for n in args.parts if '"status": "done"' not in (args.out / f"{n}.json").read_text()
-    ]
-    return 1 if failed else 0
+    return 0 if all(found["status"] == "done" for found in results.values()) else 1
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def read_value(key: str, value, default, location: str = "", optional: type | No
 def check_choice(key: str, value, known: Iterable[str]) -> None:
     """Raises ``ValueError`` naming ``key`` if its value is not one of the known ones."""
     if value not in known:
-        raise ValueError(f"{key} is {value!r}: use one of {', '.join(known)}")
+        names = ", ".join(str(each) or "''" for each in known)
+        raise ValueError(f"{key} is {value!r}: use one of {names}")
 
 
 def suggest_key(key: str, known: Iterable[str]) -> str:

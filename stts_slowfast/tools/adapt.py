@@ -157,13 +157,16 @@ class Clips:
     def _batches(self) -> Iterator[Tensor]:
         self.loader.set_epoch(self.epoch)
         self.epoch += 1
-        batches = []
+        batches, found = [], False
         for clips, labels, _, _ in self.loader:
             readable = labels != UNREADABLE
             if bool(readable.any()):
+                found = True
                 yield clips[readable]
                 if self.loader.dataset.split == "test":
                     batches.append(clips[readable])
+        if not found:
+            raise ValueError(f"none of the {len(self.loader.dataset)} videos can be read")
         self.decoded = batches or None
 
 

@@ -117,9 +117,10 @@ def raise_if_unreadable(missing: dict[str, str], folder: str) -> None:
         lines = [f"\n  {path}: {reason}" for path, reason in sorted(missing.items())[:20]]
         more = f"\n  and {len(missing) - 20} more" if len(missing) > 20 else ""
         raise ValueError(
-            f"{len(missing)} of the test videos cannot be read, so the accuracy would not "
+            f"{len(missing)} of the test videos cannot be read, so the result would not "
             f"cover the whole list. Repair them, or set TEST.ALLOW_MISSING True to count them as "
-            f"wrong (all are in {os.path.join(folder, FILE_NAME)}):{''.join(lines)}{more}"
+            f"wrong, without labels to leave them out (all are in "
+            f"{os.path.join(folder, FILE_NAME)}):{''.join(lines)}{more}"
         )
 
 

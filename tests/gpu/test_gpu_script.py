@@ -1,5 +1,6 @@
 """``projects/stts/gpu.sh`` runs its parts at tiny sizes on a CPU, and reports what came of them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -41,3 +42,75 @@ def test_a_part_that_fails_is_reported_and_others_run(tmp_path):
     ran = gpu_sh(tmp_path, "--parts", "profile", "--device", "cuda", "--tiny")
     assert ran.returncode == 1 and "profile: failed" in ran.stdout
     assert "## profile: failed" in (tmp_path / "report.md").read_text()
+
+
+# ---- parts that end otherwise ------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """The module of the parts, with a function that replaces their processes by short scripts."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    module = importlib.import_module("gpu_parts")
+
+    def replace(**scripts):
+        def command(args, name):
+            return [sys.executable, "-S", "-c", scripts[name].replace("OUT", str(args.out))]
+
+        monkeypatch.setattr(module, "_command", command)
+
+    module.replace = replace
+    return module
+
+
+WRITES = "open('OUT/{}.json', 'w').write('{}'); "
+
+
+def test_a_bench_part_that_fails_does_not_end_the_script(parts, tmp_path):
+    """As does ``stts bench`` ended before it wrote anything."""
+    failed = WRITES.format("bench", '{"status": "failed", "files": ["bench_a.json"]}')
+    done = WRITES.format("parity", '{"status": "done", "passed": 3, "failures": []}')
+    parts.replace(bench=failed + "exit(1)", parity=done)
+    assert parts.main([str(tmp_path), "--parts", "bench", "parity"]) == 1
+    report = (tmp_path / "report.md").read_text()
+    assert "## bench: failed" in report and "bench_a.json: not measured" in report
+    assert "## parity: done" in report and "3 passed" in report
+
+
+def test_only_what_this_run_wrote_is_reported(parts, tmp_path):
+    """Files of an earlier run, of another part, and a file that a kill has cut off."""
+    (tmp_path / "graphs.json").write_text('{"status": "done", "files": ["bench_gone.json"]}')
+    (tmp_path / "bench_old.json").write_text("{}")
+    parts.replace(bench=WRITES.format("bench", '{"status": "do'), others="exit(1)")
+    assert parts.main([str(tmp_path), "--parts", "bench", "others"]) == 1
+    report = (tmp_path / "report.md").read_text()
+    assert "## bench: failed" in report and "bench.json cannot be read" in report
+    assert "## others: failed" in report and "graphs" not in report
+    assert "bench_old" not in report
+    assert json.loads((tmp_path / "others.json").read_text()).keys() == {"status", "seconds"}
+
+
+def test_a_bench_that_fails_leaves_no_old_numbers(parts, tmp_path):
+    args = parts.parse([str(tmp_path), "--device", "cpu", "--tiny", "--part", "bench"])
+    (tmp_path / "bench_a.json").write_text("{}")
+    found = parts._bench(args, "a", ["none.yaml"])
+    assert found == {"status": "failed", "files": ["bench_a.json"]}
+    assert not (tmp_path / "bench_a.json").exists()
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"files": ["bench_a.json"]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--tiny"], ["--help"], ["pack", "extra", "--bogus"]),
+        *(["out", "--parts", "bnch"], ["out", "--device", "gpu"], ["out", "--bogus"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path, words):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    ran = subprocess.run(
+        ["bash", SCRIPT, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 2 and "usage: " in ran.stderr
+    assert not list(tmp_path.iterdir())

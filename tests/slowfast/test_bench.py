@@ -61,10 +61,13 @@ def test_rows_of_both_kinds_are_measured(checkout, get_cfg, videos, tmp_path, ca
     words = ["bench", f"stock={path}", f"ours={path},STTS.ENABLE=True", "--engine", "slowfast"]
     more = ["--modes", "eval", "--repeats", "1", "--batch-size", "1", "--json", str(numbers)]
     assert cli.main([*words, *more]) == 0
+    keys = ",TEST.PRECISION=bfloat16,MODEL.FLOAT32_MATMUL_PRECISION=lowest"
+    assert cli.main(["bench", f"{path}{keys}", *words[3:], *more]) == 2
+    assert "FLOAT32_MATMUL_PRECISION is 'lowest': use one of '', highest" in capsys.readouterr().err
     rows = json.loads(numbers.read_text())["rows"]
     assert rows[1]["gflops"] < rows[0]["gflops"] and rows[1]["parameters"] > rows[0]["parameters"]
-    for what in ("--data", "--end-to-end"):
-        assert cli.main([*words, what, "--batches", "1", "--json", str(numbers)]) == 0
+    for what in (["--data", "--batches", "1"], ["--end-to-end"]):
+        assert cli.main([*words, *what, "--json", str(numbers)]) == 0
         rows = json.loads(numbers.read_text())
         assert {row["row"] for row in rows} == {"stock", "ours"}
         assert all(row["videos / s"] > 0 for row in rows)

@@ -64,8 +64,11 @@ def test_what_was_adapted_is_loaded_by_other_commands(folder, tmp_path, capsys):
 
 def test_the_backbone_adapts_if_asked(folder, tmp_path, capsys):
     before = read_checkpoint(str(folder / "plain.pyth"))["model_state"]
+    (folder / "others").mkdir()
+    for path in (folder / "videos").glob("test_*"):
+        (folder / "others" / path.name).write_bytes(path.read_bytes())
     for words in ((), ("--backbone", "--force")):
-        films = ["--test-films", str(folder / "videos")]
+        films = ["--test-films", str(folder / "others")]
         assert run(folder, tmp_path, *films, *words, "--opts", *KEEP) == 0
         state = read_checkpoint(str(tmp_path / "adapted.pyth"))["model_state"]
         same = all(torch.equal(state[name], before[name]) for name in before)
@@ -150,3 +153,11 @@ def test_videos_that_were_adapted_to_are_not_compared_on(folder, tmp_path, capsy
     films = ["--test-films", str(folder / "films.txt")]
     assert run(folder, tmp_path, *films, "--opts", *KEEP) == 2
     assert "10 videos are in both --films and --test-films" in capsys.readouterr().err
+
+
+def test_films_of_which_none_can_be_read_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "bad" / name).write_bytes(b"no video")
+    assert run(folder, tmp_path, "--test-films", str(tmp_path / "bad"), "--opts", *KEEP) == 2
+    assert "none of the 2 videos can be read" in capsys.readouterr().err

@@ -14,10 +14,10 @@ import json
 from pathlib import Path
 
 import torch
-from real_features import BLOCK, MEAN, PATCH, STD, batches, load_model, read_clips, unpacked
 
 import stts_slowfast as stts
-from stts_slowfast.visualization import FULL_FRAME, FilmStripRow, draw
+from real_features import BLOCK, MEAN, PATCH, STD, batches, load_model, read_clips, unpacked
+from stts_slowfast.visualization import FULL_FRAME, FilmStripRow, KeptRegions, draw
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = 336  # pixels of a frame's side in the strip
@@ -64,8 +64,8 @@ def strip(args: argparse.Namespace):
         tokens[stts.selections(model)[f"tokens_{BLOCK}"].flatten()] = True
         tokens = tokens.view(args.frames, args.side // PATCH, -1)
         title = f"{keep:.3g} of each frame's tokens are kept"
-        kept = dict.fromkeys(range(args.frames), FULL_FRAME)
-        rows.append(FilmStripRow(title, pictures, kept, tokens=tokens))
+        kept = KeptRegions(dict.fromkeys(range(args.frames), FULL_FRAME), tokens)
+        rows.append(FilmStripRow(title, pictures, kept))
     return draw(rows)
 
 

@@ -18,16 +18,17 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from stts_slowfast.annealing import update_schedule
-from stts_slowfast.evaluation import half_precision
+from stts_slowfast.evaluation import half_precision, matmul_precision
 from stts_slowfast.standalone.flops import count_gflops
 from stts_slowfast.standalone.run_logger import write_json
-from stts_slowfast.tools.bench import loader
+from stts_slowfast.tools.bench import checks, loader
 from stts_slowfast.tools.bench.published import Published
 from stts_slowfast.tools.bench.spec import ENGINES, BenchSpec, build_all, parse_row
 from stts_slowfast.tools.markdown import markdown_table
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eval", "train")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 GIB = 2**30
 
 
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate with weights cast to --dtype once, as TEST.PRECISION does",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
+    parser.add_argument("--compile-mode", default="default", choices=COMPILE_MODES, help="its mode")
     parser.add_argument("--cuda-graph", action="store_true", help="replay a CUDA graph in eval")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--json", metavar="FILE", help="file to write every number to")
@@ -86,14 +88,9 @@ def main(args: Namespace) -> int:
     Raises:
         ValueError: for a row that cannot be read or built, or for options that exclude each other.
     """
-    if args.cuda_graph and args.device != "cuda":
-        raise ValueError("--cuda-graph needs --device cuda")
-    if args.cast_weights and args.dtype == "float32":
-        raise ValueError("--cast-weights needs --dtype bfloat16 or float16")
-    if args.core_seconds and (args.device == "cuda" or args.data or args.end_to_end):
-        raise ValueError("--core-seconds is for models on --device cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch sees no GPU, use --device cpu")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    checks.check_options(args, vars(parser.parse_args(["row"])))
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = [parse_row(text, args.engine) for text in args.rows]
@@ -118,15 +115,21 @@ def main(args: Namespace) -> int:
 def measure(rows: list[BenchSpec], args: Namespace) -> None:
     """Measures all rows, one step of each in turn, so that the machine's load is the same for all.
     --json is written after each turn."""
-    models = build_all(rows, args.device)
+    models = build_all(rows, args.device, checks.keys_of_steps(args))
+    precision = checks.common_matmul_precision(rows)
     for row, (model, shapes) in zip(rows, models):
         row.gflops = count_gflops(model, torch.zeros(1, *shapes["eval"], device=args.device))
         print(f"{row.name}: {row.gflops:.2f} GFLOPs", file=sys.stderr)
-    for mode in args.modes:
-        with cast_weights([model for model, _ in models], mode, args):
-            measure_seconds(rows, models, mode, args)
-    if args.no_memory:
-        return
+    with matmul_precision(precision):
+        for mode in args.modes:
+            with cast_weights([model for model, _ in models], mode, args):
+                measure_seconds(rows, models, mode, args)
+        if not args.no_memory:
+            measure_memory(rows, models, args)
+
+
+def measure_memory(rows: list[BenchSpec], models: list, args: Namespace) -> None:
+    """Measures the memory of a step of each row in each mode."""
     for row, (model, shapes) in zip(rows, models):
         for mode in args.modes:
             weights = tensors_of(model)
@@ -172,7 +175,8 @@ def tensors_of(model: nn.Module) -> dict[int, int]:
 def save(rows: list[BenchSpec], args: Namespace) -> None:
     """Writes --json: machine, options and rows."""
     if args.json:
-        settings = {key: value for key, value in vars(args).items() if _is_plain(value)}
+        plain = (str, int, float, bool, list, type(None))
+        settings = {key: value for key, value in vars(args).items() if isinstance(value, plain)}
         results = {"settings": settings, "rows": [asdict(row) for row in rows]}
         write_json(args.json, machine(args.device) | results)
 
@@ -183,7 +187,9 @@ def make_step(model: nn.Module, shape: torch.Size, mode: str, args: Namespace):
     update_schedule(model, 1.0)  # the cost of training at the end of budget annealing
     clips = torch.randn(args.batch_size, *shape, device=args.device)
     labels = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
-    forward = torch.compile(model, fullgraph=True) if args.compile else model
+    forward = model
+    if args.compile:
+        forward = torch.compile(model, fullgraph=True, mode=args.compile_mode)
     dtype = getattr(torch, args.dtype)
 
     def autocast():
@@ -344,7 +350,3 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads"
-
-
-def _is_plain(value) -> bool:
-    return isinstance(value, (str, int, float, bool, list, type(None)))

@@ -1,14 +1,18 @@
 """``stts bench --data`` and ``--end-to-end``: only the loaders, and tests from files to scores."""
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
+from torch import nn
 
+from stts_slowfast.evaluation import evaluating, matmul_precision
 from stts_slowfast.standalone.run_logger import write_json
+from stts_slowfast.tools.bench import checks
 from stts_slowfast.tools.bench.spec import BenchSpec, build_all, map_rows, read_config
 from stts_slowfast.tools.markdown import format_cell, markdown_table
 
@@ -112,20 +116,31 @@ def _size(row: BenchSpec, loader, split: str) -> tuple[int, int]:
 
 def measure_tests(rows: Sequence[BenchSpec], args: argparse.Namespace) -> Iterator[dict]:
     """Runs each row's model over its whole test list: seconds spent waiting for data, and
-    computing (transfer and normalisation of clips included)."""
+    computing (transfer and normalisation of clips included). Models run as their keys of precision
+    and compilation say."""
     loaders = _all_loaders(rows, args.workers, ["test"])
-    models = build_all(list(rows), args.device)
+    models = build_all(list(rows), args.device, checks.check_choices)
     for row, tests, (model, _) in zip(rows, loaders, models):
         model.eval()
         for _, workers, loader in tests:
             videos, _ = _size(row, loader, "test")
-            waiting, computing = run_test(row, loader, model, args.device)
+            with evaluating_as_configured(row, model):
+                waiting, computing = run_test(row, loader, model, args.device)
             seconds = waiting + computing
             yield {
                 **{"row": row.name, "workers": workers, "videos": videos, "seconds": seconds},
                 **{"videos / s": videos / seconds, "waiting s": waiting, "computing s": computing},
             }
             print(f"{row.name}, {workers} workers: {seconds:.1f} s", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def evaluating_as_configured(row: BenchSpec, model: nn.Module) -> Iterator[None]:
+    """Context manager: a row's model runs as in a test of its config."""
+    cfg = read_config(row)
+    precision, mode = (checks.key_value(cfg, key) for key in (checks.PRECISION, checks.COMPILE))
+    with matmul_precision(row.matmul_precision), evaluating(model, precision, mode):
+        yield
 
 
 @torch.no_grad()

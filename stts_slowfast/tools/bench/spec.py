@@ -29,6 +29,7 @@ class BenchSpec:
         gflops: multiply-adds of one clip in evaluation, in 1e9, as fvcore counts them.
         views: clips and crops of a video in testing, such as (10, 3).
         published: result published for this config, if nothing in it was changed.
+        matmul_precision: ``MODEL.FLOAT32_MATMUL_PRECISION``.
         seconds: by mode, the time of every measured step of one batch.
         memory: by mode, peak bytes of the model's and one step's tensors.
     """
@@ -42,6 +43,7 @@ class BenchSpec:
     gflops: float = 0.0
     views: tuple[int, int] = (1, 1)
     published: Published | None = None
+    matmul_precision: str = ""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
@@ -76,10 +78,14 @@ def read_config(row: BenchSpec):
     return load_config(row.config, opts)
 
 
-def build(row: BenchSpec, device: str) -> tuple[nn.Module, dict[str, torch.Size]]:
+def build(
+    row: BenchSpec, device: str, check: Callable = lambda cfg: None
+) -> tuple[nn.Module, dict[str, torch.Size]]:
     """The model of a row, with random weights, and by mode the shape of one clip; sets ``views``,
-    ``published`` and ``parameters`` of the row."""
+    ``published``, ``matmul_precision`` and ``parameters`` of the row. ``check`` may refuse its
+    config."""
     cfg = read_config(row)
+    check(cfg)
     torch.manual_seed(0)
     if row.engine == "slowfast":
         from stts_slowfast.pyslowfast import bench
@@ -89,6 +95,7 @@ def build(row: BenchSpec, device: str) -> tuple[nn.Module, dict[str, torch.Size]
         from stts_slowfast.standalone.model import build_model
 
         model = build_model(cfg)
+    row.matmul_precision = getattr(cfg.MODEL, "FLOAT32_MATMUL_PRECISION", "")
     row.views = (cfg.TEST.NUM_ENSEMBLE_VIEWS, cfg.TEST.NUM_SPATIAL_CROPS)
     if not row.opts and row.frames is None:
         row.published = published(row.config, cfg.TEST.DATASET, row.views)
@@ -100,13 +107,15 @@ def build(row: BenchSpec, device: str) -> tuple[nn.Module, dict[str, torch.Size]
     return model.to(device), shapes
 
 
-def build_all(rows: list[BenchSpec], device: str) -> list[tuple[nn.Module, dict[str, torch.Size]]]:
-    """The models of all rows.
+def build_all(
+    rows: list[BenchSpec], device: str, check: Callable = lambda cfg: None
+) -> list[tuple[nn.Module, dict[str, torch.Size]]]:
+    """The models of all rows, whose configs ``check`` may refuse.
 
     Raises:
         ValueError: naming every row that cannot be built, and why.
     """
-    return map_rows(rows, lambda row: build(row, device), "cannot be built")
+    return map_rows(rows, lambda row: build(row, device, check), "cannot be built")
 
 
 def map_rows(

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stts_slowfast.evaluation import LAYERS, evaluating
 from stts_slowfast.fused.attention import AttentionReplacement
 from stts_slowfast.tools import cli
-from stts_slowfast.tools.bench import command, spec
+from stts_slowfast.tools.bench import checks, command, spec
 from stts_slowfast.tools.bench import loader as bench_loader
 from stts_slowfast.tools.bench.published import TABLE, Published, published
 from stts_slowfast.tools.demo import make_data
@@ -136,6 +136,90 @@ def test_options_that_exclude_each_other(config, capsys):
     for other in ("--data", "--end-to-end"):
         assert cli.main(["bench", str(config), "--core-seconds", other]) == 2
         assert "--core-seconds is for models on --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data --dtype bfloat16", "--dtype has no effect with --data: leave it out"),
+        ("--data --compile", "--compile has no effect with --data"),
+        ("--data --batch-size 4", "--batch-size has no effect with --data"),
+        ("--data --no-memory", "--no-memory has no effect with --data"),
+        ("--data --device cuda", "--device has no effect with --data"),
+        ("--end-to-end --modes train", "--modes has no effect with --end-to-end"),
+        ("--end-to-end --dtype bfloat16", "with --end-to-end: set TEST.PRECISION in the rows"),
+        ("--end-to-end --batches 3", "--batches has no effect with --end-to-end"),
+        ("--workers 2", "--workers is of a loader: add --data or --end-to-end"),
+        ("--batches 3", "--batches is of a loader: add --data"),
+        (
+            "--cast-weights --dtype bfloat16 --modes train",
+            "--cast-weights is of evaluation: add ev",
+        ),
+        ("--compile-mode reduce-overhead", "--compile-mode needs --compile"),
+        ("--repeats 0", "--repeats is 0: use 1 or more"),
+        ("--warmup -1", "--warmup is -1: use 0 or more"),
+        ("--batch-size 0", "--batch-size is 0: use 1 or more"),
+        ("--frames 8 0", "--frames is 8 0: use 1 or more"),
+        ("--threads 0", "--threads is 0: use 1 or more"),
+        ("--modes eval eval", "--modes is eval eval: name each once"),
+        ("--frames 8 8", "--frames is 8 8: name each once"),
+    ],
+)
+def test_an_option_without_effect_is_refused_before_a_config_is_read(words, message, capsys):
+    assert cli.main(["bench", "no-such-file.yaml", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "words", "message"),
+    [
+        ("TEST.PRECISION=bfloat16", "", "use --dtype bfloat16 --cast-weights, or TEST.PRECISION="),
+        ("TEST.COMPILE=reduce-overhead", "", "use --compile --compile-mode reduce-overhead, or"),
+        ("TRAIN.MIXED_PRECISION=True", "", "use --dtype bfloat16 or float16, or TRAIN.MIXED_PREC"),
+        ("MODEL.FLOAT32_MATMUL_PRECISION=high", "", "'' in stock, 'high' in b, but rows that are"),
+        (
+            "TEST.COMPILE=slow",
+            "",
+            "TEST.COMPILE is 'slow': use one of '', default, reduce-overhead",
+        ),
+    ],
+)
+def test_a_key_that_steps_do_not_follow_is_refused(config, capsys, key, words, message):
+    assert cli.main(["bench", f"stock={config}", f"b={config},{key}", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_keys_that_agree_with_the_options_or_the_modes_are_accepted(config):
+    keys = ["TEST.PRECISION=bfloat16", "TEST.COMPILE=default", "TRAIN.MIXED_PRECISION=True"]
+    cfg = spec.read_config(spec.parse_row(",".join([str(config), *keys])))
+    words = ["--dtype", "bfloat16", "--cast-weights", "--compile"]
+    checks.keys_of_steps(cli_args(config, *words))(cfg)
+    with pytest.raises(ValueError, match=r"TEST\.COMPILE is 'default', but an option"):
+        checks.keys_of_steps(cli_args(config, *words, "--compile-mode", "max-autotune"))(cfg)
+    checks.keys_of_steps(cli_args(config, "--dtype", "float16", "--modes", "train"))(cfg)
+
+
+def test_float32_products_have_the_precision_of_all_rows(config, monkeypatch):
+    found, timed = set(), command.timed
+
+    def watched(*args):
+        found.add(torch.get_float32_matmul_precision())
+        return timed(*args)
+
+    monkeypatch.setattr(command, "timed", watched)
+    words = ["--modes", "eval", "--repeats", "1", "--warmup", "0", "--no-memory"]
+    key = "MODEL.FLOAT32_MATMUL_PRECISION=medium"
+    assert cli.main(["bench", *[f"{n}={config},{key}" for n in "ab"], *words]) == 0
+    assert found == {"medium"} and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_steps_are_compiled_in_the_mode_of_the_option(config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda model, **words: calls.append(words) or model)
+    for words in ([], ["--compile-mode", "reduce-overhead"]):
+        args = cli_args(config, "--compile", *words)
+        command.make_step(torch.nn.Identity(), (3, 1, 1, 1), "eval", args)
+    assert [each["mode"] for each in calls] == ["default", "reduce-overhead"]
 
 
 class Casts(TorchDispatchMode):
@@ -347,6 +431,21 @@ def test_an_interrupted_test_keeps_what_it_measured(videos, tmp_path, monkeypatc
     assert cli.main(words) == 130
     assert [row["seconds"] for row in json.loads(numbers.read_text())] == [3.0]
     assert "| a | 0 | 8 | 3 |" in capsys.readouterr().out
+
+
+def test_a_whole_test_runs_in_the_precision_of_its_row(videos, monkeypatch):
+    def run_test(row, loader, model, device):
+        half = torch.is_autocast_enabled("cpu")
+        return 1.0 + half, 1.0 + (torch.get_float32_matmul_precision() == "high")
+
+    monkeypatch.setattr(bench_loader, "run_test", run_test)
+    keys = "TEST.PRECISION=bfloat16,MODEL.FLOAT32_MATMUL_PRECISION=high"
+    rows = [spec.parse_row(f"{videos},{keys}"), spec.parse_row(f"{videos}")]
+    found = list(
+        (each["waiting s"], each["computing s"])
+        for each in bench_loader.measure_tests(rows, cli_args(videos, "--end-to-end"))
+    )
+    assert found == [(2.0, 2.0), (1.0, 1.0)]
 
 
 def test_waiting_is_what_the_loader_takes(videos):
