@@ -314,9 +314,6 @@ class _Adapter:
         return recorder.pop()
 
 
-# --- helpers --------------------------------------------------------------------------------------
-
-
 def _without_selectors(model: nn.Module) -> nn.Module:
     """A frozen copy of a model that keeps all tokens."""
     teacher = copy.deepcopy(model)
