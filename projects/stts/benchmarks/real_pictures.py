@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 
 import torch
+from real_features import BLOCK, MEAN, PATCH, STD, batches, load_model, read_clips, unpacked
 
 import stts_slowfast as stts
-from real_features import BLOCK, MEAN, PATCH, STD, batches, load_model, read_clips, unpacked
 from stts_slowfast.visualization import FULL_FRAME, FilmStripRow, KeptRegions, draw
 
 RESULTS = Path(__file__).parent / "results"
