@@ -47,7 +47,7 @@ def test_other_types_are_refused_before_the_job():
             distributed.run_job(lambda cfg: pytest.fail("ran"), cfg)
     for cfg, message in (
         (config(PRECISION="bf16"), "TEST.PRECISION is 'bf16': use one of float32, bfloat16"),
-        (config(COMPILE="fast"), "TEST.COMPILE is 'fast': use one of , default, reduce-overhead"),
+        (config(COMPILE="fast"), "TEST.COMPILE is 'fast': use one of '', default, reduce-overhead"),
     ):
         for start in (lambda cfg: distributed.run_job(print, cfg), precision.evaluating):
             with pytest.raises(ValueError, match=message):
