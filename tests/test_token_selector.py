@@ -193,13 +193,12 @@ def test_both_teachers_are_saliency():
 
 @pytest.mark.parametrize("widening", [0.0, 1.0])
 def test_a_block_may_change_its_tokens_in_place(widening):
-    model = stts.attach(vit(), tokens={1: 0.5})
-    model.train()
-    model.stts["tokens_1"].set_budget(0.0, widening)
-    model.stts["tokens_1"].scheduled = True
-    model.blocks[1].register_forward_pre_hook(lambda block, args: (args[0].add_(1.0), *args[1:]))
-    model(torch.randn(1, 3, 4, 16, 16)).sum().backward()
-    assert all(p.grad is not None for p in model.stts.parameters())
+    selector = TokenSelector(16, 1, 0.5, teacher="saliency").train()
+    selector.set_budget(0.0, widening)
+    selector.scheduled = True
+    grid = 1.0 * torch.randn(1, 4, 4, 4, 16, requires_grad=True)
+    selector(grid).add_(1.0).square().sum().backward()
+    assert all(p.grad is not None for p in selector.parameters())
 
 
 # --- scorers --------------------------------------------------------------------------------------
