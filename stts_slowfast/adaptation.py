@@ -90,8 +90,7 @@ def adapt(
         model: with selectors, on its device, changed in place. It must be trained.
         clips: batches as the model takes them: tensors, tuples or lists of arguments (without
             labels), or mappings of keywords; iterated as often as needed. Of image models each has
-            the frames
-            of whole clips, ``(B*T, 3, H, W)``, and ``model.num_frames`` is set.
+            the frames of whole clips, ``(B*T, 3, H, W)``, and ``model.num_frames`` is set.
         test_clips: batches of other videos, for the comparisons before and after; iterated for
             each of them.
         backbone: whether all parameters that require gradients learn. Else only scorers do.

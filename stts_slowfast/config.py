@@ -159,13 +159,16 @@ class Settings:
         Raises:
             ValueError: if blocks and shares do not make pairs, or a key is missing.
         """
-        _check_complete(node)
-        values: dict[str, Any] = {
-            name.lower(): read_shares(f"STTS.{name}", node[name]) for name in DIMENSIONS
-        }
-        for name in (leaf.name for leaf in fields(cls) if leaf.name not in values):
-            *parent, leaf = _key(name).split(".")
-            values[name] = (node[parent[0]] if parent else node)[leaf]
+        try:
+            values: dict[str, Any] = {
+                name.lower(): read_shares(f"STTS.{name}", node[name]) for name in DIMENSIONS
+            }
+            for name in (leaf.name for leaf in fields(cls) if leaf.name not in values):
+                *parent, leaf = _key(name).split(".")
+                values[name] = (node[parent[0]] if parent else node)[leaf]
+        except (AttributeError, KeyError):
+            _check_complete(node)
+            raise
         return cls(**values)
 
     @classmethod

@@ -195,10 +195,8 @@ def replaced_scorers(model: nn.Module, name: str) -> Iterator[None]:
             block = blocks[selector.block]
             registry = TOKEN_SCORERS if selector.dimension == "TOKENS" else SCORERS
             check_choice(f"the scorer of {selector.key}", name, [known for known, _ in registry])
-            if selector.dimension == "TOKENS":
-                other = TOKEN_SCORERS.get(name)(host.channels(block))
-            else:
-                other = SCORERS.get(name)(selector.dimension, host.channels(block))
+            kind = () if selector.dimension == "TOKENS" else (selector.dimension,)
+            other = registry.get(name)(*kind, host.channels(block))
             if hasattr(other, "bind"):
                 other.bind(block)
             selector.scorer = other.to(next(block.parameters()).device).train(scorer.training)

@@ -107,11 +107,9 @@ def main(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         if _versions(model) != versions:
-            os.makedirs(args.out, exist_ok=True)
             save_checkpoint(target, model, cfg, 0)
             print(f"interrupted: wrote {target}, as far as it was adapted, without a comparison")
         raise
-    os.makedirs(args.out, exist_ok=True)
     save_checkpoint(target, model, cfg, 0)
     counts = {"films": len(films), "test_films": len(test_films)}
     write_json(os.path.join(args.out, "adapt.json"), {**counts, **asdict(found)})

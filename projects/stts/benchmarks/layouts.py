@@ -14,11 +14,16 @@ from stts_slowfast.tools.bench.spec import BenchSpec
 from stts_slowfast.tools.markdown import markdown_table
 
 
+def machine(report: dict) -> str:
+    """``one CPU thread, PyTorch 2.14.1``"""
+    device = report["device"].replace("1 CPU threads", "one CPU thread")
+    return f"{device}, PyTorch {report['torch'].partition('+')[0]}"
+
+
 def how(report: dict, words: str) -> str:
     """``One CPU thread, PyTorch 2.14.1; <words>:``"""
-    device = report["device"].replace("1 CPU threads", "one CPU thread")
-    torch = report["torch"].partition("+")[0]
-    return f"{device[0].upper()}{device[1:]}, PyTorch {torch}; {words}:"
+    device = machine(report)
+    return f"{device[0].upper()}{device[1:]}; {words}:"
 
 
 def models(reports: list[dict]) -> str:

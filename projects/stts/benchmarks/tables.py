@@ -58,9 +58,8 @@ def describe(reports: list[dict]) -> str:
     first = reports[0]
     size = first.get("batch_size") or first["settings"]["batch_size"]
     batch = "one clip" if size == 1 else f"{size} clips"
-    device = first["device"].replace("1 CPU threads", "one CPU thread")
-    torch = first["torch"].partition("+")[0]
-    return f"Batches of {batch}, {device}, PyTorch {torch}; {' or '.join(steps)} in core-seconds:"
+    how = f"{layouts.machine(first)}; {' or '.join(steps)}"
+    return f"Batches of {batch}, {how} in core-seconds:"
 
 
 def all_seconds(rows: list[dict]) -> list[list[float]]:
